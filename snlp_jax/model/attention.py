@@ -1,0 +1,117 @@
+"""Causal attention with a left window: one function, three implementations.
+
+Key s is visible from query t iff ``t - window <= s <= t``.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from snlp_jax.errors import InputError
+from snlp_jax.types import Array
+
+Implementation = Literal["xla", "cudnn", "splash"]
+
+MAX_SCORES = 2**26
+"""Largest score tensor, in elements, that the XLA path holds at once (256 MiB in float32)."""
+
+
+def choose_implementation(requested: str, *, backend: str, seq_len: int, head_dim: int) -> Implementation:
+    """Resolve ``auto`` and check an explicit choice.
+
+    Raises:
+        InputError: the requested kernel does not run on this backend or at this shape.
+    """
+    splash_fits = seq_len % 128 == 0 and head_dim % 128 == 0
+    if requested == "auto":
+        if backend == "gpu" and seq_len > 1 and head_dim % 8 == 0 and head_dim <= 128:
+            return "cudnn"
+        return "splash" if backend == "tpu" and splash_fits else "xla"
+    if requested == "cudnn" and backend != "gpu":
+        raise InputError(f"model.attention 'cudnn' needs a GPU, but the backend is {backend!r}; use 'auto'.")
+    if requested == "splash" and (backend != "tpu" or not splash_fits):
+        raise InputError(
+            f"model.attention 'splash' needs a TPU and lengths and head sizes that are multiples of 128, "
+            f"not {seq_len} and {head_dim} on {backend!r}; use 'auto'."
+        )
+    return requested  # type: ignore[return-value]
+
+
+def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, implementation: Implementation) -> Array:
+    """Attention output [B, T, N, H] in the dtype of ``v``; queries are the last T of the S positions.
+
+    ``window`` may be a traced scalar on the XLA path only: the kernels compile it in.
+    """
+    if implementation == "xla":
+        return _xla(q_BTNH, k_BSKH, v_BSKH, window)
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=(window, 0), implementation="cudnn"
+        )
+    return _splash(q_BTNH, k_BSKH, v_BSKH, window)
+
+
+def attend_any(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    window: Array,
+    windows: tuple[int, ...],
+    implementation: Implementation,
+) -> Array:
+    """``attend`` with a traced window that is one of the static ``windows``: a kernel for each, chosen at run time."""
+    if implementation == "xla":
+        return _xla(q_BTNH, k_BSKH, v_BSKH, window)
+    branches = [lambda q, k, v, w=w: attend(q, k, v, w, implementation) for w in windows]
+    index = jnp.searchsorted(jnp.asarray(windows), window)
+    return jax.lax.switch(index, branches, q_BTNH, k_BSKH, v_BSKH)
+
+
+def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array) -> Array:
+    """Softmax in float32, in blocks of queries where the score tensor would pass ``MAX_SCORES`` elements."""
+    num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    scores_per_query = q_BTNH.shape[0] * q_BTNH.shape[2] * num_keys
+    block = num_queries
+    while block % 2 == 0 and block > 64 and block * scores_per_query > MAX_SCORES:
+        block //= 2
+    if block == num_queries:
+        return _xla_block(q_BTNH, k_BSKH, v_BSKH, window, num_keys - num_queries)
+    # Each block sees only the keys up to its last query; its scores are recomputed in the backward pass.
+    outputs = []
+    for start in range(0, num_queries, block):
+        stop = num_keys - num_queries + start + block
+        outputs.append(
+            jax.checkpoint(_xla_block, static_argnums=(4,))(
+                q_BTNH[:, start : start + block], k_BSKH[:, :stop], v_BSKH[:, :stop], window, stop - block
+            )
+        )
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _xla_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, offset: int) -> Array:
+    """Attention of queries at positions ``offset`` and on to keys at positions 0 and on."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    distance = (offset + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
+    visible = (distance >= 0) & (distance <= window)
+    scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, N, H).astype(v_BSKH.dtype)
+
+
+def _splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int) -> Array:
+    """Pallas splash attention (TPU): heads before positions, scale folded into the queries."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    T, N, H = q_BTNH.shape[1:]
+    S = k_BSKH.shape[1]
+    mask = splash_attention_mask.LocalMask((T, S), window_size=(window, 0), offset=S - T)
+    heads = splash_attention_mask.MultiHeadMask([mask] * N)
+    kernel = splash_attention_kernel.make_splash_mha(mask=heads, head_shards=1, q_seq_shards=1)
+    to_heads = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    out = jax.vmap(kernel)(to_heads(q_BTNH) * H**-0.5, to_heads(k_BSKH), to_heads(v_BSKH))
+    return to_heads(out).astype(v_BSKH.dtype)

@@ -1,0 +1,107 @@
+"""One layer of the nanochat family: its parameters (Flax NNX) and its maths, alone and for all layers at once.
+
+    x = resid_scale * h + x0_scale * x0
+    u = x + Attention(rms(x));  h' = u + MLP(rms(u))
+
+A layer is computed in three stages so that the layer-batched sweep can group attention by window without touching the
+weights: ``before`` (mix, norm, projections), ``attend``, ``after`` (output projection and MLP).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from snlp_jax.config import ModelConfig
+from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, project, rms_norm, rotate, uniform
+from snlp_jax.types import Array
+
+
+class ValueEmbed(NamedTuple):
+    """A layer's value embeddings: rows_BTKH gathered for the tokens, and the kernel [12, K] of their gate."""
+
+    rows_BTKH: Array
+    gate: Array
+
+
+class Context(NamedTuple):
+    """What a layer reads besides its parameters; leaves lead with the layer axis."""
+
+    window: Array
+    """int32 scalar, tokens to the left."""
+    value_embed: ValueEmbed | None
+    """Zero for the layers of a stack that have none; None where no layer of the stack has any."""
+
+
+class Shared(NamedTuple):
+    """What all layers read."""
+
+    x0_BTD: Array
+    cos_TH: Array
+    sin_TH: Array
+
+
+class KeyValue(NamedTuple):
+    """What a layer leaves behind: keys (rotated, normed) and values (with value embeddings) of its tokens."""
+
+    key_BTKH: Array
+    value_BTKH: Array
+
+
+class Attention(nnx.Module):
+    """Query, key, value and output projections; head h reads kv head ``h // (N / K)``."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, H = config.embed_dim, config.head_dim
+        scale = D**-0.5
+        self.query = nnx.Param(uniform(rngs.params(), (D, config.num_heads * H), scale))
+        self.key = nnx.Param(uniform(rngs.params(), (D, config.num_kv_heads * H), scale))
+        self.value = nnx.Param(uniform(rngs.params(), (D, config.num_kv_heads * H), scale))
+        self.out = nnx.Param(jnp.zeros((config.num_heads * H, D)))
+
+
+class Mlp(nnx.Module):
+    """Two projections around a squared ReLU."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, F = config.embed_dim, config.mlp_ratio * config.embed_dim
+        self.up = nnx.Param(uniform(rngs.params(), (D, F), 0.4 * D**-0.5))
+        self.down = nnx.Param(jnp.zeros((F, D)))
+
+
+class Block(nnx.Module):
+    """One layer. Fresh output projections are zero: at initialisation a layer only rescales and adds x0."""
+
+    def __init__(self, config: ModelConfig, resid_scale: Array, x0_scale: Array, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attn = Attention(config, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+        if config.use_x0_resid:
+            self.resid_scale = nnx.Param(resid_scale)
+            self.x0_scale = nnx.Param(x0_scale)
+
+    def before(self, h_BTD: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> tuple[Array, Array, KeyValue]:
+        """``(x_BTD float32, q_BTNH, keys and values)``, the latter in ``dtype``."""
+        config = self.config
+        B, T, _ = h_BTD.shape
+        x_BTD = h_BTD
+        if config.use_x0_resid:
+            x_BTD = self.resid_scale[...] * h_BTD + self.x0_scale[...] * shared.x0_BTD
+        normed = rms_norm(x_BTD)
+        heads = lambda kernel, count: project(normed, kernel[...], dtype).reshape(B, T, count, -1)  # noqa: E731
+        q = rotate(heads(self.attn.query, config.num_heads), shared.cos_TH, shared.sin_TH)
+        k = rotate(heads(self.attn.key, config.num_kv_heads), shared.cos_TH, shared.sin_TH)
+        v = heads(self.attn.value, config.num_kv_heads)
+        if config.use_qk_norm:
+            q, k = QK_SCALE * rms_norm(q), QK_SCALE * rms_norm(k)
+        if ctx.value_embed is not None:
+            gate_BTK = 3.0 * jax.nn.sigmoid(project(normed[..., :GATE_INPUT], ctx.value_embed.gate, dtype))
+            v = v + gate_BTK[..., None] * ctx.value_embed.rows_BTKH
+        return x_BTD, q.astype(dtype), KeyValue(k.astype(dtype), v.astype(dtype))
+
+    def after(self, x_BTD: Array, attended_BTNH: Array, dtype: jnp.dtype) -> Array:
+        """Output projection and MLP on top of the residual stream ``x``."""
+        u_BTD = x_BTD + project(attended_BTNH.reshape(*x_BTD.shape[:2], -1), self.attn.out[...], dtype)
+        hidden_BTF = jnp.square(jax.nn.relu(project(rms_norm(u_BTD), self.mlp.up[...], dtype)))
+        return u_BTD + project(hidden_BTF, self.mlp.down[...], dtype)

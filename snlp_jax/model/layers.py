@@ -1,0 +1,46 @@
+"""Small pieces of one layer: norms, projections, rotary embedding, initialisers."""
+
+import jax
+import jax.numpy as jnp
+
+from snlp_jax.types import Array
+
+RMS_EPS = 1.1920929e-07
+"""Machine epsilon of float32, as in the published models."""
+GATE_INPUT = 12
+"""Channels of the normed attention input that a value-embedding gate reads."""
+SMEAR_INPUT = 24
+"""Channels of a token's embedding that the smear gate reads."""
+QK_SCALE = 1.2
+"""Queries and keys are multiplied by this after their norm."""
+
+
+def rms_norm(x: Array) -> Array:
+    """``x / rms(x)`` over the last axis, without weights, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + RMS_EPS)
+
+
+def project(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
+    """``x @ kernel`` with operands in ``dtype`` and a float32 result: [..., I], [I, O] -> [..., O]."""
+    return jnp.dot(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def rotary_table(num_positions: int, head_dim: int, base: float) -> tuple[Array, Array]:
+    """Cosines and sines, each [T, H/2], of positions 0 to ``num_positions - 1``."""
+    inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = jnp.arange(num_positions, dtype=jnp.float32)[:, None] * inverse[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: Array, cos_TH: Array, sin_TH: Array) -> Array:
+    """Rotary embedding; a pair is channel i and channel i + H/2."""
+    x1, x2 = jnp.split(x_BTNH, 2, axis=-1)
+    cos, sin = cos_TH[None, :, None, :], sin_TH[None, :, None, :]
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+
+
+def uniform(key: Array, shape: tuple[int, ...], scale: float) -> Array:
+    """Uniform numbers with standard deviation ``scale``."""
+    bound = 3**0.5 * scale
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)

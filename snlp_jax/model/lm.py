@@ -1,0 +1,214 @@
+"""The language model: embedding, a stack of blocks, head. Parameters are a nested dict of arrays.
+
+``params = {'embed': ..., 'blocks': leaves [L, ...], 'head': ...}``. Flax NNX declares the parameters and one layer's
+maths; only plain jax transforms touch them. The model hands out pieces of the seam (``block_fn``, ``sweep_fn``,
+``context``); ``snlp_jax/forward.py`` joins them with a solver.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from snlp_jax.config import ModelConfig
+from snlp_jax.errors import InputError
+from snlp_jax.model.attention import attend, attend_any, choose_implementation
+from snlp_jax.model.block import Block, Context, KeyValue, Shared, ValueEmbed
+from snlp_jax.model.layers import GATE_INPUT, SMEAR_INPUT, project, rms_norm, rotary_table, uniform
+from snlp_jax.types import Array, Params, PyTree
+
+BlockFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, KeyValue]]
+
+
+class Embedding(nnx.Module):
+    """Token table, smear, and the value-embedding tables of the layers that have one."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        V, kv_dim = config.padded_vocab_size, config.num_kv_heads * config.head_dim
+        self.token = nnx.Param(0.8 * jax.random.normal(rngs.params(), (V, config.embed_dim)))
+        if config.use_smear:
+            self.smear_gate = nnx.Param(0.02 * jax.random.uniform(rngs.params(), (SMEAR_INPUT,)))
+            self.smear_scale = nnx.Param(jnp.zeros(()))
+        num_tables = len(config.value_embed_layers)
+        if num_tables:
+            self.value = nnx.Param(uniform(rngs.params(), (num_tables, V, kv_dim), config.embed_dim**-0.5))
+            gate_shape = (num_tables, GATE_INPUT, config.num_kv_heads)
+            self.value_gate = nnx.Param(0.02 * jax.random.uniform(rngs.params(), gate_shape))
+
+
+class Head(nnx.Module):
+    """Untied output projection and the weight of the mid-layer state it subtracts."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        shape = (config.embed_dim, config.padded_vocab_size)
+        self.kernel = nnx.Param(0.001 * jax.random.normal(rngs.params(), shape))
+        if config.use_mid_subtract:
+            self.mid_scale = nnx.Param(jnp.asarray(0.2))
+
+
+class LanguageModel:
+    """Pure functions of ``(params, inputs)`` for one :class:`ModelConfig`; holds no arrays."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        block = nnx.eval_shape(lambda: Block(config, jnp.zeros(()), jnp.zeros(()), rngs=nnx.Rngs(0)))
+        self._block_graph = nnx.graphdef(block)
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters. Jit it, with ``out_shardings`` where they should be born sharded."""
+        config = self.config
+        embed_key, head_key, *block_keys = jax.random.split(key, config.num_layers + 2)
+        depth = jnp.arange(config.num_layers) / max(config.num_layers - 1, 1)
+
+        def block(key: Array, resid_scale: Array, x0_scale: Array) -> PyTree:
+            return _pure(Block(config, resid_scale, x0_scale, rngs=nnx.Rngs(key)))
+
+        return {
+            "embed": _pure(Embedding(config, rngs=nnx.Rngs(embed_key))),
+            "blocks": jax.vmap(block)(jnp.stack(block_keys), 1.15 - 0.10 * depth, 0.20 - 0.15 * depth),
+            "head": _pure(Head(config, rngs=nnx.Rngs(head_key))),
+        }
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of :meth:`init`'s result, without computing it."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    @property
+    def dtype(self) -> Any:
+        """Of matrix products, on the default backend."""
+        if self.config.compute_dtype == "auto":
+            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.dtype(self.config.compute_dtype)
+
+    def cast(self, params: Params) -> Params:
+        """Matrices and tables in the compute dtype; scalars and gates of the residual path stay float32."""
+
+        def one(path: Any, leaf: Array) -> Array:
+            num_axes = leaf.ndim - (path[0].key == "blocks")
+            return leaf.astype(self.dtype) if num_axes >= 2 else leaf
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    def embed(self, params: Params, tokens_BT: Array) -> Array:
+        """``x0_BTD`` float32: normed token embeddings, each mixed with a gated share of its predecessor's."""
+        embed = params["embed"]
+        e_BTD = rms_norm(jnp.take(embed["token"], tokens_BT, axis=0))
+        if not self.config.use_smear:
+            return e_BTD
+        gate_BT1 = jax.nn.sigmoid(e_BTD[:, 1:, :SMEAR_INPUT] @ embed["smear_gate"])[..., None]
+        smeared = e_BTD[:, 1:] + embed["smear_scale"] * gate_BT1 * e_BTD[:, :-1]
+        return jnp.concatenate([e_BTD[:, :1], smeared], axis=1)
+
+    def shared(self, x0_BTD: Array) -> Shared:
+        """What all layers read, for tokens at positions 0 and on."""
+        cos, sin = rotary_table(x0_BTD.shape[1], self.config.head_dim, self.config.rope_base)
+        return Shared(x0_BTD, cos, sin)
+
+    def context(self, params: Params, tokens_BT: Array, start: int, stop: int) -> Context:
+        """Context of layers ``start`` to ``stop - 1``, leaves [stop - start, ...]; one gather for all their tables."""
+        config = self.config
+        windows = jnp.asarray(config.windows[start:stop], jnp.int32)
+        tables = {layer: index for index, layer in enumerate(config.value_embed_layers) if start <= layer < stop}
+        if not tables:
+            return Context(windows, None)
+        value, gate = params["embed"]["value"], params["embed"]["value_gate"]
+        index = jnp.asarray(list(tables.values()))
+        rows = value[index[:, None, None], tokens_BT[None]]
+        rows = rows.reshape(*rows.shape[:3], config.num_kv_heads, config.head_dim)
+        where = jnp.asarray([layer - start for layer in tables])
+        scatter = lambda x: jnp.zeros((stop - start, *x.shape[1:]), x.dtype).at[where].set(x)  # noqa: E731
+        return Context(windows, ValueEmbed(scatter(rows), scatter(gate[index])))
+
+    def logits(self, params: Params, h_last_BTD: Array, h_mid_BTD: Array) -> Array:
+        """``logits_BTV`` float32, soft-capped, cropped to the tokenizer's vocabulary."""
+        config, head = self.config, params["head"]
+        h_BTD = h_last_BTD - head["mid_scale"] * h_mid_BTD if config.use_mid_subtract else h_last_BTD
+        z_BTV = project(rms_norm(h_BTD), head["kernel"], self.dtype)[..., : config.vocab_size]
+        return config.logit_softcap * jnp.tanh(z_BTV / config.logit_softcap) if config.logit_softcap else z_BTV
+
+    def block_fn(self, *, forward_mode: bool = False) -> BlockFn:
+        """One layer: ``(params_l, h, ctx_l, shared) -> (h', keys and values)``.
+
+        ``forward_mode`` selects XLA attention, the only one with a forward-mode derivative.
+        """
+
+        def block(params: PyTree, h_BTD: Array, ctx: Context, shared: Shared) -> tuple[Array, KeyValue]:
+            module = nnx.merge(self._block_graph, params)
+            implementation = "xla" if forward_mode else self._attention(h_BTD.shape[1])
+            x_BTD, q, kv = module.before(h_BTD, ctx, shared, self.dtype)
+            windows = tuple(sorted(set(self.config.windows)))
+            out = attend_any(q, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, implementation)
+            return module.after(x_BTD, out, self.dtype), kv
+
+        return jax.checkpoint(block) if self.config.remat else block
+
+    def sweep_fn(self, start: int, stop: int) -> Callable[..., tuple[Array, KeyValue]]:
+        """All of layers ``start`` to ``stop - 1`` at once; equals ``vmap(block_fn)``.
+
+        Attention runs once for each distinct window, with the window compiled in, on activations gathered by window;
+        the weights are read where they lie.
+        """
+        windows = self.config.windows[start:stop]
+
+        def sweep(params: PyTree, h_LBTD: Array, ctx: Context, shared: Shared) -> tuple[Array, KeyValue]:
+            def before(params_l: PyTree, h_BTD: Array, ctx_l: Context) -> tuple[Array, Array, KeyValue]:
+                return nnx.merge(self._block_graph, params_l).before(h_BTD, ctx_l, shared, self.dtype)
+
+            def after(params_l: PyTree, x_BTD: Array, out: Array) -> Array:
+                return nnx.merge(self._block_graph, params_l).after(x_BTD, out, self.dtype)
+
+            T = h_LBTD.shape[2]
+            x_LBTD, q, kv = jax.vmap(before)(params, h_LBTD, ctx)
+            # Windows that reach beyond the sequence are all alike.
+            effective = [min(window, T - 1) for window in windows]
+            implementation = self._attention(T)
+            outs, order = [], []
+            for window in sorted(set(effective)):
+                members = [i for i, w in enumerate(effective) if w == window]
+                pick = (lambda x: x) if len(members) == len(windows) else (lambda x, m=jnp.asarray(members): x[m])
+                flat = [pick(x).reshape(-1, *x.shape[2:]) for x in (q, kv.key_BTKH, kv.value_BTKH)]
+                out = attend(*flat, window, implementation)
+                outs.append(out.reshape(len(members), -1, *out.shape[1:]))
+                order += members
+            out = outs[0]
+            if len(outs) > 1:
+                out = jnp.concatenate(outs)[jnp.argsort(jnp.asarray(order))]
+            return jax.vmap(after)(params, x_LBTD, out), kv
+
+        return jax.checkpoint(sweep) if self.config.remat else sweep
+
+    def residual_map(self, params: PyTree, ctx: Context) -> Array:
+        """Scalar derivative of a layer's skip path."""
+        return params["resid_scale"] if self.config.use_x0_resid else jnp.ones(())
+
+    def check_tokens(self, tokens_BT: Any) -> None:
+        """Refuse concrete token ids outside the vocabulary and sequences beyond the rotary table.
+
+        Raises:
+            InputError: names the id or the length.
+        """
+        if tokens_BT.shape[-1] > self.config.max_context:
+            raise InputError(
+                f"{tokens_BT.shape[-1]} tokens exceed the rotary table of {self.config.max_context}; "
+                "shorten the input or raise model.rotary_multiple."
+            )
+        low, high = int(tokens_BT.min()), int(tokens_BT.max())
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise InputError(f"token id {bad} lies outside the vocabulary of {self.config.vocab_size} entries.")
+
+    def _attention(self, seq_len: int) -> Any:
+        return choose_implementation(
+            self.config.attention, backend=jax.default_backend(), seq_len=seq_len, head_dim=self.config.head_dim
+        )
+
+
+def num_params(params: Params) -> int:
+    """Number of parameters of a (possibly abstract) tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _pure(module: nnx.Module) -> PyTree:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))

@@ -1,0 +1,15 @@
+"""Type aliases and the legend of axis letters used in names, einsum strings and sharding specs.
+
+B batch, T query time, S key time, D embed, F mlp, N query heads, K kv heads, G = N/K, H head dim, V vocab,
+L layers (of the model, or of the parallel region at hand), C chunks, M layers per chunk, R residual streams.
+A name such as ``h_LBTD`` wears its shape. Iterations are always ``num_iters``, never K.
+"""
+
+from typing import Any
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+Params = dict[str, Any]
+"""Nested dict of arrays. Everything under ``params['blocks']`` leads with the layer axis."""
