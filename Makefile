@@ -1,0 +1,71 @@
+# make demo   train a small model, decode it layer-parallel, print the comparison
+# make test   the default test suite          make slow    the tests marked slow
+# make lint   ruff, check only                make format  ruff, rewriting
+# make types  mypy                            make clean-venv
+#
+# Each target first builds .venv when it is missing or when pyproject.toml or constraints.txt changed.
+# Choose the interpreter with PY=python3.12, the accelerator with JAX=cpu|cuda13|tpu, and pass options with ARGS=...
+
+PY ?= python3
+JAX ?= cpu
+ARGS ?=
+export UV_PYTHON_DOWNLOADS ?= never
+
+EXTRAS_cpu := test
+EXTRAS_cuda13 := test,cuda
+EXTRAS_tpu := test,tpu
+EXTRAS := $(EXTRAS_$(JAX))
+ifeq ($(EXTRAS),)
+$(error JAX must be cpu, cuda13 or tpu, not '$(JAX)')
+endif
+
+PYTHON := .venv/bin/python
+STAMP := .venv/.installed-$(JAX)
+
+.PHONY: demo test slow lint format types venv clean-venv
+.DEFAULT_GOAL := test
+
+demo: $(STAMP)
+	$(PYTHON) train.py configs/demo.py --resume
+	$(PYTHON) eval.py runs/demo
+
+test: $(STAMP)
+	$(PYTHON) -m pytest $(ARGS)
+
+slow: $(STAMP)
+	$(PYTHON) -m pytest -m slow $(ARGS)
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(STAMP)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+types: $(STAMP)
+	$(PYTHON) -m mypy
+
+venv: $(STAMP)
+
+clean-venv:
+	rm -rf .venv
+
+# A stamp of another JAX means that .venv holds another accelerator's plugin: start over rather than mix them.
+# uv is several times faster than pip; where it cannot be had, pip installs the same versions.
+$(STAMP): pyproject.toml constraints.txt
+	@for stamp in .venv/.installed-*; do \
+	    if [ -e "$$stamp" ] && [ "$$stamp" != "$@" ]; then rm -rf .venv; fi; \
+	done
+	@python="$(PY)"; if [ -x $(PYTHON) ]; then python=$(PYTHON); fi; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "snlp-jax needs Python 3.11 or newer, which '$$python' is not:" \
+	        "run 'make clean-venv' and then make with PY=python3.12 or the like." >&2; \
+	    exit 1; }
+	@if [ ! -x .venv/bin/pip ]; then "$(PY)" -m venv .venv; fi
+	@echo "installing into .venv: snlp-jax[$(EXTRAS)]"
+	@{ $(PYTHON) -m pip install -q uv && \
+	   .venv/bin/uv pip install -q --python $(PYTHON) -e '.[$(EXTRAS)]' -c constraints.txt; } || { \
+	    echo "uv did not do it; trying pip" >&2; \
+	    $(PYTHON) -m pip install -q -e '.[$(EXTRAS)]' -c constraints.txt; }
+	@touch $@

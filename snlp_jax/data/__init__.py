@@ -1,0 +1,1 @@
+"""Text to batches: a corpus of documents, a tokenizer, and checkpointable iterators over windows of tokens."""

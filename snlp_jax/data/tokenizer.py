@@ -1,0 +1,174 @@
+"""Text to token ids and back: raw bytes, or any Hugging Face ``tokenizers`` file, including one trained here.
+
+A tokenizer turns into JSON text and back (``to_json``, ``load_tokenizer_json``), so a run keeps its own copy and needs
+no corpus to be evaluated.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from snlp_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BOS = "<|bos|>"
+"""The token that stands before every document."""
+BOS_NAMES = (BOS, "<s>", "<|endoftext|>", "<bos>", "<|begin_of_text|>")
+"""Special tokens of other people's files that can stand before a document, best first."""
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project asks of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """Short and stable across ``to_json``, for example 'byte' or 'bpe-4096'."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def bos_id(self) -> int:
+        """Id of the document separator. ``encode`` never gives it, whatever the text says."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32 [T], without the separator."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """``encode`` of each text, on several threads where there are any."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of the ids [T]; special tokens are left out and broken UTF-8 becomes U+FFFD."""
+
+    def to_json(self) -> str:
+        """What ``load_tokenizer_json`` reads."""
+
+
+class ByteTokenizer:
+    """One token a byte of UTF-8, ids 0 to 255, and the document separator 256."""
+
+    name = "byte"
+    vocab_size = 257
+    bos_id = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(_to_utf8(text), dtype=np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids, dtype=np.int64)
+        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "byte"})
+
+
+class FileTokenizer:
+    """A Hugging Face tokenizer. Its own truncation, padding and templates are not used.
+
+    Args:
+      backend: a ``tokenizers.Tokenizer``; it is changed: a ``<|bos|>`` is added where it has no token of ``BOS_NAMES``.
+    """
+
+    def __init__(self, backend: "tokenizers.Tokenizer") -> None:
+        special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        if not special.keys() & set(BOS_NAMES):
+            backend.add_special_tokens([BOS])
+            special[BOS] = backend.get_vocab(with_added_tokens=True)[BOS]
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # "<|bos|>" written in a document is text, not a separator
+        self._backend = backend
+        self.bos_id: int = next(special[name] for name in BOS_NAMES if name in special)
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.name = f"{type(backend.model).__name__.lower()}-{self.vocab_size}"
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        valid = [_to_utf8(text).decode("utf-8") for text in texts]
+        encodings = self._backend.encode_batch_fast(valid, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._backend.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        return self._backend.to_str()
+
+
+def load_tokenizer_json(text: str) -> Tokenizer:
+    """The tokenizer of ``to_json``, or of any Hugging Face tokenizer.json.
+
+    Raises:
+      InputError: the text is neither.
+    """
+    try:
+        if json.loads(text) == {"type": "byte"}:
+            return ByteTokenizer()
+    except ValueError as error:
+        raise InputError(f"the tokenizer is not valid JSON ({error}); give a Hugging Face tokenizer.json.") from error
+
+    import tokenizers
+
+    try:
+        return FileTokenizer(tokenizers.Tokenizer.from_str(text))
+    except Exception as error:  # the library raises bare Exception for every fault of a file
+        raise InputError(f"the tokenizer cannot be loaded ({error}); give a Hugging Face tokenizer.json.") from error
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE: every text can be encoded and comes back unchanged.
+
+    Args:
+      documents: read once, a few at a time.
+      vocab_size: entries, counting 256 bytes and the separator; a small corpus may give fewer.
+    """
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer=trainer)
+    return FileTokenizer(backend)
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises InputError unless a model of ``vocab_size`` entries fits the tokenizer exactly."""
+    if tokenizer.vocab_size != vocab_size:
+        raise InputError(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} entries but model.vocab_size is {vocab_size}; "
+            f"set model.vocab_size to {tokenizer.vocab_size} or change the tokenizer."
+        )
+
+
+def check_token_ids(tokens: np.ndarray, vocab_size: int) -> None:
+    """Raises InputError if one of the ids, of any shape, lies outside 0 to ``vocab_size - 1``. Reads in chunks."""
+    flat = tokens.reshape(-1)
+    for start in range(0, flat.size, 1 << 22):
+        chunk = flat[start : start + (1 << 22)]
+        for worst in (int(chunk.max()), int(chunk.min())):
+            if not 0 <= worst < vocab_size:
+                raise InputError(
+                    f"token id {worst} is outside the vocabulary of {vocab_size}; "
+                    "use the tokenizer that the model was made for."
+                )
+
+
+def _to_utf8(text: str) -> bytes:
+    """UTF-8 with '?' for lone surrogates, which have none."""
+    return text.encode("utf-8", errors="replace")

@@ -1,0 +1,392 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit; and the rules of a run directory.
+
+A checkpoint is one orbax step directory with four items: ``params``, ``state`` (everything else: optimizer, step),
+``data`` (where the input stood) and ``meta`` (config, metrics and a CRC-32 of every array). Orbax writes into a
+temporary directory and renames it, so a killed save leaves nothing that looks like a checkpoint.
+"""
+
+import json
+import logging
+import math
+import shutil
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from snlp_jax.errors import InputError
+from snlp_jax.io.files import atomic_write, explain_full_disk
+from snlp_jax.io.metrics import FILE_NAME as METRICS_NAME
+from snlp_jax.io.metrics import to_json_value
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+Tree = Any
+"""Pytree of arrays; optax's NamedTuples and masked nodes come back as they were."""
+
+CONFIG_NAME = "config.json"
+CHECKPOINT_NAME = "checkpoints"
+
+MAY_CHANGE = frozenset(
+    {"run_dir"}
+    | {f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_last", "sample_every")}
+    | {f"train.{name}" for name in ("sample_tokens", "tensorboard", "eval_batches")}
+)
+"""Config fields, besides the whole ``eval`` section, that a resumed run may change: they do not alter what it learns."""
+
+
+class _CorruptError(Exception):
+    """A checkpoint that reads, but not as what was written."""
+
+
+class Checkpointer:
+    """The checkpoints of one run: the newest ``keep_last`` and the one of the lowest finite ``val_loss``.
+
+    Saving is synchronous: when ``save`` returns the buffers may be donated. Several processes call every method
+    together, on a directory they all see; arrays that a process cannot address whole have no checksum.
+    """
+
+    def __init__(
+        self, directory: str | Path, keep_last: int = 1, *, config_json: str = "{}", read_only: bool = False
+    ) -> None:
+        """Open a directory of checkpoints, created if missing, and remove what a killed save left in it.
+
+        ``config_json`` is stored with every checkpoint. With ``read_only`` nothing in the directory is touched, so
+        that a running training may be evaluated; it must exist then (InputError).
+        """
+        self._directory = Path(directory).absolute()
+        self._read_only = read_only
+        self._config = json.loads(config_json)
+        self._val_losses: dict[int, float] = {}
+        if read_only and not self._directory.is_dir():
+            raise InputError(f"there is no checkpoint directory {str(self._directory)!r}; train first.")
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=0 if read_only else 1,
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            enable_async_checkpointing=False,
+            lightweight_initialize=True,
+            preservation_policy=_LatestAndBest(keep_last, self._val_losses),
+        )
+        with explain_full_disk(self._directory):
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        for step in self.steps():
+            try:
+                self._remember_val_loss(step, self.metadata(step)["metrics"])
+            except Exception:
+                logger.debug("checkpoint %d has no readable metadata; restore will tell.", step, exc_info=True)
+
+    # -- What there is ---------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending; whether each is good only reading it tells."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest_step(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the lowest finite ``val_loss``, the later one of equals; None if no checkpoint has one."""
+        return _best(self.steps(), self._val_losses)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The ``config`` and ``metrics`` saved with a checkpoint, and ``leaves``: path -> [dtype, shape, CRC-32].
+
+        Raises whatever a missing or broken file gives.
+        """
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if meta.pop("crc32") != _text_crc(meta):
+            raise _CorruptError("the checksum of its metadata is wrong")
+        return meta
+
+    # -- Writing -----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: Mapping[str, Tree], data_iterator: Any, metrics: Mapping[str, float]) -> None:
+        """Save ``state``, a dict of pytrees with a key "params", and where ``data_iterator`` (grain's, or None) stands.
+
+        A checkpoint whose ``metrics`` lack a finite ``val_loss`` is never the best. A step that is saved already stays
+        as it is. Raises InputError when the disk is full; earlier checkpoints are untouched then.
+        """
+        if self._read_only:
+            raise ValueError("this Checkpointer was opened to read only.")
+        if step in self.steps():
+            return
+        params, rest = _split(state)
+        meta = {
+            "config": self._config,
+            "metrics": {name: to_json_value(value) for name, value in metrics.items()},
+            "leaves": _describe(dict(state)),
+        }
+        items = {
+            "params": ocp.args.StandardSave(params),
+            "state": ocp.args.StandardSave(rest),
+            "meta": ocp.args.JsonSave({**meta, "crc32": _text_crc(meta)}),
+        }
+        if data_iterator is not None:
+            items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
+        self._remember_val_loss(step, meta["metrics"])
+        with explain_full_disk(self._directory):
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def _remember_val_loss(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        self._val_losses.pop(step, None)
+        val_loss = float(metrics.get("val_loss", "nan"))
+        if math.isfinite(val_loss):
+            self._val_losses[step] = val_loss
+
+    # -- Reading -----------------------------------------------------------------------------------------------------
+
+    def restore(
+        self, abstract_state: Mapping[str, Tree], data_iterator: Any
+    ) -> tuple[int, dict[str, Tree], Any] | None:
+        """The newest good checkpoint as ``(step, state, data_iterator)``, or None when there is none at all.
+
+        ``abstract_state`` is a tree like the saved one of arrays or ``jax.ShapeDtypeStruct``; each leaf comes back on
+        the sharding it carries (the first device if it carries none), whatever it was saved from, bit for bit.
+        ``data_iterator`` is moved to where the checkpoint's stood.
+
+        A checkpoint that is incomplete, unreadable or fails its checksums is skipped with one warning, and once a good
+        one is found, set aside as ``STEP.corrupt`` so that training may save that step again. Raises InputError when
+        none is good, or when a good one holds other arrays than ``abstract_state`` asks for.
+        """
+
+        def read(step: int) -> tuple[dict[str, Tree], Any]:
+            state = self._read(step, dict(abstract_state))
+            if data_iterator is None:
+                return state, None
+            data_args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data_iterator))
+            return state, self._manager.restore(step, args=data_args).data
+
+        found = self._newest_good(read)
+        return None if found is None else (found[0], *found[1])
+
+    def restore_params(self, abstract_params: Tree, which: int | Literal["best", "last"] = "last") -> tuple[int, Tree]:
+        """The parameters alone, as ``(step, params)``, checked and placed as in ``restore``.
+
+        "last" is the newest good checkpoint (others are skipped with a warning). Raises InputError when there is no
+        such checkpoint, no good one, or it holds other parameters.
+        """
+
+        def read(step: int) -> Tree:
+            return self._read(step, {"params": abstract_params})["params"]
+
+        if which == "last":
+            found = self._newest_good(read)
+            if found is None:
+                raise InputError(f"{str(self._directory)!r} holds no checkpoint; train first.")
+            return found
+        step = self.best_step if which == "best" else which
+        if step is None:
+            raise InputError(f"no checkpoint in {str(self._directory)!r} has a val_loss; ask for 'last' or a step.")
+        if step not in self.steps():
+            raise InputError(f"{str(self._directory)!r} holds no checkpoint {step}, only {self.steps()}.")
+        params, reason = _attempt(read, step)
+        if reason:
+            raise InputError(f"checkpoint {step} in {str(self._directory)!r} is not good ({reason}); ask for another.")
+        return step, params
+
+    def _newest_good(self, read: Callable[[int], T]) -> tuple[int, T] | None:
+        """The newest step that ``read`` can read, and what it gave; bad newer ones are told of and set aside."""
+        reasons: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            value, reason = _attempt(read, step)
+            if not reason:
+                self._set_aside(list(reasons))
+                return step, value
+            reasons[step] = reason
+            logger.warning("skipping checkpoint %d in %s: %s.", step, self._directory, reason)
+        if reasons:
+            told = "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
+            raise InputError(f"{str(self._directory)!r} holds no good checkpoint ({told}); delete it and start again.")
+        return None
+
+    def _read(self, step: int, abstract_state: dict[str, Tree]) -> dict[str, Tree]:
+        """One checkpoint's arrays, verified. Raises InputError if the template differs, anything else if it is bad."""
+        leaves = self.metadata(step)["leaves"]
+        abstract_state = jax.tree.map(_placed, abstract_state)
+        _check_template(step, abstract_state, leaves)
+        params, rest = _split(abstract_state)
+        items = {"params": ocp.args.StandardRestore(params)}
+        if rest:
+            items["state"] = ocp.args.StandardRestore(rest)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        state = {"params": restored.params, **(restored.state if rest else {})}
+        for path, (_, _, crc) in _describe(state).items():
+            if crc is not None and leaves[path][2] is not None and crc != leaves[path][2]:
+                raise _CorruptError(f"the checksum of {path} is wrong")
+        return state
+
+    def _set_aside(self, bad_steps: Sequence[int]) -> None:
+        if self._read_only or not bad_steps:
+            return
+        if jax.process_index() == 0:
+            for step in bad_steps:
+                aside = self._directory / f"{step}.corrupt"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("snlp_jax:checkpoints_set_aside")
+        for step in bad_steps:
+            self._val_losses.pop(step, None)
+        self._manager.reload()
+
+    # -- Ending ------------------------------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Return when every save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _LatestAndBest:
+    """Orbax preservation policy: keep the newest ``keep_last`` and the best of all."""
+
+    keep_last: int
+    val_losses: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        kept = {*steps[-self.keep_last :], _best(steps, self.val_losses)}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _best(steps: Sequence[int], val_losses: Mapping[int, float]) -> int | None:
+    known = [step for step in steps if step in val_losses]
+    return min(known, key=lambda step: (val_losses[step], -step), default=None)
+
+
+def _split(state: Mapping[str, Tree]) -> tuple[Tree, dict[str, Tree]]:
+    return state["params"], {name: tree for name, tree in state.items() if name != "params"}
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The template of one leaf, with the sharding it shall be restored to."""
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding)
+
+
+def _describe(state: Mapping[str, Tree]) -> dict[str, list[Any]]:
+    """Path -> [dtype, shape, CRC-32 of the bytes in C order; None where this process cannot address them all]."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {name: [str(leaf.dtype), list(leaf.shape), _crc(leaf)] for name, leaf in named.items()}
+
+
+def _crc(leaf: Any) -> int | None:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return None
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return None
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+
+
+def _text_crc(meta: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _check_template(step: int, abstract_state: Mapping[str, Tree], leaves: Mapping[str, Sequence[Any]]) -> None:
+    """Raise InputError naming the first array that is asked for and not saved, the other way round, or different."""
+    wanted = _describe(abstract_state)
+    saved = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in abstract_state}
+    for path in [*wanted, *saved]:
+        ours, theirs = wanted.get(path, [None])[:2], saved.get(path, [None])[:2]
+        if ours != theirs:
+            raise InputError(
+                f"checkpoint {step} holds {_say(theirs)} at {path} where this config has {_say(ours)}; "
+                "use the config it was trained with."
+            )
+
+
+def _say(leaf: Sequence[Any]) -> str:
+    return "nothing" if leaf[0] is None else f"{leaf[0]}{leaf[1]}"
+
+
+def _attempt(read: Callable[[int], T], step: int) -> tuple[T, str]:
+    """What ``read(step)`` gives, and why it is bad: "" if it is good, on every process. InputError passes through."""
+    value, reason = None, ""
+    try:
+        value = read(step)
+    except InputError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        text = text if isinstance(error, _CorruptError) else f"{type(error).__name__}: {text}"
+        reason = text.rstrip(".") if len(text) <= 160 else text[:157] + "..."
+    if jax.process_count() > 1:
+        all_bad = multihost_utils.process_allgather(np.asarray(reason != ""))
+        reason = reason or ("another process cannot read it" if all_bad.any() else "")
+    return value, reason
+
+
+# -- The run directory -------------------------------------------------------------------------------------------------
+
+
+def check_run_dir(path: str | Path, config_json: str, resume: bool) -> None:
+    """Claim a run directory for this config, before anything else is written. One process of a run calls it.
+
+    A new or empty one is created and gets ``config.json``; so does it with ``resume``, which then starts fresh. With
+    ``resume`` a directory that holds a run is taken if every field of its config agrees, save those of ``MAY_CHANGE``
+    and the ``eval`` section, and the config on disk becomes this one. Raises InputError when the directory holds a
+    run and ``resume`` is False, holds another config (naming the first field that differs), or cannot be written.
+    """
+    path = Path(path)
+    config_path = path / CONFIG_NAME
+    if config_path.exists():
+        difference = _first_difference(config_path, json.loads(config_json))
+        if difference is not None:
+            raise InputError(f"run directory {str(path)!r} holds another run: {difference}; use another --run-dir.")
+        if not resume:
+            raise InputError(f"run directory {str(path)!r} holds a run; use --resume or another --run-dir.")
+    else:
+        left = [name for name in (METRICS_NAME, CHECKPOINT_NAME) if (path / name).exists()]
+        if left:
+            raise InputError(f"{str(path)!r} holds {left[0]} of a run without {CONFIG_NAME}; use another --run-dir.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        atomic_write(config_path, config_json)
+    except OSError as error:
+        raise InputError(
+            f"run directory {str(path)!r} cannot be written ({error.strerror}); choose another."
+        ) from error
+
+
+def _first_difference(config_path: Path, config: Mapping[str, Any]) -> str | None:
+    try:
+        saved = _flatten(json.loads(config_path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{str(config_path)!r} is not a saved config; use another --run-dir.") from error
+    ours = _flatten(config)
+    for name in [*ours, *saved]:
+        if name in MAY_CHANGE or name.startswith("eval."):
+            continue
+        theirs, mine = saved.get(name, "nothing"), ours.get(name, "nothing")
+        if theirs != mine:
+            return f"{name} is {theirs!r} there and {mine!r} here"
+    return None
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

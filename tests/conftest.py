@@ -1,0 +1,21 @@
+"""Settings of the whole suite. The environment must be set before jax is imported, hence the order below."""
+
+import os
+
+_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"  # enough for an 8-way layer axis and for a 2 x 4 mesh
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+# A silent broadcast [D] + [L, D] hides a forgotten axis; here it raises.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests state exactness; TF32 or bfloat16 products on an accelerator would blur them.
+jax.config.update("jax_default_matmul_precision", "float32")
+
+# The first example compiles, so its time means nothing: no deadline. The same examples on every run.
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.load_profile("suite")

@@ -1,0 +1,227 @@
+"""Each parameter gets its group's rule, at its group's rate; stacked Muon is per-layer Muon."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from snlp_jax.config import OptimConfig
+from snlp_jax.train.optim import ADAM_GROUPS, MUON_DIMENSIONS, learning_rate_schedule, make_optimizer, param_labels
+
+L, D, F, V, NUM_VALUE = 3, 32, 64, 50, 2
+CONSTANT = OptimConfig(warmup_steps=0, warmdown_fraction=0.0)
+LABELS = {
+    "embed": {
+        "token": "embed",
+        "smear_gate": "scalar",
+        "smear_scale": "scalar",
+        "value": "value_embed",
+        "value_gate": "matrix",
+    },
+    "blocks": {
+        "attn": {"query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix"},
+        "mlp": {"up": "matrix", "down": "matrix"},
+        "resid_scale": "resid_scale",
+        "x0_scale": "x0_scale",
+    },
+    "head": {"kernel": "head", "mid_scale": "scalar"},
+}
+SHAPES = {
+    "embed": {
+        "token": (V, D),
+        "smear_gate": (24,),
+        "smear_scale": (),
+        "value": (NUM_VALUE, V, D),
+        "value_gate": (NUM_VALUE, 12, 4),
+    },
+    "blocks": {
+        "attn": {"query": (L, D, D), "key": (L, D, D), "value": (L, D, D), "out": (L, D, D)},
+        "mlp": {"up": (L, D, F), "down": (L, F, D)},
+        "resid_scale": (L,),
+        "x0_scale": (L,),
+    },
+    "head": {"kernel": (D, V), "mid_scale": ()},
+}
+
+
+def random_tree(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32), SHAPES, is_leaf=lambda x: type(x) is tuple
+    )
+
+
+def first_update(config, params, grads, tokens_per_step=1024):
+    optimizer = make_optimizer(config, params, 100, tokens_per_step)
+    return jax.jit(optimizer.update)(grads, jax.jit(optimizer.init)(params), params)
+
+
+def spread(update):
+    """Smallest over largest singular value, the smallest of all layers."""
+    values = np.linalg.svd(np.asarray(update), compute_uv=False)
+    return float((values.min(-1) / values.max(-1)).min())
+
+
+def test_labels_leaf_by_leaf():
+    assert param_labels(random_tree(0)) == LABELS
+    params = random_tree(0)
+    del params["embed"]["smear_gate"], params["embed"]["value"], params["blocks"]["x0_scale"]
+    assert param_labels(params)["blocks"]["resid_scale"] == "resid_scale"
+
+
+def test_unknown_path_is_named():
+    params = random_tree(0)
+    params["blocks"]["mlp"]["gate_bias"] = jnp.zeros((L, F))
+    with pytest.raises(ValueError, match="blocks/mlp/gate_bias"):
+        make_optimizer(OptimConfig(), params, 10, 1)
+
+
+def test_state_holds_each_leaf_in_its_own_group():
+    params = random_tree(0)
+    state = make_optimizer(OptimConfig(), params, 10, 1).init(params).inner_states
+
+    def owned(moments):
+        return jax.tree.map(lambda m: not isinstance(m, optax.MaskedNode), moments, is_leaf=_is_masked)
+
+    def expected(label):
+        return jax.tree.map(lambda own: own == label, LABELS)
+
+    muon_state = state["matrix"].inner_state[0]
+    assert owned(muon_state.mu) == expected("matrix")
+    assert muon_state.mu["blocks"]["mlp"]["up"].shape == (L, D, F)
+    for label in ADAM_GROUPS:
+        adam_state = state[label].inner_state[0]
+        assert owned(adam_state.mu) == expected(label)
+        assert owned(adam_state.nu) == expected(label)
+
+
+def _is_masked(node):
+    return isinstance(node, optax.MaskedNode)
+
+
+def test_matrices_are_orthogonalised_and_embeddings_are_not():
+    params, grads = random_tree(0), random_tree(1)
+    config = dataclasses.replace(CONSTANT, matrix_weight_decay=0.0)
+    updates, _ = first_update(config, jax.tree.map(jnp.zeros_like, params), grads)
+    # Five steps bring every singular value above 0.001 of the norm into [0.85, 1.15]; those of a square Gaussian
+    # matrix may be smaller, so the tall and wide ones are tested.
+    for update in (updates["blocks"]["mlp"]["up"], updates["blocks"]["mlp"]["down"], updates["embed"]["value_gate"]):
+        assert spread(update) > 0.7
+    assert spread(grads["blocks"]["mlp"]["up"]) < 0.3
+    for name in ("token", "value"):
+        assert spread(updates["embed"][name]) < 0.3
+    assert spread(updates["head"]["kernel"]) < 0.3
+    # Scale: matrix_lr * sqrt(max(1, fan_out / fan_in)) times an orthogonal matrix.
+    top = np.linalg.svd(np.asarray(updates["blocks"]["mlp"]["up"]), compute_uv=False).max()
+    assert top == pytest.approx(0.02 * 2**0.5, rel=0.15)
+    top = np.linalg.svd(np.asarray(updates["blocks"]["mlp"]["down"]), compute_uv=False).max()
+    assert top == pytest.approx(0.02, rel=0.15)
+
+
+def test_stacked_muon_is_muon_of_each_layer():
+    def layer(tree, i):
+        return {**tree, "blocks": jax.tree.map(lambda a: a[i : i + 1], tree["blocks"])}
+
+    params = random_tree(0)
+    optimizer = make_optimizer(CONSTANT, params, 100, 1)
+    single_optimizer = make_optimizer(CONSTANT, layer(params, 0), 100, 1)
+    update, single_update = jax.jit(optimizer.update), jax.jit(single_optimizer.update)
+    state, stacked = optimizer.init(params), params
+    singles = [layer(params, i) for i in range(L)]
+    states = [single_optimizer.init(single) for single in singles]
+    for seed in range(3):
+        grads = random_tree(10 + seed)
+        updates, state = update(grads, state, stacked)
+        stacked = optax.apply_updates(stacked, updates)
+        for i in range(L):
+            updates, states[i] = single_update(layer(grads, i), states[i], singles[i])
+            singles[i] = optax.apply_updates(singles[i], updates)
+    for i in range(L):
+        ours, theirs = jax.tree.leaves(layer(stacked, i)["blocks"]), jax.tree.leaves(singles[i]["blocks"])
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+
+
+def test_plain_two_dimensional_muon_agrees():
+    """The dimension numbers of the stack mean what optax means for one matrix."""
+    params, grads = random_tree(0), random_tree(1)
+    state = make_optimizer(CONSTANT, params, 100, 1).init(params).inner_states["matrix"].inner_state[0]
+    coefficients = tuple(map(tuple, np.asarray(state.ns_coeffs).tolist()))
+    up = grads["blocks"]["mlp"]["up"]
+    stack = optax.contrib.scale_by_muon(ns_coeffs=coefficients, weight_dimension_numbers=MUON_DIMENSIONS)
+    plain = optax.contrib.scale_by_muon(
+        ns_coeffs=coefficients, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
+    )
+    together = stack.update(up, stack.init(up))[0]
+    alone = plain.update(up[1], plain.init(up[1]))[0]
+    np.testing.assert_allclose(together[1], alone, atol=1e-6, rtol=0)
+
+
+def test_schedule():
+    config = OptimConfig(warmup_steps=40, warmdown_fraction=0.65, final_lr_fraction=0.05)
+    schedule = jax.jit(learning_rate_schedule(config, 1000))
+    assert schedule(0) == pytest.approx(1 / 40)
+    assert schedule(39) == 1
+    assert schedule(40) == 1
+    assert schedule(350) == 1
+    assert schedule(351) < 1
+    assert schedule(675) == pytest.approx(0.525)
+    assert schedule(999) == pytest.approx(0.05 + 0.95 / 650)
+    assert schedule(1000) == pytest.approx(0.05)
+
+
+def test_schedule_of_a_short_run_and_without_ramps():
+    config = OptimConfig(warmup_steps=40, warmdown_fraction=0.65)
+    values = np.array([learning_rate_schedule(config, 50)(step) for step in range(51)])
+    assert values.max() <= 1
+    assert np.abs(np.diff(values)).max() < 0.05
+    flat = learning_rate_schedule(CONSTANT, 50)
+    assert all(flat(step) == 1 for step in (0, 25, 49))
+
+
+@pytest.mark.parametrize("tokens_per_step", [1024, 4096])
+def test_rates_of_the_groups(tokens_per_step):
+    """The first Adam update of a weight of zero is -lr * sign(gradient)."""
+    params, grads = random_tree(0), random_tree(1)
+    config = dataclasses.replace(CONSTANT, batch_reference=1024, lr_scale=0.5)
+    updates, _ = first_update(config, jax.tree.map(jnp.zeros_like, params), grads, tokens_per_step)
+    width, batch = (D / 768) ** -0.5, (tokens_per_step / 1024) ** 0.5
+    expected = {
+        ("embed", "token"): 0.3 * width * batch,
+        ("embed", "value"): 0.15 * width * batch,
+        ("head", "kernel"): 0.008 * width * batch,
+        ("blocks", "resid_scale"): 0.005 * batch,
+        ("blocks", "x0_scale"): 0.5 * batch,
+        ("embed", "smear_gate"): 0.2,
+        ("embed", "smear_scale"): 0.2,
+        ("head", "mid_scale"): 0.2,
+    }
+    for (group, name), rate in expected.items():
+        np.testing.assert_allclose(np.abs(updates[group][name]), 0.5 * rate, rtol=1e-4, err_msg=name)
+    top = np.linalg.svd(np.asarray(updates["blocks"]["mlp"]["down"]), compute_uv=False).max()
+    assert top == pytest.approx(0.5 * 0.02 * batch, rel=0.15)
+
+
+def test_zero_gradients_only_decay_the_weights():
+    params = random_tree(0)
+    updates, state = first_update(CONSTANT, params, jax.tree.map(jnp.zeros_like, params))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((updates, state)))
+    query = params["blocks"]["attn"]["query"]
+    np.testing.assert_allclose(updates["blocks"]["attn"]["query"], -0.02 * 0.28 * query, rtol=1e-5)
+    token_rate = 0.3 * (D / 768) ** -0.5
+    np.testing.assert_allclose(updates["embed"]["token"], -token_rate * 0.001 * params["embed"]["token"], rtol=1e-5)
+    assert float(updates["head"]["mid_scale"]) == 0
+
+
+def test_clipping_scales_the_gradients_before_everything_else():
+    params, grads = random_tree(0), random_tree(1)
+    config = dataclasses.replace(CONSTANT, max_grad_norm=1.0)
+    optimizer = make_optimizer(config, params, 100, 1)
+    _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    _, grouped = state
+    norm = optax.tree.norm(grads)
+    mu = grouped.inner_states["embed"].inner_state[0].mu["embed"]["token"]
+    np.testing.assert_allclose(mu, 0.2 * grads["embed"]["token"] / norm, rtol=1e-4)
