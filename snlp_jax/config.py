@@ -26,7 +26,7 @@ def _require(condition: bool, message: str) -> None:
 class ModelConfig:
     """The nanochat family of Transformers (docs/math.md, section 1). Lengths are in tokens."""
 
-    vocab_size: int = 256
+    vocab_size: int = 257
     """Entries of the tokenizer; embeddings are padded to a multiple of ``vocab_multiple`` and logits cropped."""
     num_layers: int = 12
     embed_dim: int = 128

@@ -84,7 +84,7 @@ def array_file(step_dir, item="params"):
     return max(files, key=lambda file: file.stat().st_size)
 
 
-# -- Round trips ---------------------------------------------------------------------------------------------------------
+# -- Round trips -------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_restore(tmp_path):
@@ -120,6 +120,13 @@ def test_config_and_metrics_are_kept(tmp_path):
     assert (step, iterator) == (1, None)
 
 
+def test_parameters_alone_are_a_state(tmp_path):
+    state = {"params": make_state()["params"]}
+    with Checkpointer(tmp_path, 1) as checkpointer:
+        checkpointer.save(1, state, None, {})
+        assert_bit_equal(checkpointer.restore(abstract(state), None)[1], state)
+
+
 def test_saved_on_eight_devices_restored_on_four_and_one(tmp_path):
     state = make_state()
     mesh = layer_mesh(8)
@@ -153,7 +160,7 @@ def test_donated_buffers_are_saved_as_they_were(tmp_path):
     assert_bit_equal(restored, expected)
 
 
-# -- Which are kept ------------------------------------------------------------------------------------------------------
+# -- Which are kept ----------------------------------------------------------------------------------------------------
 
 
 def test_newest_and_best_are_kept(tmp_path):

@@ -9,7 +9,14 @@ import optax
 import pytest
 
 from snlp_jax.config import OptimConfig
-from snlp_jax.train.optim import ADAM_GROUPS, MUON_DIMENSIONS, learning_rate_schedule, make_optimizer, param_labels
+from snlp_jax.train.optim import (
+    ADAM_GROUPS,
+    MUON_DIMENSIONS,
+    POLAR_EXPRESS,
+    learning_rate_schedule,
+    make_optimizer,
+    param_labels,
+)
 
 L, D, F, V, NUM_VALUE = 3, 32, 64, 50, 2
 CONSTANT = OptimConfig(warmup_steps=0, warmdown_fraction=0.0)
@@ -147,17 +154,14 @@ def test_stacked_muon_is_muon_of_each_layer():
 
 def test_plain_two_dimensional_muon_agrees():
     """The dimension numbers of the stack mean what optax means for one matrix."""
-    params, grads = random_tree(0), random_tree(1)
-    state = make_optimizer(CONSTANT, params, 100, 1).init(params).inner_states["matrix"].inner_state[0]
-    coefficients = tuple(map(tuple, np.asarray(state.ns_coeffs).tolist()))
-    up = grads["blocks"]["mlp"]["up"]
-    stack = optax.contrib.scale_by_muon(ns_coeffs=coefficients, weight_dimension_numbers=MUON_DIMENSIONS)
-    plain = optax.contrib.scale_by_muon(
-        ns_coeffs=coefficients, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
-    )
+    up = random_tree(1)["blocks"]["mlp"]["up"]
+    plain_dimensions = optax.contrib.MuonDimensionNumbers()
+    stack = optax.contrib.scale_by_muon(ns_coeffs=POLAR_EXPRESS, weight_dimension_numbers=MUON_DIMENSIONS)
+    plain = optax.contrib.scale_by_muon(ns_coeffs=POLAR_EXPRESS, weight_dimension_numbers=plain_dimensions)
     together = stack.update(up, stack.init(up))[0]
     alone = plain.update(up[1], plain.init(up[1]))[0]
-    np.testing.assert_allclose(together[1], alone, atol=1e-6, rtol=0)
+    # float32 rounding, before the learning rate of 0.02: five steps whose coefficients reach 22.
+    np.testing.assert_allclose(together[1], alone, atol=1e-5, rtol=0)
 
 
 def test_schedule():

@@ -40,7 +40,7 @@ MAY_CHANGE = frozenset(
     | {f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_last", "sample_every")}
     | {f"train.{name}" for name in ("sample_tokens", "tensorboard", "eval_batches")}
 )
-"""Config fields, besides the whole ``eval`` section, that a resumed run may change: they do not alter what it learns."""
+"""Config fields, besides the whole ``eval`` section, a resumed run may change: they do not alter what it learns."""
 
 
 class _CorruptError(Exception):
@@ -85,7 +85,7 @@ class Checkpointer:
             except Exception:
                 logger.debug("checkpoint %d has no readable metadata; restore will tell.", step, exc_info=True)
 
-    # -- What there is ---------------------------------------------------------------------------------------------
+    # -- What there is -------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending; whether each is good only reading it tells."""
@@ -110,7 +110,7 @@ class Checkpointer:
             raise _CorruptError("the checksum of its metadata is wrong")
         return meta
 
-    # -- Writing -----------------------------------------------------------------------------------------------------
+    # -- Writing -------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Mapping[str, Tree], data_iterator: Any, metrics: Mapping[str, float]) -> None:
         """Save ``state``, a dict of pytrees with a key "params", and where ``data_iterator`` (grain's, or None) stands.
@@ -130,9 +130,10 @@ class Checkpointer:
         }
         items = {
             "params": ocp.args.StandardSave(params),
-            "state": ocp.args.StandardSave(rest),
             "meta": ocp.args.JsonSave({**meta, "crc32": _text_crc(meta)}),
         }
+        if rest:
+            items["state"] = ocp.args.StandardSave(rest)
         if data_iterator is not None:
             items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
         self._remember_val_loss(step, meta["metrics"])
@@ -145,7 +146,7 @@ class Checkpointer:
         if math.isfinite(val_loss):
             self._val_losses[step] = val_loss
 
-    # -- Reading -----------------------------------------------------------------------------------------------------
+    # -- Reading -------------------------------------------------------------------------------------------------------
 
     def restore(
         self, abstract_state: Mapping[str, Tree], data_iterator: Any
@@ -241,7 +242,7 @@ class Checkpointer:
             self._val_losses.pop(step, None)
         self._manager.reload()
 
-    # -- Ending ------------------------------------------------------------------------------------------------------
+    # -- Ending --------------------------------------------------------------------------------------------------------
 
     def wait(self) -> None:
         """Return when every save is on disk."""

@@ -65,7 +65,7 @@ class MetricsWriter:
             self._make_tensorboard = SummaryWriter
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one record and flush it. Values may be Python, numpy or jax scalars. Raises InputError on a full disk."""
+        """Append one record and flush it. Values are Python, numpy or jax scalars. Raises InputError on a full disk."""
         record = {"step": int(step), **{name: to_json_value(value) for name, value in metrics.items()}}
         with explain_full_disk(self._directory):
             with open(self._path, "a", encoding="utf-8") as file:

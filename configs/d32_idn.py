@@ -1,0 +1,58 @@
+"""d32, 3B parameters, with the published hidden-norm regularizer for Identity on the last 8 layers.
+
+Width, weight and region are published; steps, batch and stride are assumed to be those of d32s_idn.
+
+Command:   python train.py configs/d32_idn.py --data.source PATH
+           (a file, folder or glob of .txt or .jsonl; the built-in corpus is far too small for 32,768 tokens)
+Hardware:  one GPU with 141 GB. Not run here: time and memory are not measured. 4800 steps of 1,048,576
+           tokens are 5.0e9 tokens, and at 6 FLOPs a token and weight of the 1,677.7e6 in matrices
+           and head, 5.1e19 FLOPs without attention, recomputation and the auxiliary loss.
+Expected:  published: sequential PPL 10.07, n8 K1 10.46, n8 K4 10.09. Not run here.
+           PPL compares only on the authors' corpus and tokenizer.
+"""
+
+from snlp_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    HiddenNormConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+config = Config(
+    name="d32_idn",
+    model=ModelConfig(
+        vocab_size=32_768,
+        num_layers=32,
+        embed_dim=2048,
+        num_heads=16,
+        num_kv_heads=16,
+        seq_len=2048,
+        window_pattern="SSSL",
+        remat=True,
+    ),
+    data=DataConfig(tokenizer="bpe", bpe_vocab_size=32_768),
+    # The published rates hold at 524,288 tokens a step; this batch, twice that, multiplies them by sqrt(2).
+    optim=OptimConfig(batch_reference=2**19),
+    loss=LossConfig(hidden_norm=HiddenNormConfig(weight=0.5, region_sizes=(8,), stride=3)),
+    # 512 sequences of 2048 tokens are 1,048,576 tokens a step, in microbatches of 2 sequences.
+    train=TrainConfig(
+        num_steps=4800,
+        batch_size=512,
+        num_microbatches=256,
+        log_every=10,
+        eval_every=250,
+        eval_batches=16,
+        checkpoint_every=250,
+    ),
+    eval=EvalConfig(
+        solvers=(
+            "idn:n=8,k=1",
+            "idn:n=8,k=4",
+        ),
+        batch_size=2,
+    ),
+)

@@ -1,0 +1,130 @@
+"""How close a solver's logits and its free-running text are to those of the sequential pass."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from snlp_jax.eval.perplexity import token_nll
+from snlp_jax.forward import Weights, forward
+from snlp_jax.model import LanguageModel
+from snlp_jax.types import Array
+
+HORIZONS = (8, 16, 32, 64)
+"""Numbers of generated tokens at which two texts are compared."""
+
+
+class Comparison(NamedTuple):
+    """One batch under one schedule, against the sequential pass. Device arrays, or numpy once fetched."""
+
+    nll_BT: Array
+    kl_BT: Array
+    """KL(sequential || solver) in nats."""
+    agrees_BT: Array
+    """Whether the two most likely tokens are the same."""
+    cosine_BT: Array
+    """Of the two logit vectors."""
+    residual_norms: tuple[Array, ...]
+    """[num_iters] of each parallel region: mean over layers and tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||, before
+    each correction."""
+
+
+ReferenceFn = Callable[[Weights, Array], tuple[Array, Array]]
+CompareFn = Callable[[Weights, Array, Array], Comparison]
+
+
+def make_reference_fn(model: LanguageModel, mesh: Mesh | None = None) -> ReferenceFn:
+    """Jitted ``(weights, windows [B, T + 1]) -> (logits_BTV, nll_BT)``."""
+
+    @jax.jit
+    def reference(weights: Weights, window_BT: Array) -> tuple[Array, Array]:
+        logits_BTV = forward(model, weights, window_BT[:, :-1], mesh=mesh).logits_BTV
+        return logits_BTV, token_nll(logits_BTV, window_BT[:, 1:])
+
+    return reference
+
+
+def make_compare_fn(model: LanguageModel, mesh: Mesh | None = None) -> CompareFn:
+    """Jitted ``(weights, windows [B, T + 1], reference logits_BTV) -> Comparison``; compiles once a schedule.
+
+    Only [B, T] arrays leave the device: the logits of one batch are the most that is ever held.
+    """
+
+    @jax.jit
+    def compare(weights: Weights, window_BT: Array, reference_BTV: Array) -> Comparison:
+        output = forward(model, weights, window_BT[:, :-1], mesh=mesh, with_stats=True)
+        logits_BTV = output.logits_BTV
+        log_p_BTV, log_q_BTV = jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(logits_BTV)
+        norms_BT = jnp.linalg.norm(logits_BTV, axis=-1) * jnp.linalg.norm(reference_BTV, axis=-1)
+        return Comparison(
+            nll_BT=token_nll(logits_BTV, window_BT[:, 1:]),
+            kl_BT=jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1),
+            agrees_BT=logits_BTV.argmax(-1) == reference_BTV.argmax(-1),
+            cosine_BT=jnp.sum(logits_BTV * reference_BTV, axis=-1) / jnp.maximum(norms_BT, 1e-30),
+            residual_norms=tuple(solution.stats["residual_norm"].mean(-1) for solution in output.solutions),
+        )
+
+    return compare
+
+
+@dataclass(frozen=True)
+class GreedyMatch:
+    """Agreement of two greedy continuations of the same prompts over their first ``num_tokens`` tokens."""
+
+    num_tokens: int
+    prefix_len: float
+    """Mean number of tokens before the first difference."""
+    match_rate: float
+    """Share of positions with the same token, those after a difference included."""
+
+
+GreedyFn = Callable[[Weights, Array], Array]
+
+
+def make_greedy_fn(model: LanguageModel, *, prompt_len: int, num_tokens: int, mesh: Mesh | None = None) -> GreedyFn:
+    """Jitted greedy decoding without a cache: ``(weights, tokens_BT) -> new tokens [B, num_tokens]``.
+
+    ``tokens_BT`` holds the prompt and a first guess of the ``num_tokens`` that follow. All guesses are replaced at
+    once by the most likely tokens under the current ones until nothing changes. The model is causal, so each step
+    makes at least one more token final and the fixed point is the greedy continuation, whatever the guess; a good
+    guess (another pass's text) ends it early.
+    """
+
+    @jax.jit
+    def decode(weights: Weights, tokens_BT: Array) -> Array:
+        def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            tokens_BT, count, _ = state
+            logits_BTV = forward(model, weights, tokens_BT[:, :-1], mesh=mesh).logits_BTV
+            new_BT = logits_BTV[:, prompt_len - 1 :].argmax(-1).astype(tokens_BT.dtype)
+            changed = jnp.any(new_BT != tokens_BT[:, prompt_len:])
+            return jnp.concatenate([tokens_BT[:, :prompt_len], new_BT], axis=1), count + 1, changed
+
+        state = (tokens_BT, jnp.asarray(0), jnp.asarray(True))
+        final_BT, _, _ = jax.lax.while_loop(lambda state: state[2] & (state[1] < num_tokens), step, state)
+        return final_BT[:, prompt_len:]
+
+    return decode
+
+
+def greedy_matches(text_BT: np.ndarray, reference_BT: np.ndarray) -> tuple[GreedyMatch, ...]:
+    """Agreement of two batches of generated tokens at each of ``HORIZONS`` that fits, and over the whole length."""
+    num_tokens = text_BT.shape[1]
+    equal_BT = text_BT == reference_BT
+    horizons = sorted({n for n in HORIZONS if n < num_tokens} | {num_tokens})
+    return tuple(_match(equal_BT[:, :horizon]) for horizon in horizons)
+
+
+def _match(equal_BT: np.ndarray) -> GreedyMatch:
+    prefix_B = np.cumprod(equal_BT, axis=1).sum(axis=1)
+    return GreedyMatch(equal_BT.shape[1], float(prefix_B.mean()), float(equal_BT.mean()))
+
+
+def stack_comparisons(parts: Sequence[Comparison]) -> Comparison:
+    """Batches after one another along the batch axis, residual norms averaged; numpy."""
+    rows = [np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(4)]
+    norms = zip(*(part.residual_norms for part in parts), strict=True)
+    return Comparison(*rows, residual_norms=tuple(np.mean([np.asarray(n) for n in region], axis=0) for region in norms))

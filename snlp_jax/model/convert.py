@@ -1,0 +1,174 @@
+"""Weights of the authors' nanochat models, to and from this library's parameters.
+
+One table pairs every tensor name of a nanochat state dict with a path in ``params``. torch keeps a Linear weight as
+[out, in] and the layers apart; here a kernel is [in, out] and the layers are stacked. A gradient is a tree like the
+parameters, so :func:`to_nanochat` also brings gradients back to the names and layouts of the authors' code.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from snlp_jax.config import ModelConfig
+from snlp_jax.errors import InputError
+from snlp_jax.model.lm import LanguageModel
+from snlp_jax.types import Array, Params
+
+REQUIRED_FIELDS = {
+    "sequence_len": "seq_len",
+    "vocab_size": "vocab_size",
+    "n_layer": "num_layers",
+    "n_head": "num_heads",
+    "n_kv_head": "num_kv_heads",
+    "n_embd": "embed_dim",
+}
+"""Fields every nanochat config has, and ours."""
+NEGATED_FIELDS = {"no_x0_resid": "use_x0_resid", "no_ve": "use_value_embeds"}
+"""Switches that turn a feature off there and on here."""
+UNSUPPORTED_FIELDS = {"use_mhc": "hyper-connections", "num_mtp_steps": "multi-token-prediction heads"}
+"""Fields that must be off, and what they switch on."""
+DETAIL_FIELDS = {"mhc_num_streams", "mhc_sinkhorn_iters", "mhc_sinkhorn_tau", "mtp_loss_weight"}
+"""Details of the unsupported features: no meaning while those are off."""
+UNUSED_TENSORS = re.compile(r"value_embeds\.\d+\.weight|resid_lambdas|x0_lambdas")
+"""nanochat saves these even for models that do not read them."""
+
+
+def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The :class:`ModelConfig` of a nanochat config, given as a mapping of its fields.
+
+    Raises:
+        InputError: a field is missing or unknown, or switches on a feature that this library lacks.
+    """
+    for name, feature in UNSUPPORTED_FIELDS.items():
+        if config.get(name):
+            raise InputError(f"the nanochat config sets {name}={config[name]!r}, but {feature} are not supported.")
+    known = {*REQUIRED_FIELDS, *NEGATED_FIELDS, *UNSUPPORTED_FIELDS, *DETAIL_FIELDS, "window_pattern"}
+    for name in config:
+        if name not in known:
+            raise InputError(f"the nanochat config has a field {name!r} that this converter does not know.")
+    for name in REQUIRED_FIELDS:
+        if name not in config:
+            raise InputError(f"the nanochat config lacks the field {name!r}.")
+    return ModelConfig(
+        **{ours: config[name] for name, ours in REQUIRED_FIELDS.items()},
+        **{ours: not config.get(name, False) for name, ours in NEGATED_FIELDS.items()},
+        window_pattern=config.get("window_pattern", "SSSL"),
+    )
+
+
+def from_nanochat(state_dict: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
+    """Float32 parameters from a nanochat state dict of numpy arrays.
+
+    Value embeddings and residual scalars that ``config`` does not use are ignored.
+
+    Raises:
+        InputError: names a tensor that is missing, has the wrong shape, or has no place in the model.
+    """
+    shapes = LanguageModel(config).abstract_params()
+    params: Params = {}
+    used: set[str] = set()
+    for row in _table(config):
+        ours = _get(shapes, row.path).shape[row.is_stacked :]
+        tensors = []
+        for name in row.names:
+            if name not in state_dict:
+                raise InputError(f"the state dict lacks the tensor {name!r}.")
+            tensor = np.asarray(state_dict[name], np.float32)
+            expected = row.shape_in_torch(ours)
+            if tensor.shape != expected:
+                raise InputError(f"the tensor {name!r} has the shape {tensor.shape}; the model needs {expected}.")
+            tensors.append(row.from_torch(tensor))
+        _set(params, row.path, jnp.asarray(np.stack(tensors) if row.is_stacked else tensors[0]))
+        used.update(row.names)
+    for name in state_dict:
+        if name not in used and not UNUSED_TENSORS.fullmatch(name):
+            raise InputError(f"the state dict holds the tensor {name!r}, which the model has no place for.")
+    return params
+
+
+def to_nanochat(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Inverse of :func:`from_nanochat`, for parameters or for gradients with respect to them. Dtypes are kept."""
+    state_dict: dict[str, np.ndarray] = {}
+    for row in _table(config):
+        leaf = np.asarray(_get(params, row.path))
+        tensors = leaf if row.is_stacked else leaf[None]
+        state_dict.update((name, row.to_torch(tensor)) for name, tensor in zip(row.names, tensors, strict=True))
+    return state_dict
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One leaf of ``params`` and the tensors it is made of: one, or one a layer where the leaf is a stack."""
+
+    path: str
+    template: str
+    layout: Literal["same", "transposed", "unit"]
+    """Of a tensor beside its leaf; ``unit``: the tensor has an extra leading axis of length 1."""
+    layers: tuple[int, ...] = ()
+    """Layers of the stack; empty where the leaf is not one."""
+
+    @property
+    def is_stacked(self) -> bool:
+        return bool(self.layers)
+
+    @property
+    def names(self) -> list[str]:
+        return [self.template.format(layer) for layer in self.layers] or [self.template]
+
+    def shape_in_torch(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        return {"same": ours, "transposed": ours[::-1], "unit": (1, *ours)}[self.layout]
+
+    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
+        return {"same": tensor, "transposed": tensor.T, "unit": tensor[0]}[self.layout]
+
+    def to_torch(self, tensor: np.ndarray) -> np.ndarray:
+        return {"same": tensor, "transposed": tensor.T, "unit": tensor[None]}[self.layout]
+
+
+def _table(config: ModelConfig) -> list[_Row]:
+    all_layers = tuple(range(config.num_layers))
+    rows = [
+        _Row("embed/token", "transformer.wte.weight", "same"),
+        _Row("head/kernel", "lm_head.weight", "transposed"),
+        _Row("blocks/attn/query", "transformer.h.{}.attn.c_q.weight", "transposed", all_layers),
+        _Row("blocks/attn/key", "transformer.h.{}.attn.c_k.weight", "transposed", all_layers),
+        _Row("blocks/attn/value", "transformer.h.{}.attn.c_v.weight", "transposed", all_layers),
+        _Row("blocks/attn/out", "transformer.h.{}.attn.c_proj.weight", "transposed", all_layers),
+        _Row("blocks/mlp/up", "transformer.h.{}.mlp.c_fc.weight", "transposed", all_layers),
+        _Row("blocks/mlp/down", "transformer.h.{}.mlp.c_proj.weight", "transposed", all_layers),
+    ]
+    if config.use_x0_resid:
+        rows += [
+            _Row("blocks/resid_scale", "resid_lambdas", "same"),
+            _Row("blocks/x0_scale", "x0_lambdas", "same"),
+        ]
+    if config.use_smear:
+        rows += [
+            _Row("embed/smear_gate", "smear_gate.weight", "unit"),
+            _Row("embed/smear_scale", "smear_lambda", "unit"),
+        ]
+    if config.value_embed_layers:
+        rows += [
+            _Row("embed/value", "value_embeds.{}.weight", "same", config.value_embed_layers),
+            _Row("embed/value_gate", "transformer.h.{}.attn.ve_gate.weight", "transposed", config.value_embed_layers),
+        ]
+    if config.use_mid_subtract:
+        rows.append(_Row("head/mid_scale", "backout_lambda", "unit"))
+    return rows
+
+
+def _get(params: Params, path: str) -> Any:
+    for key in path.split("/"):
+        params = params[key]
+    return params
+
+
+def _set(params: Params, path: str, leaf: Array) -> None:
+    *parents, last = path.split("/")
+    for key in parents:
+        params = params.setdefault(key, {})
+    params[last] = leaf

@@ -1,0 +1,32 @@
+"""Floating-point operations of training, and the peaks of known devices, for model FLOP utilisation."""
+
+from snlp_jax.config import ModelConfig
+
+PEAK_BF16_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+"""Dense bfloat16 operations per second of one device, from the makers' data sheets, by the start of its kind."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of a device, None where it is not known."""
+    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if device_kind.startswith(name)), None)
+
+
+def train_flops_per_token(config: ModelConfig) -> float:
+    """Forward and backward of the sequential pass: 6 per matrix weight, 12 per visible key, head channel and layer.
+
+    Auxiliary loss terms and recomputation are not counted: utilisation is that of plain training.
+    """
+    D, H = config.embed_dim, config.head_dim
+    attention = 2 * D * config.num_heads * H + 2 * D * config.num_kv_heads * H
+    matrices = config.num_layers * (attention + 2 * config.mlp_ratio * D * D) + D * config.padded_vocab_size
+    visible = sum(min(window, config.seq_len) for window in config.windows)
+    return 6.0 * matrices + 12.0 * config.num_heads * H * visible

@@ -1,0 +1,279 @@
+"""The training run: check everything, build, restore, step, evaluate, save. Reads from top to bottom."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from snlp_jax.config import Config, to_json
+from snlp_jax.data.pipeline import TokenData, prepare_tokens, train_iterator, val_batches
+from snlp_jax.data.tokenizer import Tokenizer, check_vocab
+from snlp_jax.errors import InputError
+from snlp_jax.infer.greedy import make_greedy
+from snlp_jax.forward import split
+from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
+from snlp_jax.io.files import atomic_write
+from snlp_jax.io.metrics import MetricsWriter
+from snlp_jax.model import LanguageModel, num_params
+from snlp_jax.solver import Schedule
+from snlp_jax.train.flops import peak_flops, train_flops_per_token
+from snlp_jax.train.loss import Plan, loss_fn, make_plan, start_step
+from snlp_jax.train.optim import make_optimizer
+from snlp_jax.train.step import TrainState, init_state, make_step
+from snlp_jax.types import Array
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_PROMPT_LEN = 32
+"""Tokens of held-out text that a sample continues."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or a gradient is no longer finite; the message names step, metrics and the last good checkpoint."""
+
+
+def train(config: Config, *, resume: bool = False, started: float | None = None) -> Path:
+    """Run (or, with ``resume``, continue) the experiment and return its run directory.
+
+    The directory receives config.json, tokenizer.json, metrics.jsonl and checkpoints/. SIGTERM saves a checkpoint and
+    returns early. A run that is killed and resumed ends with the same parameters, bit for bit, as an unbroken one
+    wherever the backend's kernels are deterministic: always on CPU; on GPU with
+    ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.
+
+    Args:
+        started: ``time.time()`` of the start of the process, for the reported time to the first step.
+
+    Raises:
+        InputError: bad input, before anything is compiled.
+        TrainingDivergedError: NaN or infinity in the metrics.
+    """
+    started = started or time.time()
+    console, run_path, tc = Console(), config.run_path, config.train
+
+    # -- Check: everything that can be wrong is looked at before anything is compiled or written ----------------------
+    model = LanguageModel(config.model)
+    data = prepare_tokens(config.data)
+    check_vocab(data.tokenizer, config.model.vocab_size)
+    batches = train_iterator(data, seq_len=config.model.seq_len, batch_size=tc.batch_size, seed=config.data.seed)
+    held_out = val_batches(
+        data, seq_len=config.model.seq_len, batch_size=tc.batch_size // tc.num_microbatches, num_batches=tc.eval_batches
+    )
+    check_run_dir(run_path, to_json(config), resume)
+    _check_corpus(run_path, data)
+    atomic_write(run_path / "tokenizer.json", data.tokenizer.to_json())
+
+    # -- Build --------------------------------------------------------------------------------------------------------
+    params = model.abstract_params()
+    tokens_per_step = tc.batch_size * config.model.seq_len
+    optimizer = make_optimizer(config.optim, params, tc.num_steps, tokens_per_step)
+    init = lambda: init_state(model, optimizer, tc.seed)  # noqa: E731
+    step_fn, eval_fn, sample_fn = make_step(model, optimizer, config), _make_eval(model, config), None
+    console.print(
+        f"{config.name}: {num_params(params) / 1e6:.2f} M parameters, {data.train.size / 1e6:.1f} M training tokens, "
+        f"{tc.num_steps} steps of {tokens_per_step} tokens on {jax.devices()[0].device_kind}"
+    )
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpointer(run_path / "checkpoints", tc.keep_last, config_json=to_json(config))
+        )
+        writer = stack.enter_context(MetricsWriter(run_path, tensorboard=tc.tensorboard))
+
+        # -- Restore --------------------------------------------------------------------------------------------------
+        restored = checkpoints.restore(jax.eval_shape(init), batches) if resume else None
+        first_step = 0
+        if restored is None:
+            state: TrainState = jax.jit(init)()
+        else:
+            first_step, state, batches = restored
+            writer.truncate_after(first_step)
+            console.print(f"resumed from the checkpoint of step {first_step}")
+        if first_step >= tc.num_steps:
+            console.print(f"{run_path} is finished ({first_step} steps)")
+            return run_path
+
+        # -- Step -----------------------------------------------------------------------------------------------------
+        stop = stack.enter_context(_stop_on_sigterm())
+        progress = stack.enter_context(_progress(console))
+        meter = _Meter(config, tokens_per_step)
+        task = progress.add_task("train", total=tc.num_steps, completed=first_step, note="compiling")
+        pending: tuple[int, dict[str, Array]] | None = None
+
+        def read_pending() -> None:
+            """Read the metrics of the step before, which the device has finished by now, and stop on NaN."""
+            nonlocal pending
+            if pending is None:
+                return
+            step, device_metrics = pending
+            pending = None
+            metrics = {name: float(value) for name, value in device_metrics.items()}
+            if not all(map(math.isfinite, metrics.values())):
+                raise TrainingDivergedError(
+                    f"step {step} gave {metrics}; the last good checkpoint is that of step {checkpoints.latest_step} "
+                    f"in {run_path}. Lower optim.lr_scale or set optim.max_grad_norm and start again from it."
+                )
+            if step == first_step + 1:
+                logger.info("first step done %.1f s after the start", time.time() - started)
+            if step % tc.log_every == 0 or step == tc.num_steps:
+                rates = meter.rates(step)
+                writer.write(step, {**metrics, **rates})
+                note = f"loss {metrics['loss']:.3f}  " + "  ".join(f"{k} {v:.3g}" for k, v in rates.items())
+                progress.update(task, completed=step, note=note)
+                if not console.is_terminal:
+                    console.print(f"step {step}/{tc.num_steps}  {note}", highlight=False)
+
+        for step in range(first_step, tc.num_steps):
+            plan = make_plan(config.loss, step, tc.num_steps, tc.seed)
+            tokens = next(batches)["tokens"]
+            state, metrics = step_fn(state, tokens, plan=plan)
+            read_pending()
+            pending = step + 1, metrics
+
+            done = step + 1
+            is_last = done == tc.num_steps or stop.requested
+            val_metrics: dict[str, float] = {}
+            if is_last or _is_due(done, tc.eval_every):
+                with meter.paused():
+                    val_metrics = eval_fn(state["params"], held_out, step)
+                writer.write(done, val_metrics)
+                text = "  ".join(f"{name} {value:.4f}" for name, value in val_metrics.items())
+                console.print(f"step {done}  {text}", highlight=False)
+            if _is_due(done, tc.sample_every):
+                with meter.paused():
+                    sample_fn = sample_fn or _make_sample(model, config, held_out, data.tokenizer)
+                    console.print(sample_fn(state["params"]), style="dim", highlight=False, markup=False)
+            if is_last or _is_due(done, tc.checkpoint_every):
+                read_pending()  # a checkpoint is written only after its metrics proved finite
+                with meter.paused():
+                    checkpoints.save(done, state, batches, val_metrics)
+            if stop.requested:
+                console.print(f"stopped by a signal; step {done} is saved, continue with --resume")
+                return run_path
+    console.print(f"finished in {time.time() - started:.0f} s: {run_path}")
+    return run_path
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_corpus(run_path: Path, data: TokenData) -> None:
+    """Refuse to continue a run on other text: the position in the data would mean something else."""
+    path = run_path / "corpus.txt"
+    if path.exists() and path.read_text().strip() != data.content_hash:
+        raise InputError(f"the corpus has changed since {str(run_path)!r} began; restore it or use another --run-dir.")
+    atomic_write(path, data.content_hash + "\n")
+
+
+def _make_eval(model: LanguageModel, config: Config) -> Callable[[Any, list[np.ndarray], int], dict[str, float]]:
+    """Held-out means of every part of the loss that has begun, all region sizes included.
+
+    ``val_loss``, by which the best checkpoint is chosen, is the whole loss at full weights and appears only once every
+    term has begun, so that no checkpoint from before counts as the best.
+    """
+    terms = config.loss.terms
+    weights: dict[str, Array | float] = {name: term.weight for name, term in terms.items()}
+
+    @functools.partial(jax.jit, static_argnames="plan")
+    def evaluate(params: Any, tokens: Array, *, plan: Plan) -> dict[str, Array]:
+        return loss_fn(model, params, tokens, config.loss, plan, weights)[1]
+
+    def run(params: Any, batches: list[np.ndarray], step: int) -> dict[str, float]:
+        begun = [name for name, term in terms.items() if step >= start_step(term, config.train.num_steps)]
+        plan = Plan(tuple((name, terms[name].region_sizes) for name in begun))
+        parts = [evaluate(params, tokens, plan=plan) for tokens in batches]
+        means = {f"val_{name}": float(np.mean([part[name] for part in parts])) for name in parts[0]}
+        if len(begun) < len(terms):
+            del means["val_loss"]
+        return means
+
+    return run
+
+
+def _make_sample(
+    model: LanguageModel, config: Config, held_out: list[np.ndarray], tokenizer: Tokenizer
+) -> Callable[[Any], str]:
+    """Greedy continuation of a piece of held-out text by the sequential pass."""
+    prompt = held_out[0][:1, :SAMPLE_PROMPT_LEN]
+    greedy = make_greedy(model, config.train.sample_tokens)
+    schedule = Schedule.of(config.model.num_layers)
+
+    def sample(params: Any) -> str:
+        new = greedy(split(model, params, schedule), prompt)
+        return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(np.asarray(new)[0])}"
+
+    return sample
+
+
+class _Meter:
+    """Tokens per second and, where the device's peak is known, model FLOP utilisation, between two readings."""
+
+    def __init__(self, config: Config, tokens_per_step: int):
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = train_flops_per_token(config.model)
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self._last: tuple[int, float] | None = None
+        self._pause = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is not training."""
+        begin = time.perf_counter()
+        yield
+        self._pause += time.perf_counter() - begin
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Since the last call; empty at the first, which includes compilation."""
+        now, last = time.perf_counter(), self._last
+        seconds = now - last[1] - self._pause if last else 0.0
+        self._last, self._pause = (step, now), 0.0
+        if last is None or seconds <= 0:
+            return {}
+        tokens_per_second = (step - last[0]) * self._tokens_per_step / seconds
+        rates = {"tokens_per_s": tokens_per_second}
+        if self._peak is not None:
+            rates["mfu"] = tokens_per_second * self._flops_per_token / self._peak
+        return rates
+
+
+@dataclasses.dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[_Stop]:
+    """A flag that SIGTERM raises; the loop saves and ends after the step at hand."""
+    stop = _Stop()
+
+    def request(*_: object) -> None:
+        stop.requested = True
+
+    previous = signal.signal(signal.SIGTERM, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
