@@ -2,7 +2,7 @@
 
 Command:   python train.py configs/d32s_nox0ve_idn.py --data.source PATH
            (a file, folder or glob of .txt or .jsonl; the built-in corpus is far too small for 32,768 tokens)
-Hardware:  one GPU with 80 GB. Not run here: time and memory are not measured. 4800 steps of 1,048,576
+Hardware:  meant for one GPU with 80 GB. Not run here: time and memory are not measured. 4800 steps of 1,048,576
            tokens are 5.0e9 tokens, and at 6 FLOPs a token and weight of the 178.3e6 in matrices
            and head, 5.4e18 FLOPs without attention, recomputation and the auxiliary loss.
 Expected:  published: sequential PPL 17.57; its layer-parallel rows use fused layers, which are not built here.

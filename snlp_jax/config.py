@@ -372,7 +372,7 @@ def load_config(path: str | Path) -> Config:
 def _build(kind: Any, value: Any, where: str) -> Any:
     """Check a JSON value against a type annotation and turn it into that type."""
     origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         _require(isinstance(value, dict), f"{where} must be an object, not {value!r}.")
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - {f.name for f in dataclasses.fields(kind)})

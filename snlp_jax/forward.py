@@ -98,7 +98,7 @@ def forward(
     mid_layer = model.config.mid_layer
     h = h_mid = model.embed(weights.ends, tokens_BT)
     shared = model.shared(h)
-    solutions = []
+    solutions: list[Solution] = []
     for segment, blocks in zip(weights.segments, weights.blocks, strict=True):
         problem = layer_problem(model, weights.ends, blocks, tokens_BT, shared, segment, h)
         tap = mid_layer - segment.start if segment.start <= mid_layer < segment.stop else None
@@ -108,8 +108,9 @@ def forward(
                 h_mid = h
         else:
             solution, tapped = _solve_region(problem, segment, tap, mesh, with_stats)
-            h, solutions = solution.value, [*solutions, solution]
-            if tap is not None:
+            solutions.append(solution)
+            h = solution.value
+            if tapped is not None:
                 h_mid = tapped
     return Output(model.logits(weights.ends, h, h_mid), h, h_mid, tuple(solutions))
 

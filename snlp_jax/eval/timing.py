@@ -45,37 +45,69 @@ def time_schedules(
     mesh: Mesh | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[Timing]:
-    """Time the forward pass (tokens to all logits) of every schedule, the sequential one among them.
+    """Time the forward pass (random tokens to all logits) of every schedule, the sequential one among them.
 
-    What makes the comparison fair: all passes are compiled the same way with their weights, cast and laid out
-    beforehand, as arguments; each is measured in both layouts and the faster one counts; the runs are interleaved, in
-    a new order every round, so that a change of the machine's speed meets all alike; and a sequential schedule runs
-    on one device, without ``mesh``.
+    What makes the comparison fair: all passes are compiled the same way, with their weights cast and laid out
+    beforehand and passed as arguments; each is measured in both layouts and the faster one counts; the runs are
+    interleaved, in a new order every round, so that a change of the machine's speed meets all alike; and a sequential
+    schedule runs on one device, without ``mesh``.
 
     Args:
         on_progress: called with a word before each compilation (two a schedule) and each round of runs.
     """
     rng = np.random.default_rng(TIMING_SEED)
     tokens_BT = rng.integers(model.config.vocab_size, size=(batch_size, seq_len), dtype=np.int32)
-    num_tokens = batch_size * seq_len
-    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    calls: list[tuple[Any, Weights, Array]] = []
     for layout in LAYOUTS:
-        all_weights = prepare_all(model, params, schedules, num_tokens=num_tokens, layout=layout, mesh=mesh)
-        for schedule, weights in zip(schedules, all_weights, strict=True):
+        settings = {"num_tokens": tokens_BT.size, "layout": layout}
+        alone = iter(prepare_all(model, params, [s for s in schedules if s.is_sequential], **settings))
+        spread = iter(prepare_all(model, params, [s for s in schedules if not s.is_sequential], **settings, mesh=mesh))
+        for schedule in schedules:
             on_progress("compiling")
-            args = (weights, jax.device_put(tokens_BT, weights_sharding(weights)))
-            calls.append((_jit_forward(model, None if schedule.is_sequential else mesh).lower(*args).compile(), args))
-    for compiled, args in calls:
+            weights, its_mesh = (next(alone), None) if schedule.is_sequential else (next(spread), mesh)
+            compiled = _jit_forward(model, its_mesh).lower(weights, tokens_BT).compile()
+            calls.append((compiled, weights, jax.device_put(tokens_BT, compiled.input_shardings[0][1])))
+    for compiled, weights, tokens in calls:
         for _ in range(NUM_WARMUP):
-            jax.block_until_ready(compiled(*args))
+            jax.block_until_ready(compiled(weights, tokens))
     times_ms = np.empty((num_repeats, len(calls)))
     for row in times_ms:
         on_progress("timing")
         for index in rng.permutation(len(calls)):
-            compiled, args = calls[index]
+            compiled, weights, tokens = calls[index]
             start = time.perf_counter()
-            jax.block_until_ready(compiled(*args))
+            jax.block_until_ready(compiled(weights, tokens))
             row[index] = 1e3 * (time.perf_counter() - start)
-    columns = times_ms.reshape(num_repeats, len(LAYOUTS), len(schedules))
-    memory = np.reshape([_memory_bytes(compiled) for compiled, _ in calls], (len(LAYOUTS), len(schedules)))
-    return [_choose(columns[:, :, i], memory[:, i]) for i in range(len(schedules))]
+    results = []
+    for i in range(len(schedules)):
+        columns = [layout * len(schedules) + i for layout in range(len(LAYOUTS))]
+        results.append(_faster(times_ms[:, columns], [_memory_bytes(calls[column][0]) for column in columns]))
+    return results
+
+
+def _jit_forward(model: LanguageModel, mesh: Mesh | None) -> Any:
+    def logits(weights: Weights, tokens_BT: Array) -> Array:
+        return forward(model, weights, tokens_BT, mesh=mesh).logits_BTV
+
+    return jax.jit(logits)
+
+
+def _faster(times_ms: np.ndarray, memory_bytes: Sequence[int | None]) -> Timing:
+    """Of one schedule's times [repeats, layouts], those of the layout with the lowest median."""
+    low, medians, high = np.quantile(times_ms, [0.25, 0.5, 0.75], axis=0)
+    best = int(medians.argmin())
+    return Timing(
+        median_ms=float(medians[best]),
+        quartiles_ms=(float(low[best]), float(high[best])),
+        layout=LAYOUTS[best],
+        layout_medians_ms=dict(zip(LAYOUTS, map(float, medians), strict=True)),
+        memory_bytes=memory_bytes[best],
+    )
+
+
+def _memory_bytes(compiled: Any) -> int | None:
+    try:
+        stats = compiled.memory_analysis()
+        return stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return None

@@ -298,7 +298,7 @@ def _crc(leaf: Any) -> int | None:
         return None
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return None
-    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
 
 
 def _text_crc(meta: Mapping[str, Any]) -> int:
@@ -322,7 +322,7 @@ def _say(leaf: Sequence[Any]) -> str:
     return "nothing" if leaf[0] is None else f"{leaf[0]}{leaf[1]}"
 
 
-def _attempt(read: Callable[[int], T], step: int) -> tuple[T, str]:
+def _attempt(read: Callable[[int], Any], step: int) -> tuple[Any, str]:
     """What ``read(step)`` gives, and why it is bad: "" if it is good, on every process. InputError passes through."""
     value, reason = None, ""
     try:

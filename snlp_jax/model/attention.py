@@ -45,6 +45,8 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, imp
     """
     if implementation == "xla":
         return _xla(q_BTNH, k_BSKH, v_BSKH, window)
+    if not isinstance(window, int):
+        raise TypeError(f"{implementation} attention needs a static window, not a traced one.")
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=(window, 0), implementation="cudnn"

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.model.attention import attend, attend_any, choose_implementation
+from snlp_jax.model.attention import Implementation, attend, attend_any, choose_implementation
 from snlp_jax.model.block import Block, Context, KeyValue, Shared, ValueEmbed
 from snlp_jax.model.layers import GATE_INPUT, SMEAR_INPUT, project, rms_norm, rotary_table, uniform
 from snlp_jax.types import Array, Params, PyTree
@@ -136,7 +137,7 @@ class LanguageModel:
 
         def block(params: PyTree, h_BTD: Array, ctx: Context, shared: Shared) -> tuple[Array, KeyValue]:
             module = nnx.merge(self._block_graph, params)
-            implementation = "xla" if forward_mode else self._attention(h_BTD.shape[1])
+            implementation: Implementation = "xla" if forward_mode else self._attention(h_BTD.shape[1])
             x_BTD, q, kv = module.before(h_BTD, ctx, shared, self.dtype)
             windows = tuple(sorted(set(self.config.windows)))
             out = attend_any(q, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, implementation)
@@ -164,17 +165,19 @@ class LanguageModel:
             # Windows that reach beyond the sequence are all alike.
             effective = [min(window, T - 1) for window in windows]
             implementation = self._attention(T)
-            outs, order = [], []
+            outs: list[Array] = []
+            order: list[int] = []
             for window in sorted(set(effective)):
                 members = [i for i, w in enumerate(effective) if w == window]
-                pick = (lambda x: x) if len(members) == len(windows) else (lambda x, m=jnp.asarray(members): x[m])
-                flat = [pick(x).reshape(-1, *x.shape[2:]) for x in (q, kv.key_BTKH, kv.value_BTKH)]
-                out = attend(*flat, window, implementation)
+                # Layers and batch become one axis; gather only where windows differ.
+                rows = slice(None) if len(members) == len(windows) else np.asarray(members)
+                q_, k_, v_ = (x[rows].reshape(-1, *x.shape[2:]) for x in (q, kv.key_BTKH, kv.value_BTKH))
+                out = attend(q_, k_, v_, window, implementation)
                 outs.append(out.reshape(len(members), -1, *out.shape[1:]))
                 order += members
             out = outs[0]
             if len(outs) > 1:
-                out = jnp.concatenate(outs)[jnp.argsort(jnp.asarray(order))]
+                out = jnp.concatenate(outs)[np.argsort(order)]
             return jax.vmap(after)(params, x_LBTD, out), kv
 
         return jax.checkpoint(sweep) if self.config.remat else sweep
@@ -199,7 +202,7 @@ class LanguageModel:
             bad = low if low < 0 else high
             raise InputError(f"token id {bad} lies outside the vocabulary of {self.config.vocab_size} entries.")
 
-    def _attention(self, seq_len: int) -> Any:
+    def _attention(self, seq_len: int) -> Implementation:
         return choose_implementation(
             self.config.attention, backend=jax.default_backend(), seq_len=seq_len, head_dim=self.config.head_dim
         )

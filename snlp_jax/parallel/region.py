@@ -68,12 +68,12 @@ def solve_sharded(
         return solution, jax.lax.psum(mine, axis_name)
 
     over_layers, everywhere = PartitionSpec(axis_name), PartitionSpec()
-    out_specs = (Solution(everywhere, over_layers, over_layers, PartitionSpec(None, axis_name)), everywhere)
+    stats_spec: Any = PartitionSpec(None, axis_name)
     run = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(over_layers, over_layers, everywhere, everywhere),
-        out_specs=out_specs,
+        out_specs=(Solution(everywhere, over_layers, over_layers, stats_spec), everywhere),
         axis_names={axis_name},
         check_vma=False,  # an all_gather's result is not tracked as replicated
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -43,6 +44,10 @@ class LayerProblem:
     sweep_fn: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
     residual_map: Callable[[PyTree, PyTree], jax.Array] | None = None
     axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.is_unrolled:
+            chex.assert_tree_shape_prefix((self.params, self.ctx), (self.num_layers,))
 
     @property
     def is_unrolled(self) -> bool:

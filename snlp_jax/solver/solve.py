@@ -90,7 +90,7 @@ def relative_norm(a_L: PyTree, b_L: PyTree) -> jax.Array:
         return distance.reshape(distance.shape[0], -1).mean(-1)
 
     ratios = jax.tree.leaves(jax.tree.map(one, a_L, b_L))
-    return sum(ratios[1:], ratios[0]) / len(ratios)
+    return jnp.stack(ratios).mean(0)
 
 
 def safe_norm(x: jax.Array) -> jax.Array:

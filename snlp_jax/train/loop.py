@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,8 +21,8 @@ from snlp_jax.config import Config, to_json
 from snlp_jax.data.pipeline import TokenData, prepare_tokens, train_iterator, val_batches
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab
 from snlp_jax.errors import InputError
-from snlp_jax.infer.greedy import make_greedy
 from snlp_jax.forward import split
+from snlp_jax.infer.greedy import make_greedy
 from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.metrics import MetricsWriter
@@ -210,7 +211,7 @@ def _make_sample(
     schedule = Schedule.of(config.model.num_layers)
 
     def sample(params: Any) -> str:
-        new = greedy(split(model, params, schedule), prompt)
+        new = greedy(split(model, params, schedule), jnp.asarray(prompt))
         return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(np.asarray(new)[0])}"
 
     return sample

@@ -12,6 +12,7 @@ Which terms and sizes a step computes is its :class:`Plan`, chosen on the host, 
 a term costs nothing before it starts. Training stays sequential in depth: the sequential pass is the target.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -76,7 +77,7 @@ def loss_fn(
     tokens_BT1: Array,
     config: LossConfig,
     plan: Plan,
-    weights: dict[str, Array | float],
+    weights: Mapping[str, Array | float],
 ) -> tuple[Array, dict[str, Array]]:
     """The loss (scalar, float32) and the unweighted parts it is made of.
 
@@ -116,13 +117,17 @@ def loss_fn(
         target = jax.lax.stop_gradient(h_LBTD[-1:]) if term.detach_target else h_LBTD[-1:]
         return relative_norm(run(SequentialSegment(L - 1, L), h_in_BTD).trace, target).sum()
 
-    parts = {"hidden_norm": hidden_norm, "solver_ce": solver_ce, "layer_skip": layer_skip}
+    parts: dict[str, Callable[..., Array]] = {
+        "hidden_norm": hidden_norm,
+        "solver_ce": solver_ce,
+        "layer_skip": layer_skip,
+    }
     loss = config.sequential_weight * sequential_ce
     metrics = {"sequential_ce": sequential_ce}
     for name, sizes in plan.sizes:
         term = config.terms[name]
-        values = [parts[name](term, n, x0_BTD if n == L else h_LBTD[L - n - 1]) for n in sizes]  # type: ignore[operator]
-        total = sum(values[1:], values[0])
+        values = [parts[name](term, n, x0_BTD if n == L else h_LBTD[L - n - 1]) for n in sizes]
+        total = jnp.stack(values).sum()
         loss = loss + weights[name] * total
         metrics[name] = total / len(sizes)
     return loss, {"loss": loss, **metrics}

@@ -1,0 +1,382 @@
+"""Time of one forward pass: sequential against layer-parallel, on random weights.
+
+    python benchmarks/speed.py                                     demo shape on a CPU, d32s elsewhere
+    python benchmarks/speed.py --shape d2048 --lengths 1 128
+    python benchmarks/speed.py --num-layers 16 --embed-dim 256 --num-heads 4 --solvers idn:n=8,k=1
+
+Every arm is the whole forward (embedding, layers, head), compiled ahead of time; weights are cast and laid out once,
+outside, and passed as arguments; all arms of a cell (dtype, batch, length) run round robin after a warm-up. The fair
+twin is the faster of two sequential passes: a scan over the stack, and layers unrolled over a list. A length of 1 has
+no cache: it stands for the weight traffic of decoding. Nothing is said about quality, which random weights do not have.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from snlp_jax.config import ModelConfig
+from snlp_jax.errors import InputError
+from snlp_jax.forward import Weights, forward, prepare
+from snlp_jax.io.files import atomic_write
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
+from snlp_jax.solver import Schedule, SequentialSegment
+
+ROOT = Path(__file__).resolve().parents[1]
+Dtype = Literal["float32", "bfloat16"]
+Layout = Literal["stack", "list", "mixed"]
+
+
+def _d32(embed_dim: int) -> ModelConfig:
+    num_heads = embed_dim // 128
+    size = {"num_layers": 32, "embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_heads}
+    return ModelConfig(vocab_size=32_768, seq_len=2048, window_pattern="SSSL", **size)
+
+
+SHAPES = {"demo": ModelConfig(), "d32s": _d32(640), "d1024": _d32(1024), "d2048": _d32(2048)}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Time the forward pass, sequential against layer-parallel."""
+
+    shape: Literal["auto", "demo", "d32s", "d1024", "d2048"] = "auto"
+    """auto: demo on a CPU, d32s elsewhere. The six flags below replace single fields of it."""
+    num_layers: int | None = None
+    embed_dim: int | None = None
+    num_heads: int | None = None
+    vocab_size: int | None = None
+    seq_len: int | None = None
+    window_pattern: str | None = None
+    lengths: tuple[int, ...] = ()
+    """Tokens of a sequence; empty: 1 64 256 on a CPU, 1 128 2048 elsewhere."""
+    batches: tuple[int, ...] = (1,)
+    solvers: tuple[str, ...] = ()
+    """Settings in the notation of snlp_jax/notation.py; empty: the paper's d32s rows, scaled to the depth."""
+    layouts: tuple[Layout, ...] = ()
+    """Of the solver's arms: stack, list, or mixed (a list for the layers in order, a stack for the region).
+    Empty: mixed and list on a CPU, stack and mixed elsewhere."""
+    dtypes: tuple[Dtype, ...] = ()
+    """Empty: float32 on a CPU, bfloat16 elsewhere."""
+    repeats: int = 20
+    calls: int = 0
+    """Forward passes issued back to back in one reading; 0: 1 on a CPU, 5 elsewhere, to hide the host's dispatch."""
+    time_budget: float = 450.0
+    """Seconds, shared out evenly over the cells, after which nothing new is compiled; the rest is listed as skipped."""
+    out: str = ""
+    """Empty: benchmarks/results/speed_DEVICE_DATE.json."""
+
+    def __post_init__(self) -> None:
+        numbers = (*self.lengths, *self.batches, self.repeats)
+        if not self.batches or min(numbers) < 1:
+            raise InputError("lengths, batches and repeats must all be at least 1.")
+
+
+@dataclass
+class Arm:
+    """One way to compute the forward pass."""
+
+    setting: str
+    layout: Layout
+    schedule: Schedule
+    weights: Weights
+    run: Callable[[], jax.Array] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    dispatch: list[float] = field(default_factory=list)
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Measure everything and return what the JSON file holds. The file is rewritten after each cell."""
+    began, on_cpu = time.perf_counter(), jax.default_backend() == "cpu"
+    config = _shape(args)
+    settings = args.solvers or default_settings(config.num_layers)
+    layouts = args.layouts or (("mixed", "list") if on_cpu else ("stack", "mixed"))
+    calls = args.calls or (1 if on_cpu else 5)
+    dtypes = args.dtypes or (("float32",) if on_cpu else ("bfloat16",))
+    lengths = args.lengths or ((1, 64, 256) if on_cpu else (1, 128, 2048))
+    cells = list(itertools.product(dtypes, args.batches, lengths))
+    report = _header(config, args, calls)
+    name = re.sub(r"[^a-z0-9]+", "-", report["device"]["kind"].lower()).strip("-")
+    out = Path(args.out) if args.out else ROOT / f"benchmarks/results/speed_{name}_{report['date']}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    model, arms = None, []
+
+    for index, (dtype, batch, length) in enumerate(cells):
+        if model is None or model.config.compute_dtype != dtype:
+            report["limits"][dtype] = measure_limits(jnp.dtype(dtype), on_cpu)
+            # cuDNN attention takes no float32.
+            attention = "xla" if dtype == "float32" else config.attention
+            model = LanguageModel(dataclasses.replace(config, compute_dtype=dtype, attention=attention))
+            arms = make_arms(model, settings, layouts)
+        # Every cell may begin its share of the budget; what one leaves unused goes to the next.
+        deadline = began + args.time_budget * (index + 1) / len(cells)
+        tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, length)))
+        where = {"dtype": dtype, "batch": batch, "length": length}
+        for arm in arms:
+            arm.run, arm.seconds, arm.dispatch = None, [], []
+            who = where | {"setting": arm.setting, "layout": arm.layout}
+            if time.perf_counter() > deadline:
+                report["skipped"].append(who)
+                continue
+            try:
+                compile_arm(arm, model, tokens)
+            except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that refuses the shape
+                report["failed"].append(who | {"error": str(error).splitlines()[0][:300]})
+        alive = [arm for arm in arms if arm.run is not None]
+        measure(alive, args.repeats, calls, deadline)
+        cell = where | summarize(alive, model.config, batch, length, report["limits"][dtype])
+        report["cells"].append(cell)
+        report["elapsed_s"] = round(time.perf_counter() - began, 1)
+        report["load_average"]["end"] = os.getloadavg()[0]
+        atomic_write(out, json.dumps(report, indent=1) + "\n")
+        console.print(_table(cell))
+    for kind in ("skipped", "failed"):
+        for who in report[kind]:
+            console.print(f"{kind}: {' '.join(map(str, who.values()))}", markup=False)
+    console.print(f"{report['elapsed_s']} s; wrote {out}", markup=False)
+    return report
+
+
+def default_settings(num_layers: int) -> tuple[str, ...]:
+    """The paper's rows for 32 layers, their regions scaled to ``num_layers`` and no more iterations than layers."""
+    rows = ((24, 1, "h0"), (24, 2, "h0"), (24, 4, "h0"), (12, 2, "batch_forward"), (8, 1, "h0"), (8, 4, "h0"))
+    scaled = [(max(1, round(num_layers * n / 32)), k, init) for n, k, init in rows]
+    return tuple(dict.fromkeys(f"idn:n={n},k={min(k, n)},init={init}" for n, k, init in scaled))
+
+
+def random_params(model: LanguageModel) -> Any:
+    """Fresh parameters in the compute dtype whose output projections are not zero."""
+
+    def init(key: jax.Array) -> Any:
+        params = model.init(key)
+        for index, (part, name) in enumerate((("attn", "out"), ("mlp", "down"))):
+            shape = params["blocks"][part][name].shape
+            noise = jax.random.normal(jax.random.fold_in(key, index), shape)
+            params["blocks"][part][name] = 0.5 * shape[-2] ** -0.5 * noise
+        return model.cast(params)
+
+    return jax.jit(init)(jax.random.key(0))
+
+
+def make_arms(model: LanguageModel, settings: tuple[str, ...], layouts: tuple[Layout, ...]) -> list[Arm]:
+    """The two sequential arms, then every solver setting in every layout. They share the embedding and the head."""
+    params = random_params(model)
+    ends = {name: params[name] for name in ("embed", "head")}
+    wanted: list[tuple[str, Layout]] = [("seq", "stack"), ("seq", "list")]
+    wanted += [(setting, layout) for layout in layouts for setting in settings]
+
+    def arm(setting: str, layout: Layout) -> Arm:
+        schedule = parse_schedule(setting, model.config.num_layers)
+        in_order, in_region = ("list", "stack") if layout == "mixed" else (layout, layout)
+        laid_out = {kind: prepare(model, params, schedule, num_tokens=1, layout=kind) for kind in {in_order, in_region}}
+        segments = laid_out[in_order].segments
+        blocks = tuple(
+            laid_out[in_order if isinstance(segment, SequentialSegment) else in_region].blocks[index]
+            for index, segment in enumerate(segments)
+        )
+        return Arm(setting, layout, schedule, Weights(ends, blocks, segments))
+
+    return [arm(setting, layout) for setting, layout in wanted]
+
+
+def compile_arm(arm: Arm, model: LanguageModel, tokens: jax.Array) -> None:
+    """Compile ahead of time and run twice."""
+    began = time.perf_counter()
+    program = jax.jit(lambda weights, tokens: forward(model, weights, tokens).logits_BTV)
+    compiled = program.lower(arm.weights, tokens).compile()
+    compile_s = time.perf_counter() - began
+    arm.run = lambda: compiled(arm.weights, tokens)
+    logits = arm.run()
+    is_finite = bool(jnp.isfinite(logits).all())
+    jax.block_until_ready(arm.run())
+    memory = compiled.memory_analysis()
+    sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
+    arm.facts = {
+        "compile_s": round(compile_s, 2),
+        "peak_bytes": sizes["argument"] + sizes["output"] + sizes["temp"] - sizes["alias"],
+        "temp_bytes": sizes["temp"],
+        "is_finite": is_finite,
+    }
+
+
+def measure(arms: list[Arm], repeats: int, calls: int, deadline: float) -> None:
+    """Rounds over all arms, every second one backwards; at least three, however late it is."""
+    for index in range(repeats):
+        if index >= 3 and time.perf_counter() > deadline:
+            return
+        for arm in arms[:: -1 if index % 2 else 1]:
+            began = time.perf_counter()
+            for _ in range(calls):
+                logits = arm.run()
+            issued = time.perf_counter()
+            jax.block_until_ready(logits)
+            arm.seconds.append((time.perf_counter() - began) / calls)
+            arm.dispatch.append((issued - began) / calls)
+
+
+def summarize(arms: list[Arm], config: ModelConfig, batch: int, length: int, limits: dict[str, float]) -> dict:
+    """Times, the fair twin, speed-ups and fractions of the machine's limit."""
+    medians = {(arm.setting, arm.layout): statistics.median(arm.seconds) for arm in arms}
+    sequential = {layout: seconds for (setting, layout), seconds in medians.items() if setting == "seq"}
+    twin = min(sequential, key=sequential.get) if sequential else None
+    rows = []
+    for arm in arms:
+        median = medians[arm.setting, arm.layout]
+        low, _, high = np.quantile(arm.seconds, (0.25, 0.5, 0.75))
+        num_bytes, flops = work(config, arm.schedule, batch, length)
+        limit = max(num_bytes / limits["copy_bytes_per_s"], flops / limits["matmul_flops_per_s"])
+        rows.append(
+            {
+                "setting": arm.setting,
+                "layout": arm.layout,
+                "depth": arm.schedule.depth,
+                "num_block_evals": arm.schedule.num_block_evals,
+                "runs": len(arm.seconds),
+                "median_ms": 1e3 * median,
+                "lower_quartile_ms": 1e3 * float(low),
+                "upper_quartile_ms": 1e3 * float(high),
+                "min_ms": 1e3 * min(arm.seconds),
+                "dispatch_ms": 1e3 * statistics.median(arm.dispatch),
+                "speedup": sequential[twin] / median if twin else None,
+                "weight_bytes": num_bytes,
+                "flops": flops,
+                "limit_ms": 1e3 * limit,
+                "fraction_of_limit": limit / median,
+                **arm.facts,
+            }
+        )
+    return {"twin": twin, "twin_ms": 1e3 * sequential[twin] if twin else None, "arms": rows}
+
+
+def work(config: ModelConfig, schedule: Schedule, batch: int, length: int) -> tuple[int, int]:
+    """Bytes of weights that a forward must read, and its FLOPs.
+
+    A layer's weights are read once an evaluation; activations are left out. Attention counts the visible pairs of
+    query and key, twice two FLOPs a channel each; norms and other elementwise work are left out.
+    """
+    D, kv_dim, V = config.embed_dim, config.num_kv_heads * config.head_dim, config.padded_vocab_size
+    itemsize, num_tokens = jnp.dtype(config.compute_dtype).itemsize, batch * length
+    layer_weights = 2 * D * D + 2 * D * kv_dim + 2 * config.mlp_ratio * D * D
+    gathered = num_tokens * (D + len(config.value_embed_layers) * kv_dim)
+    num_bytes = itemsize * (schedule.num_block_evals * layer_weights + D * V + gathered)
+    flops = 2 * num_tokens * (schedule.num_block_evals * layer_weights + D * V)
+    for segment in schedule.segments:
+        evals = segment.num_block_evals // segment.num_layers
+        for window in config.windows[segment.start : segment.stop]:
+            pairs = int(np.minimum(np.arange(length), window).sum()) + length
+            flops += 4 * evals * batch * D * pairs
+    return num_bytes, flops
+
+
+def measure_limits(dtype: Any, on_cpu: bool) -> dict[str, float]:
+    """What this machine reaches now: bytes read plus written of an elementwise pass, and FLOPs of a square product."""
+    num_bytes, side = (2**26, 1024) if on_cpu else (2**30, 8192)
+    x = jnp.ones(num_bytes // dtype.itemsize, dtype)
+    a = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
+    copy = jax.jit(lambda x: x + jnp.ones((), dtype))
+    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+
+    def fastest(run: Callable[[], jax.Array]) -> float:
+        jax.block_until_ready(run())
+        readings = []
+        for _ in range(10):
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            readings.append(time.perf_counter() - began)
+        return min(readings)
+
+    return {
+        "copy_bytes_per_s": 2 * x.nbytes / fastest(lambda: copy(x)),
+        "matmul_flops_per_s": 2 * side**3 / fastest(lambda: product(a)),
+    }
+
+
+def _shape(args: Args) -> ModelConfig:
+    name = ("demo" if jax.default_backend() == "cpu" else "d32s") if args.shape == "auto" else args.shape
+    names = ("num_layers", "embed_dim", "num_heads", "vocab_size", "seq_len", "window_pattern")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "num_heads" in given:
+        given["num_kv_heads"] = given["num_heads"]
+    return dataclasses.replace(SHAPES[name], **given)
+
+
+def _header(config: ModelConfig, args: Args, calls: int) -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "date": date.today().isoformat(),
+        "commit": _commit(),
+        "device": {
+            "kind": device.device_kind,
+            "backend": device.platform,
+            "machine": platform.machine(),
+            "num_cores": os.cpu_count(),
+        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "flax")},
+        "model": dataclasses.asdict(config),
+        "args": dataclasses.asdict(args) | {"calls": calls, "out": ""},
+        "load_average": {"start": os.getloadavg()[0]},
+        "limits": {},
+        "cells": [],
+        "skipped": [],
+        "failed": [],
+    }
+
+
+def _commit() -> str | None:
+    """Short hash, with a plus sign where tracked files differ from it; None outside a git checkout."""
+    git = lambda *rest: subprocess.run(["git", *rest], cwd=ROOT, capture_output=True, text=True, check=True).stdout  # noqa: E731
+    try:
+        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _table(cell: dict[str, Any]) -> Table:
+    title = f"{cell['dtype']}, batch {cell['batch']}, {cell['length']} tokens"
+    table = Table(title=f"{title}; twin: sequential {cell['twin']}")
+    for name in ("setting", "layout"):
+        table.add_column(name)
+    for name in ("depth", "median ms", "quartiles", "speed-up", "of limit", "peak MB", "compile s"):
+        table.add_column(name, justify="right")
+    for arm in cell["arms"]:
+        table.add_row(
+            arm["setting"],
+            arm["layout"],
+            str(arm["depth"]),
+            f"{arm['median_ms']:.3f}",
+            f"{arm['lower_quartile_ms']:.3f}-{arm['upper_quartile_ms']:.3f}",
+            "-" if arm["speedup"] is None else f"{arm['speedup']:.2f}x",
+            f"{100 * arm['fraction_of_limit']:.0f} %",
+            f"{arm['peak_bytes'] / 1e6:.0f}",
+            f"{arm['compile_s']:.1f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,83 @@
+"""Which settings are worth having: the Pareto front of quality against cost, and its picture."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+LOG_RANGE = 20.0
+"""Spread of the changes from which on their axis is logarithmic (linear around zero)."""
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Whether each point (cost, loss), lower is better in both, is dominated by none.
+
+    A point dominates another if it is no worse in both and better in one; equal points are all on the front.
+    """
+
+    def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
+        return a[0] <= b[0] and a[1] <= b[1] and a != b
+
+    return [not any(dominates(other, point) for other in points) for point in points]
+
+
+def draw_frontier(
+    names: Sequence[str],
+    changes: Sequence[float],
+    intervals: Sequence[tuple[float, float] | None],
+    costs: dict[str, Sequence[float]],
+    title: str,
+) -> bytes:
+    """A PNG with one panel for each cost. The first setting is the sequential pass.
+
+    Args:
+        changes, intervals: relative change of PPL and its 95 % interval, as fractions.
+        costs: axis label -> cost of every setting.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6 * len(costs), 4.4), layout="constrained", dpi=160)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    percents = [100 * change for change in changes]
+    bars = [tuple(100 * end for end in interval) if interval else (p, p) for p, interval in zip(percents, intervals, strict=True)]
+    for axis, (label, values) in zip(axes, costs.items(), strict=True):
+        _draw_panel(axis, list(values), percents, bars)
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("change of perplexity, %")
+    figure.suptitle(title, fontsize=11)
+    canvas.draw()
+    for axis, values in zip(axes, costs.values(), strict=True):
+        _label_points(axis, canvas.get_renderer(), names, list(values), percents)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_panel(axis: Any, costs: list[float], percents: list[float], bars: list[tuple[float, float]]) -> None:
+    sizes = sorted(abs(percent) for percent in percents if abs(percent) > 1e-3)
+    if sizes and sizes[-1] > LOG_RANGE * sizes[0]:
+        axis.set_yscale("symlog", linthresh=max(sizes[0], sizes[-1] / 1e4))
+        axis.yaxis.set_major_formatter("{x:g}")
+    on_front = pareto_front(list(zip(costs, percents, strict=True)))
+    front = sorted(point for point, is_on in zip(zip(costs, percents, strict=True), on_front, strict=True) if is_on)
+    axis.plot(*zip(*front, strict=True), color="#2a6f97", linewidth=1.2, zorder=1, label="Pareto front")
+    for cost, percent, bar, is_on in zip(costs, percents, bars, on_front, strict=True):
+        axis.plot([cost, cost], bar, color="#9aa5ad", linewidth=1, zorder=1)
+        axis.plot(cost, percent, "o", markersize=6, color="#2a6f97" if is_on else "#c3ccd2", zorder=2)
+    axis.plot(costs[0], percents[0], "*", markersize=15, color="#d1495b", zorder=3, label="sequential")
+    axis.axhline(0, color="#d1495b", linewidth=0.8, linestyle=":", zorder=0)
+    axis.margins(x=0.22, y=0.15)
+    axis.grid(color="#e6e9eb", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _label_points(axis: Any, renderer: Any, names: Sequence[str], costs: list[float], percents: list[float]) -> None:
+    """Write each name beside its point, at the first of a few places where it covers neither a name nor a point."""
+    places = [(x, y) for y in (0, 7, -7, 14, -14, 22, -22, 30, -30) for x in (8, -8)]
+    points = axis.transData.transform(list(zip(costs, percents, strict=True)))
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in points]

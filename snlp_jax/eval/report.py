@@ -1,0 +1,194 @@
+"""The numbers of an evaluation: as tables, JSON, CSV and a picture."""
+
+import csv
+import dataclasses
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from snlp_jax.errors import InputError
+from snlp_jax.eval.fidelity import GreedyMatch
+from snlp_jax.eval.frontier import draw_frontier
+from snlp_jax.eval.timing import Timing
+from snlp_jax.io.files import atomic_write
+
+FOLDER = "eval"
+TABLE_WIDTH = 120
+"""Where the output is no terminal."""
+
+
+@dataclass(frozen=True)
+class SettingResult:
+    """One solver setting against the sequential pass of the same weights. None where a part was left out."""
+
+    setting: str
+    depth: int
+    """Dependent block evaluations on the critical path."""
+    num_block_evals: int
+    ppl: float
+    ppl_change: float
+    """PPL / sequential PPL - 1."""
+    ppl_interval: tuple[float, float] | None
+    """95 % interval of ``ppl_change``, paired bootstrap over windows; None with a single window."""
+    kl: float
+    """KL(sequential || solver), nats, mean over tokens."""
+    top1: float
+    """Share of tokens with the same most likely next token."""
+    cosine: float
+    """Of the logits, mean over tokens."""
+    nll_change_by_position: tuple[float, ...]
+    """Nats, in equal bins over the positions of a window."""
+    residual_norms: tuple[tuple[float, ...], ...]
+    """Of each parallel region, before each iteration's correction (mean over its layers and tokens)."""
+    greedy: tuple[GreedyMatch, ...] = ()
+    timing: Timing | None = None
+    speedup: float | None = None
+    """Median time of the sequential pass / median time of this one, each in its faster layout."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All settings, the sequential pass first, and under what circumstances they were measured."""
+
+    results: tuple[SettingResult, ...]
+    info: dict[str, Any]
+    """Device, versions, date, commit, seeds, shapes, config: whatever JSON can hold."""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def to_csv(self) -> str:
+        """One row a setting: the numbers of the tables, fractions as fractions."""
+        rows = [_csv_row(result) for result in self.results]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def to_png(self) -> bytes:
+        """PPL change against depth and, where it was measured, time. Raises ImportError without matplotlib."""
+        costs = {"dependent block evaluations": [float(result.depth) for result in self.results]}
+        if self.results[0].timing is not None:
+            shape = f"{self.info['timing_batch']} x {self.info['timing_len']}"
+            costs[f"ms per forward of {shape} tokens"] = [r.timing.median_ms for r in self.results if r.timing]
+        return draw_frontier(
+            [result.setting for result in self.results],
+            [result.ppl_change for result in self.results],
+            [result.ppl_interval for result in self.results],
+            costs,
+            title=f"{self.info['name']}: {self.info['num_layers']} layers, {self.info['device']}, {self.info['dtype']}",
+        )
+
+
+def write_report(report: Report, run_dir: Path) -> tuple[list[Path], str]:
+    """Write ``eval.json``, ``eval.csv`` and ``eval.png`` into ``run_dir/eval``.
+
+    Returns:
+        The files, and a notice about what could not be made, or "".
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    folder, notice = run_dir / FOLDER, ""
+    contents: dict[str, str | bytes] = {"eval.json": report.to_json(), "eval.csv": report.to_csv()}
+    try:
+        contents["eval.png"] = report.to_png()
+    except ImportError:
+        notice = 'no eval.png: it needs matplotlib, which `pip install "snlp-jax[plots]"` brings.'
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, content in contents.items():
+            atomic_write(folder / name, content)
+    except OSError as error:
+        raise InputError(f"folder {str(folder)!r} cannot be written ({error.strerror}); make it writable.") from error
+    return [folder / name for name in contents], notice
+
+
+def print_report(report: Report) -> None:
+    """Two tables on stdout: what a setting changes, and what it costs."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    console.print(_quality_table(report))
+    if report.results[0].timing is not None:
+        console.print(_cost_table(report))
+
+
+def _quality_table(report: Report) -> Table:
+    info = report.info
+    title = f"Quality over {info['num_windows']} held-out windows of {info['window_len']} tokens"
+    greedy = report.results[0].greedy
+    columns = ["depth", "evals", "PPL", "change", "95 % interval", "KL, nats", "top-1", "cosine"]
+    columns += [f"equal of {greedy[-1].num_tokens}", "in a row"] if greedy else []
+    table = _table(title, columns)
+    for result in report.results:
+        low, high = result.ppl_interval or (None, None)
+        is_reference = result is report.results[0]
+        changes = [
+            f"{100 * result.ppl_change:+.2f} %",
+            "-" if low is None else f"{100 * low:+.2f} to {100 * high:+.2f}",
+            f"{result.kl:.2g}",
+            f"{100 * result.top1:.1f} %",
+            f"{result.cosine:.4f}",
+        ]
+        matches = [f"{100 * result.greedy[-1].match_rate:.0f} %", f"{result.greedy[-1].prefix_len:.1f}"] if greedy else []
+        cells = ["-"] * len(changes + matches) if is_reference else changes + matches
+        table.add_row(result.setting, str(result.depth), str(result.num_block_evals), f"{result.ppl:.3f}", *cells)
+    return table
+
+
+def _cost_table(report: Report) -> Table:
+    info = report.info
+    title = (
+        f"Cost of a forward of {info['timing_batch']} x {info['timing_len']} tokens on {info['device']}, {info['dtype']}, "
+        f"{info['timing_repeats']} interleaved runs"
+    )
+    table = _table(title, ["depth", "evals", "ms (median)", "quartiles", "layout", "speed-up", "memory, MiB"])
+    for result in report.results:
+        timing = result.timing
+        if timing is None or result.speedup is None:
+            continue
+        low, high = timing.quartiles_ms
+        memory = "-" if timing.memory_bytes is None else f"{timing.memory_bytes / 2**20:.1f}"
+        cells = [f"{timing.median_ms:.2f}", f"{low:.2f}-{high:.2f}", timing.layout, f"{result.speedup:.2f}x", memory]
+        table.add_row(result.setting, str(result.depth), str(result.num_block_evals), *cells)
+    return table
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("setting", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _csv_row(result: SettingResult) -> dict[str, Any]:
+    low, high = result.ppl_interval or (None, None)
+    row: dict[str, Any] = {
+        "setting": result.setting,
+        "depth": result.depth,
+        "num_block_evals": result.num_block_evals,
+        "ppl": result.ppl,
+        "ppl_change": result.ppl_change,
+        "ppl_change_low": low,
+        "ppl_change_high": high,
+        "kl": result.kl,
+        "top1": result.top1,
+        "cosine": result.cosine,
+    }
+    for match in result.greedy:
+        row |= {f"greedy_prefix_{match.num_tokens}": match.prefix_len}
+        row |= {f"greedy_match_{match.num_tokens}": match.match_rate}
+    if result.timing is not None:
+        row |= {"ms": result.timing.median_ms, "ms_q1": result.timing.quartiles_ms[0]}
+        row |= {"ms_q3": result.timing.quartiles_ms[1], "layout": result.timing.layout}
+        row |= {"speedup": result.speedup, "memory_bytes": result.timing.memory_bytes}
+    return row
