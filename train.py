@@ -5,27 +5,30 @@ import time
 STARTED = time.time()
 
 import argparse  # noqa: E402
+import logging  # noqa: E402
 import sys  # noqa: E402
 
 import tyro  # noqa: E402
 
 from snlp_jax.config import Config, load_config  # noqa: E402
-from snlp_jax.entry import enable_compilation_cache, run_entry  # noqa: E402
+from snlp_jax.entry import run_entry  # noqa: E402
 from snlp_jax.train.loop import train  # noqa: E402
+
+EPILOG = "Every field of the config is a flag: `python train.py configs/demo.py --help` lists them with their defaults."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("snlp_jax").setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, add_help=False)
     parser.add_argument("config", help="a file that binds `config = Config(...)`, such as configs/demo.py")
-    parser.add_argument("--resume", action="store_true", help="continue the run in the run directory")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the run directory, if there is one")
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
         parser.print_help()
-        print("\nEvery field of the config is a flag: python train.py configs/demo.py --help lists them.")
         return
-    known, rest = parser.parse_known_args()
-    config = tyro.cli(Config, default=load_config(known.config), args=rest, prog=f"train.py {known.config}")
-    enable_compilation_cache()
-    train(config, resume=known.resume, started=STARTED)
+    ours, rest = parser.parse_known_args()
+    config = tyro.cli(Config, default=load_config(ours.config), args=rest, prog=f"train.py {ours.config}")
+    train(config, resume=ours.resume, started=STARTED)
 
 
 if __name__ == "__main__":

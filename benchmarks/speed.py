@@ -32,11 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import Weights, forward, prepare
+from snlp_jax.eval.weights import prepare_all
+from snlp_jax.forward import Weights, forward
 from snlp_jax.io.files import atomic_write
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
@@ -87,8 +88,7 @@ class Args:
     """Empty: benchmarks/results/speed_DEVICE_DATE.json."""
 
     def __post_init__(self) -> None:
-        numbers = (*self.lengths, *self.batches, self.repeats)
-        if not self.batches or min(numbers) < 1:
+        if not self.batches or min(*self.lengths, *self.batches, self.repeats) < 1:
             raise InputError("lengths, batches and repeats must all be at least 1.")
 
 
@@ -111,6 +111,8 @@ def main(args: Args) -> dict[str, Any]:
     began, on_cpu = time.perf_counter(), jax.default_backend() == "cpu"
     config = _shape(args)
     settings = args.solvers or default_settings(config.num_layers)
+    for setting in settings:
+        parse_schedule(setting, config.num_layers)  # a mistake is told before anything is measured
     layouts = args.layouts or (("mixed", "list") if on_cpu else ("stack", "mixed"))
     calls = args.calls or (1 if on_cpu else 5)
     dtypes = args.dtypes or (("float32",) if on_cpu else ("bfloat16",))
@@ -122,7 +124,6 @@ def main(args: Args) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 140)
     model, arms = None, []
-
     for index, (dtype, batch, length) in enumerate(cells):
         if model is None or model.config.compute_dtype != dtype:
             report["limits"][dtype] = measure_limits(jnp.dtype(dtype), on_cpu)
@@ -152,9 +153,8 @@ def main(args: Args) -> dict[str, Any]:
         report["load_average"]["end"] = os.getloadavg()[0]
         atomic_write(out, json.dumps(report, indent=1) + "\n")
         console.print(_table(cell))
-    for kind in ("skipped", "failed"):
-        for who in report[kind]:
-            console.print(f"{kind}: {' '.join(map(str, who.values()))}", markup=False)
+    for who in report["skipped"] + report["failed"]:
+        console.print("not measured:", *who.values(), markup=False)
     console.print(f"{report['elapsed_s']} s; wrote {out}", markup=False)
     return report
 
@@ -181,23 +181,25 @@ def random_params(model: LanguageModel) -> Any:
 
 
 def make_arms(model: LanguageModel, settings: tuple[str, ...], layouts: tuple[Layout, ...]) -> list[Arm]:
-    """The two sequential arms, then every solver setting in every layout. They share the embedding and the head."""
+    """The two sequential arms, then every solver setting in every layout. They share what arrays they can."""
     params = random_params(model)
     ends = {name: params[name] for name in ("embed", "head")}
-    wanted: list[tuple[str, Layout]] = [("seq", "stack"), ("seq", "list")]
-    wanted += [(setting, layout) for layout in layouts for setting in settings]
+    schedules = {setting: parse_schedule(setting, model.config.num_layers) for setting in ("seq", *settings)}
+
+    def lay_out(kind: Literal["stack", "list"]) -> dict[str, Weights]:
+        laid_out = prepare_all(model, params, list(schedules.values()), num_tokens=1, layout=kind)
+        return dict(zip(schedules, laid_out, strict=True))
+
+    stacks, lists = lay_out("stack"), lay_out("list")
 
     def arm(setting: str, layout: Layout) -> Arm:
-        schedule = parse_schedule(setting, model.config.num_layers)
-        in_order, in_region = ("list", "stack") if layout == "mixed" else (layout, layout)
-        laid_out = {kind: prepare(model, params, schedule, num_tokens=1, layout=kind) for kind in {in_order, in_region}}
-        segments = laid_out[in_order].segments
-        blocks = tuple(
-            laid_out[in_order if isinstance(segment, SequentialSegment) else in_region].blocks[index]
-            for index, segment in enumerate(segments)
-        )
-        return Arm(setting, layout, schedule, Weights(ends, blocks, segments))
+        segments = stacks[setting].segments
+        is_list = [layout == "list" or (layout == "mixed" and isinstance(s, SequentialSegment)) for s in segments]
+        blocks = tuple((lists if use else stacks)[setting].blocks[index] for index, use in enumerate(is_list))
+        return Arm(setting, layout, schedules[setting], Weights(ends, blocks, segments))
 
+    wanted: list[tuple[str, Layout]] = [("seq", "stack"), ("seq", "list")]
+    wanted += [(setting, layout) for layout in layouts for setting in settings]
     return [arm(setting, layout) for setting, layout in wanted]
 
 
@@ -206,19 +208,14 @@ def compile_arm(arm: Arm, model: LanguageModel, tokens: jax.Array) -> None:
     began = time.perf_counter()
     program = jax.jit(lambda weights, tokens: forward(model, weights, tokens).logits_BTV)
     compiled = program.lower(arm.weights, tokens).compile()
-    compile_s = time.perf_counter() - began
+    arm.facts = {"compile_s": round(time.perf_counter() - began, 2)}
     arm.run = lambda: compiled(arm.weights, tokens)
-    logits = arm.run()
-    is_finite = bool(jnp.isfinite(logits).all())
+    arm.facts["is_finite"] = bool(jnp.isfinite(arm.run()).all())
     jax.block_until_ready(arm.run())
     memory = compiled.memory_analysis()
     sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
-    arm.facts = {
-        "compile_s": round(compile_s, 2),
-        "peak_bytes": sizes["argument"] + sizes["output"] + sizes["temp"] - sizes["alias"],
-        "temp_bytes": sizes["temp"],
-        "is_finite": is_finite,
-    }
+    peak = sizes["argument"] + sizes["output"] + sizes["temp"] - sizes["alias"]
+    arm.facts |= {"peak_bytes": peak, "temp_bytes": sizes["temp"]}
 
 
 def measure(arms: list[Arm], repeats: int, calls: int, deadline: float) -> None:
@@ -238,35 +235,19 @@ def measure(arms: list[Arm], repeats: int, calls: int, deadline: float) -> None:
 
 def summarize(arms: list[Arm], config: ModelConfig, batch: int, length: int, limits: dict[str, float]) -> dict:
     """Times, the fair twin, speed-ups and fractions of the machine's limit."""
-    medians = {(arm.setting, arm.layout): statistics.median(arm.seconds) for arm in arms}
-    sequential = {layout: seconds for (setting, layout), seconds in medians.items() if setting == "seq"}
+    sequential = {arm.layout: statistics.median(arm.seconds) for arm in arms if arm.setting == "seq"}
     twin = min(sequential, key=sequential.get) if sequential else None
     rows = []
     for arm in arms:
-        median = medians[arm.setting, arm.layout]
-        low, _, high = np.quantile(arm.seconds, (0.25, 0.5, 0.75))
+        lower, median, upper = (float(q) for q in np.quantile(arm.seconds, (0.25, 0.5, 0.75)))
         num_bytes, flops = work(config, arm.schedule, batch, length)
         limit = max(num_bytes / limits["copy_bytes_per_s"], flops / limits["matmul_flops_per_s"])
-        rows.append(
-            {
-                "setting": arm.setting,
-                "layout": arm.layout,
-                "depth": arm.schedule.depth,
-                "num_block_evals": arm.schedule.num_block_evals,
-                "runs": len(arm.seconds),
-                "median_ms": 1e3 * median,
-                "lower_quartile_ms": 1e3 * float(low),
-                "upper_quartile_ms": 1e3 * float(high),
-                "min_ms": 1e3 * min(arm.seconds),
-                "dispatch_ms": 1e3 * statistics.median(arm.dispatch),
-                "speedup": sequential[twin] / median if twin else None,
-                "weight_bytes": num_bytes,
-                "flops": flops,
-                "limit_ms": 1e3 * limit,
-                "fraction_of_limit": limit / median,
-                **arm.facts,
-            }
-        )
+        row = {"setting": arm.setting, "layout": arm.layout, "depth": arm.schedule.depth, "runs": len(arm.seconds)}
+        row |= {"median_ms": 1e3 * median, "lower_quartile_ms": 1e3 * lower, "upper_quartile_ms": 1e3 * upper}
+        row |= {"min_ms": 1e3 * min(arm.seconds), "dispatch_ms": 1e3 * statistics.median(arm.dispatch)}
+        row |= {"speedup": sequential[twin] / median if twin else None, "num_block_evals": arm.schedule.num_block_evals}
+        row |= {"weight_bytes": num_bytes, "flops": flops, "limit_ms": 1e3 * limit, "fraction_of_limit": limit / median}
+        rows.append(row | arm.facts)
     return {"twin": twin, "twin_ms": 1e3 * sequential[twin] if twin else None, "arms": rows}
 
 
@@ -324,29 +305,25 @@ def _shape(args: Args) -> ModelConfig:
 
 def _header(config: ModelConfig, args: Args, calls: int) -> dict[str, Any]:
     device = jax.devices()[0]
+    machine = {"backend": device.platform, "machine": platform.machine(), "num_cores": os.cpu_count()}
     return {
         "date": date.today().isoformat(),
         "commit": _commit(),
-        "device": {
-            "kind": device.device_kind,
-            "backend": device.platform,
-            "machine": platform.machine(),
-            "num_cores": os.cpu_count(),
-        },
+        "device": {"kind": device.device_kind} | machine,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "model": dataclasses.asdict(config),
         "args": dataclasses.asdict(args) | {"calls": calls, "out": ""},
         "load_average": {"start": os.getloadavg()[0]},
         "limits": {},
-        "cells": [],
-        "skipped": [],
-        "failed": [],
-    }
+    } | {name: [] for name in ("cells", "skipped", "failed")}
 
 
 def _commit() -> str | None:
     """Short hash, with a plus sign where tracked files differ from it; None outside a git checkout."""
-    git = lambda *rest: subprocess.run(["git", *rest], cwd=ROOT, capture_output=True, text=True, check=True).stdout  # noqa: E731
+
+    def git(*rest: str) -> str:
+        return subprocess.run(["git", *rest], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
     try:
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -354,24 +331,15 @@ def _commit() -> str | None:
 
 
 def _table(cell: dict[str, Any]) -> Table:
-    title = f"{cell['dtype']}, batch {cell['batch']}, {cell['length']} tokens"
-    table = Table(title=f"{title}; twin: sequential {cell['twin']}")
-    for name in ("setting", "layout"):
-        table.add_column(name)
-    for name in ("depth", "median ms", "quartiles", "speed-up", "of limit", "peak MB", "compile s"):
-        table.add_column(name, justify="right")
+    title = f"{cell['dtype']}, batch {cell['batch']}, {cell['length']} tokens; twin: sequential {cell['twin']}"
+    numbers = ("depth", "median ms", "quartiles", "speed-up", "of limit", "peak MB", "compile s")
+    table = Table("setting", "layout", *(Column(name, justify="right") for name in numbers), title=title)
     for arm in cell["arms"]:
-        table.add_row(
-            arm["setting"],
-            arm["layout"],
-            str(arm["depth"]),
-            f"{arm['median_ms']:.3f}",
-            f"{arm['lower_quartile_ms']:.3f}-{arm['upper_quartile_ms']:.3f}",
-            "-" if arm["speedup"] is None else f"{arm['speedup']:.2f}x",
-            f"{100 * arm['fraction_of_limit']:.0f} %",
-            f"{arm['peak_bytes'] / 1e6:.0f}",
-            f"{arm['compile_s']:.1f}",
-        )
+        speedup = "-" if arm["speedup"] is None else f"{arm['speedup']:.2f}x"
+        quartiles = f"{arm['lower_quartile_ms']:.3f}-{arm['upper_quartile_ms']:.3f}"
+        times = (str(arm["depth"]), f"{arm['median_ms']:.3f}", quartiles, speedup)
+        limits = (f"{100 * arm['fraction_of_limit']:.0f} %", f"{arm['peak_bytes'] / 1e6:.0f}")
+        table.add_row(arm["setting"], arm["layout"], *times, *limits, f"{arm['compile_s']:.1f}")
     return table
 
 

@@ -6,20 +6,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from snlp_jax.errors import InputError
+from snlp_jax.errors import DivergedError, InputError
 
 MIN_COMPILE_SECONDS = 0.5
 """Programs that compile faster are not worth a file."""
 
 
 def run_entry(main: Callable[[], None]) -> None:
-    """Call ``main``; an InputError becomes one line on stderr and exit code 2."""
+    """Call ``main``; a known error becomes one line on stderr: exit code 2 for an InputError, 1 for divergence."""
     try:
         enable_compilation_cache()
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def enable_compilation_cache() -> None:

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend."""
+"""The two exceptions that the entry scripts turn into one sentence."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The message is one sentence that names the value and the remedy. The entry scripts print it and exit with code 2.
     """
+
+
+class DivergedError(RuntimeError):
+    """Training met a number that is not finite. The entry scripts print the message and exit with code 1."""

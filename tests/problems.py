@@ -12,7 +12,7 @@ import numpy as np
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.model import LanguageModel
-from snlp_jax.solver import Exact, Identity, Jacobi, LayerProblem, ScaledIdentity, Schedule, sequential
+from snlp_jax.solver import Exact, Identity, Jacobi, LayerProblem, ScaledIdentity, Schedule
 from snlp_jax.solver.init import Guess
 
 NUM_LAYERS, NUM_TOKENS, WIDTH = 5, 3, 4
@@ -59,7 +59,7 @@ def scaled_translation(num_layers=NUM_LAYERS):
     def block(params, h, ctx, shared):
         return params["s"] * h + params["c"][None], ()
 
-    params = {"s": jnp.linspace(0.7, 1.4, num_layers), "c": _shifts(num_layers)}
+    params = {"s": jnp.linspace(-0.8, 1.9, num_layers), "c": _shifts(num_layers)}
     return _chain(block, params, lambda params, ctx: params["s"], num_layers)
 
 
@@ -107,7 +107,7 @@ def pair():
     def block(params, h, ctx, shared):
         return {"a": params["s"] * h["a"] + shared, "b": params["s"] * h["b"] + ctx}, ()
 
-    params = {"s": jnp.linspace(1.3, 0.8, NUM_LAYERS)}
+    params = {"s": jnp.linspace(2.0, -0.9, NUM_LAYERS)}
     h_in = {"a": _normal(3, NUM_TOKENS, WIDTH), "b": _normal(4, 2)}
     shared, ctx = _normal(5, NUM_TOKENS, WIDTH), _normal(6, NUM_LAYERS, 2)
     return _chain(block, params, lambda params, ctx: params["s"], h_in=h_in, shared=shared, ctx=ctx)
@@ -130,11 +130,11 @@ ITERATIONS = {
     "half_translation": {JACOBI: N, IDENTITY: N, SCALED: 1, HALF: 1, EXACT: 1},
     "constant": {JACOBI: 1, IDENTITY: N, SCALED: 1, HALF: N, EXACT: 1},
     "affine": {JACOBI: N, IDENTITY: N, SCALED: N, HALF: N, EXACT: 1},
-    "nonlinear": {JACOBI: N, IDENTITY: N, SCALED: N, HALF: N, EXACT: 3},
+    "nonlinear": {JACOBI: N, IDENTITY: N, SCALED: N, HALF: N, EXACT: 4},
     "pair": {JACOBI: N, IDENTITY: N, SCALED: 1, HALF: N, EXACT: 1},
 }
 """Fewest iterations from h0 to the sequential trace. N is the bound for any correction; Newton on the nonlinear chain
-converges quadratically and is there sooner."""
+converges quadratically and is there one sooner."""
 
 
 def listed(problem):
@@ -145,8 +145,18 @@ def listed(problem):
 
 def error(trace, problem):
     """Largest distance of a trace from the sequential one, relative to the largest entry of that one."""
-    truth = sequential(problem, with_trace=True).trace
-    return max(relative_error(*leaves) for leaves in zip(jax.tree.leaves(trace), jax.tree.leaves(truth), strict=True))
+    both = zip(jax.tree.leaves(trace), jax.tree.leaves(true_trace(problem)), strict=True)
+    return max(relative_error(*leaves) for leaves in both)
+
+
+def true_trace(problem):
+    """The chain, one layer after another in plain Python."""
+    h, rows = problem.h_in, []
+    for index in range(problem.num_layers):
+        params, ctx = problem.layer(index)
+        h, _ = problem.block_fn(params, h, ctx, problem.shared)
+        rows.append(h)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
 def relative_error(actual, desired):

@@ -21,8 +21,10 @@ from problems import (
     listed,
     nonlinear,
     pair,
+    relative_error,
     scaled_translation,
     translation,
+    true_trace,
 )
 
 from snlp_jax.solver import (
@@ -72,8 +74,8 @@ def test_iterations_to_the_sequential_trace(name, correction):
     errors = [error(trace, problem) for trace in iterates(problem, correction, expected)]
     # Exact up to float32 rounding: 6e-8 an operation, a few dozen operations on a state of size one.
     assert errors[expected] < 3e-6
-    # One iteration fewer is not enough: a thousand times that.
-    assert errors[expected - 1] > 3e-3
+    # One iteration fewer is not enough: hundreds of times that.
+    assert errors[expected - 1] > 1e-3
 
 
 def test_every_correction_has_a_row_in_the_table():
@@ -110,37 +112,40 @@ def test_all_corrections_agree_after_n_iterations(name):
 
 
 @pytest.mark.parametrize("init", (PrefixState(), BatchForward()), ids=lambda init: type(init).__name__)
-@pytest.mark.parametrize("correction", CHEAP, ids=name_of)
-def test_the_loop_ends_with_a_residual_of_exactly_zero(correction, init):
-    """Through the compiled loop itself: at N + 1 iterations the last evaluation finds nothing to correct."""
+def test_the_loop_ends_with_a_residual_of_exactly_zero(init):
+    """Through the compiled loop itself: iteration k + 1 finds nothing to correct in the first k layers."""
     problem = nonlinear()
-    run = jax.jit(lambda: solve(problem, correction, num_iters=NUM_LAYERS + 1, init=init, with_stats=True))
-    residual_norm = np.asarray(run().stats["residual_norm"])
-    chex.assert_shape(residual_norm, (NUM_LAYERS + 1, NUM_LAYERS))
-    np.testing.assert_array_equal(residual_norm[-1], 0.0)
-    # Jacobi moves one layer an iteration: a batched forward is one ahead of the plain guess.
-    ahead = 1 if isinstance(init, BatchForward) else 0
-    assert residual_norm[NUM_LAYERS - 1 - ahead, -1] > 0
-    below = np.tril(np.ones_like(residual_norm), -1 + ahead).astype(bool)
-    np.testing.assert_array_equal(residual_norm[below], 0.0)
+
+    @jax.jit
+    def run(params, h_in):
+        here = dataclasses.replace(problem, params=params, h_in=h_in)
+        settings = {"num_iters": NUM_LAYERS + 1, "init": init, "with_stats": True}
+        return {name_of(c): solve(here, c, **settings).stats["residual_norm"] for c in CHEAP}
+
+    for residual_norm in run(problem.params, problem.h_in).values():
+        chex.assert_shape(residual_norm, (NUM_LAYERS + 1, NUM_LAYERS))
+        settled = np.tril(np.ones((NUM_LAYERS + 1, NUM_LAYERS), bool), -1)
+        np.testing.assert_array_equal(residual_norm[settled], 0.0)
+        assert np.all(residual_norm[0] > 0) or isinstance(init, BatchForward)
+        assert residual_norm[NUM_LAYERS - 2, -1] > 0
 
 
 def test_one_iteration_on_the_true_trace_returns_it():
     problem = nonlinear()
-    truth = sequential(problem, with_trace=True).trace
+    truth = true_trace(problem)
     for correction in ALL:
-        trace = solve(problem, correction, num_iters=1, init=Warm(truth)).trace
-        np.testing.assert_allclose(trace, truth, rtol=1e-6, atol=1e-6)  # rounding of scan against vmap
+        trace = iterates(problem, correction, 1, Warm(truth))[-1]
+        np.testing.assert_allclose(trace, truth, rtol=1e-6, atol=1e-6)  # rounding of single against batched calls
 
 
 def test_exact_converges_quadratically():
     """Newton's method: the next error is of the order of this error's square."""
     with jax.enable_x64(True):
-        problem = jax.tree.map(lambda leaf: leaf, dataclasses.replace(nonlinear(), **in_float64(nonlinear())))
+        problem = dataclasses.replace(nonlinear(), **in_float64(nonlinear()))
         errors = [error(trace, problem) for trace in iterates(problem, EXACT, 4)]
-    assert 1e-3 < errors[1] < 1
+    assert errors[3] > 1e-4  # so that the last step has something to show
     for before, after in zip(errors[1:], errors[2:], strict=False):
-        assert after < 10 * before**2 + 1e-14  # the constant of a chain with curvature of order one; float64 rounding
+        assert after < 10 * before**2  # the constant of a chain whose curvature is of order one
 
 
 def in_float64(problem):
@@ -151,15 +156,17 @@ def in_float64(problem):
 # ---------------------------------------------------------------- equalities
 
 
-@pytest.mark.parametrize("num_iters", (1, 2, 4, SCAN_LENGTH))
 @pytest.mark.parametrize("correction", (SCALED, EXACT), ids=name_of)
-def test_num_iters_is_that_many_single_iterations(correction, num_iters):
+def test_num_iters_is_that_many_single_iterations(correction):
     """Unrolled up to four, a scan from five on."""
-    problem = scaled_translation(8)
-    solution = solve(problem, dataclasses.replace(correction, damping=0.3), num_iters=num_iters, init=PrefixState())
-    expected = iterates(problem, dataclasses.replace(correction, damping=0.3), num_iters)[-1]
-    np.testing.assert_allclose(solution.trace, expected, rtol=1e-6, atol=1e-6)  # rounding of another program
-    np.testing.assert_array_equal(solution.value, solution.trace[-1])
+    problem, correction = nonlinear(8), dataclasses.replace(correction, damping=0.3)
+    expected = iterates(problem, correction, SCAN_LENGTH)
+    for num_iters in (1, 3, 4, 5, SCAN_LENGTH):
+        solution = solve(problem, correction, num_iters=num_iters, init=PrefixState())
+        assert relative_error(solution.trace, expected[num_iters]) < 1e-5  # rounding, amplified by eight layers
+        np.testing.assert_array_equal(solution.value, solution.trace[-1])
+        if num_iters < SCAN_LENGTH:
+            assert relative_error(solution.trace, expected[num_iters + 1]) > 1e-4
 
 
 def test_batch_forward_is_one_jacobi_iteration():
@@ -189,17 +196,20 @@ def test_full_damping_is_jacobi(correction):
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)  # rounding: y + 0 d is y
 
 
-@pytest.mark.parametrize("correction", ALL, ids=name_of)
-@pytest.mark.parametrize("name", ("nonlinear", "pair"))
+@pytest.mark.parametrize(
+    "name, correction", (("nonlinear", EXACT), ("nonlinear", IDENTITY), ("pair", EXACT), ("pair", SCALED))
+)
 def test_list_layout_is_stack_layout(name, correction):
     problem = CHAINS[name]()
     unrolled = listed(problem)
     assert unrolled.is_unrolled and not problem.is_unrolled
-    settings = {"num_iters": 2, "init": BatchForward(), "with_stats": True}
-    # Rounding of batched against single products.
-    chex.assert_trees_all_close(
-        solve(unrolled, correction, **settings), solve(problem, correction, **settings), rtol=1e-5, atol=1e-5
-    )
+
+    @jax.jit
+    def run(*layouts):
+        problems = (dataclasses.replace(problem, params=params) for params in layouts)
+        return [solve(p, correction, num_iters=2, init=BatchForward(), with_stats=True) for p in problems]
+
+    chex.assert_trees_all_close(*run(unrolled.params, problem.params), rtol=1e-5, atol=1e-5)  # batched, single products
 
 
 @pytest.mark.parametrize("with_trace", (True, False))

@@ -1,6 +1,16 @@
 """What a schedule costs and what it changes, always next to the sequential pass of the same weights."""
 
-from snlp_jax.eval.evaluate import default_solvers, evaluate, evaluate_run, read_config
-from snlp_jax.eval.report import Report, SettingResult
+from snlp_jax.eval.evaluate import default_solvers, evaluate
+from snlp_jax.eval.report import Report, SettingResult, print_report, write_report
+from snlp_jax.eval.run import evaluate_run, read_config
 
-__all__ = ["Report", "SettingResult", "default_solvers", "evaluate", "evaluate_run", "read_config"]
+__all__ = [
+    "Report",
+    "SettingResult",
+    "default_solvers",
+    "evaluate",
+    "evaluate_run",
+    "print_report",
+    "read_config",
+    "write_report",
+]

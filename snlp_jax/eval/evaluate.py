@@ -1,111 +1,46 @@
 """The evaluation of a model: every solver setting against the sequential pass, on the same windows and machine."""
 
-import dataclasses
 import datetime
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from snlp_jax.config import Config, EvalConfig, ModelConfig, from_json
-from snlp_jax.data.pipeline import TokenData, prepare_tokens, val_batches
-from snlp_jax.data.tokenizer import check_vocab
+from snlp_jax.config import EvalConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.fidelity import (
     Comparison,
     GreedyMatch,
     greedy_matches,
+    join_comparisons,
     make_compare_fn,
     make_greedy_fn,
     make_reference_fn,
-    stack_comparisons,
 )
 from snlp_jax.eval.perplexity import BOOTSTRAP_SEED, change_by_position, paired_interval, perplexity, relative_change
 from snlp_jax.eval.report import Report, SettingResult
 from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import Weights, forward, split
-from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
 from snlp_jax.solver import Schedule
 from snlp_jax.types import Params
 
-TOKENIZER_NAME = "tokenizer.json"
-Which = Literal["best", "last"]
 OnProgress = Callable[[str], None]
 
 
-# -- A run directory -----------------------------------------------------------------------------------------------
-
-
-def read_config(run_dir: Path) -> Config:
-    """The config that a run saved. Raises InputError when the directory does not exist or holds no run."""
-    if not run_dir.is_dir():
-        raise InputError(f"run directory {str(run_dir)!r} does not exist; train first or name another.")
-    path = run_dir / CONFIG_NAME
-    if not path.is_file():
-        raise InputError(f"run directory {str(run_dir)!r} holds no {CONFIG_NAME}, so it is no run; name another.")
-    return from_json(path.read_text(encoding="utf-8"))
-
-
-def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report:
-    """:func:`evaluate` of a run's checkpoint on its held-out text.
-
-    Args:
-        config: the run's, with the ``eval`` section that is wanted.
-        which: the checkpoint of the lowest validation loss (the newest one where none is known), or the newest.
-
-    Raises:
-        InputError: no good checkpoint, or anything that :func:`evaluate` refuses.
-    """
-    model = LanguageModel(config.model)
-    parse_settings(config.model, config.eval)  # a bad setting should not wait for the corpus
-    with Checkpointer(run_dir / CHECKPOINT_NAME, read_only=True) as checkpointer:
-        if which == "best" and checkpointer.latest_step is not None and checkpointer.best_step is None:
-            _note(f"no checkpoint of {run_dir} has a validation loss; taking the last one.")
-            which = "last"
-        step, params = checkpointer.restore_params(model.abstract_params(), which if checkpointer.steps() else "last")
-    data = _read_data(run_dir, config)
-    batch_size = min(config.eval.batch_size, config.eval.num_windows)
-    batches = val_batches(
-        data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=config.eval.num_windows // batch_size
-    )
-    report = evaluate(model, params, batches, config.eval)
-    about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
-    about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash, "config": dataclasses.asdict(config)}
-    return dataclasses.replace(report, info=report.info | about)
-
-
-def _read_data(run_dir: Path, config: Config) -> TokenData:
-    """The corpus in the tokens of the run, even if it has changed since and would give another tokenizer now."""
-    path = run_dir / TOKENIZER_NAME
-    if not path.is_file():
-        raise InputError(f"run directory {str(run_dir)!r} holds no {TOKENIZER_NAME}; train it again or name another.")
-    data = prepare_tokens(config.data)
-    if data.tokenizer.to_json() != path.read_text(encoding="utf-8"):
-        _note("the corpus now gives another tokenizer than in training; using the run's own.")
-        data = prepare_tokens(dataclasses.replace(config.data, tokenizer=str(path)))
-    check_vocab(data.tokenizer, config.model.vocab_size)
-    return data
-
-
-# -- A model -------------------------------------------------------------------------------------------------------
-
-
 def default_solvers(model: ModelConfig) -> tuple[str, ...]:
-    """Regions of a third, a half and two thirds of the layers under one and two iterations, and one batch_forward."""
-    sizes = sorted({max(2, round(share * model.num_layers)) for share in (1 / 3, 1 / 2, 2 / 3)})
-    sizes = [size for size in sizes if size <= model.num_layers] or [model.num_layers]
+    """The last third, half and two thirds of the layers with one and two iterations; the largest also batch_forward."""
+    shares = (1 / 3, 1 / 2, 2 / 3)
+    sizes = sorted({min(max(2, round(share * model.num_layers)), model.num_layers) for share in shares})
     corrections = ("idn", "sid") if model.use_x0_resid else ("idn",)
     grid = [f"{name}:n={size},k={k}" for name in corrections for size in sizes for k in (1, 2)]
     return (*grid, f"idn:n={sizes[-1]},k=1,init=batch_forward")
@@ -115,27 +50,26 @@ def parse_settings(model: ModelConfig, config: EvalConfig) -> dict[str, Schedule
     """Setting -> schedule: the sequential pass, then ``config.solvers`` or the default grid, without repetitions.
 
     Raises:
-        InputError: names the setting that the model cannot run, or the length it cannot read.
+        InputError: names the setting that the model cannot run, or the length that it cannot read.
     """
-    lengths = {"eval.timing_len": config.timing_len, "the greedy comparison": config.greedy_prompt_len + config.greedy_tokens}
-    for name, length in lengths.items():
+    greedy_len = config.greedy_prompt_len + config.greedy_tokens if _has_greedy(config) else 0
+    for what, length in (("eval.timing_len", config.timing_len), ("the greedy comparison", greedy_len)):
         if length > model.max_context:
             raise InputError(
-                f"{name} needs {length} tokens, but the model reads at most {model.max_context}; shorten it."
+                f"{what} takes {length} tokens, but the model reads {model.max_context} at most; lower it."
             )
-    if config.greedy_prompts and config.greedy_tokens and not config.greedy_prompt_len:
+    if _has_greedy(config) and config.greedy_prompt_len == 0:
         raise InputError("eval.greedy_prompt_len is 0; give at least 1, or set eval.greedy_tokens to 0.")
-    settings = (text.replace(" ", "") for text in config.solvers or default_solvers(model))
-    return {text: parse_schedule(text, model.num_layers) for text in ("seq", *settings)}
+    texts = [text.replace(" ", "") for text in config.solvers] or default_solvers(model)
+    return {text: parse_schedule(text, model.num_layers) for text in ("seq", *texts)}
 
 
-def evaluate(
-    model: LanguageModel, params: Params, batches: Sequence[np.ndarray], config: EvalConfig
-) -> Report:
+def evaluate(model: LanguageModel, params: Params, batches: Sequence[np.ndarray], config: EvalConfig) -> Report:
     """Measure every setting of ``config`` against the sequential pass.
 
-    Quality is measured on ``batches`` of windows, int32 [B, T + 1], B the same for all; greedy continuations start
-    from the first tokens of the first windows; times are of a forward over random tokens.
+    Args:
+        batches: windows, int32 [B, T + 1], of equal shape. Quality is measured on them; greedy continuations start
+            from the first tokens of some. The timed forward reads random tokens.
 
     Raises:
         InputError: a setting that the model or the devices cannot run, before anything is compiled.
@@ -145,40 +79,140 @@ def evaluate(
     mesh = make_mesh(layer=config.layer_devices) if config.layer_devices > 1 else None
     if mesh is not None:
         _check_mesh(model, params, schedules, mesh)
+    windows = np.concatenate(batches)
     timing_len = config.timing_len or model.config.seq_len
-    has_greedy = min(config.greedy_prompts, config.greedy_tokens) > 0
-    num_steps = len(schedules) * (len(batches) + has_greedy)
-    num_steps += (len(LAYOUTS) * len(schedules) + config.timing_repeats) if config.timing_repeats else 0
-    with _progress() as progress:
-        task = progress.add_task("preparing", total=num_steps)
+    timing_steps = len(LAYOUTS) * len(schedules) + config.timing_repeats if config.timing_repeats else 0
+    timings: list[Timing | None] = [None] * len(schedules)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        num_steps = len(schedules) * (len(batches) + _has_greedy(config)) + timing_steps
+        task = progress.add_task("", total=num_steps)
         advance = lambda text: progress.update(task, description=text, advance=1)  # noqa: E731
-        B, T = batches[0].shape[0], batches[0].shape[1] - 1
-        all_weights = prepare_all(model, params, schedules, num_tokens=B * T, layout="stack", mesh=mesh)
-        comparisons = _compare(model, all_weights, batches, mesh, advance)
-        greedy = _decode(model, all_weights, np.concatenate(batches), config, mesh, advance) if has_greedy else None
-        del all_weights
-        timings = None
+        weights = prepare_all(model, params, schedules, num_tokens=batches[0].size, layout="stack", mesh=mesh)
+        comparisons = _compare(model, weights, batches, mesh, advance)
+        greedy = _decode(model, weights, windows, config, mesh, advance)
+        del weights
         if config.timing_repeats:
             shape = {"batch_size": config.timing_batch, "seq_len": timing_len, "num_repeats": config.timing_repeats}
-            timings = time_schedules(model, params, schedules, **shape, mesh=mesh, on_progress=advance)
+            timings[:] = time_schedules(model, params, schedules, **shape, mesh=mesh, on_progress=advance)
     results = [
-        _result(text, schedule, comparisons[i], comparisons[0], config.num_bootstrap)
-        for i, (text, schedule) in enumerate(settings.items())
+        _result(text, schedule, (comparison, comparisons[0]), matches, (timing, timings[0]), config.num_bootstrap)
+        for (text, schedule), comparison, matches, timing in zip(
+            settings.items(), comparisons, greedy, timings, strict=True
+        )
     ]
-    for i, result in enumerate(results):
-        if greedy is not None:
-            result = dataclasses.replace(result, greedy=greedy[i])
-        if timings is not None:
-            speedup = timings[0].median_ms / timings[i].median_ms
-            result = dataclasses.replace(result, timing=timings[i], speedup=speedup)
-        results[i] = result
-    info = _describe(model, params) | {
-        "num_windows": sum(len(batch) for batch in batches),
-        "window_len": T,
+    device = jax.devices()[0]
+    info = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _git_commit(),
+        "jax": jax.__version__,
+        "device": device.device_kind,
+        "platform": device.platform,
+        "num_devices": jax.device_count(),
+        "layer_devices": config.layer_devices,
+        "dtype": jnp.dtype(model.dtype).name,
+        "num_layers": model.config.num_layers,
+        "num_params": num_params(params),
+        "num_windows": windows.shape[0],
+        "window_len": windows.shape[1] - 1,
+        "greedy_prompt_len": _prompt_len(windows, config),
         "timing_batch": config.timing_batch,
         "timing_len": timing_len,
         "timing_repeats": config.timing_repeats,
-        "layer_devices": config.layer_devices,
         "seeds": {"bootstrap": BOOTSTRAP_SEED, "timing": TIMING_SEED},
     }
     return Report(tuple(results), info)
+
+
+def _compare(
+    model: LanguageModel, weights: Sequence[Weights], batches: Sequence[np.ndarray], mesh: Mesh | None, step: OnProgress
+) -> list[Comparison]:
+    """Every setting over all batches; the first one is the reference, run once a batch."""
+    reference_fn, compare_fn = make_reference_fn(model, mesh), make_compare_fn(model, mesh)
+    parts: list[list[Comparison]] = [[] for _ in weights]
+    for batch in batches:
+        step("comparing")
+        logits_BTV, reference = reference_fn(weights[0], batch)
+        parts[0].append(jax.device_get(reference))
+        for setting, its_weights in enumerate(weights[1:], start=1):
+            step("comparing")
+            parts[setting].append(jax.device_get(compare_fn(its_weights, batch, logits_BTV)))
+    return [join_comparisons(part) for part in parts]
+
+
+def _decode(
+    model: LanguageModel,
+    weights: Sequence[Weights],
+    windows: np.ndarray,
+    config: EvalConfig,
+    mesh: Mesh | None,
+    step: OnProgress,
+) -> list[tuple[GreedyMatch, ...]]:
+    """Greedy continuations of every setting against those of the first; () each where they are not wanted."""
+    if not _has_greedy(config):
+        return [()] * len(weights)
+    prompt_len, num_prompts = _prompt_len(windows, config), min(config.greedy_prompts, len(windows))
+    decode = make_greedy_fn(model, prompt_len=prompt_len, num_tokens=config.greedy_tokens, mesh=mesh)
+    prompts = windows[np.arange(num_prompts) * len(windows) // num_prompts, :prompt_len]
+    guess = np.zeros((num_prompts, config.greedy_tokens), windows.dtype)
+    texts: list[np.ndarray] = []
+    for its_weights in weights:
+        step("decoding")
+        texts.append(np.asarray(decode(its_weights, np.concatenate([prompts, guess], axis=1))))
+        guess = texts[0]  # the other passes will say much the same
+    return [greedy_matches(text, texts[0]) for text in texts]
+
+
+def _has_greedy(config: EvalConfig) -> bool:
+    return config.greedy_prompts > 0 and config.greedy_tokens > 0
+
+
+def _prompt_len(windows: np.ndarray, config: EvalConfig) -> int:
+    return min(config.greedy_prompt_len, windows.shape[1] - 1)
+
+
+def _result(
+    text: str,
+    schedule: Schedule,
+    compared: tuple[Comparison, Comparison],
+    greedy: tuple[GreedyMatch, ...],
+    timed: tuple[Timing | None, Timing | None],
+    num_bootstrap: int,
+) -> SettingResult:
+    """One row; the second of each pair is the sequential pass's."""
+    (comparison, reference), (timing, twin) = compared, timed
+    nlls = comparison.nll_BT, reference.nll_BT
+    return SettingResult(
+        setting=text,
+        depth=schedule.depth,
+        num_block_evals=schedule.num_block_evals,
+        ppl=perplexity(comparison.nll_BT),
+        ppl_change=relative_change(*nlls),
+        ppl_interval=paired_interval(*nlls, num_bootstrap=num_bootstrap),
+        kl=float(comparison.kl_BT.mean()),
+        top1=float(comparison.agrees_BT.mean()),
+        cosine=float(comparison.cosine_BT.mean()),
+        nll_change_by_position=change_by_position(*nlls),
+        residual_norms=tuple(tuple(map(float, region)) for region in comparison.residual_norms),
+        greedy=greedy,
+        timing=timing,
+        speedup=twin.median_ms / timing.median_ms if timing and twin else None,
+    )
+
+
+def _check_mesh(model: LanguageModel, params: Params, schedules: Sequence[Schedule], mesh: Mesh) -> None:
+    """Trace every schedule, which raises InputError for a region that cannot be spread over the devices."""
+    tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    for schedule in schedules:
+        jax.eval_shape(lambda p, t, s=schedule: forward(model, split(model, p, s), t, mesh=mesh)[0], params, tokens_BT)
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this file stands in, with "-dirty" for changed files; None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -33,17 +33,19 @@ class Comparison(NamedTuple):
     each correction."""
 
 
-ReferenceFn = Callable[[Weights, Array], tuple[Array, Array]]
+ReferenceFn = Callable[[Weights, Array], tuple[Array, Comparison]]
 CompareFn = Callable[[Weights, Array, Array], Comparison]
 
 
 def make_reference_fn(model: LanguageModel, mesh: Mesh | None = None) -> ReferenceFn:
-    """Jitted ``(weights, windows [B, T + 1]) -> (logits_BTV, nll_BT)``."""
+    """Jitted ``(weights, windows [B, T + 1]) -> (logits_BTV, the comparison of the pass with itself)``."""
 
     @jax.jit
-    def reference(weights: Weights, window_BT: Array) -> tuple[Array, Array]:
+    def reference(weights: Weights, window_BT: Array) -> tuple[Array, Comparison]:
         logits_BTV = forward(model, weights, window_BT[:, :-1], mesh=mesh).logits_BTV
-        return logits_BTV, token_nll(logits_BTV, window_BT[:, 1:])
+        nll_BT = token_nll(logits_BTV, window_BT[:, 1:])
+        ones_BT = jnp.ones_like(nll_BT)
+        return logits_BTV, Comparison(nll_BT, jnp.zeros_like(nll_BT), ones_BT > 0, ones_BT, ())
 
     return reference
 
@@ -123,8 +125,8 @@ def _match(equal_BT: np.ndarray) -> GreedyMatch:
     return GreedyMatch(equal_BT.shape[1], float(prefix_B.mean()), float(equal_BT.mean()))
 
 
-def stack_comparisons(parts: Sequence[Comparison]) -> Comparison:
-    """Batches after one another along the batch axis, residual norms averaged; numpy."""
-    rows = [np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(4)]
-    norms = zip(*(part.residual_norms for part in parts), strict=True)
-    return Comparison(*rows, residual_norms=tuple(np.mean([np.asarray(n) for n in region], axis=0) for region in norms))
+def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
+    """Comparisons of several batches as one, along the batch axis; residual norms are averaged. Numpy."""
+    by_token = [np.concatenate(arrays) for arrays in zip(*(part[:4] for part in parts), strict=True)]
+    by_region = zip(*(part.residual_norms for part in parts), strict=True)
+    return Comparison(*by_token, residual_norms=tuple(np.mean(norms, axis=0) for norms in by_region))

@@ -7,6 +7,9 @@ from typing import Any
 LOG_RANGE = 20.0
 """Spread of the changes from which on their axis is logarithmic (linear around zero)."""
 
+LABEL_PLACES = [(dx, dy) for dy in (0, 8, -8, 16, -16, 24, -24, 32, -32, 40, -40) for dx in (7, -7)]
+"""Where a point's name may stand, in printer's points from it, best first."""
+
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Whether each point (cost, loss), lower is better in both, is dominated by none.
@@ -43,7 +46,10 @@ def draw_frontier(
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     percents = [100 * change for change in changes]
-    bars = [tuple(100 * end for end in interval) if interval else (p, p) for p, interval in zip(percents, intervals, strict=True)]
+    bars = [
+        tuple(100 * end for end in interval) if interval else (p, p)
+        for p, interval in zip(percents, intervals, strict=True)
+    ]
     for axis, (label, values) in zip(axes, costs.items(), strict=True):
         _draw_panel(axis, list(values), percents, bars)
         axis.set_xlabel(label)
@@ -77,7 +83,34 @@ def _draw_panel(axis: Any, costs: list[float], percents: list[float], bars: list
 
 
 def _label_points(axis: Any, renderer: Any, names: Sequence[str], costs: list[float], percents: list[float]) -> None:
-    """Write each name beside its point, at the first of a few places where it covers neither a name nor a point."""
-    places = [(x, y) for y in (0, 7, -7, 14, -14, 22, -22, 30, -30) for x in (8, -8)]
-    points = axis.transData.transform(list(zip(costs, percents, strict=True)))
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in points]
+    """Write names beside their points where they cover no other name or point, those of the front first.
+
+    A name for which there is no room is left out.
+    """
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    points = list(zip(costs, percents, strict=True))
+    radius = 4 * axis.figure.dpi / 72
+    marks = [Bbox.from_bounds(x, y, 0, 0).padded(radius) for x, y in axis.transData.transform(points)]
+    on_front = pareto_front(points)
+    taken: list[Any] = []
+    for index in sorted(range(len(names)), key=lambda i: not on_front[i]):
+        others = marks[:index] + marks[index + 1 :]
+        for dx, dy in LABEL_PLACES:
+            text = axis.annotate(
+                names[index],
+                points[index],
+                (dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right",
+                va="center",
+                fontsize=7,
+                color="#333d43" if on_front[index] else "#7b868d",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#b5bdc2", "shrinkA": 0, "shrinkB": 3},
+            )
+            box = Text.get_window_extent(text, renderer)  # without the line
+            if axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and not any(map(box.overlaps, others + taken)):
+                taken.append(box)
+                break
+            text.remove()

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class Report:
     """Device, versions, date, commit, seeds, shapes, config: whatever JSON can hold."""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The info and the results; numbers that are not finite, which JSON has not, become null."""
+        return json.dumps(_finite(dataclasses.asdict(self)), indent=2) + "\n"
 
     def to_csv(self) -> str:
         """One row a setting: the numbers of the tables, fractions as fractions."""
@@ -74,16 +76,18 @@ class Report:
 
     def to_png(self) -> bytes:
         """PPL change against depth and, where it was measured, time. Raises ImportError without matplotlib."""
-        costs = {"dependent block evaluations": [float(result.depth) for result in self.results]}
-        if self.results[0].timing is not None:
-            shape = f"{self.info['timing_batch']} x {self.info['timing_len']}"
-            costs[f"ms per forward of {shape} tokens"] = [r.timing.median_ms for r in self.results if r.timing]
+        info, results = self.info, [result for result in self.results if math.isfinite(result.ppl_change)]
+        costs = {"depth, dependent block evaluations": [float(result.depth) for result in results]}
+        times = [result.timing.median_ms for result in results if result.timing is not None]
+        if times:
+            costs[f"ms a forward of {info['timing_batch']} x {info['timing_len']} tokens"] = times
         return draw_frontier(
-            [result.setting for result in self.results],
-            [result.ppl_change for result in self.results],
-            [result.ppl_interval for result in self.results],
+            [result.setting for result in results],
+            [result.ppl_change for result in results],
+            [result.ppl_interval for result in results],
             costs,
-            title=f"{self.info['name']}: {self.info['num_layers']} layers, {self.info['device']}, {self.info['dtype']}",
+            title=f"{info['num_layers']} layers, {info['num_params'] / 1e6:.3g} M parameters; "
+            f"{info['device']}, {info['dtype']}",
         )
 
 
@@ -129,17 +133,18 @@ def _quality_table(report: Report) -> Table:
     columns += [f"equal of {greedy[-1].num_tokens}", "in a row"] if greedy else []
     table = _table(title, columns)
     for result in report.results:
-        low, high = result.ppl_interval or (None, None)
-        is_reference = result is report.results[0]
+        interval = result.ppl_interval
         changes = [
-            f"{100 * result.ppl_change:+.2f} %",
-            "-" if low is None else f"{100 * low:+.2f} to {100 * high:+.2f}",
+            f"{_percent(result.ppl_change)} %",
+            "-" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
             f"{result.kl:.2g}",
             f"{100 * result.top1:.1f} %",
             f"{result.cosine:.4f}",
         ]
-        matches = [f"{100 * result.greedy[-1].match_rate:.0f} %", f"{result.greedy[-1].prefix_len:.1f}"] if greedy else []
-        cells = ["-"] * len(changes + matches) if is_reference else changes + matches
+        matches = (
+            [f"{100 * result.greedy[-1].match_rate:.0f} %", f"{result.greedy[-1].prefix_len:.1f}"] if greedy else []
+        )
+        cells = changes + matches if result is not report.results[0] else ["-"] * len(changes + matches)
         table.add_row(result.setting, str(result.depth), str(result.num_block_evals), f"{result.ppl:.3f}", *cells)
     return table
 
@@ -147,8 +152,8 @@ def _quality_table(report: Report) -> Table:
 def _cost_table(report: Report) -> Table:
     info = report.info
     title = (
-        f"Cost of a forward of {info['timing_batch']} x {info['timing_len']} tokens on {info['device']}, {info['dtype']}, "
-        f"{info['timing_repeats']} interleaved runs"
+        f"Cost of a forward of {info['timing_batch']} x {info['timing_len']} tokens: {info['device']}, {info['dtype']}, "
+        f"{info['timing_repeats']} runs, interleaved"
     )
     table = _table(title, ["depth", "evals", "ms (median)", "quartiles", "layout", "speed-up", "memory, MiB"])
     for result in report.results:
@@ -170,6 +175,19 @@ def _table(title: str, columns: list[str]) -> Table:
     return table
 
 
+def _percent(fraction: float) -> str:
+    percent = 100 * fraction
+    return f"{percent:+.2f}" if abs(percent) < 1000 else f"{percent:+.3g}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _csv_row(result: SettingResult) -> dict[str, Any]:
     low, high = result.ppl_interval or (None, None)
     row: dict[str, Any] = {
@@ -185,10 +203,12 @@ def _csv_row(result: SettingResult) -> dict[str, Any]:
         "cosine": result.cosine,
     }
     for match in result.greedy:
-        row |= {f"greedy_prefix_{match.num_tokens}": match.prefix_len}
-        row |= {f"greedy_match_{match.num_tokens}": match.match_rate}
+        row[f"greedy_prefix_{match.num_tokens}"] = match.prefix_len
+        row[f"greedy_match_{match.num_tokens}"] = match.match_rate
     if result.timing is not None:
-        row |= {"ms": result.timing.median_ms, "ms_q1": result.timing.quartiles_ms[0]}
-        row |= {"ms_q3": result.timing.quartiles_ms[1], "layout": result.timing.layout}
-        row |= {"speedup": result.speedup, "memory_bytes": result.timing.memory_bytes}
+        row["ms"] = result.timing.median_ms
+        row["ms_q1"], row["ms_q3"] = result.timing.quartiles_ms
+        row["layout"] = result.timing.layout
+        row["speedup"] = result.speedup
+        row["memory_bytes"] = result.timing.memory_bytes
     return row

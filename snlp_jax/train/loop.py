@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from snlp_jax.config import Config, to_json
 from snlp_jax.data.pipeline import TokenData, prepare_tokens, train_iterator, val_batches
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab
-from snlp_jax.errors import InputError
+from snlp_jax.errors import DivergedError, InputError
 from snlp_jax.forward import split
 from snlp_jax.infer.greedy import make_greedy
 from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
@@ -40,10 +40,6 @@ SAMPLE_PROMPT_LEN = 32
 """Tokens of held-out text that a sample continues."""
 
 
-class TrainingDivergedError(RuntimeError):
-    """The loss or a gradient is no longer finite; the message names step, metrics and the last good checkpoint."""
-
-
 def train(config: Config, *, resume: bool = False, started: float | None = None) -> Path:
     """Run (or, with ``resume``, continue) the experiment and return its run directory.
 
@@ -57,7 +53,7 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
 
     Raises:
         InputError: bad input, before anything is compiled.
-        TrainingDivergedError: NaN or infinity in the metrics.
+        DivergedError: NaN or infinity in the metrics; names the step, the metrics and the last good checkpoint.
     """
     started = started or time.time()
     console, run_path, tc = Console(), config.run_path, config.train
@@ -120,7 +116,7 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
             pending = None
             metrics = {name: float(value) for name, value in device_metrics.items()}
             if not all(map(math.isfinite, metrics.values())):
-                raise TrainingDivergedError(
+                raise DivergedError(
                     f"step {step} gave {metrics}; the last good checkpoint is that of step {checkpoints.latest_step} "
                     f"in {run_path}. Lower optim.lr_scale or set optim.max_grad_norm and start again from it."
                 )

@@ -1,0 +1,85 @@
+"""A run directory: the config, tokenizer and checkpoints that training left, evaluated on the run's held-out text."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+from snlp_jax.config import Config, from_json
+from snlp_jax.data.pipeline import TokenData, prepare_tokens, val_batches
+from snlp_jax.data.tokenizer import check_vocab
+from snlp_jax.errors import InputError
+from snlp_jax.eval.evaluate import evaluate, parse_settings
+from snlp_jax.eval.report import Report
+from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
+from snlp_jax.model import LanguageModel
+from snlp_jax.types import Params
+
+TOKENIZER_NAME = "tokenizer.json"
+Which = Literal["best", "last"]
+
+
+def read_config(run_dir: Path) -> Config:
+    """The config that a run saved.
+
+    Raises:
+        InputError: the directory does not exist or holds no run.
+    """
+    if not run_dir.is_dir():
+        raise InputError(f"run directory {str(run_dir)!r} does not exist; train first or name another.")
+    path = run_dir / CONFIG_NAME
+    if not path.is_file():
+        raise InputError(f"run directory {str(run_dir)!r} holds no {CONFIG_NAME}; name one that training has written.")
+    return from_json(path.read_text(encoding="utf-8"))
+
+
+def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report:
+    """:func:`evaluate` of a run's checkpoint on its held-out text.
+
+    Args:
+        config: the run's, with the ``eval`` section that is wanted.
+        which: the checkpoint of the lowest validation loss (with a notice the newest, where none is known), or the
+            newest.
+
+    Raises:
+        InputError: no good checkpoint, another tokenizer, or anything that :func:`evaluate` refuses.
+    """
+    parse_settings(config.model, config.eval)  # a bad setting should not wait for the corpus
+    model = LanguageModel(config.model)
+    step, params = _read_params(run_dir, model, which)
+    data = _read_data(run_dir, config)
+    batch_size = min(config.eval.batch_size, config.eval.num_windows)
+    num_batches = config.eval.num_windows // batch_size
+    batches = val_batches(data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=num_batches)
+    report = evaluate(model, params, batches, config.eval)
+    about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
+    about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash, "config": dataclasses.asdict(config)}
+    return dataclasses.replace(report, info=about | report.info)
+
+
+def _read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int, Params]:
+    with Checkpointer(run_dir / CHECKPOINT_NAME, read_only=True) as checkpointer:
+        if which == "best" and checkpointer.best_step is None:
+            if checkpointer.latest_step is not None:
+                _note(f"no checkpoint in {str(run_dir)!r} has a validation loss; taking the last one.")
+            which = "last"
+        return checkpointer.restore_params(model.abstract_params(), which)
+
+
+def _read_data(run_dir: Path, config: Config) -> TokenData:
+    """The corpus in the tokens of the run, even where it has changed since and would give another tokenizer."""
+    path = run_dir / TOKENIZER_NAME
+    if not path.is_file():
+        raise InputError(
+            f"run directory {str(run_dir)!r} holds no {TOKENIZER_NAME}; name one that training has written."
+        )
+    data = prepare_tokens(config.data)
+    if data.tokenizer.to_json() != path.read_text(encoding="utf-8"):
+        _note("the corpus gives another tokenizer than it did in training; taking the run's own.")
+        data = prepare_tokens(dataclasses.replace(config.data, tokenizer=str(path)))
+    check_vocab(data.tokenizer, config.model.vocab_size)
+    return data
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
