@@ -60,7 +60,7 @@ def prepare(
             ``auto``: lists for sequential segments on a CPU and for parallel ones on a CPU from 64 tokens on.
         mesh: regions are laid out over its ``layer`` axis.
     """
-    weights = split(model, jax.jit(model.cast)(params), schedule)
+    weights = split(model, model.cast(params), schedule)  # not jitted: what needs no cast is not copied
     on_cpu = jax.default_backend() == "cpu"
 
     def lay_out(segment: SequentialSegment | ParallelSegment, blocks: PyTree) -> PyTree:

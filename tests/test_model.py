@@ -63,17 +63,17 @@ def test_blockwise_attention_is_direct(monkeypatch, offset):
         loss = lambda *qkv: jnp.sum(jnp.sin(3 * attend(*qkv, window, "xla")) * draw(3, 1, 256, 2, 4))  # noqa: E731
         return attend(q, k, v, window, "xla"), jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
-    for window in (40, 1000):
-        direct = jax.jit(both)(q, k, v, window)
-        assert set(blocks) == {256}
-        blocks.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(attention, "MAX_SCORES", 64 * 2 * (256 + offset))
-            in_blocks = jax.jit(lambda *args: both(*args))(q, k, v, window)
-        assert set(blocks) == {64}
-        blocks.clear()
-        # Float32 sums over up to 288 keys or queries, in another order.
-        chex.assert_trees_all_close(in_blocks, direct, atol=2e-5, rtol=1e-5)
+    windows = (40, 1000)
+    run = jax.jit(lambda *args: both(*args))
+    direct = [run(q, k, v, window) for window in windows]
+    assert set(blocks) == {256}
+    blocks.clear()
+    monkeypatch.setattr(attention, "MAX_SCORES", 64 * 2 * (256 + offset))
+    run = jax.jit(lambda *args: both(*args))  # a new function, traced anew
+    in_blocks = [run(q, k, v, window) for window in windows]
+    assert set(blocks) == {64}
+    # Float32 sums over up to 288 keys or queries, in another order.
+    chex.assert_trees_all_close(in_blocks, direct, atol=2e-5, rtol=1e-5)
 
 
 def test_choice_of_the_attention_kernel():
@@ -100,9 +100,12 @@ def test_choice_of_the_attention_kernel():
 @pytest.mark.parametrize("kernel", ("cudnn", "splash"))
 def test_a_model_refuses_a_kernel_that_the_backend_lacks(kernel):
     model = LanguageModel(dataclasses.replace(SMALL, attention=kernel))
-    weights = split(model, model.abstract_params(), all_sequential(model.config))
+
+    def run(params, tokens):
+        return forward(model, split(model, params, all_sequential(model.config)), tokens)
+
     with pytest.raises(InputError, match=f"model.attention '{kernel}' needs a .*; use 'auto'"):
-        jax.eval_shape(lambda w, tokens: forward(model, w, tokens), weights, random_tokens(model.config))
+        jax.eval_shape(run, model.abstract_params(), random_tokens(model.config))
 
 
 def test_splash_attention_lowers_for_tpu():

@@ -22,7 +22,7 @@ def prepare_all(
     mesh: Mesh | None = None,
 ) -> list[Weights]:
     """``prepare`` for every schedule; those that cut the layers at the same places share their arrays."""
-    params = jax.jit(model.cast)(params)  # once, so that prepare finds nothing left to cast
+    params = model.cast(params)  # once, so that prepare finds nothing left to cast
     by_cut: dict[tuple[tuple[type, int, int], ...], Weights] = {}
     all_weights = []
     for schedule in schedules:

@@ -3,7 +3,7 @@
 Key s is visible from query t iff ``t - window <= s <= t``.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,24 @@ MAX_SCORES = 2**26
 """Largest score tensor, in elements, that the XLA path holds at once (256 MiB in float32)."""
 
 
-def choose_implementation(requested: str, *, backend: str, seq_len: int, head_dim: int) -> Implementation:
+def choose_implementation(
+    requested: str, *, backend: str, dtype: Any, seq_len: int, head_dim: int
+) -> Implementation:
     """Resolve ``auto`` and check an explicit choice.
 
     Raises:
         InputError: the requested kernel does not run on this backend or at this shape.
     """
+    half_precision = jnp.dtype(dtype).itemsize == 2
     splash_fits = seq_len % 128 == 0 and head_dim % 128 == 0
     if requested == "auto":
-        if backend == "gpu" and seq_len > 1 and head_dim % 8 == 0 and head_dim <= 128:
+        if backend == "gpu" and half_precision and seq_len > 1 and head_dim % 8 == 0 and head_dim <= 128:
             return "cudnn"
         return "splash" if backend == "tpu" and splash_fits else "xla"
-    if requested == "cudnn" and backend != "gpu":
-        raise InputError(f"model.attention 'cudnn' needs a GPU, but the backend is {backend!r}; use 'auto'.")
+    if requested == "cudnn" and not (backend == "gpu" and half_precision):
+        raise InputError(
+            f"model.attention 'cudnn' needs a GPU and bfloat16, not {jnp.dtype(dtype).name} on {backend!r}; use 'auto'."
+        )
     if requested == "splash" and (backend != "tpu" or not splash_fits):
         raise InputError(
             f"model.attention 'splash' needs a TPU and lengths and head sizes that are multiples of 128, "

@@ -204,7 +204,11 @@ class LanguageModel:
 
     def _attention(self, seq_len: int) -> Implementation:
         return choose_implementation(
-            self.config.attention, backend=jax.default_backend(), seq_len=seq_len, head_dim=self.config.head_dim
+            self.config.attention,
+            backend=jax.default_backend(),
+            dtype=self.dtype,
+            seq_len=seq_len,
+            head_dim=self.config.head_dim,
         )
 
 

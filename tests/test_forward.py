@@ -1,0 +1,271 @@
+"""The Transformer under a schedule: exactness for every variant of the model, regions anywhere, causality."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import SMALL, VARIANTS, Warm, random_params, random_tokens, relative_error
+
+from snlp_jax.forward import Weights, forward, layer_problem, prepare, split
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
+from snlp_jax.solver import (
+    Identity,
+    Jacobi,
+    ParallelSegment,
+    PrefixState,
+    ScaledIdentity,
+    Schedule,
+    sequential,
+    solve,
+)
+from snlp_jax.solver.linear import shift
+
+ROUNDING = 2e-5
+"""Relative to the largest entry: float32 rounding (6e-8 an operation) of scans and single layers against products
+batched over layers, grown by six layers that each amplify a little."""
+NUM_LAYERS = SMALL.num_layers
+CORRECTIONS = {"jac": Jacobi(), "idn": Identity(), "sid": ScaledIdentity()}
+
+
+def assert_close(actual, desired):
+    """Every leaf, relative to its own largest entry."""
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
+        assert relative_error(one, other) < ROUNDING
+
+
+def run(model, params, tokens, setting, layout="stack", with_stats=True):
+    schedule = parse_schedule(setting, model.config.num_layers)
+    weights = prepare(model, params, schedule, num_tokens=tokens.size, layout=layout)
+    return jax.jit(lambda w, t: forward(model, w, t, with_stats=with_stats))(weights, tokens)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The model with every feature: ``(model, params, tokens, the sequential pass)``."""
+    model = LanguageModel(SMALL)
+    params, tokens = random_params(model), random_tokens(SMALL)
+    return model, params, tokens, run(model, params, tokens, "seq")
+
+
+# ---------------------------------------------------------------- the region of all layers, every variant
+
+
+def whole_region(model, params, tokens):
+    """The problem of all layers, as ``forward`` builds it."""
+    segment = ParallelSegment(0, model.config.num_layers, 1, Identity())
+    weights = split(model, params, Schedule.of(model.config.num_layers, segment))
+    h_in = model.embed(weights.ends, tokens)
+    return layer_problem(model, weights.ends, weights.blocks[0], tokens, model.shared(h_in), segment, h_in)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_theorems_of_every_variant(variant):
+    """One compiled program per variant maps a trace to the next one under every correction."""
+    model = LanguageModel(VARIANTS[variant])
+    params, tokens = random_params(model), random_tokens(model.config)
+
+    @jax.jit
+    def start(params, tokens):
+        problem = whole_region(model, params, tokens)
+        truth = sequential(problem, with_trace=True, with_aux=True)
+        by_vmap = dataclasses.replace(problem, sweep_fn=None).sweep(shift(truth.trace, problem.h_in))
+        return truth, PrefixState()(problem).h_L, by_vmap
+
+    @jax.jit
+    def step(params, tokens, traces):
+        problem = whole_region(model, params, tokens)
+        return {
+            name: solve(problem, CORRECTIONS[name], num_iters=1, init=Warm(trace)) for name, trace in traces.items()
+        }
+
+    truth, h0, by_vmap = start(params, tokens)
+    for solution in step(params, tokens, dict.fromkeys(CORRECTIONS, truth.trace)).values():
+        assert_close(solution.trace, truth.trace)  # one iteration on the true trace returns it
+        assert_close(solution.aux, truth.aux)  # with the keys and values of the sequential pass
+        assert_close((solution.trace, solution.aux), by_vmap)  # sweep_fn is vmap(block_fn)
+
+    after = [dict.fromkeys(CORRECTIONS, h0)]
+    for _ in range(NUM_LAYERS + 1):
+        after.append({name: solution.trace for name, solution in step(params, tokens, after[-1]).items()})
+    # One Jacobi iteration from h0 evaluates every layer at the input; Identity adds up those branches.
+    assert_close(after[1]["idn"], h0 + jnp.cumsum(after[1]["jac"] - h0, axis=0))
+    final = after[NUM_LAYERS]["jac"]
+    assert_close(final, truth.trace)
+    for name in CORRECTIONS:
+        for num_iters, traces in enumerate(after):
+            # The first k layers after k iterations, for any correction, bit for bit the final ones; at N all layers,
+            # and one more iteration changes nothing.
+            np.testing.assert_array_equal(traces[name][:num_iters], final[:num_iters])
+        assert relative_error(after[NUM_LAYERS - 1][name], truth.trace) > 10 * ROUNDING  # and not sooner
+
+
+# ---------------------------------------------------------------- whole schedules
+
+
+@pytest.mark.parametrize(
+    "setting",
+    (
+        "jac:n=6,k=7",
+        "sid:n=6,k=7,init=batch_forward,damp=0.25",
+    ),
+)
+def test_the_residual_ends_at_exactly_zero(small, setting):
+    """In the compiled loop of a whole forward pass: 0.0, not a rounding, one iteration beyond N."""
+    model, params, tokens, truth = small
+    output = run(model, params, tokens, setting)
+    (solution,) = output.solutions
+    chex.assert_shape(solution.stats["residual_norm"], (7, NUM_LAYERS))
+    np.testing.assert_array_equal(solution.stats["residual_norm"][-1], 0.0)
+    assert solution.stats["residual_norm"][NUM_LAYERS - 2, -1] > 0
+    assert_close((output.logits_BTV, output.h_mid_BTD), (truth.logits_BTV, truth.h_mid_BTD))
+
+
+@pytest.mark.parametrize(
+    "setting, layout",
+    (
+        ("seq", "list"),
+        ("idn:n=2,k=2", "stack"),  # the mid-layer state, of layer 3, comes from the sequential prefix
+        ("idn:2-5,k=3,init=batch_forward", "list"),  # from inside a region in the middle
+        ("sid:0-2,k=2+idn:2-4,k=2+exact:5-6,k=1", "stack"),  # from the end of the second of three regions
+        ("exact:n=6,k=6", "stack"),
+    ),
+)
+def test_regions_anywhere_with_n_iterations_are_the_sequential_pass(small, setting, layout):
+    model, params, tokens, truth = small
+    output = run(model, params, tokens, setting, layout)
+    assert_close(output[:3], truth[:3])
+    regions = 0 if setting == "seq" else setting.count("+") + 1
+    assert len(output.solutions) == regions
+    for solution in output.solutions:
+        chex.assert_tree_shape_prefix(solution.trace, (solution.stats["residual_norm"].shape[1], 2, 20))
+
+
+def test_list_layout_is_stack_layout_where_the_solver_is_not_exact(small):
+    model, params, tokens, truth = small
+    setting = "sid:3-6,k=1"
+    stacked, unrolled = (run(model, params, tokens, setting, layout) for layout in ("stack", "list"))
+    assert_close(unrolled, stacked)
+    assert relative_error(stacked.logits_BTV, truth.logits_BTV) > 100 * ROUNDING
+    # Scaled or plain, the correction shows where iterations are few.
+    other = run(model, params, tokens, setting.replace("sid", "idn"))
+    assert relative_error(stacked.logits_BTV, other.logits_BTV) > 100 * ROUNDING
+
+
+@pytest.mark.parametrize("num_layers", (1, 2))
+def test_shallow_models(num_layers):
+    model = LanguageModel(dataclasses.replace(SMALL, num_layers=num_layers))
+    params, tokens = random_params(model), random_tokens(model.config, batch=1, length=6)
+    output = run(model, params, tokens, f"idn:n={num_layers},k={num_layers}")
+    assert_close(output[:3], run(model, params, tokens, "seq")[:3])
+
+
+def test_scaled_identity_is_exact_in_one_iteration_at_a_fresh_initialisation():
+    """A fresh layer is ``h -> s_l h + m_l x0``: its branches end in zeros. Identity misses the scales."""
+    model = LanguageModel(SMALL)
+    params, tokens = random_params(model), random_tokens(SMALL)
+    for module, name in (("attn", "out"), ("mlp", "down")):
+        params["blocks"][module][name] *= 0.0
+
+    def traces(params):
+        problem = whole_region(model, params, tokens)
+        solved = {name: solve(problem, CORRECTIONS[name], num_iters=1, init=PrefixState()).trace for name in CORRECTIONS}
+        return sequential(problem, with_trace=True).trace, solved
+
+    truth, solved = jax.jit(traces)(params)
+    assert_close(solved["sid"], truth)
+    assert relative_error(solved["idn"], truth) > 0.01 < relative_error(solved["jac"], truth)
+
+
+def test_layouts_of_prepare():
+    model = LanguageModel(SMALL)
+    params, schedule = random_params(model), parse_schedule("idn:n=4,k=1", NUM_LAYERS)
+    kinds = lambda weights: [isinstance(blocks, list) for blocks in weights.blocks]  # noqa: E731
+    lay_out = lambda num_tokens, layout: prepare(model, params, schedule, num_tokens=num_tokens, layout=layout)  # noqa: E731
+    assert kinds(lay_out(8, "stack")) == [False, False] and kinds(lay_out(8, "list")) == [True, True]
+    if jax.default_backend() == "cpu":
+        assert kinds(lay_out(63, "auto")) == [True, False] and kinds(lay_out(64, "auto")) == [True, True]
+    for layout in ("stack", "list"):
+        weights = lay_out(8, layout)
+        assert isinstance(weights, Weights) and len(jax.tree.leaves(weights)) > 0
+        assert weights.num_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        first = weights.blocks[1][0] if layout == "list" else jax.tree.map(lambda leaf: leaf[0], weights.blocks[1])
+        chex.assert_trees_all_equal(first, jax.tree.map(lambda leaf: leaf[2], params["blocks"]))
+
+
+def test_sequential_segments_end_where_the_head_reads_the_middle():
+    model = LanguageModel(SMALL)
+    spans = lambda setting: [  # noqa: E731
+        (segment.start, segment.stop)
+        for segment in split(model, random_params(model), parse_schedule(setting, NUM_LAYERS)).segments
+    ]
+    assert spans("seq") == [(0, 4), (4, 6)]
+    assert spans("idn:n=2,k=1") == [(0, 4), (4, 6)]
+    assert spans("idn:n=1,k=1") == [(0, 4), (4, 5), (5, 6)]
+    assert spans("idn:2-5,k=1") == [(0, 2), (2, 5), (5, 6)]
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def test_the_gradient_at_n_iterations_is_the_sequential_one():
+    """Through embeddings, regions, mid-layer tap and head, with respect to every parameter."""
+    model = LanguageModel(dataclasses.replace(SMALL, num_layers=2))
+    params, tokens = random_params(model), random_tokens(model.config, batch=1, length=8)
+
+    def loss(params, setting):
+        output = forward(model, split(model, params, parse_schedule(setting, 2)), tokens)
+        return jnp.sum(jnp.sin(output.logits_BTV))
+
+    run = jax.jit(jax.grad(loss), static_argnums=1)
+    expected, actual = run(params, "seq"), run(params, "sid:n=2,k=2")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        assert np.abs(leaf).max() > 1e-3, path  # every parameter counts
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        # Float32: what the surrogate adds is as large as the gradient itself and must cancel.
+        assert relative_error(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("setting, reach", (("seq", 2), ("idn:n=3,k=1", 1), ("sid:n=3,k=2", 2)))
+def test_causality_and_windows_by_gradient(setting, reach):
+    """No logit depends on a later token, and a short layer reads ``window`` tokens back, in parallel regions too.
+
+    The embedding of token s reaches the mid-layer state at t, behind two layers with a window of 2, iff 0 <= t - s <=
+    2 * (layers that can follow each other) + 1 for the smear. One iteration from h0 evaluates both layers on the
+    input: there is no second hop.
+    """
+    window, num_tokens = 2, 12
+    config = dataclasses.replace(SMALL, num_layers=3, window_pattern="S", short_window=window)
+    assert config.windows[:2] == (window, window) and config.mid_layer == 1
+    model = LanguageModel(config)
+    params = random_params(model)
+    tokens = jnp.asarray(np.random.default_rng(0).permutation(config.vocab_size)[None, :num_tokens])  # all different
+    weights = split(model, params, parse_schedule(setting, 3))
+
+    @jax.jit
+    def influence(weights):
+        """[t, s]: largest derivative of the logits, and of the mid-layer state, at t by any embedding of token s."""
+
+        def read(tables):
+            embed = weights.ends["embed"] | tables
+            output = forward(model, dataclasses.replace(weights, ends=weights.ends | {"embed": embed}), tokens)
+            mix = lambda x_BTD: jnp.sin(x_BTD).sum(-1)[0]  # noqa: E731
+            return mix(output.logits_BTV), mix(output.h_mid_BTD)
+
+        tables = {name: weights.ends["embed"][name] for name in ("token", "value")}
+        jacobians = jax.jacrev(read)(tables)
+
+        def largest(jacobian):
+            by_token = jnp.abs(jacobian["token"][:, tokens[0]]).max(-1)
+            return jnp.maximum(by_token, jnp.abs(jacobian["value"][:, :, tokens[0]]).max((1, 3)))
+
+        return tuple(map(largest, jacobians))
+
+    on_logits, on_middle = map(np.asarray, influence(weights))
+    distance = np.arange(num_tokens)[:, None] - np.arange(num_tokens)[None, :]
+    # Exactly zero: masked weights are exactly zero. The last layer sees everything, so everything earlier counts.
+    np.testing.assert_array_equal(on_logits > 0, distance >= 0)
+    np.testing.assert_array_equal(on_middle > 0, (distance >= 0) & (distance <= reach * window + 1))
