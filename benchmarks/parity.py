@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -57,11 +58,14 @@ float32 programs may be twice that apart."""
 LOSS_TOLERANCE = 5e-6
 """Of losses (up to 9), absolute: twice the 2.4e-6 between the authors' float32 and float64."""
 GRAD_TOLERANCE = 5e-3
-"""Of gradients, relative: twice the 2.4e-3 between the authors' float32 and float64."""
+"""Of gradients, relative: twice the 2.4e-3 between the authors' float32 and float64 over all their losses. For the
+losses compared here that distance is 6e-6."""
 TIE_MARGIN = 2 * LOGITS_TOLERANCE
 """Greedy tokens may differ from where the two best logits are closer than this."""
 REG_WEIGHT = 0.5
 """Weight of the auxiliary losses in every golden file."""
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
+"""Of the large programs: each runs a few times only, so compiling takes the time."""
 
 INITS: dict[str, Init] = {"h0": PrefixState(), "batch_fwd": BatchForward()}
 
@@ -74,23 +78,30 @@ class Golden:
 
     def __init__(self, path: Path):
         """Raises InputError: the file is not a golden file; one sentence says why."""
+        if not path.is_file():
+            raise InputError("there is no such file.")
         try:
             with np.load(path) as file:
                 self.arrays: Mapping[str, np.ndarray] = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} cannot be read as an .npz file ({error}).") from error
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError("not a readable .npz file.") from error
         for name in ("config", "meta", "idx", "targets", "pos", "hid_pos"):
             if name not in self.arrays:
-                raise InputError(f"{path} is not a golden file: it lacks the array {name!r}.")
+                raise InputError(f"not a golden file: it lacks the array {name!r}.")
         try:
             self.config: dict[str, Any] = json.loads(str(self.arrays["config"]))
             self.meta: dict[str, Any] = json.loads(str(self.arrays["meta"]))
         except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not a golden file: its config or meta is not JSON ({error}).") from error
-        self.num_layers: int = self.config["n_layer"]
-        self.has_mhc: bool = self.config["use_mhc"]
-        self.has_value_embeds: bool = not self.config["no_ve"]
-        self.windows_matter: bool = self.meta["windows_matter"]
+            raise InputError(f"not a golden file: its config or meta is not JSON ({error}).") from error
+        try:
+            self.num_layers: int = self.config["n_layer"]
+            self.has_mhc: bool = self.config["use_mhc"]
+            self.has_value_embeds: bool = not self.config["no_ve"]
+            self.windows_matter: bool = self.meta["windows_matter"]
+            self.reg_sizes: tuple[int, ...] = tuple(self.meta["reg_npars"])
+            self.reg_stride: int = self.meta["stride"]
+        except KeyError as error:
+            raise InputError(f"not a golden file: its config or meta lacks the field {error}.") from error
         if self.has_mhc:
             return
         model_config = dataclasses.replace(nanochat_config(self.config), compute_dtype="float32")
@@ -146,7 +157,7 @@ class Golden:
                 ]
                 return [(output.logits_BTV, output.solutions[0].trace) for output in outputs]
 
-            results = jax.tree.map(np.asarray, jax.jit(compute)(weights))
+            results = jax.tree.map(np.asarray, jax.jit(compute, compiler_options=COMPILER_OPTIONS)(weights))
             self.solutions.update(zip([schedule.segments[-1] for schedule in schedules], results, strict=True))
 
     def loss(self, case: str) -> tuple[float, dict[str, np.ndarray]]:
@@ -156,16 +167,16 @@ class Golden:
         of the weight that its warm-up has reached. Cases differ in traced weights only and share a program, up to d.
         """
         match = re.fullmatch(r"idn_s(?P<stride>\d+)_d(?P<detach>[01])(?:_warm(?P<warm>[\d.]+))?", case)
-        detach, sizes = match is not None and match["detach"] == "1", tuple(self.meta["reg_npars"])
+        detach, sizes = match is not None and match["detach"] == "1", self.reg_sizes
         weights = {"hidden_norm": 0.0, "layer_skip": 0.0}
         if match:
             weights["layer_skip" if match["stride"] == "0" else "hidden_norm"] = REG_WEIGHT * float(match["warm"] or 1)
-            if match["stride"] not in ("0", str(self.meta["stride"])):
-                raise InputError(f"the loss {case!r} has a stride other than 0 and {self.meta['stride']}.")
+            if match["stride"] not in ("0", str(self.reg_stride)):
+                raise InputError(f"the loss {case!r} has a stride other than 0 and {self.reg_stride}.")
         if detach not in self._loss_fns:
             tokens_BT1 = jnp.concatenate([self.tokens_BT, self.arrays["targets"][:, -1:]], axis=1)
             config = LossConfig(
-                hidden_norm=HiddenNormConfig(REG_WEIGHT, sizes, stride=self.meta["stride"], detach_target=detach),
+                hidden_norm=HiddenNormConfig(REG_WEIGHT, sizes, stride=self.reg_stride, detach_target=detach),
                 layer_skip=LayerSkipConfig(REG_WEIGHT, sizes, detach_target=detach),
             )
             plan = Plan((("hidden_norm", sizes), ("layer_skip", sizes)))
@@ -173,7 +184,7 @@ class Golden:
             def compute(params: Params, weights: dict[str, float]) -> Array:
                 return loss_fn(self.model, params, tokens_BT1, config, plan, weights)[0]
 
-            self._loss_fns[detach] = jax.jit(jax.value_and_grad(compute))
+            self._loss_fns[detach] = jax.jit(jax.value_and_grad(compute), compiler_options=COMPILER_OPTIONS)
         loss, gradients = self._loss_fns[detach](self.params, weights)
         return float(loss), to_nanochat(gradients, self.model.config)
 
@@ -470,7 +481,7 @@ def main() -> int:
         try:
             report = compare(Golden(path))
         except InputError as error:
-            console.print(f"parity: {error}", style="red", markup=False)
+            console.print(f"{path}: {error}", style="red", markup=False)
             return 2
         show(console, path.name, report)
         num_compared += sum(map(len, report.errors.values()))

@@ -191,7 +191,6 @@ PLAIN = dataclasses.replace(
 VARIANTS = {
     "everything": SMALL,
     "plain": PLAIN,
-    "plain_windows": dataclasses.replace(PLAIN, window_pattern="SL", short_window=3),
     "no_x0_resid": dataclasses.replace(SMALL, use_x0_resid=False),
     "no_value_embeds": dataclasses.replace(SMALL, use_value_embeds=False, num_kv_heads=1),
     "no_smear_no_mid": dataclasses.replace(SMALL, use_smear=False, use_mid_subtract=False, logit_softcap=0.0),

@@ -131,7 +131,6 @@ def test_the_residual_ends_at_exactly_zero(small, setting):
         ("idn:n=2,k=2", "stack"),  # the mid-layer state, of layer 3, comes from the sequential prefix
         ("idn:2-5,k=3,init=batch_forward", "list"),  # from inside a region in the middle
         ("sid:0-2,k=2+idn:2-4,k=2+exact:5-6,k=1", "stack"),  # from the end of the second of three regions
-        ("exact:n=6,k=6", "stack"),
     ),
 )
 def test_regions_anywhere_with_n_iterations_are_the_sequential_pass(small, setting, layout):
@@ -150,16 +149,12 @@ def test_list_layout_is_stack_layout_where_the_solver_is_not_exact(small):
     stacked, unrolled = (run(model, params, tokens, setting, layout) for layout in ("stack", "list"))
     assert_close(unrolled, stacked)
     assert relative_error(stacked.logits_BTV, truth.logits_BTV) > 100 * ROUNDING
-    # Scaled or plain, the correction shows where iterations are few.
-    other = run(model, params, tokens, setting.replace("sid", "idn"))
-    assert relative_error(stacked.logits_BTV, other.logits_BTV) > 100 * ROUNDING
 
 
-@pytest.mark.parametrize("num_layers", (1, 2))
-def test_shallow_models(num_layers):
-    model = LanguageModel(dataclasses.replace(SMALL, num_layers=num_layers))
+def test_a_model_of_one_layer():
+    model = LanguageModel(dataclasses.replace(SMALL, num_layers=1))
     params, tokens = random_params(model), random_tokens(model.config, batch=1, length=6)
-    output = run(model, params, tokens, f"idn:n={num_layers},k={num_layers}")
+    output = run(model, params, tokens, "idn:n=1,k=1")
     assert_close(output[:3], run(model, params, tokens, "seq")[:3])
 
 
@@ -172,7 +167,9 @@ def test_scaled_identity_is_exact_in_one_iteration_at_a_fresh_initialisation():
 
     def traces(params):
         problem = whole_region(model, params, tokens)
-        solved = {name: solve(problem, CORRECTIONS[name], num_iters=1, init=PrefixState()).trace for name in CORRECTIONS}
+        solved = {
+            name: solve(problem, CORRECTIONS[name], num_iters=1, init=PrefixState()).trace for name in CORRECTIONS
+        }
         return sequential(problem, with_trace=True).trace, solved
 
     truth, solved = jax.jit(traces)(params)
@@ -212,16 +209,17 @@ def test_sequential_segments_end_where_the_head_reads_the_middle():
 
 
 def test_the_gradient_at_n_iterations_is_the_sequential_one():
-    """Through embeddings, regions, mid-layer tap and head, with respect to every parameter."""
-    model = LanguageModel(dataclasses.replace(SMALL, num_layers=2))
-    params, tokens = random_params(model), random_tokens(model.config, batch=1, length=8)
+    """With respect to every parameter, through a region with the mid-layer tap in it, its blocks recomputed."""
+    config = dataclasses.replace(SMALL, num_layers=3)
+    params, tokens = random_params(LanguageModel(config)), random_tokens(config, batch=1, length=8)
 
-    def loss(params, setting):
-        output = forward(model, split(model, params, parse_schedule(setting, 2)), tokens)
+    def loss(params, setting, remat):
+        model = LanguageModel(dataclasses.replace(config, remat=remat))
+        output = forward(model, split(model, params, parse_schedule(setting, 3)), tokens)
         return jnp.sum(jnp.sin(output.logits_BTV))
 
-    run = jax.jit(jax.grad(loss), static_argnums=1)
-    expected, actual = run(params, "seq"), run(params, "sid:n=2,k=2")
+    run = jax.jit(jax.grad(loss), static_argnums=(1, 2))
+    expected, actual = run(params, "seq", False), run(params, "sid:n=2,k=2", True)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         assert np.abs(leaf).max() > 1e-3, path  # every parameter counts
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -229,7 +227,9 @@ def test_the_gradient_at_n_iterations_is_the_sequential_one():
         assert relative_error(one, other) < 1e-4
 
 
-@pytest.mark.parametrize("setting, reach", (("seq", 2), ("idn:n=3,k=1", 1), ("sid:n=3,k=2", 2)))
+@pytest.mark.parametrize(
+    "setting, reach", (("seq", 2), ("idn:n=3,k=1", 1), pytest.param("sid:n=3,k=2", 2, marks=pytest.mark.slow))
+)
 def test_causality_and_windows_by_gradient(setting, reach):
     """No logit depends on a later token, and a short layer reads ``window`` tokens back, in parallel regions too.
 

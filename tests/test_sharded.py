@@ -17,7 +17,7 @@ from snlp_jax.forward import forward, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, solve_sharded
-from snlp_jax.solver import BatchForward, Exact, Identity, Jacobi, PrefixState, ScaledIdentity, solve
+from snlp_jax.solver import BatchForward, Exact, Identity, Jacobi, PrefixState, ScaledIdentity, SequentialSegment, solve
 
 CONFIG = dataclasses.replace(SMALL, num_layers=8)
 ROUNDING = 2e-5
@@ -38,41 +38,37 @@ def chain_problem(params, h_in, correction):
     return dataclasses.replace(nonlinear(8), params=params, h_in=h_in, residual_map=scales)
 
 
-@pytest.mark.parametrize("num_iters", (1, 2, 6))
-@pytest.mark.parametrize("num_devices", (2, 4, 8))
-def test_sharded_chains_are_unsharded_chains(num_devices, num_iters):
-    """Every correction and init: value, trace, what the layers leave behind, residuals; K (+ 1) all-gathers each."""
-    params = nonlinear(8).params | {"s": jnp.linspace(0.5, 1.3, 8)}
-    cases = [
-        (Jacobi(), PrefixState()),
-        (Identity(), PrefixState()),
-        (Identity(damping=0.5), BatchForward()),
-        (ScaledIdentity(), BatchForward()),
-    ]
+@pytest.mark.parametrize(
+    "num_devices, correction, init, num_iters",
+    (
+        (2, Jacobi(), PrefixState(), 1),
+        (4, Identity(), PrefixState(), 2),
+        (8, Identity(), PrefixState(), 6),
+        (8, Identity(damping=0.5), BatchForward(), 1),
+        (4, ScaledIdentity(), BatchForward(), 6),
+        (2, ScaledIdentity(damping=0.25), BatchForward(), 2),
+    ),
+)
+def test_sharded_chains_are_unsharded_chains(num_devices, correction, init, num_iters):
+    """Value, trace, what the layers leave behind and residuals; K all-gathers, one more for a batched forward."""
+    h_in, params = nonlinear(8).h_in, nonlinear(8).params | {"s": jnp.linspace(0.5, 1.3, 8)}
+    settings = {"num_iters": num_iters, "init": init, "with_stats": True}
     mesh = make_mesh(layer=num_devices)
+    over_layers, everywhere = NamedSharding(mesh, PartitionSpec("layer")), NamedSharding(mesh, PartitionSpec())
 
-    def run(mesh, params, h_in):
-        settings = {"num_iters": num_iters, "with_stats": True}
-        problems = [(chain_problem(params, h_in, correction), correction, init) for correction, init in cases]
-        if mesh is None:
-            return [solve(problem, correction, init=init, **settings) for problem, correction, init in problems]
-        return [
-            solve_sharded(problem, correction, init=init, mesh=mesh, tap=5, **settings)
-            for problem, correction, init in problems
-        ]
+    def run(params, h_in):
+        return solve_sharded(chain_problem(params, h_in, correction), correction, mesh=mesh, tap=5, **settings)
 
-    h_in = nonlinear(8).h_in
-    expected = jax.jit(functools.partial(run, None))(params, h_in)
-    over_layers = NamedSharding(mesh, PartitionSpec("layer"))
-    compiled = jax.jit(functools.partial(run, mesh)).lower(jax.device_put(params, over_layers), h_in).compile()
-    actual = compiled(jax.device_put(params, over_layers), jax.device_put(h_in, NamedSharding(mesh, PartitionSpec())))
-    for (sharded, tapped), whole in zip(actual, expected, strict=True):
-        assert_close((sharded.value, sharded.trace, sharded.aux), (whole.value, whole.trace, whole.aux))
-        chex.assert_trees_all_close(sharded.stats, whole.stats, rtol=1e-4, atol=1e-6)  # rounding of differences y - h
-        np.testing.assert_array_equal(tapped, sharded.trace[5])
-        assert sharded.trace.sharding.is_equivalent_to(over_layers, 3) and sharded.value.sharding.is_fully_replicated
-    # Four solutions, two of them with one more exchange for their init, and one sum each for the tapped layer.
-    assert count_collectives(compiled.as_text()) == {"all-gather": 4 * num_iters + 2, "all-reduce": 4}
+    arguments = jax.device_put(params, over_layers), jax.device_put(h_in, everywhere)
+    compiled = jax.jit(run).lower(*arguments).compile()
+    sharded, tapped = compiled(*arguments)
+    whole = solve(chain_problem(params, h_in, correction), correction, **settings)
+    assert_close((sharded.value, sharded.trace, sharded.aux), (whole.value, whole.trace, whole.aux))
+    chex.assert_trees_all_close(sharded.stats, whole.stats, rtol=1e-4, atol=1e-6)  # rounding of differences y - h
+    np.testing.assert_array_equal(tapped, sharded.trace[5])
+    assert sharded.trace.sharding.is_equivalent_to(over_layers, 3) and sharded.value.sharding.is_fully_replicated
+    num_gathers = num_iters + isinstance(init, BatchForward)
+    assert count_collectives(compiled.as_text()) == {"all-gather": num_gathers, "all-reduce": 1}  # one sum for the tap
 
 
 def test_sharded_residual_ends_at_exactly_zero():
@@ -85,10 +81,9 @@ def test_sharded_residual_ends_at_exactly_zero():
     assert solution.stats["residual_norm"][6, -1] > 0
 
 
-@pytest.mark.parametrize("num_devices", (2, 8))
-def test_gradients_through_sharded_chains(num_devices):
+def test_gradients_through_sharded_chains():
     params = nonlinear(8).params | {"s": jnp.linspace(0.5, 1.3, 8)}
-    mesh, settings = make_mesh(layer=num_devices), {"num_iters": 2, "init": BatchForward()}
+    mesh, settings = make_mesh(layer=8), {"num_iters": 2, "init": BatchForward()}
 
     def loss(mesh, params, h_in):
         problem = chain_problem(params, h_in, ScaledIdentity())
@@ -113,12 +108,12 @@ def model():
 @pytest.mark.parametrize(
     "num_devices, setting, all_gathers, all_reduces",
     (
-        (8, "idn:n=8,k=1", 1, 1),
         (8, "sid:n=8,k=2,init=batch_forward", 3, 1),
-        (4, "sid:n=8,k=6", 6, 1),
-        (4, "idn:n=8,k=2,init=batch_forward", 3, 1),
-        (2, "idn:n=8,k=6,init=batch_forward", 7, 1),
+        (4, "idn:n=8,k=6", 6, 1),
         (2, "sid:n=2,k=1", 1, 0),  # the mid-layer state comes from the sequential prefix
+        pytest.param(8, "idn:n=8,k=1", 1, 1, marks=pytest.mark.slow),
+        pytest.param(4, "idn:n=8,k=2,init=batch_forward", 3, 1, marks=pytest.mark.slow),
+        pytest.param(2, "sid:n=8,k=6,init=batch_forward", 7, 1, marks=pytest.mark.slow),
     ),
 )
 def test_sharded_forward_is_unsharded(model, num_devices, setting, all_gathers, all_reduces):
@@ -133,7 +128,7 @@ def test_sharded_forward_is_unsharded(model, num_devices, setting, all_gathers, 
     for segment, blocks in zip(weights.segments, weights.blocks, strict=True):
         for leaf in jax.tree.leaves(blocks):
             # A region's weights are spread over the devices; everything else is on every one.
-            assert leaf.sharding.is_fully_replicated == (segment.stop <= 8 - 2 and "n=2" in setting)
+            assert leaf.sharding.is_fully_replicated == isinstance(segment, SequentialSegment)
     tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec()))
     compiled = run(mesh).lower(weights, tokens).compile()
     actual = compiled(weights, tokens)
@@ -144,10 +139,14 @@ def test_sharded_forward_is_unsharded(model, num_devices, setting, all_gathers, 
 
 
 @pytest.mark.parametrize(
-    "axes, setting", (({"layer": 4}, "sid:n=4,k=2"), ({"data": 2, "layer": 4}, "idn:n=4,k=1,init=batch_forward"))
+    "axes, setting",
+    (
+        ({"data": 2, "layer": 4}, "idn:n=4,k=1,init=batch_forward"),
+        pytest.param({"layer": 4}, "sid:n=4,k=2", marks=pytest.mark.slow),
+    ),
 )
 def test_sharded_gradients_are_unsharded(axes, setting):
-    """With respect to every parameter; on the second mesh the batch is spread over a data axis as well."""
+    """With respect to every parameter; on a mesh with a data axis the batch is spread over that as well."""
     config = dataclasses.replace(SMALL, num_layers=4)
     model = LanguageModel(config)
     params, tokens = random_params(model), random_tokens(config, length=8)

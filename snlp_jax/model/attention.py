@@ -100,14 +100,17 @@ def _xla_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array,
     """Attention of queries at positions ``offset`` and on to keys at positions 0 and on."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
-    distance = (offset + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
-    visible = (distance >= 0) & (distance <= window)
-    scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, N, H).astype(v_BSKH.dtype)
+    G = N // K
+    # Heads before positions, and the G queries of a kv head along its positions: plain batched matrix products.
+    q_BKXH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    scores_BKXS = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    distance_TS = (offset + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
+    visible_TS = (distance_TS >= 0) & (distance_TS <= window)
+    masked = jnp.where(visible_TS[None, None, None], scores_BKXS.reshape(B, K, G, T, S), -jnp.inf)
+    weights_BKXS = jax.nn.softmax(masked, axis=-1).astype(v_BSKH.dtype).reshape(B, K, G * T, S)
+    out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights_BKXS, v_BKSH, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out_BKXH.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H).astype(v_BSKH.dtype)
 
 
 def _splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int) -> Array:

@@ -53,11 +53,9 @@ def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
     for name in REQUIRED_FIELDS:
         if name not in config:
             raise InputError(f"the nanochat config lacks the field {name!r}.")
-    return ModelConfig(
-        **{ours: config[name] for name, ours in REQUIRED_FIELDS.items()},
-        **{ours: not config.get(name, False) for name, ours in NEGATED_FIELDS.items()},
-        window_pattern=config.get("window_pattern", "SSSL"),
-    )
+    fields: dict[str, Any] = {ours: config[name] for name, ours in REQUIRED_FIELDS.items()}
+    fields |= {ours: not config.get(name, False) for name, ours in NEGATED_FIELDS.items()}
+    return ModelConfig(**fields, window_pattern=config.get("window_pattern", "SSSL"))
 
 
 def from_nanochat(state_dict: Mapping[str, np.ndarray], config: ModelConfig) -> Params:

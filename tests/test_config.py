@@ -1,0 +1,245 @@
+"""A config survives JSON, and every mistake in one is a sentence that names the field."""
+
+import dataclasses
+import json
+import re
+import typing
+
+import pytest
+
+from snlp_jax.config import (
+    Config,
+    CorrectionName,
+    DataConfig,
+    EvalConfig,
+    HiddenNormConfig,
+    InitName,
+    LayerSkipConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SolverCEConfig,
+    TrainConfig,
+    from_json,
+    load_config,
+    to_json,
+)
+from snlp_jax.errors import InputError
+from snlp_jax.notation import CORRECTIONS, INITS
+
+CHANGED = Config(
+    name="other",
+    run_dir="somewhere/else",
+    model=ModelConfig(num_layers=9, window_pattern="SSL", short_window=7, attention="xla", logit_softcap=0.0),
+    data=DataConfig(source="texts/*.jsonl", val_fraction=0.125, tokenizer="bpe"),
+    optim=OptimConfig(matrix_lr=1e-3, max_grad_norm=1.0),
+    loss=LossConfig(
+        hidden_norm=HiddenNormConfig(weight=0.5, region_sizes=(8, 4), detach_target=True, correction="sid"),
+        solver_ce=SolverCEConfig(weight=1.0, region_sizes=(9,), start_fraction=0.6, init="batch_forward"),
+        layer_skip=LayerSkipConfig(weight=0.1, region_sizes=(2,), sample_region=True),
+    ),
+    train=TrainConfig(batch_size=12, num_microbatches=3, tensorboard=True),
+    eval=EvalConfig(solvers=("idn:n=8,k=2", "seq")),
+)
+
+
+@pytest.mark.parametrize("config", (Config(), CHANGED), ids=("defaults", "changed"))
+def test_json_round_trip(config):
+    text = to_json(config)
+    assert from_json(text) == config
+    assert to_json(from_json(text)) == text
+    assert json.loads(text)["model"]["num_layers"] == config.model.num_layers
+
+
+def test_changed_differs_from_the_defaults_in_every_part():
+    """Otherwise the round trip could drop a part unseen."""
+    for field in dataclasses.fields(Config):
+        assert getattr(CHANGED, field.name) != getattr(Config(), field.name), field.name
+
+
+def test_a_part_or_nothing_can_be_read():
+    assert from_json("{}") == Config()
+    assert from_json('{"model": {"num_layers": 3}}') == Config(model=ModelConfig(num_layers=3))
+    assert from_json('{"seq_len": 64}', ModelConfig) == ModelConfig(seq_len=64)
+    whole = from_json('{"optim": {"lr_scale": 2}}').optim.lr_scale  # a whole number is a number
+    assert whole == 2.0 and isinstance(whole, float)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    (
+        ("{", "the saved config is not valid JSON ("),
+        ("[]", "config must be an object, not []."),
+        ('{"modle": {}}', "config has no field 'modle'."),
+        ('{"model": 3}', "config.model must be an object, not 3."),
+        ('{"model": {"layers": 3}}', "config.model has no field 'layers'."),
+        ('{"model": {"num_layers": "3"}}', "config.model.num_layers is '3'; it must be of type int."),
+        ('{"model": {"num_layers": 3.0}}', "config.model.num_layers is 3.0; it must be of type int."),
+        ('{"model": {"num_layers": true}}', "config.model.num_layers is True; it must be of type int."),
+        ('{"model": {"num_layers": null}}', "config.model.num_layers is None; it must be of type int."),
+        ('{"model": {"use_smear": 1}}', "config.model.use_smear is 1; it must be of type bool."),
+        ('{"model": {"rope_base": true}}', "config.model.rope_base is True; it must be of type float."),
+        ('{"model": {"attention": "flash"}}', "config.model.attention is 'flash'; choose one of 'auto', 'xla'"),
+        ('{"name": 7}', "config.name is 7; it must be of type str."),
+        ('{"eval": {"solvers": "seq"}}', "config.eval.solvers must be a list, not 'seq'."),
+        ('{"eval": {"solvers": ["seq", 2]}}', "config.eval.solvers[1] is 2; it must be of type str."),
+        (
+            '{"loss": {"solver_ce": {"region_sizes": [4, 2.5]}}}',
+            "config.loss.solver_ce.region_sizes[1] is 2.5; it must be of type int.",
+        ),
+        ('{"model": {"num_layers": 0}}', "model.num_layers is 0; it must be at least 1."),
+    ),
+)
+def test_from_json_refuses(text, sentence):
+    with pytest.raises(InputError, match="^" + re.escape(sentence)):
+        from_json(text)
+
+
+AT_LEAST_ONE = {
+    ModelConfig: ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_ratio", "seq_len", "rotary_multiple")
+    + ("vocab_multiple",),
+    TrainConfig: ("num_steps", "batch_size", "num_microbatches", "log_every", "keep_last", "eval_batches"),
+    EvalConfig: ("num_windows", "batch_size", "num_bootstrap", "timing_batch", "layer_devices"),
+    HiddenNormConfig: ("stride",),
+    SolverCEConfig: ("num_iters",),
+}
+AT_LEAST_ZERO = {
+    ModelConfig: ("short_window", "logit_softcap"),
+    OptimConfig: ("warmup_steps", "max_grad_norm"),
+    TrainConfig: ("eval_every", "checkpoint_every", "sample_every", "sample_tokens"),
+    EvalConfig: ("greedy_prompts", "greedy_prompt_len", "greedy_tokens", "timing_len", "timing_repeats"),
+    LayerSkipConfig: ("weight",),
+}
+UNIT_INTERVAL = {OptimConfig: ("warmdown_fraction",), SolverCEConfig: ("start_fraction", "ramp_fraction")}
+
+
+def spread(table):
+    return [pytest.param(cls, name, id=f"{cls.__name__}.{name}") for cls, names in table.items() for name in names]
+
+
+@pytest.mark.parametrize("cls, name", spread(AT_LEAST_ONE))
+def test_must_be_at_least_one(cls, name):
+    with pytest.raises(InputError, match=f"{name} is 0; it must be at least 1"):
+        cls(**{name: 0})
+
+
+@pytest.mark.parametrize("cls, name", spread(AT_LEAST_ZERO))
+def test_must_be_zero_or_more(cls, name):
+    with pytest.raises(InputError, match=f"{name} is -1; it must be 0 or more"):
+        cls(**{name: -1})
+    cls(**{name: 0})
+
+
+@pytest.mark.parametrize("cls, name", spread(UNIT_INTERVAL))
+def test_must_lie_between_zero_and_one(cls, name):
+    for value in (-0.1, 1.1, float("nan")):
+        with pytest.raises(InputError, match=f"{name} is {value}; give 0 to 1"):
+            cls(**{name: value})
+    for value in (0.0, 1.0):
+        cls(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    (
+        (lambda: ModelConfig(vocab_size=1), "model.vocab_size is 1; it must be at least 2."),
+        (
+            lambda: ModelConfig(embed_dim=130, num_heads=4),
+            "model.embed_dim 130 is not a multiple of model.num_heads 4; change one of them.",
+        ),
+        (
+            lambda: ModelConfig(embed_dim=36, num_heads=4),
+            "the head size 9 is odd; rotary embedding needs an even one.",
+        ),
+        (
+            lambda: ModelConfig(num_heads=4, num_kv_heads=3),
+            "model.num_heads 4 is not a multiple of model.num_kv_heads 3.",
+        ),
+        (lambda: ModelConfig(window_pattern=""), "model.window_pattern '' may hold only the letters S and L."),
+        (lambda: ModelConfig(window_pattern="SM"), "model.window_pattern 'SM' may hold only the letters S and L."),
+        (lambda: ModelConfig(logit_softcap=float("nan")), "model.logit_softcap is nan; it must be 0 or more."),
+        (lambda: ModelConfig(embed_dim=16), "model.embed_dim 16 is below 24, which the gates read."),
+        (
+            lambda: ModelConfig(embed_dim=16, use_value_embeds=False),
+            "model.embed_dim 16 is below 24, which the gates read.",
+        ),
+        (lambda: DataConfig(source=""), "data.source is empty; give 'builtin' or a file, folder or glob."),
+        (lambda: DataConfig(tokenizer=""), "data.tokenizer is empty; give 'byte', 'bpe' or the path"),
+        (lambda: DataConfig(val_fraction=0.0), "data.val_fraction is 0.0; it must lie between 0 and 1."),
+        (lambda: DataConfig(val_fraction=1.0), "data.val_fraction is 1.0; it must lie between 0 and 1."),
+        (lambda: DataConfig(bpe_vocab_size=259), "data.bpe_vocab_size is 259; it must be at least 260."),
+        (lambda: OptimConfig(lr_scale=0.0), "optim.lr_scale is 0.0; it must be positive."),
+        (
+            lambda: SolverCEConfig(weight=0.5),
+            "SolverCEConfig.region_sizes is empty; name at least one region size, or set the weight to 0.",
+        ),
+        (
+            lambda: HiddenNormConfig(region_sizes=(4, 0)),
+            "HiddenNormConfig.region_sizes (4, 0) must all be >= 1.",
+        ),
+        (
+            lambda: TrainConfig(batch_size=16, num_microbatches=3),
+            "train.batch_size 16 is not a multiple of train.num_microbatches 3.",
+        ),
+        (
+            lambda: Config(loss=LossConfig(hidden_norm=HiddenNormConfig(weight=1.0, region_sizes=(4, 13)))),
+            "loss.hidden_norm.region_sizes holds 13, but the model has 12 layers.",
+        ),
+    ),
+)
+def test_refusals(make, sentence):
+    with pytest.raises(InputError, match="^" + re.escape(sentence)):
+        make()
+
+
+def test_a_narrow_model_without_gates_is_allowed():
+    assert ModelConfig(embed_dim=16, use_value_embeds=False, use_smear=False).head_dim == 4
+
+
+def test_terms_are_those_with_a_weight():
+    assert LossConfig().terms == {}
+    assert list(CHANGED.loss.terms) == ["hidden_norm", "solver_ce", "layer_skip"]
+    off = SolverCEConfig(weight=0.0, region_sizes=(99,))  # switched off, so its sizes do not matter
+    assert Config(loss=LossConfig(solver_ce=off)).loss.terms == {}
+
+
+def test_names_are_those_of_the_notation():
+    assert set(typing.get_args(CorrectionName)) == set(CORRECTIONS)
+    assert set(typing.get_args(InitName)) == set(INITS)
+
+
+@pytest.mark.parametrize("num_layers, middle", ((1, 0), (2, 1), (5, 2), (32, 16)))
+def test_derived_sizes(num_layers, middle):
+    config = ModelConfig(num_layers=num_layers, vocab_size=257, embed_dim=128, num_heads=4, seq_len=50)
+    assert (config.mid_layer, config.head_dim, config.padded_vocab_size, config.max_context) == (middle, 32, 320, 500)
+    assert ModelConfig(vocab_size=256).padded_vocab_size == 256
+
+
+def test_load_config(tmp_path):
+    path = tmp_path / "some.py"
+    path.write_text("from snlp_jax.config import Config\nconfig = Config(name='mine')\n")
+    assert load_config(path) == load_config(str(path)) == Config(name="mine")
+    assert str(load_config(path).run_path) == "runs/mine" and str(CHANGED.run_path) == "somewhere/else"
+
+
+@pytest.mark.parametrize(
+    "body", ("", "config = {'name': 'mine'}\n", "from snlp_jax.config import Config\nc = Config()\n")
+)
+def test_load_config_needs_a_config(tmp_path, body):
+    path = tmp_path / "some.py"
+    path.write_text(body)
+    with pytest.raises(InputError, match=r"some.py' does not bind `config = Config\(...\)`."):
+        load_config(path)
+
+
+def test_load_config_needs_a_file(tmp_path):
+    for path in (tmp_path / "none.py", tmp_path):
+        with pytest.raises(InputError, match=f"config file '{path}' does not exist."):
+            load_config(path)
+
+
+def test_load_config_passes_on_what_the_config_refuses(tmp_path):
+    path = tmp_path / "some.py"
+    path.write_text("from snlp_jax.config import *\nconfig = Config(model=ModelConfig(num_layers=0))\n")
+    with pytest.raises(InputError, match="model.num_layers is 0"):
+        load_config(path)
