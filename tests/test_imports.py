@@ -10,7 +10,7 @@ STDLIB = ("__future__", "abc", "collections.abc", "dataclasses", "functools", "m
 FLOORS_ABOVE = tuple(f"snlp_jax.{name}" for name in ("train", "infer", "eval", "linearize"))
 GROUND = ("snlp_jax.types", "snlp_jax.errors")
 
-ALLOWED = {"snlp_jax.solver": ("jax", "chex", "jaxtyping", "snlp_jax.solver", *GROUND, *STDLIB)}
+ALLOWED = {"snlp_jax.solver": ("jax", "chex", "snlp_jax.solver", *GROUND, *STDLIB)}
 FORBIDDEN = {
     "snlp_jax": ("train", "eval", "configs", "tests", "benchmarks"),  # the scripts on the roof and what surrounds them
     "snlp_jax.types": ("snlp_jax",),

@@ -78,23 +78,30 @@ def test_blockwise_attention_is_direct(monkeypatch, offset):
 
 
 def test_choice_of_the_attention_kernel():
-    choose = lambda requested, backend, T=256, H=128: choose_implementation(  # noqa: E731
-        requested, backend=backend, seq_len=T, head_dim=H
-    )
+    def choose(requested, backend, T=256, H=128, dtype=jnp.bfloat16):
+        return choose_implementation(requested, backend=backend, dtype=dtype, seq_len=T, head_dim=H)
+
     assert [choose("auto", backend) for backend in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
-    # One query is no flash attention; neither are lengths and heads that do not fill a tile.
+    # One query is no flash attention; neither are lengths and heads that do not fill a tile, nor float32 on a GPU.
     assert choose("auto", "gpu", T=1) == choose("auto", "gpu", H=12) == choose("auto", "gpu", H=256) == "xla"
     assert choose("auto", "tpu", T=200) == choose("auto", "tpu", H=64) == "xla"
-    assert choose("xla", "gpu") == choose("xla", "tpu") == "xla"
+    assert choose("auto", "gpu", dtype=jnp.float32) == choose("xla", "gpu") == choose("xla", "tpu") == "xla"
     assert (choose("cudnn", "gpu"), choose("splash", "tpu")) == ("cudnn", "splash")
-    for requested, backend, T, message in (
-        ("cudnn", "cpu", 256, "'cudnn' needs a GPU, but the backend is 'cpu'"),
-        ("cudnn", "tpu", 256, "'cudnn' needs a GPU"),
-        ("splash", "cpu", 256, "'splash' needs a TPU"),
-        ("splash", "tpu", 200, "multiples of 128, not 200 and 128"),
+    for requested, backend, changed, message in (
+        ("cudnn", "cpu", {}, "'cudnn' needs a GPU and bfloat16, not bfloat16 on 'cpu'; use 'auto'."),
+        ("cudnn", "tpu", {}, "'cudnn' needs a GPU and bfloat16, not bfloat16 on 'tpu'"),
+        ("cudnn", "gpu", {"dtype": jnp.float32}, "'cudnn' needs a GPU and bfloat16, not float32 on 'gpu'"),
+        ("splash", "cpu", {}, "'splash' needs a TPU and lengths and head sizes that are multiples of 128"),
+        ("splash", "tpu", {"T": 200}, "multiples of 128, not 200 and 128 on 'tpu'; use 'auto'."),
     ):
         with pytest.raises(InputError, match=message):
-            choose(requested, backend, T=T)
+            choose(requested, backend, **changed)
+
+
+def test_a_kernel_refuses_a_traced_window():
+    q, window = draw(0, 1, 4, 2, 8), jnp.asarray(3)
+    with pytest.raises(TypeError, match="cudnn attention needs a static window"):
+        attend(q, q, q, window, "cudnn")
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the refusal is for a CPU")
@@ -200,7 +207,7 @@ def test_parameter_count_is_its_formula():
 
 
 def test_fresh_parameters():
-    """Output projections are zero, scalars ramp over depth, matrices have their stated spread; bit for bit from a key."""
+    """Output projections are zero, scalars ramp over depth, matrices have their stated spread; a key decides all."""
     config = dataclasses.replace(SMALL, vocab_size=500, embed_dim=64, num_layers=4)
     model = LanguageModel(config)
     init = jax.jit(model.init)

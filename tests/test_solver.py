@@ -323,6 +323,8 @@ def test_refusals():
         EXACT(sharded, *(PrefixState()(problem).h_L,) * 2, problem.h_in)
     with pytest.raises(ValueError, match="sequential pass over layers that are sharded"):
         sequential(sharded)
+    with pytest.raises(AssertionError, match="shape"):
+        dataclasses.replace(problem, num_layers=NUM_LAYERS - 1)
     for damping in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="lies outside 0 to 1"):
             Identity(damping=damping)
