@@ -1,6 +1,10 @@
-"""The demo: a small layer-parallel Transformer on the standard library's own source code.
+"""The demo: a small layer-parallel Transformer on real text, the Python sources of the standard library.
 
 Command:   make demo, or: python train.py configs/demo.py && python eval.py runs/demo
+Hardware:  two CPU cores, 2 GB of memory. Time: about four minutes of training on a quiet machine.
+Expected:  sequential PPL within 1 % of a twin without the solver loss at equal steps; with the last 8 of 12 layers solved
+           in one iteration (5 dependent layers instead of 12) a few percent more. Figures with three seeds, and why the
+           loss is cross entropy through one iteration in the last 40 % of the steps: docs/results.md.
 """
 
 from snlp_jax.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, SolverCEConfig, TrainConfig
@@ -8,12 +12,34 @@ from snlp_jax.config import Config, DataConfig, EvalConfig, LossConfig, ModelCon
 config = Config(
     name="demo",
     model=ModelConfig(
-        vocab_size=257, num_layers=12, embed_dim=128, num_heads=4, num_kv_heads=4, seq_len=128, use_x0_resid=False
+        vocab_size=257,
+        num_layers=12,
+        embed_dim=128,
+        num_heads=4,
+        num_kv_heads=4,
+        seq_len=128,
+        use_x0_resid=False,
+        remat=True,  # faster on a CPU too: writing and reading back what a block leaves costs more than its forward pass
     ),
     data=DataConfig(source="builtin", tokenizer="byte"),
     loss=LossConfig(
         solver_ce=SolverCEConfig(weight=1.0, region_sizes=(8,), num_iters=1, start_fraction=0.6, ramp_fraction=0.0)
     ),
-    train=TrainConfig(num_steps=600, batch_size=16, eval_every=100, eval_batches=16, checkpoint_every=120),
-    eval=EvalConfig(solvers=("idn:n=8,k=1", "idn:n=8,k=2")),
+    train=TrainConfig(
+        num_steps=500, batch_size=16, eval_every=100, eval_batches=8, checkpoint_every=100, sample_every=250
+    ),
+    eval=EvalConfig(
+        solvers=(
+            "idn:n=4,k=1",
+            "idn:n=4,k=2",
+            "idn:n=8,k=1",
+            "idn:n=8,k=2",
+            "idn:n=8,k=1,init=batch_forward",
+            "idn:n=10,k=2",
+            "idn:4-8,k=1+idn:8-12,k=1",
+            "jac:n=8,k=2",
+        ),
+        num_windows=256,
+        batch_size=32,
+    ),
 )

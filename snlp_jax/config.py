@@ -36,7 +36,7 @@ class ModelConfig:
     seq_len: int = 256
     """Training context; sets the windows. The rotary embedding reaches ``rotary_multiple * seq_len``."""
     window_pattern: str = "L"
-    """Tiled over the layers: L sees everything, S the ``short_window``; the last layer always sees everything."""
+    """Tiled over the layers: L sees ``seq_len`` tokens to the left, S the ``short_window``; the last layer is an L."""
     short_window: int = 0
     """Left window of S layers: key s is visible from query t iff t - w <= s <= t. 0 means the published rule,
     a quarter of ``seq_len`` rounded up to a multiple of 128."""
@@ -81,6 +81,7 @@ class ModelConfig:
             f"model.window_pattern {self.window_pattern!r} may hold only the letters S and L.",
         )
         _require(self.short_window >= 0, f"model.short_window is {self.short_window}; it must be 0 or more.")
+        _require(0 < self.rope_base < math.inf, f"model.rope_base is {self.rope_base}; it must be positive.")
         _require(self.logit_softcap >= 0, f"model.logit_softcap is {self.logit_softcap}; it must be 0 or more.")
         if self.use_value_embeds or self.use_smear:
             _require(self.embed_dim >= 24, f"model.embed_dim {self.embed_dim} is below 24, which the gates read.")
@@ -170,8 +171,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more.")
         _require(0 <= self.warmdown_fraction <= 1, f"optim.warmdown_fraction is {self.warmdown_fraction}; give 0 to 1.")
-        _require(self.lr_scale > 0, f"optim.lr_scale is {self.lr_scale}; it must be positive.")
-        _require(self.max_grad_norm >= 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must be 0 or more.")
+        _require(0 <= self.final_lr_fraction <= 1, f"optim.final_lr_fraction is {self.final_lr_fraction}; give 0 to 1.")
+        _require(0 < self.lr_scale < math.inf, f"optim.lr_scale is {self.lr_scale}; it must be positive.")
+        rates = [f.name for f in dataclasses.fields(self) if f.name.endswith("_lr")]
+        for name in (*rates, "matrix_weight_decay", "batch_reference", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"optim.{name} is {value}; it must be 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,11 @@ class LossTerm:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        _require(self.weight >= 0, f"{name}.weight is {self.weight}; it must be 0 or more.")
+        _require(0 <= self.weight < math.inf, f"{name}.weight is {self.weight}; it must be 0 or more.")
+        _require(
+            len(set(self.region_sizes)) == len(self.region_sizes),
+            f"{name}.region_sizes {self.region_sizes} names a size twice.",
+        )
         _require(
             self.weight == 0 or len(self.region_sizes) > 0,
             f"{name}.region_sizes is empty; name at least one region size, or set the weight to 0.",
@@ -249,6 +258,11 @@ class LossConfig:
     hidden_norm: HiddenNormConfig = field(default_factory=HiddenNormConfig)
     solver_ce: SolverCEConfig = field(default_factory=SolverCEConfig)
     layer_skip: LayerSkipConfig = field(default_factory=LayerSkipConfig)
+
+    def __post_init__(self) -> None:
+        weight = self.sequential_weight
+        _require(0 <= weight < math.inf, f"loss.sequential_weight is {weight}; it must be 0 or more.")
+        _require(weight > 0 or len(self.terms) > 0, "loss.sequential_weight is 0 and no other term is switched on.")
 
     @property
     def terms(self) -> dict[str, LossTerm]:
@@ -363,7 +377,12 @@ def load_config(path: str | Path) -> Config:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"config file {str(path)!r} does not exist.")
-    config = runpy.run_path(str(path)).get("config")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except SyntaxError as error:
+        raise InputError(
+            f"config file {str(path)!r} is not valid Python (line {error.lineno}: {error.msg})."
+        ) from error
     if not isinstance(config, Config):
         raise InputError(f"config file {str(path)!r} does not bind `config = Config(...)`.")
     return config

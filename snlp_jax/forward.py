@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared
-from snlp_jax.parallel.region import solve_sharded
+from snlp_jax.parallel.region import check_sharding, solve_sharded
 from snlp_jax.solver import LayerProblem, ParallelSegment, Schedule, SequentialSegment, Solution, sequential, solve
 from snlp_jax.types import Array, Params, PyTree
 
@@ -59,7 +59,14 @@ def prepare(
         layout: ``stack`` keeps [n, ...] leaves (scan, vmap), ``list`` one tree a layer (unrolled; more to compile).
             ``auto``: lists for sequential segments on a CPU and for parallel ones on a CPU from 64 tokens on.
         mesh: regions are laid out over its ``layer`` axis.
+
+    Raises:
+        InputError: a region that cannot be spread over the mesh.
     """
+    if mesh is not None and mesh.shape["layer"] > 1:
+        for segment in schedule.segments:
+            if isinstance(segment, ParallelSegment):
+                check_sharding(segment.num_layers, segment.correction, mesh.shape["layer"])
     weights = split(model, model.cast(params), schedule)  # not jitted: what needs no cast is not copied
     on_cpu = jax.default_backend() == "cpu"
 

@@ -55,11 +55,16 @@ def _parse_region(part: str, num_layers: int) -> ParallelSegment:
     span: tuple[int, int] | None = None
     for item in filter(None, (item.strip() for item in rest.split(","))):
         if match := re.fullmatch(r"(\d+)-(\d+)", item):
+            key, value = "span", item
             span = int(match[1]), int(match[2])
-            continue
-        key, _, value = item.partition("=")
-        if key not in ("n", "k", "init", "damp") or not value:
-            raise ValueError(f"cannot read {item!r}; write n=, k=, init=, damp= or a span such as 4-8.")
+        else:
+            key, _, value = item.partition("=")
+            if key not in ("n", "k", "init", "damp") or not value:
+                raise ValueError(f"cannot read {item!r}; write n=, k=, init=, damp= or a span such as 4-8.")
+        if key in fields:
+            raise ValueError(
+                f"{fields[key]!r} and {value!r} are both given for {key}; give one, and join regions with +."
+            )
         fields[key] = value
     if (span is None) == ("n" not in fields):
         raise ValueError("give either n= (the last n layers) or a span such as 4-8.")
@@ -83,4 +88,4 @@ def _number(kind: Callable[[str], T], text: str, name: str) -> T:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{name}={text} is not a number.") from None
+        raise ValueError(f"{name}={text} is not a {'whole ' if kind is int else ''}number.") from None

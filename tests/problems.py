@@ -193,7 +193,8 @@ VARIANTS = {
     "plain": PLAIN,
     "no_x0_resid": dataclasses.replace(SMALL, use_x0_resid=False),
     "no_value_embeds": dataclasses.replace(SMALL, use_value_embeds=False, num_kv_heads=1),
-    "no_smear_no_mid": dataclasses.replace(SMALL, use_smear=False, use_mid_subtract=False, logit_softcap=0.0),
+    # Grouping SLSSLL by window is a permutation that is not its own inverse.
+    "no_smear_no_mid": dataclasses.replace(SMALL, use_smear=False, use_mid_subtract=False, window_pattern="SLS"),
     "no_qk_norm": dataclasses.replace(SMALL, use_qk_norm=False, num_kv_heads=4, window_pattern="S"),
 }
 

@@ -179,7 +179,6 @@ def test_refusals(model):
         make_mesh(data=2, layer=8)
 
 
-@pytest.mark.xfail(reason="prepare lays the weights out before solve_sharded can refuse: jax's own error comes first")
 def test_prepare_refuses_an_uneven_region(model):
     schedule = parse_schedule("idn:n=6,k=1", CONFIG.num_layers)
     with pytest.raises(InputError, match="a region of 6 layers cannot be spread evenly over 4 devices"):

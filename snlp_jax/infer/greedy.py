@@ -11,9 +11,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.types import Array
 
 
-def make_greedy(
-    model: LanguageModel, num_new: int, *, mesh: Mesh | None = None
-) -> Callable[[Weights, Array], Array]:
+def make_greedy(model: LanguageModel, num_new: int, *, mesh: Mesh | None = None) -> Callable[[Weights, Array], Array]:
     """A jitted ``(weights, prompt_BT) -> new_BT`` of the ``num_new`` most likely next tokens under the schedule.
 
     Every step runs the whole forward on one buffer of prompt and continuation; what lies to the right of a position

@@ -15,11 +15,11 @@ Implementation = Literal["xla", "cudnn", "splash"]
 
 MAX_SCORES = 2**26
 """Largest score tensor, in elements, that the XLA path holds at once (256 MiB in float32)."""
+MIN_BLOCK = 64
+"""Fewest queries of a block, whatever the size of its scores."""
 
 
-def choose_implementation(
-    requested: str, *, backend: str, dtype: Any, seq_len: int, head_dim: int
-) -> Implementation:
+def choose_implementation(requested: str, *, backend: str, dtype: Any, seq_len: int, head_dim: int) -> Implementation:
     """Resolve ``auto`` and check an explicit choice.
 
     Raises:
@@ -53,6 +53,8 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, imp
     if not isinstance(window, int):
         raise TypeError(f"{implementation} attention needs a static window, not a traced one.")
     if implementation == "cudnn":
+        if q_BTNH.shape[1] != k_BSKH.shape[1]:
+            raise ValueError("cudnn attention counts positions from the first key; give as many queries as keys.")
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=(window, 0), implementation="cudnn"
         )
@@ -78,21 +80,19 @@ def attend_any(
 def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array) -> Array:
     """Softmax in float32, in blocks of queries where the score tensor would pass ``MAX_SCORES`` elements."""
     num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    scores_per_query = q_BTNH.shape[0] * q_BTNH.shape[2] * num_keys
-    block = num_queries
-    while block % 2 == 0 and block > 64 and block * scores_per_query > MAX_SCORES:
-        block //= 2
+    num_scores = q_BTNH.shape[0] * q_BTNH.shape[2] * num_queries * num_keys
+    num_blocks = -(-num_scores // MAX_SCORES)
+    block = max(-(-num_queries // num_blocks), min(MIN_BLOCK, num_queries))
     if block == num_queries:
         return _xla_block(q_BTNH, k_BSKH, v_BSKH, window, num_keys - num_queries)
     # Each block sees only the keys up to its last query; its scores are recomputed in the backward pass.
     outputs = []
+    run_block = jax.checkpoint(_xla_block, static_argnums=(4,))
     for start in range(0, num_queries, block):
-        stop = num_keys - num_queries + start + block
-        outputs.append(
-            jax.checkpoint(_xla_block, static_argnums=(4,))(
-                q_BTNH[:, start : start + block], k_BSKH[:, :stop], v_BSKH[:, :stop], window, stop - block
-            )
-        )
+        q_block = q_BTNH[:, start : start + block]
+        offset = num_keys - num_queries + start
+        stop = offset + q_block.shape[1]
+        outputs.append(run_block(q_block, k_BSKH[:, :stop], v_BSKH[:, :stop], window, offset))
     return jnp.concatenate(outputs, axis=1)
 
 

@@ -46,7 +46,7 @@ class Head(nnx.Module):
         shape = (config.embed_dim, config.padded_vocab_size)
         self.kernel = nnx.Param(0.001 * jax.random.normal(rngs.params(), shape))
         if config.use_mid_subtract:
-            self.mid_scale = nnx.Param(jnp.asarray(0.2))
+            self.mid_scale = nnx.Param(jnp.asarray(0.2, jnp.float32))  # not weakly typed: a step would compile twice
 
 
 class LanguageModel:
@@ -192,6 +192,8 @@ class LanguageModel:
         Raises:
             InputError: names the id or the length.
         """
+        if tokens_BT.size == 0:
+            raise InputError("there are no tokens; give at least one.")
         if tokens_BT.shape[-1] > self.config.max_context:
             raise InputError(
                 f"{tokens_BT.shape[-1]} tokens exceed the rotary table of {self.config.max_context}; "

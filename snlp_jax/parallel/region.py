@@ -17,6 +17,20 @@ from snlp_jax.solver import Correction, Init, LayerProblem, Solution, solve
 PyTree = Any
 
 
+def check_sharding(num_layers: int, correction: Correction, num_devices: int) -> None:
+    """Refuse a region that cannot be sharded.
+
+    Raises:
+        InputError: its layers do not divide evenly among the devices, or its correction is sequential.
+    """
+    if num_layers % num_devices:
+        raise InputError(
+            f"a region of {num_layers} layers cannot be spread evenly over {num_devices} devices; choose a multiple."
+        )
+    if correction.serial_evals(num_layers):
+        raise InputError(f"{type(correction).__name__} runs layer after layer and cannot be sharded; choose another.")
+
+
 def solve_sharded(
     problem: LayerProblem,
     correction: Correction,
@@ -37,17 +51,10 @@ def solve_sharded(
         tap: layer whose output is also returned, on every device (one more exchange).
 
     Raises:
-        InputError: the number of layers is not a multiple of the number of devices, or the correction is sequential.
+        InputError: see :func:`check_sharding`.
     """
-    num_devices = mesh.shape[axis_name]
-    if problem.num_layers % num_devices:
-        raise InputError(
-            f"a region of {problem.num_layers} layers cannot be spread evenly over {num_devices} devices; "
-            "choose a multiple."
-        )
-    if correction.serial_evals(problem.num_layers):
-        raise InputError(f"{type(correction).__name__} runs layer after layer and cannot be sharded; choose another.")
-    layers_here = problem.num_layers // num_devices
+    check_sharding(problem.num_layers, correction, mesh.shape[axis_name])
+    layers_here = problem.num_layers // mesh.shape[axis_name]
 
     def local(params: PyTree, ctx: PyTree, shared: PyTree, h_in: PyTree) -> tuple[Solution, PyTree | None]:
         here = dataclasses.replace(

@@ -72,9 +72,11 @@ class ScalarMap(LinearMap):
     a_L: jax.Array
 
     def apply(self, d: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda leaf: self.a_L.reshape(self.a_L.shape + (1,) * (leaf.ndim - self.a_L.ndim)) * leaf, d
-        )
+        def scale(leaf: jax.Array) -> jax.Array:
+            a = self.a_L.reshape(self.a_L.shape + (1,) * (leaf.ndim - self.a_L.ndim))
+            return a.astype(leaf.dtype) * leaf
+
+        return jax.tree.map(scale, d)
 
     def compose(self, earlier: Self) -> Self:
         return type(self)(self.a_L * earlier.a_L)

@@ -51,7 +51,7 @@ class LayerProblem:
 
     @property
     def is_unrolled(self) -> bool:
-        return isinstance(self.params, list | tuple)
+        return isinstance(self.params, list)
 
     def layer(self, index: int) -> tuple[PyTree, PyTree]:
         """``(params_l, ctx_l)`` of one layer."""

@@ -86,8 +86,8 @@ def relative_norm(a_L: PyTree, b_L: PyTree) -> jax.Array:
     """[N]: mean over tokens of ||a - b|| / max(||b||, 1e-6), norms over the last axis, averaged over leaves."""
 
     def one(a: jax.Array, b: jax.Array) -> jax.Array:
-        distance = safe_norm(a - b) / jnp.maximum(safe_norm(b), 1e-6)
-        return distance.reshape(distance.shape[0], -1).mean(-1)
+        a, b = (x.reshape(x.shape[0], -1, x.shape[-1]) if x.ndim > 1 else x[:, None, None] for x in (a, b))
+        return (safe_norm(a - b) / jnp.maximum(safe_norm(b), 1e-6)).mean(-1)
 
     ratios = jax.tree.leaves(jax.tree.map(one, a_L, b_L))
     return jnp.stack(ratios).mean(0)
