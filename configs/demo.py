@@ -2,9 +2,9 @@
 
 Command:   make demo, or: python train.py configs/demo.py && python eval.py runs/demo
 Hardware:  two CPU cores, 2 GB of memory. Time: about four minutes of training on a quiet machine.
-Expected:  sequential PPL within 1 % of a twin without the solver loss at equal steps; with the last 8 of 12 layers solved
-           in one iteration (5 dependent layers instead of 12) a few percent more. Figures with three seeds, and why the
-           loss is cross entropy through one iteration in the last 40 % of the steps: docs/results.md.
+Expected:  sequential PPL within 1 % of a twin without the solver loss at equal steps; with the last 8 of 12 layers
+           solved in one iteration (5 dependent layers instead of 12) a few percent more. Figures with three seeds, and
+           why the loss is cross entropy through one iteration in the last 40 % of the steps: docs/results.md.
 """
 
 from snlp_jax.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, SolverCEConfig, TrainConfig
@@ -19,7 +19,7 @@ config = Config(
         num_kv_heads=4,
         seq_len=128,
         use_x0_resid=False,
-        remat=True,  # faster on a CPU too: writing and reading back what a block leaves costs more than its forward pass
+        remat=True,  # faster on a CPU too: storing what a block leaves costs more than its forward pass
     ),
     data=DataConfig(source="builtin", tokenizer="byte"),
     loss=LossConfig(

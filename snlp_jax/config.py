@@ -1,7 +1,7 @@
 """Every knob of the project: frozen dataclasses, checked when made, saved as JSON, overridden from the command line.
 
-A config file is a Python file that binds ``config = Config(...)``; ``python train.py configs/NAME.py --field.sub value``
-overrides single fields. Fields are whole words; a count of zero or a weight of zero switches a feature off.
+A config file is a Python file that binds ``config = Config(...)``, and
+``python train.py configs/NAME.py --field.sub value`` overrides single fields. Fields are whole words; a count of zero or a weight of zero switches a feature off.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class ModelConfig:
         _require(self.vocab_multiple >= 1, f"model.vocab_multiple is {self.vocab_multiple}; it must be at least 1.")
         _require(
             self.embed_dim % self.num_heads == 0,
-            f"model.embed_dim {self.embed_dim} is not a multiple of model.num_heads {self.num_heads}; change one of them.",
+            f"model.embed_dim {self.embed_dim} is not a multiple of model.num_heads {self.num_heads}; change one.",
         )
         _require(self.head_dim % 2 == 0, f"the head size {self.head_dim} is odd; rotary embedding needs an even one.")
         _require(

@@ -20,7 +20,6 @@ from snlp_jax.eval.fidelity import (
     greedy_matches,
     join_comparisons,
     make_compare_fn,
-    make_greedy_fn,
     make_reference_fn,
 )
 from snlp_jax.eval.perplexity import BOOTSTRAP_SEED, change_by_position, paired_interval, perplexity, relative_change
@@ -28,6 +27,7 @@ from snlp_jax.eval.report import Report, SettingResult
 from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import Weights, forward, split
+from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh

@@ -84,34 +84,6 @@ class GreedyMatch:
     """Share of positions with the same token, those after a difference included."""
 
 
-GreedyFn = Callable[[Weights, Array], Array]
-
-
-def make_greedy_fn(model: LanguageModel, *, prompt_len: int, num_tokens: int, mesh: Mesh | None = None) -> GreedyFn:
-    """Jitted greedy decoding without a cache: ``(weights, tokens_BT) -> new tokens [B, num_tokens]``.
-
-    ``tokens_BT`` holds the prompt and a first guess of the ``num_tokens`` that follow. All guesses are replaced at
-    once by the most likely tokens under the current ones until nothing changes. The model is causal, so each step
-    makes at least one more token final and the fixed point is the greedy continuation, whatever the guess; a good
-    guess (another pass's text) ends it early.
-    """
-
-    @jax.jit
-    def decode(weights: Weights, tokens_BT: Array) -> Array:
-        def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            tokens_BT, count, _ = state
-            logits_BTV = forward(model, weights, tokens_BT[:, :-1], mesh=mesh).logits_BTV
-            new_BT = logits_BTV[:, prompt_len - 1 :].argmax(-1).astype(tokens_BT.dtype)
-            changed = jnp.any(new_BT != tokens_BT[:, prompt_len:])
-            return jnp.concatenate([tokens_BT[:, :prompt_len], new_BT], axis=1), count + 1, changed
-
-        state = (tokens_BT, jnp.asarray(0), jnp.asarray(True))
-        final_BT, _, _ = jax.lax.while_loop(lambda state: state[2] & (state[1] < num_tokens), step, state)
-        return final_BT[:, prompt_len:]
-
-    return decode
-
-
 def greedy_matches(text_BT: np.ndarray, reference_BT: np.ndarray) -> tuple[GreedyMatch, ...]:
     """Agreement of two batches of generated tokens at each of ``HORIZONS`` that fits, and over the whole length."""
     num_tokens = text_BT.shape[1]

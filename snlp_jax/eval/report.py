@@ -152,8 +152,8 @@ def _quality_table(report: Report) -> Table:
 def _cost_table(report: Report) -> Table:
     info = report.info
     title = (
-        f"Cost of a forward of {info['timing_batch']} x {info['timing_len']} tokens: {info['device']}, {info['dtype']}, "
-        f"{info['timing_repeats']} runs, interleaved"
+        f"Cost of a forward of {info['timing_batch']} x {info['timing_len']} tokens: {info['device']}, "
+        f"{info['dtype']}, {info['timing_repeats']} runs, interleaved"
     )
     table = _table(title, ["depth", "evals", "ms (median)", "quartiles", "layout", "speed-up", "memory, MiB"])
     for result in report.results:

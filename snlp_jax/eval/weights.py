@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 from jax.sharding import Mesh
 
 from snlp_jax.forward import Layout, Weights, prepare

@@ -10,25 +10,29 @@ from snlp_jax.forward import Weights, forward
 from snlp_jax.model import LanguageModel
 from snlp_jax.types import Array
 
+GreedyFn = Callable[[Weights, Array], Array]
 
-def make_greedy(model: LanguageModel, num_new: int, *, mesh: Mesh | None = None) -> Callable[[Weights, Array], Array]:
-    """A jitted ``(weights, prompt_BT) -> new_BT`` of the ``num_new`` most likely next tokens under the schedule.
 
-    Every step runs the whole forward on one buffer of prompt and continuation; what lies to the right of a position
-    cannot influence it, so the yet unwritten part does no harm. Every pass sees positions from 0.
+def make_greedy_fn(model: LanguageModel, *, prompt_len: int, num_tokens: int, mesh: Mesh | None = None) -> GreedyFn:
+    """Jitted greedy decoding without a cache: ``(weights, tokens_BT) -> new tokens [B, num_tokens]``.
+
+    ``tokens_BT`` holds the prompt and a first guess of the ``num_tokens`` that follow. All guesses are replaced at
+    once by the most likely tokens under the current ones until nothing changes. The model is causal, so each step
+    makes at least one more token final and the fixed point is the greedy continuation, whatever the guess; a good
+    guess (another pass's text) ends it early.
     """
 
     @jax.jit
-    def greedy(weights: Weights, prompt_BT: Array) -> Array:
-        num_prompt = prompt_BT.shape[1]
-        buffer_BT = jnp.pad(prompt_BT, ((0, 0), (0, num_new)))
+    def decode(weights: Weights, tokens_BT: Array) -> Array:
+        def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            tokens_BT, count, _ = state
+            logits_BTV = forward(model, weights, tokens_BT[:, :-1], mesh=mesh).logits_BTV
+            new_BT = logits_BTV[:, prompt_len - 1 :].argmax(-1).astype(tokens_BT.dtype)
+            changed = jnp.any(new_BT != tokens_BT[:, prompt_len:])
+            return jnp.concatenate([tokens_BT[:, :prompt_len], new_BT], axis=1), count + 1, changed
 
-        def append(index: Array, buffer_BT: Array) -> Array:
-            logits_BTV = forward(model, weights, buffer_BT, mesh=mesh).logits_BTV
-            last_BV = jax.lax.dynamic_index_in_dim(logits_BTV, index - 1, axis=1, keepdims=False)
-            next_B1 = jnp.argmax(last_BV, axis=-1).astype(buffer_BT.dtype)[:, None]
-            return jax.lax.dynamic_update_slice_in_dim(buffer_BT, next_B1, index, axis=1)
+        state = (tokens_BT, jnp.asarray(0), jnp.asarray(True))
+        final_BT, _, _ = jax.lax.while_loop(lambda state: state[2] & (state[1] < num_tokens), step, state)
+        return final_BT[:, prompt_len:]
 
-        return jax.lax.fori_loop(num_prompt, num_prompt + num_new, append, buffer_BT)[:, num_prompt:]
-
-    return greedy
+    return decode

@@ -22,7 +22,7 @@ from snlp_jax.data.pipeline import TokenData, prepare_tokens, train_iterator, va
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab
 from snlp_jax.errors import DivergedError, InputError
 from snlp_jax.forward import split
-from snlp_jax.infer.greedy import make_greedy
+from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.metrics import MetricsWriter
@@ -203,11 +203,12 @@ def _make_sample(
 ) -> Callable[[Any], str]:
     """Greedy continuation of a piece of held-out text by the sequential pass."""
     prompt = held_out[0][:1, :SAMPLE_PROMPT_LEN]
-    greedy = make_greedy(model, config.train.sample_tokens)
+    start = np.pad(prompt, ((0, 0), (0, config.train.sample_tokens)))
+    greedy = make_greedy_fn(model, prompt_len=prompt.shape[1], num_tokens=config.train.sample_tokens)
     schedule = Schedule.of(config.model.num_layers)
 
     def sample(params: Any) -> str:
-        new = greedy(split(model, params, schedule), jnp.asarray(prompt))
+        new = greedy(split(model, params, schedule), jnp.asarray(start))
         return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(np.asarray(new)[0])}"
 
     return sample
