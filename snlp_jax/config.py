@@ -1,7 +1,7 @@
 """Every knob of the project: frozen dataclasses, checked when made, saved as JSON, overridden from the command line.
 
-A config file is a Python file that binds ``config = Config(...)``, and
-``python train.py configs/NAME.py --field.sub value`` overrides single fields. Fields are whole words; a count of zero or a weight of zero switches a feature off.
+A config file is a Python file that binds ``config = Config(...)``; ``python train.py FILE --field.sub value`` overrides
+single fields. Fields are whole words; a count of zero or a weight of zero switches a feature off.
 """
 
 import dataclasses

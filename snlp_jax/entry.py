@@ -32,7 +32,7 @@ def enable_compilation_cache() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snlp_jax" / "xla"
     with contextlib.suppress(OSError):

@@ -180,12 +180,12 @@ def _result(
 ) -> SettingResult:
     """One row; the second of each pair is the sequential pass's."""
     (comparison, reference), (timing, twin) = compared, timed
-    nlls = comparison.nll_BT, reference.nll_BT
+    nlls = np.asarray(comparison.nll_BT), np.asarray(reference.nll_BT)
     return SettingResult(
         setting=text,
         depth=schedule.depth,
         num_block_evals=schedule.num_block_evals,
-        ppl=perplexity(comparison.nll_BT),
+        ppl=perplexity(nlls[0]),
         ppl_change=relative_change(*nlls),
         ppl_interval=paired_interval(*nlls, num_bootstrap=num_bootstrap),
         kl=float(comparison.kl_BT.mean()),

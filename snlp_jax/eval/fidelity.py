@@ -1,13 +1,14 @@
 """How close a solver's logits and its free-running text are to those of the sequential pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from snlp_jax.eval.perplexity import token_nll
 from snlp_jax.forward import Weights, forward
@@ -33,8 +34,8 @@ class Comparison(NamedTuple):
     each correction."""
 
 
-ReferenceFn = Callable[[Weights, Array], tuple[Array, Comparison]]
-CompareFn = Callable[[Weights, Array, Array], Comparison]
+ReferenceFn = Callable[[Weights, ArrayLike], tuple[Array, Comparison]]
+CompareFn = Callable[[Weights, ArrayLike, Array], Comparison]
 
 
 def make_reference_fn(model: LanguageModel, mesh: Mesh | None = None) -> ReferenceFn:
@@ -99,6 +100,7 @@ def _match(equal_BT: np.ndarray) -> GreedyMatch:
 
 def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
     """Comparisons of several batches as one, along the batch axis; residual norms are averaged. Numpy."""
-    by_token = [np.concatenate(arrays) for arrays in zip(*(part[:4] for part in parts), strict=True)]
+    by_token: Iterator[Any] = (np.concatenate(arrays) for arrays in zip(*(part[:4] for part in parts), strict=True))
+    nll_BT, kl_BT, agrees_BT, cosine_BT = by_token
     by_region = zip(*(part.residual_norms for part in parts), strict=True)
-    return Comparison(*by_token, residual_norms=tuple(np.mean(norms, axis=0) for norms in by_region))
+    return Comparison(nll_BT, kl_BT, agrees_BT, cosine_BT, tuple(np.mean(norms, axis=0) for norms in by_region))

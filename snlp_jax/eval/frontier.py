@@ -27,7 +27,7 @@ def draw_frontier(
     names: Sequence[str],
     changes: Sequence[float],
     intervals: Sequence[tuple[float, float] | None],
-    costs: dict[str, Sequence[float]],
+    costs: dict[str, list[float]],
     title: str,
 ) -> bytes:
     """A PNG with one panel for each cost. The first setting is the sequential pass.
@@ -47,17 +47,17 @@ def draw_frontier(
     axes = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     percents = [100 * change for change in changes]
     bars = [
-        tuple(100 * end for end in interval) if interval else (p, p)
+        (100 * interval[0], 100 * interval[1]) if interval else (p, p)
         for p, interval in zip(percents, intervals, strict=True)
     ]
     for axis, (label, values) in zip(axes, costs.items(), strict=True):
-        _draw_panel(axis, list(values), percents, bars)
+        _draw_panel(axis, values, percents, bars)
         axis.set_xlabel(label)
     axes[0].set_ylabel("change of perplexity, %")
     figure.suptitle(title, fontsize=11)
     canvas.draw()
     for axis, values in zip(axes, costs.values(), strict=True):
-        _label_points(axis, canvas.get_renderer(), names, list(values), percents)
+        _label_points(axis, canvas.get_renderer(), names, values, percents)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -37,7 +37,7 @@ def paired_interval(
     hard the windows are then cancels, and only how much the passes differ on them remains: the log of the ratio is the
     mean of the windows' differences. The same seed draws the same windows for every setting.
     """
-    difference_W = np.mean(nll_WT - reference_WT, axis=1, dtype=np.float64)
+    difference_W = (nll_WT - reference_WT).astype(np.float64).mean(axis=1)
     num_windows = len(difference_W)
     if num_windows < 2:
         return None
@@ -50,5 +50,5 @@ def change_by_position(
     nll_WT: np.ndarray, reference_WT: np.ndarray, *, num_bins: int = NUM_POSITION_BINS
 ) -> tuple[float, ...]:
     """Mean change of the negative log-likelihood, in nats, in equal bins over the positions of a window."""
-    change_T = np.mean(nll_WT - reference_WT, axis=0, dtype=np.float64)
+    change_T = (nll_WT - reference_WT).astype(np.float64).mean(axis=0)
     return tuple(float(part.mean()) for part in np.array_split(change_T, min(num_bins, len(change_T))))

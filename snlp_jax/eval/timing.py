@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -59,9 +60,9 @@ def time_schedules(
     tokens_BT = rng.integers(model.config.vocab_size, size=(batch_size, seq_len), dtype=np.int32)
     calls: list[tuple[Any, Weights, Array]] = []
     for layout in LAYOUTS:
-        settings = {"num_tokens": tokens_BT.size, "layout": layout}
-        alone = iter(prepare_all(model, params, [s for s in schedules if s.is_sequential], **settings))
-        spread = iter(prepare_all(model, params, [s for s in schedules if not s.is_sequential], **settings, mesh=mesh))
+        lay_out = partial(prepare_all, model, params, num_tokens=tokens_BT.size, layout=layout)
+        alone = iter(lay_out([schedule for schedule in schedules if schedule.is_sequential]))
+        spread = iter(lay_out([schedule for schedule in schedules if not schedule.is_sequential], mesh=mesh))
         for schedule in schedules:
             on_progress("compiling")
             weights, its_mesh = (next(alone), None) if schedule.is_sequential else (next(spread), mesh)

@@ -5,12 +5,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from snlp_jax.forward import Weights, forward
 from snlp_jax.model import LanguageModel
 from snlp_jax.types import Array
 
-GreedyFn = Callable[[Weights, Array], Array]
+GreedyFn = Callable[[Weights, ArrayLike], Array]
 
 
 def make_greedy_fn(model: LanguageModel, *, prompt_len: int, num_tokens: int, mesh: Mesh | None = None) -> GreedyFn:

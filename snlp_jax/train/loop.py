@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -208,7 +207,7 @@ def _make_sample(
     schedule = Schedule.of(config.model.num_layers)
 
     def sample(params: Any) -> str:
-        new = greedy(split(model, params, schedule), jnp.asarray(start))
+        new = greedy(split(model, params, schedule), start)
         return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(np.asarray(new)[0])}"
 
     return sample
