@@ -1,0 +1,219 @@
+"""Evaluation: what is measured is what it is called, and the reports say so."""
+
+import csv
+import dataclasses
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import random_params
+from tiny_run import MODEL, tiny
+
+from snlp_jax.config import Config, EvalConfig, ModelConfig
+from snlp_jax.errors import InputError
+from snlp_jax.eval import evaluate_run, read_config, write_report
+from snlp_jax.eval.evaluate import default_solvers, evaluate, parse_settings
+from snlp_jax.eval.fidelity import greedy_matches
+from snlp_jax.eval.frontier import pareto_front
+from snlp_jax.eval.perplexity import change_by_position, paired_interval, perplexity, relative_change, token_nll
+from snlp_jax.eval.report import Report
+from snlp_jax.forward import forward, split
+from snlp_jax.infer.greedy import make_greedy_fn
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
+from snlp_jax.train.loop import train
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = EvalConfig(
+    solvers=("idn:n=3,k=3", "sid:n=3,k=1", "idn:0-2,k=1+jac:2-4,k=2"),
+    num_bootstrap=200,
+    greedy_prompts=2,
+    greedy_prompt_len=4,
+    greedy_tokens=9,
+    timing_len=8,
+    timing_repeats=3,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(MODEL)
+
+
+@pytest.fixture(scope="module")
+def params(model: LanguageModel) -> dict:
+    return random_params(model)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(MODEL.vocab_size, size=(3, 17), dtype=np.int32) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def report(model: LanguageModel, params: dict, batches: list[np.ndarray]) -> Report:
+    return evaluate(model, params, batches, SETTINGS)
+
+
+def test_exact_setting_changes_nothing_and_others_do(report: Report) -> None:
+    sequential, exact, scaled, regions = report.results
+    assert [result.setting for result in report.results] == ["seq", *SETTINGS.solvers]
+    assert [result.depth for result in report.results] == [4, 4, 2, 3]
+    assert [result.num_block_evals for result in report.results] == [4, 10, 4, 6]
+    assert sequential.ppl_change == 0 and sequential.kl == 0 and sequential.top1 == 1 and sequential.speedup == 1
+    # K = N is the sequential pass up to float32 rounding of batched against scanned products.
+    assert abs(exact.ppl_change) < 1e-5
+    assert exact.kl < 1e-6
+    assert exact.top1 == 1
+    assert exact.cosine == pytest.approx(1, abs=1e-5)
+    assert all(match.match_rate == 1 and match.prefix_len == match.num_tokens for match in exact.greedy)
+    for result in (scaled, regions):
+        assert result.kl > 1e-3
+        assert result.cosine < 1 - 1e-4
+        assert math.isfinite(result.ppl)
+    assert [len(norms) for norms in regions.residual_norms] == [1, 2], "one number an iteration, one row a region"
+    assert exact.residual_norms[0][0] > 10 * exact.residual_norms[0][-1]
+
+
+def test_numbers_equal_a_direct_computation(
+    model: LanguageModel, params: dict, batches: list[np.ndarray], report: Report
+) -> None:
+    windows = jnp.asarray(np.concatenate(batches))
+    logits = {
+        text: jax.jit(lambda w, t: forward(model, w, t).logits_BTV)(
+            split(model, params, parse_schedule(text, 4)), windows[:, :-1]
+        )
+        for text in ("seq", "sid:n=3,k=1")
+    }
+    p, q = (np.asarray(jax.nn.log_softmax(logits[text].astype(jnp.float32)), np.float64) for text in logits)
+    rows = np.arange(6)[:, None], np.arange(16)[None, :], np.asarray(windows[:, 1:])
+    scaled = report.results[2]
+    # float32 logits summed in another order
+    assert report.results[0].ppl == pytest.approx(math.exp(-p[rows].mean()), rel=1e-5)
+    assert scaled.ppl == pytest.approx(math.exp(-q[rows].mean()), rel=1e-5)
+    assert scaled.ppl_change == pytest.approx(scaled.ppl / report.results[0].ppl - 1, abs=1e-6)
+    assert scaled.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
+    assert scaled.top1 == (p.argmax(-1) == q.argmax(-1)).mean()
+    assert sum(scaled.nll_change_by_position) / 8 == pytest.approx((p[rows] - q[rows]).mean(), rel=1e-3)
+
+
+def test_token_nll_and_perplexity() -> None:
+    logits = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
+    nll = np.asarray(token_nll(logits, jnp.asarray([[0, 2]])))
+    np.testing.assert_allclose(nll, -np.log([[0.5, 0.8]]), rtol=1e-6)
+    assert perplexity(nll) == pytest.approx(1 / math.sqrt(0.4))
+    assert change_by_position(np.ones((2, 16)), np.zeros((2, 16)), num_bins=4) == (1, 1, 1, 1)
+
+
+def test_paired_interval_covers_and_is_narrow() -> None:
+    """Windows differ much more from each other than the passes do on any of them: pairing takes that out."""
+    true_change, covered, widths, unpaired = 0.03, 0, [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        reference = rng.normal(2.0, 1.0, (64, 1)) + rng.normal(0, 0.1, (64, 32))
+        nll = reference + math.log1p(true_change) + rng.normal(0, 0.2, (64, 32))
+        low, high = paired_interval(nll, reference, num_bootstrap=300)
+        covered += low <= true_change <= high
+        widths.append(high - low)
+        picks = rng.integers(64, size=(2, 300, 64))
+        means = nll.mean(1)[picks[0]].mean(1) - reference.mean(1)[picks[1]].mean(1)
+        unpaired.append(np.subtract(*np.quantile(means, [0.975, 0.025])))
+        assert relative_change(nll, reference) == pytest.approx(np.expm1((nll - reference).mean()))
+    assert covered >= 32, "a 95 % interval misses more than 8 of 40 with probability below 1e-3"
+    assert np.mean(widths) < np.mean(unpaired) / 5
+    assert paired_interval(np.ones((1, 4)), np.ones((1, 4)), num_bootstrap=10) is None
+
+
+def test_greedy_continuation_is_token_by_token(model: LanguageModel, params: dict) -> None:
+    """The fixed point of the parallel replacement equals writing one token after another, from any guess."""
+    weights = split(model, params, parse_schedule("sid:n=3,k=1", 4))
+    logits_fn = jax.jit(lambda weights, tokens: forward(model, weights, tokens).logits_BTV)
+    tokens = np.random.default_rng(1).integers(MODEL.vocab_size, size=(2, 12), dtype=np.int32)
+    expected = tokens.copy()
+    for position in range(4, 12):
+        expected[:, position] = np.asarray(logits_fn(weights, expected))[:, position - 1].argmax(-1)
+    decode = make_greedy_fn(model, prompt_len=4, num_tokens=8)
+    np.testing.assert_array_equal(decode(weights, tokens), expected[:, 4:])
+    matches = greedy_matches(np.asarray([[1, 2, 3, 4], [5, 6, 7, 8]]), np.asarray([[1, 2, 0, 4], [5, 6, 7, 8]]))
+    assert (matches[-1].num_tokens, matches[-1].prefix_len, matches[-1].match_rate) == (4, 3.0, 7 / 8)
+
+
+def test_pareto_front() -> None:
+    points = [(1.0, 5.0), (2.0, 3.0), (2.0, 4.0), (3.0, 3.5), (4.0, 1.0)]
+    assert list(pareto_front(points)) == [True, True, False, False, True]
+
+
+def test_report_files(report: Report, tmp_path: Path) -> None:
+    paths, notice = write_report(report, tmp_path)
+    by_suffix = {path.suffix: path for path in paths}
+    assert set(by_suffix) == {".json", ".csv", ".png"}, notice
+    saved = json.loads(by_suffix[".json"].read_text())
+    assert [result["setting"] for result in saved["results"]] == [result.setting for result in report.results]
+    assert saved["results"][2]["ppl"] == report.results[2].ppl
+    rows = list(csv.DictReader(by_suffix[".csv"].read_text().splitlines()))
+    assert len(rows) == 4
+    assert by_suffix[".png"].read_bytes().startswith(b"\x89PNG")
+    for result in report.results:
+        assert result.timing.median_ms > 0
+        assert result.timing.layout in ("stack", "list")
+
+
+def test_default_grid_and_bad_settings(model: LanguageModel, params: dict, batches: list[np.ndarray]) -> None:
+    config = ModelConfig(num_layers=12)
+    assert {"idn:n=8,k=1", "sid:n=8,k=2", "idn:n=8,k=1,init=batch_forward"} <= set(default_solvers(config))
+    assert not any("sid" in text for text in default_solvers(dataclasses.replace(config, use_x0_resid=False)))
+    assert len(parse_settings(config, EvalConfig())) == len(default_solvers(config)) + 1
+    for solvers, expected in ((("idn:n=9,k=1",), "region"), (("nwt:n=2",), "nwt"), (("idn:n=2,k=0",), "k=0")):
+        with pytest.raises(InputError, match=expected):
+            evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=solvers))
+    with pytest.raises(InputError, match="spread evenly over 2 devices"):
+        evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=("idn:n=3,k=1",), layer_devices=2))
+
+
+def test_sharded_regions_are_measured(model: LanguageModel, params: dict, batches: list[np.ndarray]) -> None:
+    config = dataclasses.replace(SETTINGS, solvers=("idn:n=4,k=2",), greedy_tokens=0, timing_repeats=0)
+    alone = evaluate(model, params, batches, config).results[1]
+    spread = evaluate(model, params, batches, dataclasses.replace(config, layer_devices=4)).results[1]
+    assert spread.ppl == pytest.approx(alone.ppl, rel=1e-5)
+    assert spread.timing is None and spread.speedup is None
+
+
+def test_trained_run_is_evaluated_by_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config: Config = tiny(tmp_path / "run")
+    train(config)
+    flags = ["--solvers", "idn:n=2,k=1", "--num-windows", "4", "--batch-size", "2", "--greedy-tokens", "4"]
+    flags += ["--greedy-prompts", "2", "--greedy-prompt-len", "4", "--timing-repeats", "2", "--num-bootstrap", "50"]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(config.run_path), *flags])
+    runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "idn:n=2,k=1" in output
+    assert "eval.json" in output and "eval.png" in output
+    saved = json.loads((config.run_path / "eval" / "eval.json").read_text())
+    assert saved["info"]["step"] == 12
+    assert len(saved["results"]) == 2
+
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(config.run_path), "--solvers", "idn:n=7,k=1"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "outside the model" in capsys.readouterr().err
+
+
+def test_missing_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"config\.json"):
+        read_config(tmp_path)
+    config = tiny(tmp_path / "run")
+    with pytest.raises(InputError, match="checkpoint"):
+        evaluate_run(tmp_path / "run", config)
