@@ -42,9 +42,9 @@ SAMPLE_PROMPT_LEN = 32
 def train(config: Config, *, resume: bool = False, started: float | None = None) -> Path:
     """Run (or, with ``resume``, continue) the experiment and return its run directory.
 
-    The directory receives config.json, tokenizer.json, metrics.jsonl and checkpoints/. SIGTERM saves a checkpoint and
-    returns early. A run that is killed and resumed ends with the same parameters, bit for bit, as an unbroken one
-    wherever the backend's kernels are deterministic: always on CPU; on GPU with
+    The directory receives config.json, tokenizer.json, metrics.jsonl and checkpoints/. SIGTERM or Ctrl-C saves a
+    checkpoint and returns early. A run that is killed and resumed ends with the same parameters, bit for bit, as an
+    unbroken one wherever the backend's kernels are deterministic: always on CPU; on GPU with
     ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.
 
     Args:
@@ -100,7 +100,7 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
             return run_path
 
         # -- Step -----------------------------------------------------------------------------------------------------
-        stop = stack.enter_context(_stop_on_sigterm())
+        stop = stack.enter_context(_stop_on_signal())
         progress = stack.enter_context(_progress(console))
         meter = _Meter(config, tokens_per_step)
         task = progress.add_task("train", total=tc.num_steps, completed=first_step, note="compiling")
@@ -250,18 +250,25 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[_Stop]:
-    """A flag that SIGTERM raises; the loop saves and ends after the step at hand."""
+def _stop_on_signal() -> Iterator[_Stop]:
+    """A flag that SIGTERM or Ctrl-C raises; the loop saves and ends after its step. A second signal ends it at once."""
     stop = _Stop()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     def request(*_: object) -> None:
         stop.requested = True
+        restore()
 
-    previous = signal.signal(signal.SIGTERM, request)
+    for number in previous:
+        signal.signal(number, request)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        restore()
 
 
 def _progress(console: Console) -> Progress:
