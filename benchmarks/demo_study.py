@@ -26,6 +26,7 @@ from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run
 from snlp_jax.io.files import atomic_write
+from snlp_jax.io.provenance import git_commit
 from snlp_jax.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +90,7 @@ def measure(arm: str, seed: int, args: Args) -> dict:
         "steps": config.train.num_steps,
         "seconds": seconds,
         "ppl": {result.setting: result.ppl for result in report.results},
-        "info": {name: report.info[name] for name in ("device", "jax", "commit", "corpus_hash")},
+        "info": {name: report.info[name] for name in ("device", "jax", "corpus_hash")},
     }
 
 
@@ -120,12 +121,14 @@ def main() -> None:
         if arm not in ARMS:
             raise InputError(f"unknown arm {arm!r}; choose among {', '.join(ARMS)}.")
     out = args.out if args.out.name else ROOT / "benchmarks/results" / f"demo_study_{datetime.date.today()}.json"
+    commit = git_commit()  # of the code that runs, whatever is committed meanwhile
     rows = []
     for seed in args.seeds:
         for arm in args.arms:
             rows.append(measure(arm, seed, args))
-            settings = {"steps": DEMO.train.num_steps, "args": dataclasses.asdict(args) | {"out": out.name}}
-            atomic_write(out, json.dumps({**settings, "rows": rows}, indent=2) + "\n")
+            record = {"commit": commit, "steps": DEMO.train.num_steps, "solvers": args.solvers, "rows": rows}
+            record["num_windows"] = args.num_windows
+            atomic_write(out, json.dumps(record, indent=2) + "\n")
     Console(width=150).print(summarise(rows, args))
     print(f"wrote {out}")
 

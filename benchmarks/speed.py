@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import Weights, forward
 from snlp_jax.io.files import atomic_write
+from snlp_jax.io.provenance import git_commit
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import Schedule, SequentialSegment
@@ -308,7 +308,7 @@ def _header(config: ModelConfig, args: Args, calls: int) -> dict[str, Any]:
     machine = {"backend": device.platform, "machine": platform.machine(), "num_cores": os.cpu_count()}
     return {
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": git_commit(),
         "device": {"kind": device.device_kind} | machine,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "model": dataclasses.asdict(config),
@@ -316,18 +316,6 @@ def _header(config: ModelConfig, args: Args, calls: int) -> dict[str, Any]:
         "load_average": {"start": os.getloadavg()[0]},
         "limits": {},
     } | {name: [] for name in ("cells", "skipped", "failed")}
-
-
-def _commit() -> str | None:
-    """Short hash, with a plus sign where tracked files differ from it; None outside a git checkout."""
-
-    def git(*rest: str) -> str:
-        return subprocess.run(["git", *rest], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _table(cell: dict[str, Any]) -> Table:

@@ -11,48 +11,15 @@ Expected:  published: sequential PPL 10.07, n8 K1 10.46, n8 K4 10.09. Not run he
            PPL compares only on the authors' corpus and tokenizer.
 """
 
-from snlp_jax.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    HiddenNormConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from dataclasses import replace
+from pathlib import Path
 
-config = Config(
+from snlp_jax.config import HiddenNormConfig, LossConfig, load_config
+
+base = load_config(Path(__file__).with_name("d32_base.py"))
+
+config = replace(
+    base,
     name="d32_idn",
-    model=ModelConfig(
-        vocab_size=32_768,
-        num_layers=32,
-        embed_dim=2048,
-        num_heads=16,
-        num_kv_heads=16,
-        seq_len=2048,
-        window_pattern="SSSL",
-        remat=True,
-    ),
-    data=DataConfig(tokenizer="bpe", bpe_vocab_size=32_768),
-    # The published rates hold at 524,288 tokens a step; this batch, twice that, multiplies them by sqrt(2).
-    optim=OptimConfig(batch_reference=2**19),
     loss=LossConfig(hidden_norm=HiddenNormConfig(weight=0.5, region_sizes=(8,), stride=3)),
-    # 512 sequences of 2048 tokens are 1,048,576 tokens a step, in microbatches of 2 sequences.
-    train=TrainConfig(
-        num_steps=4800,
-        batch_size=512,
-        num_microbatches=256,
-        log_every=10,
-        eval_every=250,
-        eval_batches=16,
-        checkpoint_every=250,
-    ),
-    eval=EvalConfig(
-        solvers=(
-            "idn:n=8,k=1",
-            "idn:n=8,k=4",
-        ),
-        batch_size=2,
-    ),
 )

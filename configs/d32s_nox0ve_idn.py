@@ -9,53 +9,15 @@ Expected:  published: sequential PPL 17.57; its layer-parallel rows use fused la
            Not run here. PPL compares only on the authors' corpus and tokenizer.
 """
 
-from snlp_jax.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    HiddenNormConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from dataclasses import replace
+from pathlib import Path
 
-config = Config(
+from snlp_jax.config import HiddenNormConfig, LossConfig, load_config
+
+base = load_config(Path(__file__).with_name("d32s_nox0ve_base.py"))
+
+config = replace(
+    base,
     name="d32s_nox0ve_idn",
-    model=ModelConfig(
-        vocab_size=32_768,
-        num_layers=32,
-        embed_dim=640,
-        num_heads=5,
-        num_kv_heads=5,
-        seq_len=2048,
-        window_pattern="SSSL",
-        use_x0_resid=False,
-        use_value_embeds=False,
-        remat=True,
-    ),
-    data=DataConfig(tokenizer="bpe", bpe_vocab_size=32_768),
-    # The published rates hold at 524,288 tokens a step; this batch, twice that, multiplies them by sqrt(2).
-    optim=OptimConfig(batch_reference=2**19),
     loss=LossConfig(hidden_norm=HiddenNormConfig(weight=0.5, region_sizes=(8, 16, 24), stride=6)),
-    # 512 sequences of 2048 tokens are 1,048,576 tokens a step, in microbatches of 8 sequences.
-    train=TrainConfig(
-        num_steps=4800,
-        batch_size=512,
-        num_microbatches=64,
-        log_every=10,
-        eval_every=250,
-        eval_batches=16,
-        checkpoint_every=250,
-    ),
-    eval=EvalConfig(
-        solvers=(
-            "idn:n=24,k=1",
-            "idn:n=24,k=2",
-            "idn:n=24,k=4",
-            "idn:n=12,k=2,init=batch_forward",
-            "idn:n=8,k=4",
-        ),
-        batch_size=8,
-    ),
 )

@@ -1,9 +1,7 @@
 """The evaluation of a model: every solver setting against the sequential pass, on the same windows and machine."""
 
 import datetime
-import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +26,7 @@ from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import Weights, forward, split
 from snlp_jax.infer.greedy import make_greedy_fn
+from snlp_jax.io.provenance import git_commit
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
@@ -103,7 +102,7 @@ def evaluate(model: LanguageModel, params: Params, batches: Sequence[np.ndarray]
     device = jax.devices()[0]
     info = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git_commit(),
+        "commit": git_commit(),
         "jax": jax.__version__,
         "device": device.device_kind,
         "platform": device.platform,
@@ -204,15 +203,3 @@ def _check_mesh(model: LanguageModel, params: Params, schedules: Sequence[Schedu
     tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     for schedule in schedules:
         jax.eval_shape(lambda p, t, s=schedule: forward(model, split(model, p, s), t, mesh=mesh)[0], params, tokens_BT)
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this file stands in, with "-dirty" for changed files; None outside of one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
