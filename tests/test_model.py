@@ -328,11 +328,20 @@ def test_remat_recomputes_blocks():
 def test_check_tokens():
     model = LanguageModel(SMALL)
     model.check_tokens(np.array([[0, 49]]))
-    model.check_tokens(np.zeros((1, SMALL.max_context), np.int32))
     for tokens, message in (
         ([[0, 50]], "token id 50 lies outside the vocabulary of 50 entries"),
         ([[-3, 60]], "token id -3 lies outside the vocabulary"),
-        ([[0] * 321], "321 tokens exceed the rotary table of 320; shorten the input or raise model.rotary_multiple"),
+        ([[]], "there are no tokens"),
     ):
         with pytest.raises(InputError, match=message):
             model.check_tokens(np.array(tokens))
+
+
+def test_context_ends_with_the_rotary_table():
+    model = LanguageModel(SMALL)
+    run = lambda length: jax.eval_shape(  # noqa: E731
+        lambda params: model.shared(model.embed(params, jnp.zeros((1, length), jnp.int32))), model.abstract_params()
+    )
+    run(SMALL.max_context)
+    with pytest.raises(InputError, match="321 tokens exceed the rotary table of 320; shorten the input or raise"):
+        run(321)

@@ -156,19 +156,6 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def check_token_ids(tokens: np.ndarray, vocab_size: int) -> None:
-    """Raises InputError if one of the ids, of any shape, lies outside 0 to ``vocab_size - 1``. Reads in chunks."""
-    flat = tokens.reshape(-1)
-    for start in range(0, flat.size, 1 << 22):
-        chunk = flat[start : start + (1 << 22)]
-        for worst in (int(chunk.max()), int(chunk.min())):
-            if not 0 <= worst < vocab_size:
-                raise InputError(
-                    f"token id {worst} is outside the vocabulary of {vocab_size}; "
-                    "use the tokenizer that the model was made for."
-                )
-
-
 def _to_utf8(text: str) -> bytes:
     """UTF-8 with '?' for lone surrogates, which have none."""
     return text.encode("utf-8", errors="replace")

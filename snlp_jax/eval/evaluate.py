@@ -79,6 +79,7 @@ def evaluate(model: LanguageModel, params: Params, batches: Sequence[np.ndarray]
     if mesh is not None:
         _check_mesh(model, params, schedules, mesh)
     windows = np.concatenate(batches)
+    model.check_tokens(windows)
     timing_len = config.timing_len or model.config.seq_len
     timing_steps = len(LAYOUTS) * len(schedules) + config.timing_repeats if config.timing_repeats else 0
     timings: list[Timing | None] = [None] * len(schedules)

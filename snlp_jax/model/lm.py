@@ -103,7 +103,16 @@ class LanguageModel:
         return jnp.concatenate([e_BTD[:, :1], smeared], axis=1)
 
     def shared(self, x0_BTD: Array) -> Shared:
-        """What all layers read, for tokens at positions 0 and on."""
+        """What all layers read, for tokens at positions 0 and on.
+
+        Raises:
+            InputError: the sequence is longer than the rotary table.
+        """
+        if x0_BTD.shape[1] > self.config.max_context:
+            raise InputError(
+                f"{x0_BTD.shape[1]} tokens exceed the rotary table of {self.config.max_context}; "
+                "shorten the input or raise model.rotary_multiple."
+            )
         cos, sin = rotary_table(x0_BTD.shape[1], self.config.head_dim, self.config.rope_base)
         return Shared(x0_BTD, cos, sin)
 
@@ -187,18 +196,13 @@ class LanguageModel:
         return params["resid_scale"] if self.config.use_x0_resid else jnp.ones(())
 
     def check_tokens(self, tokens_BT: Any) -> None:
-        """Refuse concrete token ids outside the vocabulary and sequences beyond the rotary table.
+        """Refuse concrete token ids outside the vocabulary, which a device would silently read as others.
 
         Raises:
-            InputError: names the id or the length.
+            InputError: names the id.
         """
         if tokens_BT.size == 0:
             raise InputError("there are no tokens; give at least one.")
-        if tokens_BT.shape[-1] > self.config.max_context:
-            raise InputError(
-                f"{tokens_BT.shape[-1]} tokens exceed the rotary table of {self.config.max_context}; "
-                "shorten the input or raise model.rotary_multiple."
-            )
         low, high = int(tokens_BT.min()), int(tokens_BT.max())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high

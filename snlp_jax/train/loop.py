@@ -132,6 +132,7 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
         for step in range(first_step, tc.num_steps):
             plan = make_plan(config.loss, step, tc.num_steps, tc.seed)
             tokens = next(batches)["tokens"]
+            model.check_tokens(tokens)
             state, metrics = step_fn(state, tokens, plan=plan)
             read_pending()
             pending = step + 1, metrics
