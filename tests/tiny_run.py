@@ -23,8 +23,6 @@ def tiny(run_dir: Path, **train_fields) -> Config:
         model=MODEL,
         data=DataConfig(source=str(text), cache_dir=str(run_dir.parent / "cache")),
         optim=OptimConfig(warmup_steps=2),
-        loss=LossConfig(
-            solver_ce=SolverCEConfig(weight=1.0, region_sizes=(1, 2, 3), sample_region=True, start_fraction=0.5)
-        ),
+        loss=LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(3,), start_fraction=0.5)),
         train=TrainConfig(**{"eval_batches": 2, **fields, **train_fields}),
     )
