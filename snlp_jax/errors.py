@@ -1,7 +1,7 @@
 """The two exceptions that the entry scripts turn into one sentence."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Bad input: a config value, a path, a solver setting, a corpus, a checkpoint.
 
     The message is one sentence that names the value and the remedy. The entry scripts print it and exit with code 2.

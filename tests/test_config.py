@@ -145,7 +145,7 @@ def test_must_lie_between_zero_and_one(cls, name):
         (lambda: ModelConfig(vocab_size=1), "model.vocab_size is 1; it must be at least 2."),
         (
             lambda: ModelConfig(embed_dim=130, num_heads=4),
-            "model.embed_dim 130 is not a multiple of model.num_heads 4; change one of them.",
+            "model.embed_dim 130 is not a multiple of model.num_heads 4; change one.",
         ),
         (
             lambda: ModelConfig(embed_dim=36, num_heads=4),
