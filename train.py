@@ -5,7 +5,6 @@ import time
 STARTED = time.time()
 
 import argparse  # noqa: E402
-import logging  # noqa: E402
 import sys  # noqa: E402
 
 import tyro  # noqa: E402
@@ -18,8 +17,6 @@ EPILOG = "Every field of the config is a flag: `python train.py configs/demo.py 
 
 
 def main() -> None:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("snlp_jax").setLevel(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, add_help=False)
     parser.add_argument("config", help="a file that binds `config = Config(...)`, such as configs/demo.py")
     parser.add_argument("--resume", action="store_true", help="continue the run in the run directory, if there is one")

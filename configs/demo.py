@@ -41,5 +41,7 @@ config = Config(
         ),
         num_windows=256,
         batch_size=32,
+        timing_len=1,  # the latency of one token, where depth counts; benchmarks/speed.py times longer sequences
+        timing_repeats=100,
     ),
 )

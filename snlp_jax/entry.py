@@ -1,6 +1,7 @@
 """What the entry scripts share: one sentence for a mistake of the user, and compiled programs kept between runs."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +14,13 @@ MIN_COMPILE_SECONDS = 0.5
 
 
 def run_entry(main: Callable[[], None]) -> None:
-    """Call ``main``; a known error becomes one line on stderr: exit code 2 for an InputError, 1 for divergence."""
+    """Set up logging and call ``main``.
+
+    A known error becomes one line on stderr, with exit code 2 for an InputError and 1 for divergence.
+    """
+    logging.basicConfig(format="%(message)s", force=True)  # absl may have put a handler of its own there
+    logging.getLogger("snlp_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every file
     try:
         enable_compilation_cache()
         main()

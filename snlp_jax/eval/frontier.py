@@ -109,6 +109,7 @@ def _label_points(axis: Any, renderer: Any, names: Sequence[str], costs: list[fl
                 color="#333d43" if on_front[index] else "#7b868d",
                 arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#b5bdc2", "shrinkA": 0, "shrinkB": 3},
             )
+            text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer)  # without the line
             if axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and not any(map(box.overlaps, others + taken)):
                 taken.append(box)

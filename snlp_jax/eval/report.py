@@ -129,8 +129,8 @@ def _quality_table(report: Report) -> Table:
     info = report.info
     title = f"Quality over {info['num_windows']} held-out windows of {info['window_len']} tokens"
     greedy = report.results[0].greedy
-    columns = ["depth", "evals", "PPL", "change", "95 % interval", "KL, nats", "top-1", "cosine"]
-    columns += [f"equal of {greedy[-1].num_tokens}", "in a row"] if greedy else []
+    columns = ["depth", "PPL", "change", "95 % interval", "KL", "top-1", "cosine"]
+    columns += [f"same of {greedy[-1].num_tokens}", "in a row"] if greedy else []
     table = _table(title, columns)
     for result in report.results:
         interval = result.ppl_interval
@@ -145,7 +145,7 @@ def _quality_table(report: Report) -> Table:
             [f"{100 * result.greedy[-1].match_rate:.0f} %", f"{result.greedy[-1].prefix_len:.1f}"] if greedy else []
         )
         cells = changes + matches if result is not report.results[0] else ["-"] * len(changes + matches)
-        table.add_row(result.setting, str(result.depth), str(result.num_block_evals), f"{result.ppl:.3f}", *cells)
+        table.add_row(result.setting, str(result.depth), f"{result.ppl:.3f}", *cells)
     return table
 
 
@@ -169,7 +169,7 @@ def _cost_table(report: Report) -> Table:
 
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("setting", overflow="fold")
+    table.add_column("setting", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
