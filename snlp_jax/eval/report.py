@@ -129,7 +129,7 @@ def _quality_table(report: Report) -> Table:
     info = report.info
     title = f"Quality over {info['num_windows']} held-out windows of {info['window_len']} tokens"
     greedy = report.results[0].greedy
-    columns = ["depth", "PPL", "change", "95 % interval", "KL", "top-1", "cosine"]
+    columns = ["depth", "PPL", "change", "95 % interval", "KL", "top-1"]
     columns += [f"same of {greedy[-1].num_tokens}", "in a row"] if greedy else []
     table = _table(title, columns)
     for result in report.results:
@@ -139,7 +139,6 @@ def _quality_table(report: Report) -> Table:
             "-" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
             f"{result.kl:.2g}",
             f"{100 * result.top1:.1f} %",
-            f"{result.cosine:.4f}",
         ]
         matches = (
             [f"{100 * result.greedy[-1].match_rate:.0f} %", f"{result.greedy[-1].prefix_len:.1f}"] if greedy else []
@@ -169,7 +168,7 @@ def _cost_table(report: Report) -> Table:
 
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("setting", no_wrap=True)
+    table.add_column("setting", overflow="fold", min_width=24)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
