@@ -178,7 +178,7 @@ def _find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer | None]:
     try:
         text = path.read_text(encoding="utf-8")
         return f"file {_hash(text)}", load_tokenizer_json(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, InputError) as error:
         raise InputError(f"data.tokenizer {config.tokenizer!r}: {error}") from error
 
 
@@ -197,7 +197,7 @@ def _open_entry(entry: Path) -> TokenData | None:
             if len(splits[name]) != meta["num_tokens"][name]:
                 raise ValueError(f"{name}.bin holds {len(splits[name])} of {meta['num_tokens'][name]} tokens")
         return TokenData(load_tokenizer_json(tokenizer_json), splits["train"], splits["val"], meta["content_hash"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
         _logger.warning("Token cache entry %s is damaged (%s); building it again.", entry, error)
         return None
 
