@@ -93,8 +93,8 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
             state: TrainState = jax.jit(init)()
         else:
             first_step, state, batches = restored
-            writer.truncate_after(first_step)
             console.print(f"resumed from the checkpoint of step {first_step}")
+        writer.truncate_after(first_step)  # what a killed run recorded beyond its last checkpoint comes again
         if first_step >= tc.num_steps:
             console.print(f"{run_path} is finished ({first_step} steps)")
             return run_path
