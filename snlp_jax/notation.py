@@ -69,6 +69,8 @@ def _parse_region(part: str, num_layers: int) -> ParallelSegment:
     if (span is None) == ("n" not in fields):
         raise ValueError("give either n= (the last n layers) or a span such as 4-8.")
     start, stop = span or (num_layers - _number(int, fields["n"], "n"), num_layers)
+    if start < 0:
+        raise ValueError(f"n={fields['n']} is outside the model, which has {num_layers} layers.")
     return ParallelSegment(
         start,
         stop,

@@ -111,7 +111,7 @@ READABLE = "write n=, k=, init=, damp= or a span such as 4-8."
         ("idn:n=4,damp=nan", "damping nan lies outside 0 to 1."),
         ("idn:n=4,init=warm", "unknown init 'warm'; choose one of h0, batch_forward."),
         ("idn:n=4,k=0", "k=0: a parallel region needs at least one iteration."),
-        ("idn:n=13", "region -1-12 is empty or outside the model, whose layers are 0-12."),
+        ("idn:n=13", "n=13 is outside the model, which has 12 layers."),
         ("idn:n=0", "region 12-12 is empty or outside the model"),
         ("idn:8-13", "region 8-13 is empty or outside the model"),
         ("idn:5-5", "region 5-5 is empty"),

@@ -138,23 +138,28 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
             pending = step + 1, metrics
 
             done = step + 1
-            is_last = done == tc.num_steps or stop.requested
+            is_stopping = stop.requested  # read once: a signal that comes later waits for the next step
+            is_last = done == tc.num_steps or is_stopping
+            should_eval = is_last or _is_due(done, tc.eval_every)
+            should_sample = _is_due(done, tc.sample_every)
+            should_save = is_last or _is_due(done, tc.checkpoint_every)
+            if should_eval or should_sample or should_save:
+                read_pending()  # waits for the step: no checkpoint before its metrics proved finite, and honest rates
             val_metrics: dict[str, float] = {}
-            if is_last or _is_due(done, tc.eval_every):
+            if should_eval:
                 with meter.paused():
                     val_metrics = eval_fn(state["params"], held_out, step)
                 writer.write(done, val_metrics)
                 text = "  ".join(f"{name} {value:.4f}" for name, value in val_metrics.items())
                 console.print(f"step {done}  {text}", highlight=False)
-            if _is_due(done, tc.sample_every):
+            if should_sample:
                 with meter.paused():
                     sample_fn = sample_fn or _make_sample(model, config, held_out, data.tokenizer)
                     console.print(sample_fn(state["params"]), style="dim", highlight=False, markup=False)
-            if is_last or _is_due(done, tc.checkpoint_every):
-                read_pending()  # a checkpoint is written only after its metrics proved finite
+            if should_save:
                 with meter.paused():
                     checkpoints.save(done, state, batches, val_metrics)
-            if stop.requested:
+            if is_stopping:
                 console.print(f"stopped by a signal; step {done} is saved, continue with --resume")
                 return run_path
     console.print(f"finished in {time.time() - started:.0f} s: {run_path}")
