@@ -170,7 +170,7 @@ def test_default_grid_and_bad_settings(model: LanguageModel, params: dict, batch
     assert {"idn:n=8,k=1", "sid:n=8,k=2", "idn:n=8,k=1,init=batch_forward"} <= set(default_solvers(config))
     assert not any("sid" in text for text in default_solvers(dataclasses.replace(config, use_x0_resid=False)))
     assert len(parse_settings(config, EvalConfig())) == len(default_solvers(config)) + 1
-    for solvers, expected in ((("idn:n=9,k=1",), "region"), (("nwt:n=2",), "nwt"), (("idn:n=2,k=0",), "k=0")):
+    for solvers, expected in ((("idn:n=9,k=1",), "n=9 is outside the model"), (("nwt:n=2",), "nwt"), (("idn:n=2,k=0",), "k=0")):
         with pytest.raises(InputError, match=expected):
             evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=solvers))
     with pytest.raises(InputError, match="spread evenly over 2 devices"):
