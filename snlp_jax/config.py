@@ -48,6 +48,14 @@ class ModelConfig:
     """Mix a little of the previous token's embedding into each token's."""
     use_mid_subtract: bool = True
     """The head reads ``h_last - mid_scale * h_mid`` where h_mid is the output of layer ``num_layers // 2``."""
+    num_streams: int = 0
+    """Residual streams of hyper-connections (mHC), which need ``use_x0_resid=False``; 0 is one plain stream."""
+    hyper_maps: Literal["static", "dynamic"] = "static"
+    """Maps between streams: parameters, or functions of each token's streams."""
+    sinkhorn_iters: int = 10
+    """Row and column scalings that make a map between streams doubly stochastic."""
+    sinkhorn_tau: float = 0.05
+    """Temperature of static maps; dynamic ones have none."""
     use_qk_norm: bool = True
     logit_softcap: float = 15.0
     """Logits are ``cap * tanh(z / cap)``; 0 switches the cap off."""
@@ -83,6 +91,14 @@ class ModelConfig:
         _require(self.short_window >= 0, f"model.short_window is {self.short_window}; it must be 0 or more.")
         _require(0 < self.rope_base < math.inf, f"model.rope_base is {self.rope_base}; it must be positive.")
         _require(self.logit_softcap >= 0, f"model.logit_softcap is {self.logit_softcap}; it must be 0 or more.")
+        _require(self.num_streams >= 0, f"model.num_streams is {self.num_streams}; it must be 0 or more.")
+        _require(
+            self.num_streams == 0 or not self.use_x0_resid,
+            f"model.num_streams is {self.num_streams}, but hyper-connections replace the residual scalars; "
+            "set model.use_x0_resid to False.",
+        )
+        _require(self.sinkhorn_iters >= 1, f"model.sinkhorn_iters is {self.sinkhorn_iters}; it must be at least 1.")
+        _require(0 < self.sinkhorn_tau < math.inf, f"model.sinkhorn_tau is {self.sinkhorn_tau}; it must be positive.")
         if self.use_value_embeds or self.use_smear:
             _require(self.embed_dim >= 24, f"model.embed_dim {self.embed_dim} is below 24, which the gates read.")
 
@@ -156,6 +172,8 @@ class OptimConfig:
     x0_scale_lr: float = 0.5
     scalar_lr: float = 0.2
     """Of the smear scalar and gate and the mid-layer scalar."""
+    hyper_lr: float = 0.01
+    """Of the maps between residual streams."""
     matrix_weight_decay: float = 0.28
     lr_scale: float = 1.0
     """Multiplies every learning rate."""
@@ -211,15 +229,31 @@ class LossTerm:
             _require(0 <= value <= 1, f"{name}.{field_name} is {value}; give 0 to 1.")
 
 
-CorrectionName = Literal["jac", "idn", "sid", "exact"]
+CorrectionName = Literal["jac", "idn", "sid", "hcn", "diag", "exact"]
 InitName = Literal["h0", "batch_forward"]
 
 
 @dataclass(frozen=True)
-class HiddenNormConfig(LossTerm):
-    """Distance of one solver iteration from the sequential trace, mean over tokens of ||h' - h|| / ||h||."""
+class SolverTerm(LossTerm):
+    """A loss term that runs the solver: which correction it trains for."""
 
     correction: CorrectionName = "idn"
+    """jac makes the layers contract: each is to give the same output on the region's input as on its own."""
+    diagonal_mode: Literal["jvp", "vjp", "finite_difference"] = "vjp"
+    """How diag estimates a layer's diagonal, with a new random vector every step."""
+    diagonal_stride: int = 1
+    """diag estimates every so many layers and takes the others for the identity."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        _require(self.diagonal_stride >= 1, f"{name}.diagonal_stride is {self.diagonal_stride}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class HiddenNormConfig(SolverTerm):
+    """Distance of one solver iteration from the sequential trace, mean over tokens of ||h' - h|| / ||h||."""
+
     stride: int = 3
     """Compare at every stride-th layer of the region and at its last."""
     detach_target: bool = False
@@ -231,10 +265,9 @@ class HiddenNormConfig(LossTerm):
 
 
 @dataclass(frozen=True)
-class SolverCEConfig(LossTerm):
+class SolverCEConfig(SolverTerm):
     """Cross entropy of the logits that ``num_iters`` solver iterations give."""
 
-    correction: CorrectionName = "idn"
     num_iters: int = 1
     init: InitName = "h0"
 
@@ -351,6 +384,12 @@ class Config:
             _require(
                 worst <= self.model.num_layers,
                 f"loss.{name}.region_sizes holds {worst}, but the model has {self.model.num_layers} layers.",
+            )
+            correction, has_streams = getattr(term, "correction", None), self.model.num_streams > 0
+            _require(
+                correction not in (("sid",) if has_streams else ("hcn",)),
+                f"loss.{name}.correction {correction!r} does not fit model.num_streams {self.model.num_streams}: "
+                "hcn is for models with residual streams, sid for those without.",
             )
 
     @property

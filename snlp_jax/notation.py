@@ -1,36 +1,86 @@
 """Solver settings as text.
 
-    seq                          the sequential pass
-    idn:n=8,k=2                  Identity on the last 8 layers, two iterations (init=h0)
+    seq                                 the sequential pass
+    idn:n=8,k=2                         Identity on the last 8 layers, two iterations from h0
     sid:n=8,k=1,init=batch_forward,damp=0.1
-    idn:4-8,k=1+sid:8-12,k=2     explicit regions (layers from 0, the end excluded); the other layers run in order
+    idn:4-8,k=1+sid:8-12,k=2            explicit regions (layers from 0, the end excluded); the others run in order
+    hcn:n=8,k=2                         hyper-connections (models with residual streams)
+    diag:n=8,k=2,probes=2,mode=vjp      Diagonal; mode jvp, vjp or fd; reuse=1 estimates once for all iterations
+    idn:n=8,k=4,trust=0.5               trust region of a scalar Kalman filter (idn, sid, diag)
+    idn:n=8,tol=0.01                    as many iterations as each sequence needs, k (default: all) at most
+    cal:n=8,k=2,init=cal,fit=NAME       surrogates and initial trace of the calibration NAME
+    idn:n=24,k=1,stage=12xF2            12 chunks of 2 fused layers; scales=mean|own, branches=sum|mean,
+                                        mid=output|input|interpolated; stage=split shares one attention input
+    12xF2 n24 K1                        the same in the paper's words; also n12 K2 batch_forward, HCN n16 K4
+    skip:4-8, exit:6, pairs:n=8         controls: layers left out, the head after 6 layers, layers two by two
 
-Corrections: ``jac`` Jacobi, ``idn`` Identity, ``sid`` ScaledIdentity, ``exact`` Exact. ``k`` defaults to 1, ``init`` to
-h0, ``damp`` to 0.
+Corrections: jac, idn, sid, hcn, diag, cal, exact. Initial traces: h0, batch_forward, warm (an oracle here), cal,
+preheat. ``k`` defaults to 1, ``init`` to h0, everything else to off.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from snlp_jax.errors import InputError
 from snlp_jax.solver import (
     BatchForward,
+    Calibrated,
+    CalibratedInit,
+    Chunkwise,
     Correction,
+    Diagonal,
     Exact,
+    FusedSplit,
+    HyperConnection,
     Identity,
     Init,
     Jacobi,
     ParallelSegment,
+    PerLayer,
     PrefixState,
+    Preheat,
     ScaledIdentity,
     Schedule,
+    SkippedSegment,
+    Stage,
+    Warm,
 )
 
 T = TypeVar("T")
 
-CORRECTIONS: dict[str, type[Correction]] = {"jac": Jacobi, "idn": Identity, "sid": ScaledIdentity, "exact": Exact}
-INITS: dict[str, type[Init]] = {"h0": PrefixState, "batch_forward": BatchForward}
+CORRECTIONS: dict[str, type[Correction]] = {
+    "jac": Jacobi,
+    "idn": Identity,
+    "sid": ScaledIdentity,
+    "hcn": HyperConnection,
+    "diag": Diagonal,
+    "cal": Calibrated,
+    "exact": Exact,
+}
+INITS: dict[str, type[Init]] = {
+    "h0": PrefixState,
+    "batch_forward": BatchForward,
+    "warm": Warm,
+    "cal": CalibratedInit,
+    "preheat": Preheat,
+}
+DIAGONAL_MODES = {"jvp": "jvp", "vjp": "vjp", "fd": "finite_difference"}
+
+CORRECTION_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "damp": ("damping", lambda text: _number(float, text, "damp")),
+    "trust": ("trust", lambda text: _number(float, text, "trust")),
+    "probes": ("num_probes", lambda text: _number(int, text, "probes")),
+    "mode": ("mode", lambda text: _look_up(DIAGONAL_MODES, text, "mode")),
+    "reuse": ("reuse", lambda text: bool(_number(int, text, "reuse"))),
+}
+"""Key -> field of the correction, and how its value is read."""
+STAGE_FIELDS = ("scales", "branches", "mid")
+KEYS = ("n", "k", "init", "tol", "fit", "stage", *CORRECTION_FIELDS, *STAGE_FIELDS)
+PAPER = re.compile(
+    r"(?:(?P<name>IDN|HCN) )?(?:(?P<C>\d+)xF(?P<M>\d+) )?n(?P<n>\d+) K(?P<k>\d+)(?P<init> batch_forward)?"
+)
 
 
 def parse_schedule(text: str, num_layers: int) -> Schedule:
@@ -39,45 +89,122 @@ def parse_schedule(text: str, num_layers: int) -> Schedule:
     Raises:
         InputError: one sentence that names the setting and what is wrong with it.
     """
-    text = text.strip()
-    if text == "seq":
-        return Schedule.of(num_layers)
+    words = " ".join(text.split())
     try:
-        return Schedule.of(num_layers, *(_parse_region(part, num_layers) for part in text.split("+")))
+        if match := PAPER.fullmatch(words):
+            return Schedule.of(num_layers, _parse_region(_translate(match), num_layers))
+        parts = words.replace(" ", "").split("+")
+        if parts == ["seq"]:
+            return Schedule.of(num_layers)
+        return Schedule.of(num_layers, *(region for part in parts for region in _parse_part(part, num_layers)))
     except ValueError as error:
-        raise InputError(f"solver setting {text!r}: {error}") from error
+        raise InputError(f"solver setting {text.strip()!r}: {error}") from error
+
+
+def _translate(paper: re.Match[str]) -> str:
+    """The paper's ``CxFM nN KK`` in our notation."""
+    text = f"{(paper['name'] or 'idn').lower()}:n={paper['n']},k={paper['k']}"
+    if paper["C"]:
+        text += f",stage={paper['C']}xF{paper['M']}"
+    return text + (",init=batch_forward" if paper["init"] else "")
+
+
+def _parse_part(part: str, num_layers: int) -> list[ParallelSegment | SkippedSegment]:
+    """The regions of one part between plus signs: one, or many for pairs."""
+    name, _, rest = part.partition(":")
+    if name == "exit":
+        return [SkippedSegment(_number(int, rest, "exit:"), num_layers)]
+    if name == "skip":
+        start, stop = _span(_read_fields(rest, ("n",)), num_layers, end=num_layers - 1)
+        return [SkippedSegment(start, stop)]
+    if name == "pairs":
+        start, stop = _span(_read_fields(rest, ("n",)), num_layers)
+        return [ParallelSegment(first, first + 2, 1, Identity()) for first in range(start, stop - 1, 2)]
+    return [_parse_region(part, num_layers)]
 
 
 def _parse_region(part: str, num_layers: int) -> ParallelSegment:
-    name, _, rest = part.strip().partition(":")
-    correction = _look_up(CORRECTIONS, name, "correction")
+    name, _, rest = part.partition(":")
+    if name not in CORRECTIONS:
+        known = ", ".join([*CORRECTIONS, "skip", "exit", "pairs"])
+        raise ValueError(f"unknown correction {name!r}; choose one of {known}.")
+    correction_class = CORRECTIONS[name]
+    fields = _read_fields(rest, KEYS)
+    start, stop = _span(fields, num_layers)
+    options: dict[str, Any] = {}
+    for key, (field, read) in CORRECTION_FIELDS.items():
+        if key in fields:
+            if field not in {f.name for f in dataclasses.fields(correction_class)}:
+                raise ValueError(f"{key}= means nothing to {name}.")
+            options[field] = read(fields[key])
+    stage = _parse_stage(fields, stop - start)
+    tolerance = _number(float, fields.get("tol", "0"), "tol")
+    all_iters = stage.num_nodes(stop - start) if tolerance else 1
+    init = _look_up(INITS, fields.get("init", "h0"), "init")()
+    reads_fit = name == "cal" or isinstance(init, CalibratedInit | Preheat)
+    if reads_fit != ("fit" in fields):
+        verb = "needs" if reads_fit else "has no use for"
+        raise ValueError(f"{name} with init={fields.get('init', 'h0')} {verb} fit=, the name of a calibration.")
+    return ParallelSegment(
+        start,
+        stop,
+        num_iters=_number(int, fields.get("k", str(max(all_iters, 1))), "k"),
+        correction=correction_class(**options),
+        init=init,
+        stage=stage,
+        tolerance=tolerance,
+        fit=fields.get("fit", ""),
+    )
+
+
+def _read_fields(text: str, keys: tuple[str, ...]) -> dict[str, str]:
+    """``a=1,b=2,4-8`` as a dict; the span under the key ``span``."""
     fields: dict[str, str] = {}
-    span: tuple[int, int] | None = None
-    for item in filter(None, (item.strip() for item in rest.split(","))):
-        if match := re.fullmatch(r"(\d+)-(\d+)", item):
+    for item in filter(None, text.split(",")):
+        if re.fullmatch(r"\d+-\d+", item):
             key, value = "span", item
-            span = int(match[1]), int(match[2])
         else:
             key, _, value = item.partition("=")
-            if key not in ("n", "k", "init", "damp") or not value:
-                raise ValueError(f"cannot read {item!r}; write n=, k=, init=, damp= or a span such as 4-8.")
+            if key not in keys or not value:
+                known = ", ".join(f"{key}=" for key in keys)
+                raise ValueError(f"cannot read {item!r}; write {known} or a span such as 4-8.")
         if key in fields:
             raise ValueError(
                 f"{fields[key]!r} and {value!r} are both given for {key}; give one, and join regions with +."
             )
         fields[key] = value
-    if (span is None) == ("n" not in fields):
+    return fields
+
+
+def _span(fields: dict[str, str], num_layers: int, end: int | None = None) -> tuple[int, int]:
+    """First layer and end of a region: a span, or the ``n`` layers before ``end`` (the end of the model)."""
+    if ("span" in fields) == ("n" in fields):
         raise ValueError("give either n= (the last n layers) or a span such as 4-8.")
-    start, stop = span or (num_layers - _number(int, fields["n"], "n"), num_layers)
-    if start < 0:
+    if "span" in fields:
+        start, _, stop = fields["span"].partition("-")
+        return int(start), int(stop)
+    end = num_layers if end is None else end
+    start_of_last = end - _number(int, fields["n"], "n")
+    if start_of_last < 0:
         raise ValueError(f"n={fields['n']} is outside the model, which has {num_layers} layers.")
-    return ParallelSegment(
-        start,
-        stop,
-        num_iters=_number(int, fields.get("k", "1"), "k"),
-        correction=correction(damping=_number(float, fields.get("damp", "0"), "damp")),
-        init=_look_up(INITS, fields.get("init", "h0"), "init")(),
-    )
+    return start_of_last, end
+
+
+def _parse_stage(fields: dict[str, str], num_layers: int) -> Stage:
+    text = fields.get("stage", "")
+    options = {key: fields[key] for key in STAGE_FIELDS if key in fields}
+    if match := re.fullmatch(r"(\d+)xF(\d+)", text):
+        num_chunks, layers_per_chunk = map(int, match.groups())
+        if num_chunks * layers_per_chunk != num_layers:
+            raise ValueError(f"stage={text} has {num_chunks * layers_per_chunk} layers, but the region {num_layers}.")
+        return Chunkwise(num_chunks, **options)  # type: ignore[arg-type]
+    if options:
+        raise ValueError(f"{', '.join(f'{key}=' for key in options)} belong to fused chunks: add stage= such as 4xF2.")
+    if text == "split":
+        return FusedSplit()
+    if text:
+        raise ValueError(f"stage={text} is neither chunks such as 4xF2 nor split.")
+    return PerLayer()
 
 
 def _look_up(table: dict[str, T], name: str, what: str) -> T:
@@ -90,4 +217,5 @@ def _number(kind: Callable[[str], T], text: str, name: str) -> T:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{name}={text} is not a {'whole ' if kind is int else ''}number.") from None
+        joint = "" if name.endswith(":") else "="
+        raise ValueError(f"{name}{joint}{text} is not a {'whole ' if kind is int else ''}number.") from None

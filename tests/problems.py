@@ -12,18 +12,27 @@ import numpy as np
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.model import LanguageModel
-from snlp_jax.solver import Exact, Identity, Jacobi, LayerProblem, ScaledIdentity, Schedule
-from snlp_jax.solver.init import Guess
+from snlp_jax.solver import (
+    Diagonal,
+    Exact,
+    Guess,
+    HyperConnection,
+    Identity,
+    Init,
+    Jacobi,
+    LayerProblem,
+    ScaledIdentity,
+    Schedule,
+)
 
 NUM_LAYERS, NUM_TOKENS, WIDTH = 5, 3, 4
 
 
 @dataclass(frozen=True)
-class Warm:
+class Warm(Init):
     """An initial trace that is given: with it ``solve(num_iters=1)`` becomes a map from traces to traces."""
 
     h_L: object
-    num_evals: int = 0
 
     def __call__(self, problem):
         return Guess(self.h_L, problem.h_in)
@@ -60,7 +69,7 @@ def scaled_translation(num_layers=NUM_LAYERS):
         return params["s"] * h + params["c"][None], ()
 
     params = {"s": jnp.linspace(-0.8, 1.9, num_layers), "c": _shifts(num_layers)}
-    return _chain(block, params, lambda params, ctx: params["s"], num_layers)
+    return _chain(block, params, lambda params, ctx, aux: params["s"], num_layers)
 
 
 def half_translation():
@@ -69,7 +78,7 @@ def half_translation():
     def block(params, h, ctx, shared):
         return 0.5 * h + params["c"][None], ()
 
-    return _chain(block, {"c": _shifts(NUM_LAYERS)}, lambda params, ctx: jnp.asarray(0.5))
+    return _chain(block, {"c": _shifts(NUM_LAYERS)}, lambda params, ctx, aux: jnp.asarray(0.5))
 
 
 def constant():
@@ -78,7 +87,7 @@ def constant():
     def block(params, h, ctx, shared):
         return jnp.broadcast_to(params["c"][None], h.shape), ()
 
-    return _chain(block, {"c": _shifts(NUM_LAYERS)}, lambda params, ctx: jnp.zeros(()))
+    return _chain(block, {"c": _shifts(NUM_LAYERS)}, lambda params, ctx, aux: jnp.zeros(()))
 
 
 def affine():
@@ -110,7 +119,52 @@ def pair():
     params = {"s": jnp.linspace(2.0, -0.9, NUM_LAYERS)}
     h_in = {"a": _normal(3, NUM_TOKENS, WIDTH), "b": _normal(4, 2)}
     shared, ctx = _normal(5, NUM_TOKENS, WIDTH), _normal(6, NUM_LAYERS, 2)
-    return _chain(block, params, lambda params, ctx: params["s"], h_in=h_in, shared=shared, ctx=ctx)
+    return _chain(block, params, lambda params, ctx, aux: params["s"], h_in=h_in, shared=shared, ctx=ctx)
+
+
+def diagonal():
+    """``h -> a_l * h + c_l``, another slope for every token and channel."""
+
+    def block(params, h, ctx, shared):
+        return params["a"] * h + params["c"][None], ()
+
+    a_L = jnp.clip(_normal(7, NUM_LAYERS, NUM_TOKENS, WIDTH), -2.0, 2.0)
+    return _chain(block, {"a": a_L, "c": _shifts(NUM_LAYERS)})
+
+
+def streams(num_layers=NUM_LAYERS):
+    """``h -> H_l h + c_l``: the rows of the state are residual streams that H_l mixes."""
+
+    def block(params, h, ctx, shared):
+        return params["mix"] @ h + params["c"][None], ()
+
+    return _chain(block, _mixing(num_layers), lambda params, ctx, aux: params["mix"], num_layers)
+
+
+def bent_streams(num_layers=NUM_LAYERS):
+    """``h -> H_l h + tanh(h W_l + c_l)``; H_l is left behind and read there, as dynamic maps are."""
+
+    def block(params, h, ctx, shared):
+        return params["mix"] @ h + jnp.tanh(h @ params["w"] + params["c"][None]), {"mix": params["mix"]}
+
+    params = _mixing(num_layers) | {"w": _normal(2, num_layers, WIDTH, WIDTH) * 0.5}
+    return _chain(block, params, lambda params, ctx, aux: aux["mix"], num_layers)
+
+
+def _mixing(num_layers):
+    mix_L = jnp.eye(NUM_TOKENS)[None] + 0.4 * _normal(8, num_layers, NUM_TOKENS, NUM_TOKENS)
+    return {"mix": mix_L, "c": _shifts(num_layers)}
+
+
+def posed(problem, correction):
+    """The chain with its skip path in the form that the correction reads: a scalar s is the matrix s I of streams."""
+    if not isinstance(correction, HyperConnection) or isinstance(problem.h_in, dict):
+        return problem
+    x_L = jnp.broadcast_to(problem.h_in[None], (problem.num_layers, *problem.h_in.shape))
+    if jax.eval_shape(lambda: problem.residuals(problem.sweep(x_L)[1])).ndim > 1:
+        return problem
+    skip = problem.residual_map or (lambda params, ctx, aux: 1.0)
+    return dataclasses.replace(problem, residual_map=lambda *row: skip(*row) * jnp.eye(problem.h_in.shape[0]))
 
 
 CHAINS = {
@@ -121,20 +175,30 @@ CHAINS = {
     "affine": affine,
     "nonlinear": nonlinear,
     "pair": pair,
+    "diagonal": diagonal,
+    "streams": streams,
+    "bent_streams": bent_streams,
 }
 JACOBI, IDENTITY, SCALED, HALF, EXACT = Jacobi(), Identity(), ScaledIdentity(), Identity(damping=0.5), Exact()
+TRUSTED, DIAGONAL, HYPER = Identity(trust=1.0), Diagonal(), HyperConnection()
 N = NUM_LAYERS
 ITERATIONS = {
-    "translation": {JACOBI: N, IDENTITY: 1, SCALED: 1, HALF: N, EXACT: 1},
-    "scaled_translation": {JACOBI: N, IDENTITY: N, SCALED: 1, HALF: N, EXACT: 1},
-    "half_translation": {JACOBI: N, IDENTITY: N, SCALED: 1, HALF: 1, EXACT: 1},
-    "constant": {JACOBI: 1, IDENTITY: N, SCALED: 1, HALF: N, EXACT: 1},
-    "affine": {JACOBI: N, IDENTITY: N, SCALED: N, HALF: N, EXACT: 1},
-    "nonlinear": {JACOBI: N, IDENTITY: N, SCALED: N, HALF: N, EXACT: 4},
-    "pair": {JACOBI: N, IDENTITY: N, SCALED: 1, HALF: N, EXACT: 1},
+    name: dict(zip((JACOBI, IDENTITY, SCALED, HALF, TRUSTED, DIAGONAL, HYPER, EXACT), row, strict=True))
+    for name, row in {
+        "translation": (N, 1, 1, N, N, 1, 1, 1),
+        "scaled_translation": (N, N, 1, N, N, 1, 1, 1),
+        "half_translation": (N, N, 1, 1, N, 1, 1, 1),
+        "constant": (1, N, 1, N, N, 1, 1, 1),
+        "affine": (N, N, N, N, N, N, N, 1),
+        "nonlinear": (N, N, N, N, N, N, N, 4),
+        "pair": (N, N, 1, N, N, 1, None, 1),
+        "diagonal": (N, N, N, N, N, 1, N, 1),
+        "streams": (N, N, None, N, N, N, 1, 1),
+        "bent_streams": (N, N, None, N, N, N, N, 4),
+    }.items()
 }
-"""Fewest iterations from h0 to the sequential trace. N is the bound for any correction; Newton on the nonlinear chain
-converges quadratically and is there one sooner."""
+"""Fewest iterations from h0 to the sequential trace; None where the correction does not apply and says so. N is the
+bound for any correction; Newton on the nonlinear chains converges quadratically and is there one sooner."""
 
 
 def listed(problem):
@@ -195,6 +259,10 @@ VARIANTS = {
     "no_value_embeds": dataclasses.replace(SMALL, use_value_embeds=False, num_kv_heads=1),
     # Grouping SLSSLL by window is a permutation that is not its own inverse.
     "no_smear_no_mid": dataclasses.replace(SMALL, use_smear=False, use_mid_subtract=False, window_pattern="SLS"),
+    "hyper_static": dataclasses.replace(SMALL, use_x0_resid=False, num_streams=4),
+    "hyper_dynamic": dataclasses.replace(
+        SMALL, use_x0_resid=False, num_streams=2, hyper_maps="dynamic", sinkhorn_iters=4, window_pattern="SLS"
+    ),
     "no_qk_norm": dataclasses.replace(SMALL, use_qk_norm=False, num_kv_heads=4, window_pattern="S"),
 }
 
@@ -206,6 +274,8 @@ def random_params(model: LanguageModel, seed=0):
     def fill(path, leaf):
         names = [key.key for key in path]
         num_axes = leaf.ndim - (names[0] == "blocks")
+        if names[-1] in ("res_logits", "pre_logits", "post_logits"):
+            return jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)  # static ones are divided by 0.05
         if names[-1] in ("token", "value") and names[0] == "embed":
             return jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
         if num_axes >= 2:

@@ -22,6 +22,7 @@ VARIANTS = {
     "all": BASE,
     "no_x0_resid": dataclasses.replace(BASE, use_x0_resid=False),
     "no_value_embeds": dataclasses.replace(BASE, use_value_embeds=False),
+    "hyper_connections": dataclasses.replace(BASE, use_x0_resid=False, num_streams=3),
     "grouped_heads": dataclasses.replace(BASE, num_kv_heads=2),
     "bare": dataclasses.replace(
         BASE, use_x0_resid=False, use_value_embeds=False, use_smear=False, use_mid_subtract=False
@@ -75,6 +76,19 @@ def test_a_kernel_is_the_transpose_of_a_torch_weight() -> None:
     assert "value_embeds.1.weight" not in state_dict  # every second layer, counted from the last
 
 
+def test_logits_of_hyper_connections_keep_their_layout() -> None:
+    """H_res acts on the left of the streams here and there, so it is not transposed."""
+    config = VARIANTS["hyper_connections"]
+    params = random_params(config)
+    state_dict = to_nanochat(params, config)
+    for branch, name in (("attn", "res"), ("mlp", "pre"), ("mlp", "post")):
+        tensor = state_dict[f"transformer.h.1.hc_{branch}.H_{name}_logits"]
+        np.testing.assert_array_equal(tensor, params["blocks"]["hyper"][branch][f"{name}_logits"][1])
+    dynamic = dataclasses.replace(config, hyper_maps="dynamic")
+    with pytest.raises(InputError, match="no hyper-connections with dynamic maps; set model.hyper_maps to 'static'"):
+        from_nanochat(state_dict, dynamic)
+
+
 def test_tensors_that_the_model_does_not_read_are_ignored() -> None:
     """nanochat saves value embeddings and residual scalars even where they are switched off."""
     full, bare = VARIANTS["all"], dataclasses.replace(BASE, use_x0_resid=False, use_value_embeds=False)
@@ -102,17 +116,28 @@ def test_bad_tensors_are_refused_by_name() -> None:
 
 
 def test_config_fields_carry_over() -> None:
-    config = nanochat_config({**NANOCHAT, "window_pattern": "SL", "no_x0_resid": True, "use_mhc": False})
+    off = {"use_mhc": False, "mhc_num_streams": 4, "num_mtp_steps": 0, "mtp_loss_weight": 0.3}
+    config = nanochat_config({**NANOCHAT, **off, "window_pattern": "SL", "no_x0_resid": True})
     assert config == ModelConfig(
         vocab_size=100, num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, seq_len=16, window_pattern="SL",
         use_x0_resid=False,
     )  # fmt: skip
 
 
+def test_hyper_connections_carry_over_and_imply_no_residual_scalars() -> None:
+    plain = nanochat_config(NANOCHAT)
+    assert nanochat_config({**NANOCHAT, "use_mhc": True}) == dataclasses.replace(
+        plain, use_x0_resid=False, num_streams=4, sinkhorn_iters=10, sinkhorn_tau=0.05
+    )
+    details = {"mhc_num_streams": 2, "mhc_sinkhorn_iters": 7, "mhc_sinkhorn_tau": 0.1}
+    assert nanochat_config({**NANOCHAT, "use_mhc": True, **details}) == dataclasses.replace(
+        plain, use_x0_resid=False, num_streams=2, sinkhorn_iters=7, sinkhorn_tau=0.1
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_mhc": True}, r"sets use_mhc=True, but hyper-connections are not supported\.$"),
         ({"num_mtp_steps": 2}, r"sets num_mtp_steps=2, but multi-token-prediction heads are not supported\.$"),
         ({"dropout": 0.1}, r"has a field 'dropout' that this converter does not know\.$"),
     ],
@@ -128,7 +153,7 @@ def test_config_without_a_field_is_refused() -> None:
 
 
 @pytest.mark.skipif("SNLP_GOLDEN" not in os.environ, reason="SNLP_GOLDEN does not name a folder of golden files")
-@pytest.mark.parametrize("name", ["a_standard", "b_nox0ve", "e_window_gqa"])
+@pytest.mark.parametrize("name", ["a_standard", "b_nox0ve", "d_mhc", "e_window_gqa"])
 def test_converted_weights_give_the_authors_logits(name: str) -> None:
     """Arrays of the authors' PyTorch code; benchmarks/parity.py compares all the others."""
     golden = np.load(Path(os.environ["SNLP_GOLDEN"]) / f"{name}.npz")

@@ -121,7 +121,7 @@ def test_the_residual_ends_at_exactly_zero(small, setting):
     chex.assert_shape(solution.stats["residual_norm"], (7, NUM_LAYERS))
     np.testing.assert_array_equal(solution.stats["residual_norm"][-1], 0.0)
     assert solution.stats["residual_norm"][NUM_LAYERS - 2, -1] > 0
-    assert_close((output.logits_BTV, output.h_mid_BTD), (truth.logits_BTV, truth.h_mid_BTD))
+    assert_close((output.logits_BTV, output.h_mid), (truth.logits_BTV, truth.h_mid_BTD))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_causality_and_windows_by_gradient(setting, reach):
             embed = weights.ends["embed"] | tables
             output = forward(model, dataclasses.replace(weights, ends=weights.ends | {"embed": embed}), tokens)
             mix = lambda x_BTD: jnp.sin(x_BTD).sum(-1)[0]  # noqa: E731
-            return mix(output.logits_BTV), mix(output.h_mid_BTD)
+            return mix(output.logits_BTV), mix(output.h_mid)
 
         tables = {name: weights.ends["embed"][name] for name in ("token", "value")}
         jacobians = jax.jacrev(read)(tables)

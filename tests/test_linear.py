@@ -7,88 +7,238 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec
 
 from snlp_jax.parallel import make_mesh
-from snlp_jax.solver.linear import IdentityMap, ScalarMap, ZeroMap, affine_scan, correct, layer, shift
-
-KINDS = ("zero", "identity", "scalar")
-
-
-def make_maps(kind, scales):
-    return {"zero": ZeroMap(), "identity": IdentityMap(), "scalar": ScalarMap(jnp.asarray(scales, jnp.float32))}[kind]
-
-
-def slopes_of(kind, scales):
-    """a_l of every layer, as plain numbers."""
-    return {"zero": [0] * len(scales), "identity": [1] * len(scales), "scalar": list(scales)}[kind]
-
-
-def plain_loop(slopes, r_L):
-    """d_l = a_l d_{l-1} + r_l from d_0 = 0."""
-    d, rows = np.zeros_like(r_L[0]), []
-    for slope, r in zip(slopes, r_L, strict=True):
-        d = slope * d + r
-        rows.append(d)
-    return np.stack(rows)
-
-
-# Small whole numbers: products of nine of them and sums of those stay far below 2**24, so float32 is exact in any order
-# of evaluation and "equal" means bit for bit.
-whole = st.integers(-3, 3)
-layers = st.integers(1, 9).flatmap(
-    lambda n: st.tuples(st.lists(whole, min_size=n, max_size=n), st.lists(whole, min_size=2 * n, max_size=2 * n))
+from snlp_jax.solver.linear import (
+    Basis,
+    Corrected,
+    DiagonalMap,
+    IdentityMap,
+    MatrixMap,
+    ScalarMap,
+    SharedBasisMap,
+    ZeroMap,
+    affine_scan,
+    correct,
+    layer,
+    shift,
 )
 
-
-@pytest.mark.parametrize("kind", KINDS)
-@given(layers)
-def test_affine_scan_is_the_plain_loop(kind, drawn):
-    scales, flat = drawn
-    r_L = np.asarray(flat, np.float32).reshape(len(scales), 2)
-    products, d_L = affine_scan(make_maps(kind, scales), {"a": jnp.asarray(r_L), "b": jnp.asarray(r_L[:, 0])})
-    truth = plain_loop(slopes_of(kind, scales), r_L)
-    chex.assert_trees_all_equal(d_L, {"a": truth, "b": truth[:, 0]})
-    if kind == "scalar":
-        np.testing.assert_array_equal(products.a_L, np.cumprod(scales).astype(np.float32))
+ONE_LEAF = ("matrix", "basis")
+"""Kinds whose states have stream and channel axes in every leaf; the others act on any tree."""
+KINDS = ("zero", "identity", "scalar", "diagonal", *ONE_LEAF)
+SIZES = (1, 2, 7, 8)
+"""A single layer, a single combination, an odd and an even tree."""
+TOKENS, STREAMS, WIDTH, RANK = 2, 2, 3, 2
+SHAPES = {"a": (TOKENS, STREAMS, WIDTH), "b": ()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(st.lists(whole, min_size=3, max_size=3), st.lists(whole, min_size=6, max_size=6))
-def test_composition_is_associative_and_applies_in_order(kind, scales, flat):
-    first, second, third = (layer(make_maps(kind, scales), i) for i in range(3))
-    d = jnp.asarray(flat, jnp.float32).reshape(3, 2)
-    chex.assert_trees_all_equal(third.compose(second).compose(first), third.compose(second.compose(first)))
-    chex.assert_trees_all_equal(second.compose(first).apply(d), second.apply(first.apply(d)))
+@functools.cache
+def shapes_of(num_layers):
+    """Arrays behind the maps of every kind, and what enters the recurrence."""
+    return {
+        "scalar": (num_layers,),
+        "diagonal_a": (num_layers, TOKENS, 1, WIDTH),  # the streams share their slopes
+        "diagonal_b": (num_layers,),
+        "matrix": (num_layers, 1, STREAMS, STREAMS),  # the tokens share theirs
+        "basis_c": (num_layers,),
+        "basis_m": (num_layers, RANK, RANK),
+        "basis_u": (WIDTH, RANK),
+        "basis_v": (WIDTH, RANK),
+        "y_a": (num_layers, *SHAPES["a"]),
+        "y_b": (num_layers,),
+        "h_a": (num_layers, *SHAPES["a"]),
+        "h_b": (num_layers,),
+        "entering_a": SHAPES["a"],
+        "entering_b": (),
+    }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(layers, st.sampled_from((0.0, 0.25, 0.5, 1.0)))  # powers of two: exact again
-def test_damping_scales_the_map(kind, drawn, amount):
-    scales, flat = drawn
-    d_L = jnp.asarray(flat, jnp.float32).reshape(len(scales), 2)
-    maps = make_maps(kind, scales)
-    chex.assert_trees_all_equal(maps.damp(amount, len(scales)).apply(d_L), (1.0 - amount) * maps.apply(d_L))
+def whole(num_layers):
+    """Whole numbers: sums of products of nine of them stay far below 2**53, so float64 is exact in any order of
+    evaluation and "equal" means bit for bit."""
+    draw = lambda shape: arrays(np.int8, shape, elements=st.integers(-2, 2)).map(np.float64)  # noqa: E731
+    return st.fixed_dictionaries({name: draw(shape) for name, shape in shapes_of(num_layers).items()})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(layers)
-def test_correct_is_its_formula(kind, drawn):
-    """h'_l = y_l + a_l d_{l-1}, with d from the loop over the residuals."""
-    scales, flat = drawn
-    n, slopes = len(scales), np.asarray(slopes_of(kind, scales), np.float32)[:, None]
-    y_L = np.asarray(flat, np.float32).reshape(n, 2)
-    h_L = np.roll(y_L, 1, axis=1) + 1.0
-    d_L = plain_loop(slopes[:, 0], y_L - h_L)
-    truth = y_L + slopes * np.concatenate([np.zeros((1, 2), np.float32), d_L[:-1]])
-    new_L, entering, leaving = correct(
-        make_maps(kind, scales), {"h": jnp.asarray(y_L)}, {"h": jnp.asarray(h_L)}, {"h": jnp.asarray([7.0, 8.0])}
-    )
-    chex.assert_trees_all_equal(new_L, {"h": truth})
-    chex.assert_trees_all_equal(leaving, {"h": truth[-1]})
-    chex.assert_trees_all_equal(entering, {"h": np.asarray([7.0, 8.0], np.float32)})
+def random_numbers(num_layers, whole):
+    rng = np.random.default_rng(0)
+    draw = (lambda shape: rng.integers(-2, 3, shape) * 1.0) if whole else (lambda shape: 0.7 * rng.normal(size=shape))
+    return {name: jnp.asarray(draw(shape)) for name, shape in shapes_of(num_layers).items()}
+
+
+def make_maps(numbers):
+    basis = Basis(jnp.asarray(numbers["basis_u"]), jnp.asarray(numbers["basis_v"]))
+    return {
+        "zero": ZeroMap(),
+        "identity": IdentityMap(),
+        "scalar": ScalarMap(numbers["scalar"]),
+        "diagonal": DiagonalMap({"a": numbers["diagonal_a"], "b": numbers["diagonal_b"]}),
+        "matrix": MatrixMap(numbers["matrix"]),
+        "basis": SharedBasisMap(numbers["basis_c"], numbers["basis_m"], basis),
+    }
+
+
+def state_of(kind, numbers, name):
+    leaves = {"a": numbers[f"{name}_a"], "b": numbers[f"{name}_b"]}
+    return {"a": leaves["a"]} if kind in ONE_LEAF else leaves
+
+
+def plain_apply(kind, numbers, index, d):
+    """A_l d from its definition, for one leaf of a tree or a plain array."""
+    if kind == "matrix":
+        return np.einsum("rs,tsd->trd", numbers["matrix"][index, 0], d)
+    if kind == "basis":
+        low = np.einsum("dx,xy,ey,tre->trd", numbers["basis_u"], numbers["basis_m"][index], numbers["basis_v"], d)
+        return numbers["basis_c"][index] * d + low
+    slope = {"zero": 0.0, "identity": 1.0, "scalar": numbers["scalar"][index]}.get(kind)
+    if slope is None:
+        slope = numbers["diagonal_a" if np.ndim(d) else "diagonal_b"][index]
+    return slope * d
+
+
+def plain_tree(kind, numbers, index, tree):
+    return {name: plain_apply(kind, numbers, index, leaf) for name, leaf in tree.items()}
+
+
+def plain_loop(kind, numbers, r_L, start=None):
+    """d_l = A_l d_{l-1} + r_l from d_0 = 0, and A_l d_{l-1}, layer by layer."""
+    d = start or {name: np.zeros_like(leaf[0]) for name, leaf in r_L.items()}
+    rows, carried = [], []
+    for index in range(len(r_L["a"])):
+        carried.append(plain_tree(kind, numbers, index, d))
+        d = {name: carried[-1][name] + r_L[name][index] for name in d}
+        rows.append(d)
+    return tuple(jax.tree.map(lambda *leaves: np.stack(leaves), *trees) for trees in (rows, carried))
+
+
+# ---------------------------------------------------------------- one device
+
+
+def everything(numbers, num_layers):
+    """What the tests below look at, of all kinds in one program."""
+    results = {}
+    for kind, maps in make_maps(numbers).items():
+        y_L, h_L, entering = (state_of(kind, numbers, name) for name in ("y", "h", "entering"))
+        products, d_L = affine_scan(maps, y_L)
+        last, marked = num_layers - 1, jnp.arange(num_layers) % 2 == 0
+        results[kind] = {
+            "d_L": d_L,
+            "product": layer(products, last).apply(entering),
+            "applied": maps.apply(y_L),
+            "composed": layer(maps, last).compose(layer(maps, 0)).apply(entering),
+            "damped": [maps.damp(amount, num_layers).apply(y_L) for amount in (0.0, 0.25, 1.0)],
+            "masked": maps.identity_where(marked).apply(y_L),
+            "corrected": correct(maps, y_L, h_L, entering, taps=(0, last), packed=jnp.arange(2.0))._asdict(),
+        }
+    return results
+
+
+compiled_everything = jax.jit(everything, static_argnums=1)
+
+
+@pytest.mark.parametrize("num_layers", SIZES)
+@given(st.data())
+@settings(max_examples=6)
+def test_scan_and_correction_are_the_plain_loop(num_layers, data):
+    """Bit for bit, for every kind of map: apply, compose, damp, mask, the scan and the correction's formula."""
+    numbers = data.draw(whole(num_layers))
+    with jax.enable_x64(True):
+        results = jax.device_get(compiled_everything(numbers, num_layers))
+    last, rows = num_layers - 1, range(num_layers)
+    for kind, actual in results.items():
+        y_L, h_L, entering = (state_of(kind, numbers, name) for name in ("y", "h", "entering"))
+        one = lambda index, tree: plain_tree(kind, numbers, index, tree)  # noqa: B023, E731
+        stack = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves), *trees)  # noqa: E731
+        applied = stack([one(i, layer(y_L, i)) for i in rows])
+        corrections = plain_loop(kind, numbers, jax.tree.map(np.subtract, y_L, h_L))[1]
+        h_new = jax.tree.map(np.add, y_L, corrections)
+        expected = {
+            "d_L": plain_loop(kind, numbers, y_L)[0],
+            # A_N ... A_1 applied to a state is the recurrence without residuals.
+            "product": layer(plain_loop(kind, numbers, jax.tree.map(np.zeros_like, y_L), entering)[0], last),
+            "applied": applied,
+            "composed": one(last, one(0, entering)),
+            "damped": [jax.tree.map(lambda leaf: (1.0 - amount) * leaf, applied) for amount in (0.0, 0.25, 1.0)],  # noqa: B023
+            "masked": stack([layer(applied if i % 2 else y_L, i) for i in rows]),
+            "corrected": {
+                "h_L": h_new,
+                "entering": entering,
+                "leaving": layer(h_new, last),
+                "tapped": (layer(h_new, 0), layer(h_new, last)),
+                "packed": np.arange(2.0)[None],
+            },
+        }
+        chex.assert_trees_all_equal(actual, expected)
+
+
+@given(whole(3))
+@settings(max_examples=6)
+def test_composition_is_associative(numbers):
+    @jax.jit
+    def both_orders(numbers):
+        triples = [[layer(maps, i) for i in range(3)] for maps in make_maps(numbers).values()]
+        return [(c.compose(b).compose(a), c.compose(b.compose(a))) for a, b, c in triples]
+
+    with jax.enable_x64(True):
+        pairs = both_orders(numbers)
+    for one, other in pairs:
+        chex.assert_trees_all_equal(jax.tree.leaves(one), jax.tree.leaves(other))
+
+
+def weigh(tree):
+    """A scalar in which every entry has its own weight."""
+    return sum(jnp.sum(jnp.sin(leaf + jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in jax.tree.leaves(tree))
+
+
+def correct_plainly(maps, y_L, h_L, entering):
+    """The correction by the sequential recurrence."""
+    d = jax.tree.map(jnp.zeros_like, entering)
+    rows = []
+    for index in range(jax.tree.leaves(y_L)[0].shape[0]):
+        y, h = layer((y_L, h_L), index)
+        new = jax.tree.map(jnp.add, y, layer(maps, index).apply(d))
+        d = jax.tree.map(jnp.subtract, new, h)
+        rows.append(new)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def states_of(kind, numbers):
+    return tuple(state_of(kind, numbers, name) for name in ("y", "h", "entering"))
+
+
+def plain_traces(numbers):
+    return {kind: correct_plainly(maps, *states_of(kind, numbers)) for kind, maps in make_maps(numbers).items()}
+
+
+def scanned_traces(numbers):
+    return {kind: correct(maps, *states_of(kind, numbers)).h_L for kind, maps in make_maps(numbers).items()}
+
+
+@functools.cache
+def value_and_gradient(run, num_layers):
+    """Traces of all kinds and the gradient of a scalar of each of them, in float64."""
+    with jax.enable_x64(True):
+        numbers = random_numbers(num_layers, whole=False)
+        loss = lambda numbers: (weigh(traces := run(numbers)), traces)  # noqa: E731
+        return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(numbers))
+
+
+# Rounding of float64 (1e-16 an operation) in another order, of sums that partly cancel.
+ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def test_the_scan_has_the_gradient_of_the_recurrence():
+    gradient, traces = value_and_gradient(scanned_traces, NUM_LAYERS)
+    expected_gradient, expected = value_and_gradient(plain_traces, NUM_LAYERS)
+    chex.assert_trees_all_close(traces, expected, **ROUNDING)
+    chex.assert_trees_all_close(gradient, expected_gradient, **ROUNDING)
+    # Every number counts but the state that enters, which the correction does not look at.
+    assert all(np.abs(leaf).max() > 1e-2 for name, leaf in gradient.items() if "entering" not in name)
 
 
 def test_shift_moves_every_layer_by_one():
@@ -99,78 +249,67 @@ def test_shift_moves_every_layer_by_one():
 # ---------------------------------------------------------------- over a sharded layer axis
 
 NUM_LAYERS = 8
+TAPS = (0, 5, 7)
+BY_LAYER = tuple(name for name in shapes_of(NUM_LAYERS) if not name.startswith(("basis_u", "basis_v", "entering")))
 
 
-def whole_state(seed, *lead):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.integers(-3, 4, (*lead, *shape)), jnp.float32)  # noqa: E731
-    return {"a": draw(2, 3), "b": draw()}
-
-
-def correct_all(scales_L, y_L, h_L, entering, axis_name=None):
-    """The new traces of all three kinds of map, so that one compilation serves them all."""
-    maps = {"zero": ZeroMap(), "identity": IdentityMap(), "scalar": ScalarMap(scales_L)}
-    return {kind: correct(m, y_L, h_L, entering, axis_name) for kind, m in maps.items()}
-
-
-def correct_all_sharded(num_devices, scales_L, y_L, h_L, entering):
-    """As ``correct_all``, with an extra leading axis of devices on the entering states."""
+def correct_sharded(num_devices, numbers):
+    """Corrected of every kind, with a leading axis of devices on the entering states; each device sends its number."""
     over, everywhere = PartitionSpec("layer"), PartitionSpec()
 
-    @functools.partial(
-        jax.shard_map,
-        mesh=make_mesh(layer=num_devices),
-        in_specs=(over, over, over, everywhere),
-        out_specs=(over, over, everywhere),
-        axis_names={"layer"},
-        check_vma=False,
-    )
-    def run(*args):
-        corrected = correct_all(*args, axis_name="layer")
-        pick = lambda name: {kind: getattr(c, name) for kind, c in corrected.items()}  # noqa: E731
-        return pick("h_L"), jax.tree.map(lambda leaf: leaf[None], pick("entering")), pick("leaving")
+    def local(numbers):
+        results = {}
+        for kind, maps in make_maps(numbers).items():
+            packed = {"device": jax.lax.axis_index("layer"), "scales": numbers["scalar"]}
+            corrected = correct(maps, *states_of(kind, numbers), "layer", taps=TAPS, packed=packed)
+            results[kind] = corrected._replace(entering=jax.tree.map(lambda leaf: leaf[None], corrected.entering))
+        return results
 
-    return run(scales_L, y_L, h_L, entering)
+    specs = {name: over if name in BY_LAYER else everywhere for name in numbers}
+    out = dict.fromkeys(KINDS, Corrected(over, over, everywhere, everywhere, everywhere))
+    mesh = make_mesh(layer=num_devices)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(specs,), out_specs=out, axis_names={"layer"}, check_vma=False
+    )(numbers)
 
 
 @pytest.mark.parametrize("num_devices", (2, 4, 8))
 def test_sharded_correct_is_unsharded(num_devices):
-    scales_L = jnp.asarray([2.0, -1.0, 0.0, 3.0, 1.0, -2.0, 2.0, 1.0])
-    y_L, h_L, entering = whole_state(0, NUM_LAYERS), whole_state(1, NUM_LAYERS), whole_state(2)
-    whole_trace = correct_all(scales_L, y_L, h_L, entering)
-    new_L, entering_C, leaving = jax.jit(functools.partial(correct_all_sharded, num_devices))(
-        scales_L, y_L, h_L, entering
-    )
-    for kind in KINDS:
-        # Whole numbers again, so the order of the sums does not show.
-        chex.assert_trees_all_equal(new_L[kind], whole_trace[kind].h_L)
-        chex.assert_trees_all_equal(leaving[kind], whole_trace[kind].leaving)
+    """Bit for bit on whole numbers: traces, what enters and leaves, taps and what the devices tell each other."""
+    with jax.enable_x64(True):
+        numbers = random_numbers(NUM_LAYERS, whole=True)
+        results = jax.device_get(jax.jit(functools.partial(correct_sharded, num_devices))(numbers))
+        expected = jax.device_get(jax.jit(plain_traces)(numbers))
+    every = NUM_LAYERS // num_devices
+    for kind, actual in results.items():
+        trace, entering = expected[kind], states_of(kind, numbers)[2]
+        chex.assert_trees_all_equal(actual.h_L, trace)
+        chex.assert_trees_all_equal(actual.leaving, layer(trace, -1))
+        chex.assert_trees_all_equal(actual.tapped, tuple(layer(trace, tap) for tap in TAPS))
         # The state that enters a device's first layer is its neighbour's last one; the first gets the region's input.
-        every = NUM_LAYERS // num_devices
-        neighbours = jax.tree.map(lambda leaf: leaf[every - 1 : -1 : every], whole_trace[kind].h_L)  # noqa: B023
-        chex.assert_trees_all_equal(entering_C[kind], shift_in(neighbours, entering))
+        neighbours = jax.tree.map(lambda leaf: leaf[every - 1 : -1 : every], trace)  # noqa: B023
+        chex.assert_trees_all_equal(actual.entering, shift_in(neighbours, entering))
+        chex.assert_trees_all_equal(
+            actual.packed, {"device": np.arange(num_devices), "scales": numbers["scalar"].reshape(num_devices, every)}
+        )
 
 
 def shift_in(rows, first):
-    return jax.tree.map(lambda leaf, h: jnp.concatenate([h[None], leaf]), rows, first)
+    return jax.tree.map(lambda leaf, h: np.concatenate([np.asarray(h)[None], leaf]), rows, first)
 
 
-def test_sharded_correct_has_the_unsharded_gradient():
-    scales_L = jnp.linspace(-1.5, 1.5, NUM_LAYERS)
-    y_L, h_L, entering = whole_state(0, NUM_LAYERS), whole_state(1, NUM_LAYERS), whole_state(2)
-    weigh = lambda trees: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(trees))  # noqa: E731
+@pytest.mark.parametrize("num_devices", (2, 4, 8))
+def test_sharded_correct_has_the_unsharded_gradient(num_devices):
+    """Through the trace and through the states that only the exchange brings."""
 
-    def on_one(scales_L, y_L, h_L):
-        corrected = correct_all(scales_L, y_L, h_L, entering)
-        return weigh([(c.h_L, c.leaving) for c in corrected.values()])
+    def read(corrected):
+        return {kind: (c.h_L, c.leaving, c.tapped) for kind, c in corrected.items()}
 
-    def on_four(scales_L, y_L, h_L):
-        new_L, _, leaving = correct_all_sharded(4, scales_L, y_L, h_L, entering)
-        return weigh((new_L, leaving))
+    def plainly(numbers):
+        pick = lambda trace: (trace, layer(trace, -1), tuple(layer(trace, tap) for tap in TAPS))  # noqa: E731
+        return {kind: pick(trace) for kind, trace in plain_traces(numbers).items()}
 
-    arguments = (scales_L, y_L, h_L)
-    expected = jax.jit(jax.grad(on_one, argnums=(0, 1, 2)))(*arguments)
-    actual = jax.jit(jax.grad(on_four, argnums=(0, 1, 2)))(*arguments)
-    # Float32 sums of at most eight products of size about ten, in another order.
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-4)
-    assert all(np.abs(leaf).max() > 0.1 for leaf in jax.tree.leaves(expected))
+    gradient, traces = value_and_gradient(lambda numbers: read(correct_sharded(num_devices, numbers)), NUM_LAYERS)
+    expected_gradient, expected = value_and_gradient(plainly, NUM_LAYERS)
+    chex.assert_trees_all_close(traces, expected, **ROUNDING)
+    chex.assert_trees_all_close(gradient, expected_gradient, **ROUNDING)

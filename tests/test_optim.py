@@ -31,6 +31,10 @@ LABELS = {
     "blocks": {
         "attn": {"query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix"},
         "mlp": {"up": "matrix", "down": "matrix"},
+        "hyper": {
+            "attn": {"res_logits": "hyper", "pre_logits": "hyper", "phi": "hyper"},
+            "mlp": {"post_logits": "hyper", "alpha": "hyper"},
+        },
         "resid_scale": "resid_scale",
         "x0_scale": "x0_scale",
     },
@@ -47,6 +51,10 @@ SHAPES = {
     "blocks": {
         "attn": {"query": (L, D, D), "key": (L, D, D), "value": (L, D, D), "out": (L, D, D)},
         "mlp": {"up": (L, D, F), "down": (L, F, D)},
+        "hyper": {
+            "attn": {"res_logits": (L, 2, 2), "pre_logits": (L, 2), "phi": (L, 2 * D, 8)},
+            "mlp": {"post_logits": (L, 2), "alpha": (L, 3)},
+        },
         "resid_scale": (L,),
         "x0_scale": (L,),
     },
@@ -205,6 +213,9 @@ def test_rates_of_the_groups(tokens_per_step):
     }
     for (group, name), rate in expected.items():
         np.testing.assert_allclose(np.abs(updates[group][name]), 0.5 * rate, rtol=1e-4, err_msg=name)
+    # The maps between streams, matrices among them, take a rate that scales with nothing.
+    for leaf in jax.tree.leaves(updates["blocks"]["hyper"]):
+        np.testing.assert_allclose(np.abs(leaf), 0.5 * 0.01, rtol=1e-4)
     top = np.linalg.svd(np.asarray(updates["blocks"]["mlp"]["down"]), compute_uv=False).max()
     assert top == pytest.approx(0.5 * 0.02 * batch, rel=0.15)
 

@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from snlp_jax.eval.perplexity import BOOTSTRAP_SEED, change_by_position, paired_
 from snlp_jax.eval.report import Report, SettingResult
 from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
-from snlp_jax.forward import Weights, forward, split
+from snlp_jax.forward import Weights, check_mesh, check_schedule
 from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.provenance import git_commit
 from snlp_jax.model import LanguageModel, num_params
@@ -40,7 +41,7 @@ def default_solvers(model: ModelConfig) -> tuple[str, ...]:
     """The last third, half and two thirds of the layers with one and two iterations; the largest also batch_forward."""
     shares = (1 / 3, 1 / 2, 2 / 3)
     sizes = sorted({min(max(2, round(share * model.num_layers)), model.num_layers) for share in shares})
-    corrections = ("idn", "sid") if model.use_x0_resid else ("idn",)
+    corrections = ("idn", "hcn") if model.num_streams else ("idn", "sid") if model.use_x0_resid else ("idn",)
     grid = [f"{name}:n={size},k={k}" for name in corrections for size in sizes for k in (1, 2)]
     return (*grid, f"idn:n={sizes[-1]},k=1,init=batch_forward")
 
@@ -59,8 +60,14 @@ def parse_settings(model: ModelConfig, config: EvalConfig) -> dict[str, Schedule
             )
     if _has_greedy(config) and config.greedy_prompt_len == 0:
         raise InputError("eval.greedy_prompt_len is 0; give at least 1, or set eval.greedy_tokens to 0.")
-    texts = [text.replace(" ", "") for text in config.solvers] or default_solvers(model)
-    return {text: parse_schedule(text, model.num_layers) for text in ("seq", *texts)}
+    texts = [" ".join(text.split()) for text in config.solvers] or default_solvers(model)
+    schedules = {text: parse_schedule(text, model.num_layers) for text in ("seq", *texts)}
+    for text, schedule in schedules.items():
+        try:
+            check_schedule(model, schedule)
+        except InputError as error:
+            raise InputError(f"solver setting {text!r}: {error}") from error
+    return schedules
 
 
 def evaluate(model: LanguageModel, params: Params, batches: Sequence[np.ndarray], config: EvalConfig) -> Report:
@@ -77,7 +84,8 @@ def evaluate(model: LanguageModel, params: Params, batches: Sequence[np.ndarray]
     schedules = list(settings.values())
     mesh = make_mesh(layer=config.layer_devices) if config.layer_devices > 1 else None
     if mesh is not None:
-        _check_mesh(model, params, schedules, mesh)
+        for schedule in schedules:
+            check_mesh(schedule, mesh)
     windows = np.concatenate(batches)
     model.check_tokens(windows)
     timing_len = config.timing_len or model.config.seq_len
@@ -180,10 +188,17 @@ def _result(
 ) -> SettingResult:
     """One row; the second of each pair is the sequential pass's."""
     (comparison, reference), (timing, twin) = compared, timed
+    iterations = tuple(
+        (float(made.mean()), float(made.max(1).mean()))
+        for made, region in zip(comparison.iterations, schedule.regions, strict=True)
+        if region.tolerance
+    )
     nlls = np.asarray(comparison.nll_BT), np.asarray(reference.nll_BT)
     return SettingResult(
         setting=text,
+        is_oracle=schedule.is_oracle,
         depth=schedule.depth,
+        mean_depth=_mean_depth(schedule, comparison.iterations),
         num_block_evals=schedule.num_block_evals,
         ppl=perplexity(nlls[0]),
         ppl_change=relative_change(*nlls),
@@ -192,6 +207,7 @@ def _result(
         top1=float(comparison.agrees_BT.mean()),
         cosine=float(comparison.cosine_BT.mean()),
         nll_change_by_position=change_by_position(*nlls),
+        iterations=iterations,
         residual_norms=tuple(tuple(map(float, region)) for region in comparison.residual_norms),
         greedy=greedy,
         timing=timing,
@@ -199,8 +215,9 @@ def _result(
     )
 
 
-def _check_mesh(model: LanguageModel, params: Params, schedules: Sequence[Schedule], mesh: Mesh) -> None:
-    """Trace every schedule, which raises InputError for a region that cannot be spread over the devices."""
-    tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    for schedule in schedules:
-        jax.eval_shape(lambda p, t, s=schedule: forward(model, split(model, p, s), t, mesh=mesh)[0], params, tokens_BT)
+def _mean_depth(schedule: Schedule, iterations: Sequence[Any]) -> float:
+    """Dependent block evaluations of an average sequence, which may stop before the last iteration."""
+    depth = float(schedule.depth)
+    for region, made in zip(schedule.regions, iterations, strict=True):
+        depth -= (region.num_iters - float(made.mean())) * (region.depth - region.init.num_evals) / region.num_iters
+    return depth

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from snlp_jax.eval.perplexity import token_nll
 from snlp_jax.forward import Weights, forward
 from snlp_jax.model import LanguageModel
+from snlp_jax.solver import Solution
 from snlp_jax.types import Array
 
 HORIZONS = (8, 16, 32, 64)
@@ -31,7 +32,9 @@ class Comparison(NamedTuple):
     """Of the two logit vectors."""
     residual_norms: tuple[Array, ...]
     """[num_iters] of each parallel region: mean over layers and tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||, before
-    each correction."""
+    each correction; NaN for iterations that no sequence needed."""
+    iterations: tuple[Array, ...]
+    """[B] of each parallel region: iterations made for each sequence; [batches, B] once joined."""
 
 
 ReferenceFn = Callable[[Weights, ArrayLike], tuple[Array, Comparison]]
@@ -46,7 +49,7 @@ def make_reference_fn(model: LanguageModel, mesh: Mesh | None = None) -> Referen
         logits_BTV = forward(model, weights, window_BT[:, :-1], mesh=mesh).logits_BTV
         nll_BT = token_nll(logits_BTV, window_BT[:, 1:])
         ones_BT = jnp.ones_like(nll_BT)
-        return logits_BTV, Comparison(nll_BT, jnp.zeros_like(nll_BT), ones_BT > 0, ones_BT, ())
+        return logits_BTV, Comparison(nll_BT, jnp.zeros_like(nll_BT), ones_BT > 0, ones_BT, (), ())
 
     return reference
 
@@ -69,9 +72,15 @@ def make_compare_fn(model: LanguageModel, mesh: Mesh | None = None) -> CompareFn
             agrees_BT=logits_BTV.argmax(-1) == reference_BTV.argmax(-1),
             cosine_BT=jnp.sum(logits_BTV * reference_BTV, axis=-1) / jnp.maximum(norms_BT, 1e-30),
             residual_norms=tuple(solution.stats["residual_norm"].mean(-1) for solution in output.solutions),
+            iterations=tuple(_iterations(solution, window_BT.shape[0]) for solution in output.solutions),
         )
 
     return compare
+
+
+def _iterations(solution: Solution, batch_size: int) -> Array:
+    made = solution.stats.get("sequence_iters")
+    return jnp.full((batch_size,), solution.stats["residual_norm"].shape[0]) if made is None else made
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,21 @@ def _match(equal_BT: np.ndarray) -> GreedyMatch:
 
 
 def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
-    """Comparisons of several batches as one, along the batch axis; residual norms are averaged. Numpy."""
+    """Comparisons of several batches as one, along the batch axis; residual norms are averaged. Numpy.
+
+    An iteration's residual norm is the mean over the batches that made it.
+    """
     by_token: Iterator[Any] = (np.concatenate(arrays) for arrays in zip(*(part[:4] for part in parts), strict=True))
     nll_BT, kl_BT, agrees_BT, cosine_BT = by_token
-    by_region = zip(*(part.residual_norms for part in parts), strict=True)
-    return Comparison(nll_BT, kl_BT, agrees_BT, cosine_BT, tuple(np.mean(norms, axis=0) for norms in by_region))
+    iterations = tuple(np.stack(region) for region in zip(*(part.iterations for part in parts), strict=True))
+    norms_by_region = (np.stack(region) for region in zip(*(part.residual_norms for part in parts), strict=True))
+    norms = tuple(map(_mean_of_made, norms_by_region, iterations))
+    return Comparison(nll_BT, kl_BT, agrees_BT, cosine_BT, norms, iterations)
+
+
+def _mean_of_made(norms_PK: np.ndarray, iterations_PB: np.ndarray) -> np.ndarray:
+    """Mean over the parts P of each iteration's norm, NaN where no part made that iteration."""
+    made_PK = np.arange(norms_PK.shape[1])[None] < iterations_PB.max(1)[:, None]
+    count_K = made_PK.sum(0)
+    total_K = np.where(made_PK, norms_PK, 0).sum(0)
+    return np.where(count_K > 0, total_K / np.maximum(count_K, 1), np.nan)

@@ -29,8 +29,12 @@ class SettingResult:
     """One solver setting against the sequential pass of the same weights. None where a part was left out."""
 
     setting: str
+    is_oracle: bool
+    """Whether it rests on states that only a sequential pass over the same text can know: a bound, not a method."""
     depth: int
-    """Dependent block evaluations on the critical path."""
+    """Dependent block evaluations on the critical path, at most."""
+    mean_depth: float
+    """The same for an average sequence; less than ``depth`` where a tolerance stops iterations early."""
     num_block_evals: int
     ppl: float
     ppl_change: float
@@ -47,6 +51,8 @@ class SettingResult:
     """Nats, in equal bins over the positions of a window."""
     residual_norms: tuple[tuple[float, ...], ...]
     """Of each parallel region, before each iteration's correction (mean over its layers and tokens)."""
+    iterations: tuple[tuple[float, float], ...] = ()
+    """Of each region with a tolerance: iterations of an average sequence, and of an average batch."""
     greedy: tuple[GreedyMatch, ...] = ()
     timing: Timing | None = None
     speedup: float | None = None
@@ -77,7 +83,7 @@ class Report:
     def to_png(self) -> bytes:
         """PPL change against depth and, where it was measured, time. Raises ImportError without matplotlib."""
         info, results = self.info, [result for result in self.results if math.isfinite(result.ppl_change)]
-        costs = {"depth, dependent block evaluations": [float(result.depth) for result in results]}
+        costs = {"depth, dependent block evaluations": [result.mean_depth for result in results]}
         times = [result.timing.median_ms for result in results if result.timing is not None]
         if times:
             costs[f"ms a forward of {info['timing_batch']} x {info['timing_len']} tokens"] = times
@@ -144,7 +150,9 @@ def _quality_table(report: Report) -> Table:
             [f"{100 * result.greedy[-1].match_rate:.0f} %", f"{result.greedy[-1].prefix_len:.1f}"] if greedy else []
         )
         cells = changes + matches if result is not report.results[0] else ["-"] * len(changes + matches)
-        table.add_row(result.setting, str(result.depth), f"{result.ppl:.3f}", *cells)
+        depth = str(result.depth) if result.mean_depth == result.depth else f"{result.mean_depth:.1f}"
+        name = f"{result.setting} (oracle)" if result.is_oracle else result.setting
+        table.add_row(name, depth, f"{result.ppl:.3f}", *cells)
     return table
 
 
@@ -191,7 +199,9 @@ def _csv_row(result: SettingResult) -> dict[str, Any]:
     low, high = result.ppl_interval or (None, None)
     row: dict[str, Any] = {
         "setting": result.setting,
+        "is_oracle": result.is_oracle,
         "depth": result.depth,
+        "mean_depth": result.mean_depth,
         "num_block_evals": result.num_block_evals,
         "ppl": result.ppl,
         "ppl_change": result.ppl_change,

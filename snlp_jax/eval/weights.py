@@ -1,13 +1,14 @@
 """Weights of many schedules side by side, equal parts held once."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
-from snlp_jax.forward import Layout, Weights, prepare
+from snlp_jax.forward import Layout, Weights, check_mesh, prepare, split
 from snlp_jax.model import LanguageModel
-from snlp_jax.solver import ParallelSegment, Schedule, SequentialSegment
+from snlp_jax.solver import Calibration, ParallelSegment, Schedule, Segment
 from snlp_jax.types import Params
 
 
@@ -19,23 +20,27 @@ def prepare_all(
     num_tokens: int,
     layout: Layout,
     mesh: Mesh | None = None,
+    fits: Mapping[str, Calibration] | None = None,
 ) -> list[Weights]:
     """``prepare`` for every schedule; those that cut the layers at the same places share their arrays."""
     params = model.cast(params)  # once, so that prepare finds nothing left to cast
-    by_cut: dict[tuple[tuple[type, int, int], ...], Weights] = {}
+    by_cut: dict[tuple, Weights] = {}
     all_weights = []
     for schedule in schedules:
-        cut = tuple((type(segment), segment.start, segment.stop) for segment in schedule.segments)
+        cut = tuple(map(_shape, schedule.segments))
+        settings: dict[str, Any] = {"num_tokens": num_tokens, "layout": layout, "mesh": mesh, "fits": fits}
         if cut not in by_cut:
-            by_cut[cut] = prepare(model, params, schedule, num_tokens=num_tokens, layout=layout, mesh=mesh)
-        all_weights.append(_for_schedule(by_cut[cut], schedule))
+            by_cut[cut] = prepare(model, params, schedule, **settings)
+        # Small parts and checks are the schedule's own; the blocks are shared.
+        own = split(model, params, schedule, fits)
+        if mesh is not None:
+            check_mesh(schedule, mesh)
+        all_weights.append(dataclasses.replace(by_cut[cut], fits=own.fits, segments=own.segments))
     return all_weights
 
 
-def _for_schedule(weights: Weights, schedule: Schedule) -> Weights:
-    """The same arrays under the iterations, corrections and guesses of ``schedule``."""
-    regions = {segment.start: segment for segment in schedule.segments if isinstance(segment, ParallelSegment)}
-    segments: tuple[SequentialSegment | ParallelSegment, ...] = tuple(
-        regions[segment.start] if isinstance(segment, ParallelSegment) else segment for segment in weights.segments
-    )
-    return dataclasses.replace(weights, segments=segments)
+def _shape(segment: Segment) -> tuple:
+    """What decides how a segment's weights are laid out."""
+    stage = segment.stage if isinstance(segment, ParallelSegment) else None
+    grouping = (type(stage), stage.num_nodes(segment.num_layers)) if stage else None
+    return type(segment), segment.start, segment.stop, grouping

@@ -3,10 +3,12 @@
 Key s is visible from query t iff ``t - window <= s <= t``.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snlp_jax.errors import InputError
 from snlp_jax.types import Array
@@ -75,6 +77,27 @@ def attend_any(
     branches = [lambda q, k, v, w=w: attend(q, k, v, w, implementation) for w in windows]
     index = jnp.searchsorted(jnp.asarray(windows), window)
     return jax.lax.switch(index, branches, q_BTNH, k_BSKH, v_BSKH)
+
+
+def attend_by_window(
+    q_LBTNH: Array, k_LBTKH: Array, v_LBTKH: Array, windows: Sequence[int], implementation: Implementation
+) -> Array:
+    """Attention of L layers at once, layer l with the static ``windows[l]``: one call for each distinct window, on
+    activations gathered by window."""
+    T = q_LBTNH.shape[2]
+    # Windows that reach beyond the sequence are all alike.
+    effective = [min(window, T - 1) for window in windows]
+    outs: list[Array] = []
+    order: list[int] = []
+    for window in sorted(set(effective)):
+        members = [i for i, w in enumerate(effective) if w == window]
+        # Layers and batch become one axis; gather only where windows differ.
+        rows = slice(None) if len(members) == len(windows) else np.asarray(members)
+        q, k, v = (x[rows].reshape(-1, *x.shape[2:]) for x in (q_LBTNH, k_LBTKH, v_LBTKH))
+        out = attend(q, k, v, window, implementation)
+        outs.append(out.reshape(len(members), -1, *out.shape[1:]))
+        order += members
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs)[np.argsort(order)]
 
 
 def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array) -> Array:

@@ -3,17 +3,19 @@
     x = resid_scale * h + x0_scale * x0
     u = x + Attention(rms(x));  h' = u + MLP(rms(u))
 
-A layer is computed in three stages so that the layer-batched sweep can group attention by window without touching the
-weights: ``before`` (mix, norm, projections), ``attend``, ``after`` (output projection and MLP).
+or the same two branches on several streams (``snlp_jax/model/hyper.py``). A layer is computed in three stages so that
+the layer-batched sweep can group attention by window without touching the weights: ``before`` (mix, norm, projections),
+``attend``, ``after`` (output projection and MLP).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from snlp_jax.config import ModelConfig
+from snlp_jax.model.hyper import Hyper, LayerMaps, residual_path
 from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, project, rms_norm, rotate, uniform
 from snlp_jax.types import Array
 
@@ -32,6 +34,8 @@ class Context(NamedTuple):
     """int32 scalar, tokens to the left."""
     value_embed: ValueEmbed | None
     """Zero for the layers of a stack that have none; None where no layer of the stack has any."""
+    hyper: LayerMaps | None
+    """Static maps between residual streams; None for other models."""
 
 
 class Shared(NamedTuple):
@@ -43,10 +47,18 @@ class Shared(NamedTuple):
 
 
 class KeyValue(NamedTuple):
-    """What a layer leaves behind: keys (rotated, normed) and values (with value embeddings) of its tokens."""
+    """Keys (rotated, normed) and values (with value embeddings) of a layer's tokens."""
 
     key_BTKH: Array
     value_BTKH: Array
+
+
+class BlockAux(NamedTuple):
+    """What a layer leaves behind."""
+
+    kv: KeyValue
+    skip_BTRR: Array | None
+    """Derivative of the skip path where it depends on the token (dynamic hyper-connections), else None."""
 
 
 class Attention(nnx.Module):
@@ -71,23 +83,28 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer. Fresh output projections are zero: at initialisation a layer only rescales and adds x0."""
+    """One layer. Fresh output projections are zero: at initialisation a layer only mixes streams, or adds x0.
 
-    def __init__(self, config: ModelConfig, resid_scale: Array, x0_scale: Array, *, rngs: nnx.Rngs):
+    ``layer`` is its index, and may be traced.
+    """
+
+    def __init__(self, config: ModelConfig, layer: Array | int, *, rngs: nnx.Rngs):
         self.config = config
+        self.path = residual_path(config)
         self.attn = Attention(config, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
         if config.use_x0_resid:
-            self.resid_scale = nnx.Param(resid_scale)
-            self.x0_scale = nnx.Param(x0_scale)
+            depth = layer / max(config.num_layers - 1, 1)
+            self.resid_scale = nnx.Param(jnp.asarray(1.15 - 0.10 * depth, jnp.float32))
+            self.x0_scale = nnx.Param(jnp.asarray(0.20 - 0.15 * depth, jnp.float32))
+        if config.num_streams:
+            self.hyper = Hyper(config, layer, rngs=rngs)
 
-    def before(self, h_BTD: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> tuple[Array, Array, KeyValue]:
-        """``(x_BTD float32, q_BTNH, keys and values)``, the latter in ``dtype``."""
+    def before(self, h: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> tuple[Any, Array, KeyValue]:
+        """``(what after needs, q_BTNH, keys and values)``, the latter in ``dtype``; h is [B, T, D] or [B, T, R, D]."""
         config = self.config
-        B, T, _ = h_BTD.shape
-        x_BTD = h_BTD
-        if config.use_x0_resid:
-            x_BTD = self.resid_scale[...] * h_BTD + self.x0_scale[...] * shared.x0_BTD
+        x_BTD, carry = self.path.enter(self, h, ctx, shared)
+        B, T, _ = x_BTD.shape
         normed = rms_norm(x_BTD)
         heads = lambda kernel, count: project(normed, kernel[...], dtype).reshape(B, T, count, -1)  # noqa: E731
         q = rotate(heads(self.attn.query, config.num_heads), shared.cos_TH, shared.sin_TH)
@@ -98,10 +115,11 @@ class Block(nnx.Module):
         if ctx.value_embed is not None:
             gate_BTK = 3.0 * jax.nn.sigmoid(project(normed[..., :GATE_INPUT], ctx.value_embed.gate, dtype))
             v = v + gate_BTK[..., None] * ctx.value_embed.rows_BTKH
-        return x_BTD, q.astype(dtype), KeyValue(k.astype(dtype), v.astype(dtype))
+        return carry, q.astype(dtype), KeyValue(k.astype(dtype), v.astype(dtype))
 
-    def after(self, x_BTD: Array, attended_BTNH: Array, dtype: jnp.dtype) -> Array:
-        """Output projection and MLP on top of the residual stream ``x``."""
-        u_BTD = x_BTD + project(attended_BTNH.reshape(*x_BTD.shape[:2], -1), self.attn.out[...], dtype)
+    def after(self, carry: Any, attended_BTNH: Array, ctx: Context, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+        """Output projection and MLP: ``(h', skip_BTRR of the aux)``."""
+        attended_BTX = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
+        u_BTD, carry = self.path.between(self, carry, ctx, project(attended_BTX, self.attn.out[...], dtype))
         hidden_BTF = jnp.square(jax.nn.relu(project(rms_norm(u_BTD), self.mlp.up[...], dtype)))
-        return u_BTD + project(hidden_BTF, self.mlp.down[...], dtype)
+        return self.path.leave(carry, ctx, project(hidden_BTF, self.mlp.down[...], dtype))

@@ -29,9 +29,17 @@ REQUIRED_FIELDS = {
 """Fields every nanochat config has, and ours."""
 NEGATED_FIELDS = {"no_x0_resid": "use_x0_resid", "no_ve": "use_value_embeds"}
 """Switches that turn a feature off there and on here."""
-UNSUPPORTED_FIELDS = {"use_mhc": "hyper-connections", "num_mtp_steps": "multi-token-prediction heads"}
+HYPER_FIELDS = {
+    "mhc_num_streams": "num_streams",
+    "mhc_sinkhorn_iters": "sinkhorn_iters",
+    "mhc_sinkhorn_tau": "sinkhorn_tau",
+}
+"""Details of hyper-connections: no meaning unless ``use_mhc``."""
+HYPER_DEFAULTS = {"mhc_num_streams": 4}
+"""Of details that a nanochat config leaves out; the others have the same default here and there."""
+UNSUPPORTED_FIELDS = {"num_mtp_steps": "multi-token-prediction heads"}
 """Fields that must be off, and what they switch on."""
-DETAIL_FIELDS = {"mhc_num_streams", "mhc_sinkhorn_iters", "mhc_sinkhorn_tau", "mtp_loss_weight"}
+DETAIL_FIELDS = {"mtp_loss_weight"}
 """Details of the unsupported features: no meaning while those are off."""
 UNUSED_TENSORS = re.compile(r"value_embeds\.\d+\.weight|resid_lambdas|x0_lambdas")
 """nanochat saves these even for models that do not read them."""
@@ -46,7 +54,8 @@ def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
     for name, feature in UNSUPPORTED_FIELDS.items():
         if config.get(name):
             raise InputError(f"the nanochat config sets {name}={config[name]!r}, but {feature} are not supported.")
-    known = {*REQUIRED_FIELDS, *NEGATED_FIELDS, *UNSUPPORTED_FIELDS, *DETAIL_FIELDS, "window_pattern"}
+    known = {*REQUIRED_FIELDS, *NEGATED_FIELDS, *HYPER_FIELDS, *UNSUPPORTED_FIELDS, *DETAIL_FIELDS}
+    known |= {"window_pattern", "use_mhc"}
     for name in config:
         if name not in known:
             raise InputError(f"the nanochat config has a field {name!r} that this converter does not know.")
@@ -55,6 +64,10 @@ def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
             raise InputError(f"the nanochat config lacks the field {name!r}.")
     fields: dict[str, Any] = {ours: config[name] for name, ours in REQUIRED_FIELDS.items()}
     fields |= {ours: not config.get(name, False) for name, ours in NEGATED_FIELDS.items()}
+    if config.get("use_mhc"):
+        fields["use_x0_resid"] = False
+        details = HYPER_DEFAULTS | {name: config[name] for name in HYPER_FIELDS if name in config}
+        fields |= {HYPER_FIELDS[name]: value for name, value in details.items()}
     return ModelConfig(**fields, window_pattern=config.get("window_pattern", "SSSL"))
 
 
@@ -143,6 +156,19 @@ def _table(config: ModelConfig) -> list[_Row]:
         rows += [
             _Row("blocks/resid_scale", "resid_lambdas", "same"),
             _Row("blocks/x0_scale", "x0_lambdas", "same"),
+        ]
+    if config.num_streams:
+        if config.hyper_maps == "dynamic":
+            raise InputError("nanochat has no hyper-connections with dynamic maps; set model.hyper_maps to 'static'.")
+        rows += [
+            _Row(
+                f"blocks/hyper/{branch}/{name}_logits",
+                f"transformer.h.{{}}.hc_{branch}.H_{name}_logits",
+                "same",
+                all_layers,
+            )
+            for branch in ("attn", "mlp")
+            for name in ("res", "pre", "post")
         ]
     if config.use_smear:
         rows += [

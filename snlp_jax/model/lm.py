@@ -10,17 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.model.attention import Implementation, attend, attend_any, choose_implementation
-from snlp_jax.model.block import Block, Context, KeyValue, Shared, ValueEmbed
+from snlp_jax.model.attention import Implementation, attend_any, attend_by_window, choose_implementation
+from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Shared, ValueEmbed
+from snlp_jax.model.hyper import LayerMaps, static_maps
 from snlp_jax.model.layers import GATE_INPUT, SMEAR_INPUT, project, rms_norm, rotary_table, uniform
 from snlp_jax.types import Array, Params, PyTree
 
-BlockFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, KeyValue]]
+LARGE_STATE = 2**10
+"""Tokens times streams from which a CPU sweeps layers one by one."""
+BlockFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, BlockAux]]
 
 
 class Embedding(nnx.Module):
@@ -54,21 +56,20 @@ class LanguageModel:
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        block = nnx.eval_shape(lambda: Block(config, jnp.zeros(()), jnp.zeros(()), rngs=nnx.Rngs(0)))
+        block = nnx.eval_shape(lambda: Block(config, 0, rngs=nnx.Rngs(0)))
         self._block_graph = nnx.graphdef(block)
 
     def init(self, key: Array) -> Params:
         """Fresh parameters. Jit it, with ``out_shardings`` where they should be born sharded."""
         config = self.config
         embed_key, head_key, *block_keys = jax.random.split(key, config.num_layers + 2)
-        depth = jnp.arange(config.num_layers) / max(config.num_layers - 1, 1)
 
-        def block(key: Array, resid_scale: Array, x0_scale: Array) -> PyTree:
-            return _pure(Block(config, resid_scale, x0_scale, rngs=nnx.Rngs(key)))
+        def block(key: Array, layer: Array) -> PyTree:
+            return _pure(Block(config, layer, rngs=nnx.Rngs(key)))
 
         return {
             "embed": _pure(Embedding(config, rngs=nnx.Rngs(embed_key))),
-            "blocks": jax.vmap(block)(jnp.stack(block_keys), 1.15 - 0.10 * depth, 0.20 - 0.15 * depth),
+            "blocks": jax.vmap(block)(jnp.stack(block_keys), jnp.arange(config.num_layers)),
             "head": _pure(Head(config, rngs=nnx.Rngs(head_key))),
         }
 
@@ -84,11 +85,12 @@ class LanguageModel:
         return jnp.dtype(self.config.compute_dtype)
 
     def cast(self, params: Params) -> Params:
-        """Matrices and tables in the compute dtype; scalars and gates of the residual path stay float32."""
+        """Matrices and tables in the compute dtype; scalars, gates and maps of the residual path stay float32."""
 
         def one(path: Any, leaf: Array) -> Array:
-            num_axes = leaf.ndim - (path[0].key == "blocks")
-            return leaf.astype(self.dtype) if num_axes >= 2 else leaf
+            keys = [key.key for key in path]
+            num_axes = leaf.ndim - (keys[0] == "blocks")
+            return leaf.astype(self.dtype) if num_axes >= 2 and "hyper" not in keys else leaf
 
         return jax.tree_util.tree_map_with_path(one, params)
 
@@ -101,6 +103,13 @@ class LanguageModel:
         gate_BT1 = jax.nn.sigmoid(e_BTD[:, 1:, :SMEAR_INPUT] @ embed["smear_gate"])[..., None]
         smeared = e_BTD[:, 1:] + embed["smear_scale"] * gate_BT1 * e_BTD[:, :-1]
         return jnp.concatenate([e_BTD[:, :1], smeared], axis=1)
+
+    def expand(self, x0_BTD: Array) -> Array:
+        """The state that enters the first layer: x0 itself, or R streams [B, T, R, D] that are copies of it."""
+        R = self.config.num_streams
+        if not R:
+            return x0_BTD
+        return jnp.broadcast_to(x0_BTD[..., None, :], (*x0_BTD.shape[:-1], R, x0_BTD.shape[-1]))
 
     def shared(self, x0_BTD: Array) -> Shared:
         """What all layers read, for tokens at positions 0 and on.
@@ -116,83 +125,95 @@ class LanguageModel:
         cos, sin = rotary_table(x0_BTD.shape[1], self.config.head_dim, self.config.rope_base)
         return Shared(x0_BTD, cos, sin)
 
-    def context(self, params: Params, tokens_BT: Array, start: int, stop: int) -> Context:
-        """Context of layers ``start`` to ``stop - 1``, leaves [stop - start, ...]; one gather for all their tables."""
+    def context(self, params: Params, blocks: PyTree, tokens_BT: Array, start: int, stop: int) -> Context:
+        """Context of layers ``start`` to ``stop - 1``, leaves [stop - start, ...]; one gather for all their tables.
+
+        ``blocks``: parameters of these layers, a stack or a list of trees. Static maps between streams are computed
+        from them here, once, and no layer reads their logits again.
+        """
         config = self.config
         windows = jnp.asarray(config.windows[start:stop], jnp.int32)
         tables = {layer: index for index, layer in enumerate(config.value_embed_layers) if start <= layer < stop}
+        hyper = self._static_maps(blocks)
         if not tables:
-            return Context(windows, None)
+            return Context(windows, None, hyper)
         value, gate = params["embed"]["value"], params["embed"]["value_gate"]
         index = jnp.asarray(list(tables.values()))
         rows = value[index[:, None, None], tokens_BT[None]]
         rows = rows.reshape(*rows.shape[:3], config.num_kv_heads, config.head_dim)
         where = jnp.asarray([layer - start for layer in tables])
         scatter = lambda x: jnp.zeros((stop - start, *x.shape[1:]), x.dtype).at[where].set(x)  # noqa: E731
-        return Context(windows, ValueEmbed(scatter(rows), scatter(gate[index])))
+        return Context(windows, ValueEmbed(scatter(rows), scatter(gate[index])), hyper)
 
-    def logits(self, params: Params, h_last_BTD: Array, h_mid_BTD: Array) -> Array:
-        """``logits_BTV`` float32, soft-capped, cropped to the tokenizer's vocabulary."""
+    def logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
+        """``logits_BTV`` float32, soft-capped, cropped to the tokenizer's vocabulary; sums the states' streams."""
         config, head = self.config, params["head"]
-        h_BTD = h_last_BTD - head["mid_scale"] * h_mid_BTD if config.use_mid_subtract else h_last_BTD
+        h = h_last - head["mid_scale"] * h_mid if config.use_mid_subtract else h_last
+        h_BTD = h.sum(-2) if config.num_streams else h
         z_BTV = project(rms_norm(h_BTD), head["kernel"], self.dtype)[..., : config.vocab_size]
         return config.logit_softcap * jnp.tanh(z_BTV / config.logit_softcap) if config.logit_softcap else z_BTV
 
     def block_fn(self, *, forward_mode: bool = False) -> BlockFn:
-        """One layer: ``(params_l, h, ctx_l, shared) -> (h', keys and values)``.
+        """One layer: ``(params_l, h, ctx_l, shared) -> (h', aux_l)``.
 
         ``forward_mode`` selects XLA attention, the only one with a forward-mode derivative.
         """
+        windows = tuple(sorted(set(self.config.windows)))
 
-        def block(params: PyTree, h_BTD: Array, ctx: Context, shared: Shared) -> tuple[Array, KeyValue]:
+        def block(params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
             module = nnx.merge(self._block_graph, params)
-            implementation: Implementation = "xla" if forward_mode else self._attention(h_BTD.shape[1])
-            x_BTD, q, kv = module.before(h_BTD, ctx, shared, self.dtype)
-            windows = tuple(sorted(set(self.config.windows)))
+            implementation: Implementation = "xla" if forward_mode else self._attention(h.shape[1])
+            carry, q, kv = module.before(h, ctx, shared, self.dtype)
             out = attend_any(q, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, implementation)
-            return module.after(x_BTD, out, self.dtype), kv
+            new, skip_BTRR = module.after(carry, out, ctx, self.dtype)
+            return new, BlockAux(kv, skip_BTRR)
 
         return jax.checkpoint(block) if self.config.remat else block
 
-    def sweep_fn(self, start: int, stop: int) -> Callable[..., tuple[Array, KeyValue]]:
+    def sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> Callable[..., tuple[Array, BlockAux]]:
         """All of layers ``start`` to ``stop - 1`` at once; equals ``vmap(block_fn)``.
 
         Attention runs once for each distinct window, with the window compiled in, on activations gathered by window;
-        the weights are read where they lie.
+        the weights are read where they lie. Long inputs of several streams are the exception on a CPU: there layers run
+        one after another, as their states would pass through memory once an operation.
         """
         windows = self.config.windows[start:stop]
+        block = self.block_fn()
 
-        def sweep(params: PyTree, h_LBTD: Array, ctx: Context, shared: Shared) -> tuple[Array, KeyValue]:
-            def before(params_l: PyTree, h_BTD: Array, ctx_l: Context) -> tuple[Array, Array, KeyValue]:
-                return nnx.merge(self._block_graph, params_l).before(h_BTD, ctx_l, shared, self.dtype)
+        def one_by_one(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
+            return jax.lax.map(lambda row: block(*row, shared), (params, h_L, ctx))
 
-            def after(params_l: PyTree, x_BTD: Array, out: Array) -> Array:
-                return nnx.merge(self._block_graph, params_l).after(x_BTD, out, self.dtype)
+        def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
+            def before(params_l: PyTree, h: Array, ctx_l: Context) -> tuple[Any, Array, KeyValue]:
+                return nnx.merge(self._block_graph, params_l).before(h, ctx_l, shared, self.dtype)
 
-            T = h_LBTD.shape[2]
-            x_LBTD, q, kv = jax.vmap(before)(params, h_LBTD, ctx)
-            # Windows that reach beyond the sequence are all alike.
-            effective = [min(window, T - 1) for window in windows]
-            implementation = self._attention(T)
-            outs: list[Array] = []
-            order: list[int] = []
-            for window in sorted(set(effective)):
-                members = [i for i, w in enumerate(effective) if w == window]
-                # Layers and batch become one axis; gather only where windows differ.
-                rows = slice(None) if len(members) == len(windows) else np.asarray(members)
-                q_, k_, v_ = (x[rows].reshape(-1, *x.shape[2:]) for x in (q, kv.key_BTKH, kv.value_BTKH))
-                out = attend(q_, k_, v_, window, implementation)
-                outs.append(out.reshape(len(members), -1, *out.shape[1:]))
-                order += members
-            out = outs[0]
-            if len(outs) > 1:
-                out = jnp.concatenate(outs)[np.argsort(order)]
-            return jax.vmap(after)(params, x_LBTD, out), kv
+            def after(params_l: PyTree, carry: Any, out: Array, ctx_l: Context) -> tuple[Array, Array | None]:
+                return nnx.merge(self._block_graph, params_l).after(carry, out, ctx_l, self.dtype)
 
-        return jax.checkpoint(sweep) if self.config.remat else sweep
+            carry_L, q, kv = jax.vmap(before)(params, h_L, ctx)
+            implementation: Implementation = "xla" if forward_mode else self._attention(h_L.shape[2])
+            out = attend_by_window(q, kv.key_BTKH, kv.value_BTKH, windows, implementation)
+            new_L, skip_LBTRR = jax.vmap(after)(params, carry_L, out, ctx)
+            return new_L, BlockAux(kv, skip_LBTRR)
 
-    def residual_map(self, params: PyTree, ctx: Context) -> Array:
-        """Scalar derivative of a layer's skip path."""
+        batched = jax.checkpoint(sweep) if self.config.remat else sweep
+
+        def choose(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
+            is_large = self.config.num_streams > 1 and h_L[0, ..., 0].size >= LARGE_STATE
+            on_cpu = jax.default_backend() == "cpu"
+            return (one_by_one if on_cpu and is_large else batched)(params, h_L, ctx, shared)
+
+        return choose
+
+    def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
+        """Derivative of a layer's skip path: a scalar, or [R, R] on the streams, or [B, T, R, R] for each token.
+
+        Dynamic maps depend on the state; the derivative is that of the path with its maps held fixed.
+        """
+        if ctx.hyper is not None:
+            return ctx.hyper.skip_RR
+        if aux.skip_BTRR is not None:
+            return aux.skip_BTRR
         return params["resid_scale"] if self.config.use_x0_resid else jnp.ones(())
 
     def check_tokens(self, tokens_BT: Any) -> None:
@@ -207,6 +228,13 @@ class LanguageModel:
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise InputError(f"token id {bad} lies outside the vocabulary of {self.config.vocab_size} entries.")
+
+    def _static_maps(self, blocks: PyTree) -> LayerMaps | None:
+        if not self.config.num_streams or self.config.hyper_maps == "dynamic":
+            return None
+        is_unrolled = isinstance(blocks, list)
+        hyper = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(b["hyper"] for b in blocks)) if is_unrolled else None
+        return static_maps(hyper if is_unrolled else blocks["hyper"], self.config)
 
     def _attention(self, seq_len: int) -> Implementation:
         return choose_implementation(

@@ -1,7 +1,8 @@
 """A parallel region whose layers are sharded over a mesh axis: K all_gathers instead of two all-reduces a layer.
 
-Every device holds N / n consecutive layers, evaluates them, scans its own affine maps and exchanges one total an
-iteration (``snlp_jax/solver/linear.py``). Other mesh axes stay automatic.
+Every device holds ceil(N / n) consecutive nodes, evaluates them, scans its own affine maps and exchanges one total an
+iteration (``snlp_jax/solver/linear.py``). Where n does not divide N, nodes of zero weights fill up the last devices:
+they pass their input on (A = I) and are left out of statistics, trace and aux. Other mesh axes stay automatic.
 """
 
 import dataclasses
@@ -17,18 +18,30 @@ from snlp_jax.solver import Correction, Init, LayerProblem, Solution, solve
 PyTree = Any
 
 
-def check_sharding(num_layers: int, correction: Correction, num_devices: int) -> None:
+def check_sharding(correction: Correction) -> None:
     """Refuse a region that cannot be sharded.
 
     Raises:
-        InputError: its layers do not divide evenly among the devices, or its correction is sequential.
+        InputError: its correction runs down the depth by itself.
     """
-    if num_layers % num_devices:
-        raise InputError(
-            f"a region of {num_layers} layers cannot be spread evenly over {num_devices} devices; choose a multiple."
-        )
-    if correction.serial_evals(num_layers):
-        raise InputError(f"{type(correction).__name__} runs layer after layer and cannot be sharded; choose another.")
+    if not correction.is_local:
+        what = "with a trust region" if getattr(correction, "trust", 0) else "layer after layer"
+        raise InputError(f"{type(correction).__name__} runs {what} and cannot be sharded; choose another.")
+
+
+def num_padded(num_layers: int, num_devices: int) -> int:
+    """Layers including those of zero weights that make the count a multiple of the devices."""
+    return -(-num_layers // num_devices) * num_devices
+
+
+def pad_layers(tree: PyTree, num_layers: int) -> PyTree:
+    """Zeros appended along the leading axis of every leaf, up to ``num_layers``."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        missing = num_layers - leaf.shape[0]
+        return jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
+
+    return jax.tree.map(one, tree)
 
 
 def solve_sharded(
@@ -38,50 +51,72 @@ def solve_sharded(
     mesh: Mesh,
     num_iters: int,
     init: Init,
-    tap: int | None = None,
+    tolerance: float = 0.0,
+    taps: tuple[int, ...] = (),
     with_stats: bool = False,
     axis_name: str = "layer",
-) -> tuple[Solution, PyTree | None]:
+) -> Solution:
     """:func:`snlp_jax.solver.solve` over a layer axis that is sharded over ``mesh`` axis ``axis_name``.
 
-    ``problem.params`` and ``problem.ctx`` are stacks; ``sweep_fn`` is not used, since the devices hold different
-    layers. Trace and aux of the solution stay sharded; its value is on every device.
-
-    Args:
-        tap: layer whose output is also returned, on every device (one more exchange).
+    ``problem.params`` and ``problem.ctx`` are stacks, padded already where ``problem.num_real`` says so; ``sweep_fn``
+    is not used, since the devices hold different layers. Trace and aux of the solution stay sharded; its value and
+    tapped states are on every device. The program holds ``num_iters`` all_gathers, one more for an initial
+    trace other than h0, and no other collective.
 
     Raises:
         InputError: see :func:`check_sharding`.
     """
-    check_sharding(problem.num_layers, correction, mesh.shape[axis_name])
-    layers_here = problem.num_layers // mesh.shape[axis_name]
+    check_sharding(correction)
+    num_real, num_devices = problem.num_real or problem.num_layers, mesh.shape[axis_name]
+    num_layers = num_padded(num_real, num_devices)
+    calibration = problem.calibration
+    by_layer = {
+        "params": problem.params,
+        "ctx": problem.ctx,
+        "warm_L": problem.warm_L,
+        "calibration": None if calibration is None else calibration.layers,
+    }
+    everywhere = {
+        "shared": problem.shared,
+        "h_in": problem.h_in,
+        "anchor": problem.anchor,
+        "key": problem.key,
+        "calibration": None if calibration is None else calibration.common,
+    }
 
-    def local(params: PyTree, ctx: PyTree, shared: PyTree, h_in: PyTree) -> tuple[Solution, PyTree | None]:
+    def local(by_layer: dict[str, PyTree], everywhere: dict[str, PyTree]) -> Solution:
+        parts = by_layer | everywhere
+        if calibration is not None:
+            both = {"layers": by_layer["calibration"], "common": everywhere["calibration"]}
+            parts["calibration"] = dataclasses.replace(calibration, **both)
         here = dataclasses.replace(
             problem,
-            params=params,
-            ctx=ctx,
-            shared=shared,
-            h_in=h_in,
-            num_layers=layers_here,
+            **parts,
+            num_layers=num_layers // num_devices,
+            num_real=num_real if num_layers > num_real else None,
             sweep_fn=None,
             axis_name=axis_name,
         )
-        solution = solve(here, correction, num_iters=num_iters, init=init, with_stats=with_stats)
-        if tap is None:
-            return solution, None
-        is_owner = jax.lax.axis_index(axis_name) == tap // layers_here
-        mine = jax.tree.map(lambda leaf: jnp.where(is_owner, leaf[tap % layers_here], 0), solution.trace)
-        return solution, jax.lax.psum(mine, axis_name)
+        settings: dict[str, Any] = {"num_iters": num_iters, "init": init, "tolerance": tolerance, "taps": taps}
+        return solve(here, correction, **settings, with_stats=with_stats)
 
-    over_layers, everywhere = PartitionSpec(axis_name), PartitionSpec()
-    stats_spec: Any = PartitionSpec(None, axis_name)
+    over_layers, on_all = PartitionSpec(axis_name), PartitionSpec()
+    stats: dict[str, PartitionSpec] = {"residual_norm": PartitionSpec(None, axis_name)} if with_stats else {}
+    if tolerance > 0:
+        stats |= {"num_iters": on_all, "sequence_iters": on_all}
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(over_layers, over_layers, everywhere, everywhere),
-        out_specs=(Solution(everywhere, over_layers, over_layers, stats_spec), everywhere),
+        in_specs=(over_layers, on_all),
+        out_specs=Solution(on_all, over_layers, over_layers, stats, on_all),  # type: ignore[arg-type]
         axis_names={axis_name},
         check_vma=False,  # an all_gather's result is not tracked as replicated
     )
-    return run(problem.params, problem.ctx, problem.shared, problem.h_in)
+    solution = run(pad_layers(by_layer, num_layers), everywhere)
+    if num_layers == num_real:
+        return solution
+    trace, aux = jax.tree.map(lambda leaf: leaf[:num_real], (solution.trace, solution.aux))
+    stats_real = dict(solution.stats)
+    if with_stats:
+        stats_real["residual_norm"] = solution.stats["residual_norm"][:, :num_real]
+    return solution._replace(trace=trace, aux=aux, stats=stats_real)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from snlp_jax.solver.corrections import Jacobi
+from snlp_jax.solver.linear import ZeroMap, correct
 from snlp_jax.solver.problem import LayerProblem
 
 PyTree = Any
@@ -20,10 +20,26 @@ class Guess(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PrefixState:
-    """``h0``: every layer's output is guessed to be the region's input. Free."""
+class Init:
+    """Base of all initial traces."""
 
-    num_evals: int = 0
+    @property
+    def num_evals(self) -> int:
+        """Evaluations of all layers that it costs, on the critical path."""
+        return 0
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether it needs what only a sequential pass over the same input can know."""
+        return False
+
+    def __call__(self, problem: LayerProblem) -> Guess:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PrefixState(Init):
+    """``h0``: every layer's output is guessed to be the region's input. Free."""
 
     def __call__(self, problem: LayerProblem) -> Guess:
         repeat = lambda leaf: jnp.broadcast_to(leaf, (problem.num_layers, *leaf.shape))  # noqa: E731
@@ -31,16 +47,37 @@ class PrefixState:
 
 
 @dataclass(frozen=True)
-class BatchForward:
+class BatchForward(Init):
     """Every layer evaluated at the region's input: ``h_l = f_l(h_S)``. One evaluation; equals one Jacobi step."""
 
-    num_evals: int = 1
+    @property
+    def num_evals(self) -> int:
+        return 1
 
     def __call__(self, problem: LayerProblem) -> Guess:
         h_L, entering = PrefixState()(problem)
-        y_L, _ = problem.sweep(h_L)
-        corrected = Jacobi()(problem, y_L, h_L, entering)
-        return Guess(corrected.h_L, corrected.entering)
+        return _guess(problem, problem.sweep(h_L)[0])
 
 
-Init = PrefixState | BatchForward
+@dataclass(frozen=True)
+class Warm(Init):
+    """A trace that is at hand, ``problem.warm_L``: in decoding that of the previous token, which is free.
+
+    In the evaluation of a whole sequence it is an oracle: the previous token's exact states are known only from a
+    sequential pass over the same sequence.
+    """
+
+    @property
+    def is_oracle(self) -> bool:
+        return True
+
+    def __call__(self, problem: LayerProblem) -> Guess:
+        if problem.warm_L is None:
+            raise ValueError("the Warm initial trace needs problem.warm_L, a trace from elsewhere.")
+        return _guess(problem, problem.warm_L)
+
+
+def _guess(problem: LayerProblem, h_L: PyTree) -> Guess:
+    """Any trace as a guess; sharded, one exchange tells each device its neighbour's last state."""
+    corrected = correct(ZeroMap(), h_L, h_L, problem.h_in, problem.axis_name)
+    return Guess(corrected.h_L, corrected.entering)

@@ -1,14 +1,17 @@
 """Affine recurrences along depth: ``d_l = A_l d_{l-1} + r_l``, solved by ``jax.lax.associative_scan``.
 
 A pair (A, r) composes as ``(A2, r2) . (A1, r1) = (A2 A1, A2 r1 + r2)``, which is associative, so all N layers are
-solved in ceil(log2 N) combined steps. A family of surrogates is a small pytree with three methods: ``apply`` (A d),
-``compose`` (A2 A1) and ``damp`` ((1 - k) A). The identity has no leaves, so its scan is a plain prefix sum.
+solved in ceil(log2 N) combined steps. A family of surrogates is a small pytree: ``apply`` (A d), ``compose`` (A2 A1),
+``damp`` ((1 - k) A) and ``identity_where`` (I for some layers). The identity has no leaves, so its scan is a plain
+prefix sum.
 
 Over a layer axis that is sharded with ``shard_map`` each device scans its own layers and exchanges one affine total in
 one ``all_gather``; everything else is local.
 """
 
-from dataclasses import dataclass
+import functools
+import math
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -33,6 +36,10 @@ class LinearMap:
         """(1 - amount) A, for ``num_layers`` layers."""
         raise NotImplementedError
 
+    def identity_where(self, is_identity_L: jax.Array) -> "LinearMap":
+        """I for the layers marked by the bool array [N], A for the others."""
+        raise NotImplementedError
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -47,6 +54,9 @@ class ZeroMap(LinearMap):
 
     def damp(self, amount: float, num_layers: int) -> LinearMap:
         return self
+
+    def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
+        return ScalarMap(is_identity_L.astype(jnp.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +73,9 @@ class IdentityMap(LinearMap):
     def damp(self, amount: float, num_layers: int) -> LinearMap:
         return ScalarMap(jnp.full((num_layers,), 1.0 - amount)) if amount else self
 
+    def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
+        return self
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -72,11 +85,7 @@ class ScalarMap(LinearMap):
     a_L: jax.Array
 
     def apply(self, d: PyTree) -> PyTree:
-        def scale(leaf: jax.Array) -> jax.Array:
-            a = self.a_L.reshape(self.a_L.shape + (1,) * (leaf.ndim - self.a_L.ndim))
-            return a.astype(leaf.dtype) * leaf
-
-        return jax.tree.map(scale, d)
+        return jax.tree.map(lambda leaf: _trailing(self.a_L, leaf.ndim).astype(leaf.dtype) * leaf, d)
 
     def compose(self, earlier: Self) -> Self:
         return type(self)(self.a_L * earlier.a_L)
@@ -84,15 +93,121 @@ class ScalarMap(LinearMap):
     def damp(self, amount: float, num_layers: int) -> LinearMap:
         return ScalarMap((1.0 - amount) * self.a_L) if amount else self
 
+    def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
+        return ScalarMap(jnp.where(is_identity_L, 1.0, self.a_L))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DiagonalMap(LinearMap):
+    """A_l = diag(a_l): a tree like the state whose leaves have its rank (axes of length 1 are shared)."""
+
+    a_L: PyTree
+
+    def apply(self, d: PyTree) -> PyTree:
+        return jax.tree.map(lambda a, leaf: a.astype(leaf.dtype) * leaf, self.a_L, d)
+
+    def compose(self, earlier: Self) -> Self:
+        return type(self)(jax.tree.map(jnp.multiply, self.a_L, earlier.a_L))
+
+    def damp(self, amount: float, num_layers: int) -> LinearMap:
+        return DiagonalMap(jax.tree.map(lambda a: (1.0 - amount) * a, self.a_L)) if amount else self
+
+    def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
+        one = lambda a: jnp.where(_trailing(is_identity_L, a.ndim), 1.0, a)  # noqa: E731
+        return DiagonalMap(jax.tree.map(one, self.a_L))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MatrixMap(LinearMap):
+    """A_l mixes the last axis but one of the state, the R residual streams: ``(A d)_r = sum_s A_rs d_s``.
+
+    Attributes:
+        a_L: [N, ..., R, R] of the state's rank; axes of length 1 between are shared (static maps share all tokens).
+    """
+
+    a_L: jax.Array
+
+    def apply(self, d: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: mix_streams(self.a_L, leaf), d)
+
+    def compose(self, earlier: Self) -> Self:
+        return type(self)(mix_streams(self.a_L, earlier.a_L))
+
+    def damp(self, amount: float, num_layers: int) -> LinearMap:
+        return MatrixMap((1.0 - amount) * self.a_L) if amount else self
+
+    def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
+        eye = jnp.eye(self.a_L.shape[-1]).reshape((1,) * (self.a_L.ndim - 2) + self.a_L.shape[-2:])
+        return MatrixMap(jnp.where(_trailing(is_identity_L, self.a_L.ndim), eye, self.a_L))
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The bases U, V [D, r] that all layers share; compared by identity, lives within one trace."""
+
+    u_DX: jax.Array
+    v_DX: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SharedBasisMap(LinearMap):
+    """A_l = c_l I + U M_l V^T on the last axis, with U and V common to all layers.
+
+    Layer-wise low-rank maps add up their ranks when composed; with shared bases the family is closed:
+    ``c = c2 c1``, ``M = c2 M1 + c1 M2 + M2 (V^T U) M1``.
+    """
+
+    c_L: jax.Array
+    m_LXX: jax.Array
+    basis: Basis = field(metadata={"static": True})
+
+    def apply(self, d: PyTree) -> PyTree:
+        def one(leaf: jax.Array) -> jax.Array:
+            # One product a layer: [tokens, D] x [D, r] x [r, r] x [r, D], tokens flattened behind the layer axis (their
+            # number is spelt out, since the scan also combines slices of no layers).
+            num_tokens = math.prod(leaf.shape[self.c_L.ndim : -1])
+            rows = leaf.reshape(*self.c_L.shape, num_tokens, leaf.shape[-1])
+            low = (rows @ self.basis.v_DX) @ jnp.swapaxes(self.m_LXX, -1, -2) @ self.basis.u_DX.T
+            return _trailing(self.c_L, leaf.ndim).astype(leaf.dtype) * leaf + low.reshape(leaf.shape).astype(leaf.dtype)
+
+        return jax.tree.map(one, d)
+
+    def compose(self, earlier: Self) -> Self:
+        gram = self.basis.v_DX.T @ self.basis.u_DX
+        c2, c1 = _trailing(self.c_L, self.m_LXX.ndim), _trailing(earlier.c_L, self.m_LXX.ndim)
+        m_LXX = c2 * earlier.m_LXX + c1 * self.m_LXX + self.m_LXX @ gram @ earlier.m_LXX
+        return type(self)(self.c_L * earlier.c_L, m_LXX, self.basis)
+
+    def damp(self, amount: float, num_layers: int) -> LinearMap:
+        return SharedBasisMap((1.0 - amount) * self.c_L, (1.0 - amount) * self.m_LXX, self.basis) if amount else self
+
+    def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
+        c_L = jnp.where(is_identity_L, 1.0, self.c_L)
+        return SharedBasisMap(c_L, jnp.where(_trailing(is_identity_L, 3), 0.0, self.m_LXX), self.basis)
+
+
+def mix_streams(a: jax.Array, h: jax.Array) -> jax.Array:
+    """``sum_s a[..., r, s] h[..., s, :]`` as R multiply-adds on the last axis: matrices of 4 x 4 are no work for a
+    matrix unit, and a batched product of them would be made one token at a time."""
+    terms = (a[..., :, s, None].astype(h.dtype) * h[..., s, None, :] for s in range(h.shape[-2]))
+    return functools.reduce(jnp.add, terms)
+
 
 class Corrected(NamedTuple):
-    """The new trace of the (local) layers and the two states at its ends."""
+    """The new trace of the (local) layers and what the exchange brought."""
 
     h_L: PyTree
     entering: PyTree
     """State that enters the first (local) layer: the region's input on one device."""
     leaving: PyTree
     """Output of the region's last layer, on every device."""
+    tapped: tuple[PyTree, ...]
+    """Outputs of the layers that were asked for, on every device."""
+    packed: PyTree
+    """What the devices sent along, leaves [devices, ...]."""
 
 
 def layer(tree: PyTree, index: int | slice) -> PyTree:
@@ -115,7 +230,16 @@ def affine_scan(maps: LinearMap, r_L: PyTree) -> tuple[LinearMap, PyTree]:
     return jax.lax.associative_scan(combine, (maps, r_L))
 
 
-def correct(maps: LinearMap, y_L: PyTree, h_L: PyTree, entering: PyTree, axis_name: str | None = None) -> Corrected:
+def correct(
+    maps: LinearMap,
+    y_L: PyTree,
+    h_L: PyTree,
+    entering: PyTree,
+    axis_name: str | None = None,
+    *,
+    taps: tuple[int, ...] = (),
+    packed: PyTree = (),
+) -> Corrected:
     """One correction: ``d_l = A_l d_{l-1} + (y_l - h_l)``, ``h'_l = y_l + A_l d_{l-1}``.
 
     Exactness: where ``d_{l-1}`` is 0 the new state is the evaluation ``y_l`` bit for bit, for any A.
@@ -127,23 +251,26 @@ def correct(maps: LinearMap, y_L: PyTree, h_L: PyTree, entering: PyTree, axis_na
         entering: state that entered the first (local) layer in this evaluation.
         axis_name: mesh axis over which the layers are sharded, inside ``shard_map``. One all_gather of each device's
             affine total (A and d of its layers for a delta of 0 before them) and of its last corrected state.
+        taps: layers of the whole region whose outputs every device wants; they travel in the same exchange.
+        packed: anything small that the devices want to tell each other; it travels there too.
     """
     r_L = jax.tree.map(jnp.subtract, y_L, h_L)
     products, d_L = affine_scan(maps, r_L)
     zero = jax.tree.map(jnp.zeros_like, entering)
+    new_L = jax.tree.map(jnp.add, y_L, maps.apply(shift(d_L, zero)))
     if axis_name is None:
-        carried = maps.apply(shift(d_L, zero))
-        new_L = jax.tree.map(jnp.add, y_L, carried)
-        return Corrected(new_L, entering, layer(new_L, -1))
+        tapped = tuple(layer(new_L, tap) for tap in taps)
+        return Corrected(new_L, entering, layer(new_L, -1), tapped, jax.tree.map(lambda leaf: leaf[None], packed))
 
-    last_carried = layer(maps.apply(shift(d_L, zero)), -1)
-    last_state = jax.tree.map(jnp.add, layer(y_L, -1), last_carried)
-    total, unravel = ravel_pytree((layer(products, -1), layer(d_L, -1), last_state))
+    # With a delta d_in entering the device, output l is new_l + (A_l ... A_1) d_in.
+    num_layers = jax.tree.leaves(h_L)[0].shape[0]
+    mine = [layer((products, new_L), tap % num_layers) for tap in taps]
+    total, unravel = ravel_pytree((layer(products, -1), layer(d_L, -1), layer(new_L, -1), mine, packed))
     totals = jax.vmap(unravel)(jax.lax.all_gather(total, axis_name))
 
     d_before, states_before = [zero], [entering]
     for device in range(jax.lax.axis_size(axis_name)):
-        product, d_total, state = layer(totals, device)
+        product, d_total, state, *_ = layer(totals, device)
         moved = product.apply(d_before[-1])
         states_before.append(jax.tree.map(jnp.add, state, moved))
         d_before.append(jax.tree.map(jnp.add, d_total, moved))
@@ -153,7 +280,17 @@ def correct(maps: LinearMap, y_L: PyTree, h_L: PyTree, entering: PyTree, axis_na
     new_entering = _select(states_before[:-1], here)
     d_L = jax.tree.map(jnp.add, products.apply(_broadcast_layers(d_in, d_L)), d_L)
     new_L = jax.tree.map(jnp.add, y_L, maps.apply(shift(d_L, d_in)))
-    return Corrected(new_L, new_entering, states_before[-1])
+    tapped = []
+    for tap, of_all in zip(taps, totals[3], strict=True):
+        owner = tap // num_layers
+        product, state = layer(of_all, owner)
+        tapped.append(jax.tree.map(jnp.add, state, product.apply(d_before[owner])))
+    return Corrected(new_L, new_entering, states_before[-1], tuple(tapped), totals[4])
+
+
+def _trailing(a: jax.Array, ndim: int) -> jax.Array:
+    """``a`` with axes of length 1 appended up to ``ndim``."""
+    return a.reshape(a.shape + (1,) * (ndim - a.ndim))
 
 
 def _select(candidates: list[PyTree], index: jax.Array) -> PyTree:

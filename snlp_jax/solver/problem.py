@@ -7,7 +7,7 @@ leaves behind (keys and values, statistics). The trace h = (h_1 .. h_N) solves `
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,6 +17,24 @@ from snlp_jax.solver.linear import layer
 
 PyTree = Any
 BlockFn = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+ResidualMap = Callable[[PyTree, PyTree, PyTree], jax.Array]
+
+
+class Iteration(NamedTuple):
+    """One evaluation of all (local) layers, which a correction turns into the next trace."""
+
+    index: jax.Array | int
+    """Counted from 0."""
+    x_L: PyTree
+    """Inputs of the layers."""
+    y_L: PyTree
+    """Outputs of the layers."""
+    aux_L: PyTree
+    """What the layers left behind."""
+    h_L: PyTree
+    """The trace before the correction."""
+    entering: PyTree
+    """State that entered the first layer."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +42,21 @@ class LayerProblem:
     """N layers in a row and the state that enters the first.
 
     Attributes:
-        block_fn: one layer; must be differentiable in forward mode where ``Exact`` is used.
+        block_fn: one layer; must be differentiable in forward mode where a correction asks for that.
         params: leaves [N, ...], or a list of N trees (unrolled; what a CPU prefers for long sequences).
         ctx: leaves [N, ...], per-layer inputs that are not parameters.
         shared: inputs common to all layers.
         h_in: state entering the first layer; any pytree, no layer axis.
         num_layers: N (on one device's shard, where ``axis_name`` is set).
         sweep_fn: ``(params, x_L, ctx, shared) -> (y_L, aux_L)``, all layers at once; must equal ``vmap(block_fn)``.
-        residual_map: ``(params_l, ctx_l) -> a_l``, the scalar derivative of the layer's skip path. None means 1.
+        residual_map: ``(params_l, ctx_l, aux_l) -> a_l``, the structured derivative of the layer's skip path: a scalar,
+            or matrices [..., R, R] that mix residual streams. None means 1.
+        warm_L: a trace from elsewhere, for the ``Warm`` initial trace.
+        anchor: a state that the ``Preheat`` initial trace reads.
+        calibration: what ``Calibrated`` surrogates and initial traces were fitted to, see ``solver/calibrated.py``.
+        key: PRNG key of stochastic corrections; None means a fixed one.
+        num_real: layers of the whole region, where those after them only fill up a sharded axis; they pass their
+            input on. None means all.
         axis_name: mesh axis over which the layers are sharded, when the problem lives inside ``shard_map``.
     """
 
@@ -42,7 +67,12 @@ class LayerProblem:
     h_in: PyTree
     num_layers: int
     sweep_fn: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
-    residual_map: Callable[[PyTree, PyTree], jax.Array] | None = None
+    residual_map: ResidualMap | None = None
+    warm_L: PyTree = None
+    anchor: PyTree = None
+    calibration: PyTree = None
+    key: jax.Array | None = None
+    num_real: int | None = None
     axis_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +87,15 @@ class LayerProblem:
         """``(params_l, ctx_l)`` of one layer."""
         return self.params[index] if self.is_unrolled else layer(self.params, index), layer(self.ctx, index)
 
+    def indices(self) -> jax.Array:
+        """[N] positions of the (local) layers in the whole region."""
+        first = 0 if self.axis_name is None else self.num_layers * jax.lax.axis_index(self.axis_name)
+        return first + jnp.arange(self.num_layers)
+
+    def is_padding(self) -> jax.Array | None:
+        """[N] whether a layer only fills up the sharded axis; None where none does."""
+        return None if self.num_real is None else self.indices() >= self.num_real
+
     def sweep(self, x_L: PyTree) -> tuple[PyTree, PyTree]:
         """Evaluate all layers at once at inputs ``x_L``: ``(y_L, aux_L)``, both leading with the layer axis."""
         if self.is_unrolled:
@@ -65,17 +104,22 @@ class LayerProblem:
                 for index in range(self.num_layers)
             ]
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-        if self.sweep_fn is not None:
-            return self.sweep_fn(self.params, x_L, self.ctx, self.shared)
-        return jax.vmap(self.block_fn, in_axes=(0, 0, 0, None))(self.params, x_L, self.ctx, self.shared)
+        sweep_fn = self.sweep_fn or jax.vmap(self.block_fn, in_axes=(0, 0, 0, None))
+        y_L, aux_L = sweep_fn(self.params, x_L, self.ctx, self.shared)
+        is_padding_L = self.is_padding()
+        if is_padding_L is not None:
+            keep = lambda x, y: jnp.where(is_padding_L.reshape(-1, *(1,) * (y.ndim - 1)), x, y)  # noqa: E731
+            y_L = jax.tree.map(keep, x_L, y_L)
+        return y_L, aux_L
 
-    def residual_scales(self) -> jax.Array:
-        """[N] scalars: the derivative of every layer's skip path."""
+    def residuals(self, aux_L: PyTree) -> jax.Array:
+        """[N] scalars or [N, ..., R, R] matrices: the derivative of every layer's skip path."""
         if self.residual_map is None:
             return jnp.ones((self.num_layers,))
         if self.is_unrolled:
-            return jnp.stack([self.residual_map(*self.layer(index)) for index in range(self.num_layers)])
-        return jax.vmap(self.residual_map)(self.params, self.ctx)
+            rows = (self.residual_map(*self.layer(i), layer(aux_L, i)) for i in range(self.num_layers))
+            return jnp.stack(list(rows))
+        return jax.vmap(self.residual_map)(self.params, self.ctx, aux_L)
 
     def _block_args(self, index: int, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         params, ctx = self.layer(index)

@@ -1,4 +1,5 @@
-"""The one loop: guess the trace, then evaluate all layers at once and correct, ``num_iters`` times."""
+"""The one loop: guess the trace, then evaluate all layers at once and correct, until the iterations are used up or,
+where a tolerance is given, until every sequence's residual is small."""
 
 from typing import Any, NamedTuple
 
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 
 from snlp_jax.solver.corrections import Correction
 from snlp_jax.solver.init import Guess, Init
-from snlp_jax.solver.linear import shift
-from snlp_jax.solver.problem import LayerProblem
+from snlp_jax.solver.linear import Corrected, shift
+from snlp_jax.solver.problem import Iteration, LayerProblem
 
 PyTree = Any
 
@@ -24,7 +25,10 @@ class Solution(NamedTuple):
     """What each layer left behind in the last evaluation, leaves [N, ...]; None where it was not asked for."""
     stats: dict[str, jax.Array]
     """On request ``residual_norm`` [num_iters, N]: mean over tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||, before each
-    correction."""
+    correction. With a tolerance also ``num_iters``, the iterations made (those not made are NaN in residual_norm), and
+    ``sequence_iters`` [B], after how many of them each sequence stopped."""
+    tapped: tuple[PyTree, ...] = ()
+    """Outputs of the layers that were asked for."""
 
 
 def solve(
@@ -33,6 +37,8 @@ def solve(
     *,
     num_iters: int,
     init: Init,
+    tolerance: float = 0.0,
+    taps: tuple[int, ...] = (),
     with_stats: bool = False,
 ) -> Solution:
     """Solve ``h_l = f_l(h_{l-1})`` for all layers with ``num_iters`` parallel iterations.
@@ -40,26 +46,97 @@ def solve(
     Exactness: after k iterations the first k layers are exact for any correction; ``num_iters = N`` reproduces
     :func:`sequential`. A small residual does not bound the error (it grows with the product of the Jacobians).
 
+    Args:
+        tolerance: above 0 a sequence (index of the state's first axis) stops after the first iteration that finds
+            ``max over its layers and tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||`` below it, and keeps its trace, so
+            its result does not depend on the others of the batch; ``num_iters`` is the most that is made. For
+            inference only: a ``lax.while_loop`` has no reverse mode. Sharded, the residual travels with the totals.
+        taps: layers whose outputs are wanted in ``Solution.tapped`` (on every device, where the layers are sharded).
+
     Raises:
-        ValueError: ``num_iters`` < 1.
+        ValueError: ``num_iters`` < 1, or a tolerance for a state whose leaves share no batch axis.
     """
     if num_iters < 1:
         raise ValueError(f"num_iters is {num_iters}; a parallel region needs at least one iteration.")
+    guess = init(problem)
+    state = correction.start(problem, shift(guess.h_L, guess.entering))
 
-    def iterate(guess: Guess) -> tuple[Any, PyTree, dict[str, jax.Array]]:
-        y_L, aux = problem.sweep(shift(guess.h_L, guess.entering))
-        stats = {"residual_norm": relative_norm(y_L, guess.h_L)} if with_stats else {}
-        return correction(problem, y_L, guess.h_L, guess.entering), aux, stats
+    def evaluate(index: jax.Array | int, guess: Guess) -> Iteration:
+        x_L = shift(guess.h_L, guess.entering)
+        return Iteration(index, x_L, *problem.sweep(x_L), guess.h_L, guess.entering)
 
-    def body(guess: Guess, _: None) -> tuple[Guess, dict[str, jax.Array]]:
-        corrected, _, stats = iterate(guess)
-        return Guess(corrected.h_L, corrected.entering), stats
+    def measure(it: Iteration) -> dict[str, jax.Array]:
+        return {"residual_norm": relative_norm(it.y_L, it.h_L)} if with_stats else {}
+
+    if tolerance > 0:
+        return _solve_adaptively(problem, correction, state, guess, evaluate, measure, num_iters, tolerance, taps)
+
+    def body(guess: Guess, index: jax.Array) -> tuple[Guess, dict[str, jax.Array]]:
+        it = evaluate(index, guess)
+        corrected = correction(problem, it, state)
+        return Guess(corrected.h_L, corrected.entering), measure(it)
 
     # All iterations but the last share one compiled body; only the last one's aux and value are wanted.
-    guess, early_stats = jax.lax.scan(body, init(problem), None, length=num_iters - 1, unroll=num_iters <= 4)
-    corrected, aux, last_stats = iterate(guess)
-    stats = {name: jnp.concatenate([early_stats[name], last[None]]) for name, last in last_stats.items()}
-    return Solution(corrected.leaving, corrected.h_L, aux, stats)
+    guess, early_stats = jax.lax.scan(body, guess, jnp.arange(num_iters - 1), unroll=num_iters <= 4)
+    last = evaluate(num_iters - 1, guess)
+    corrected = correction(problem, last, state, taps=taps)
+    stats = {name: jnp.concatenate([early_stats[name], value[None]]) for name, value in measure(last).items()}
+    return Solution(corrected.leaving, corrected.h_L, last.aux_L, stats, corrected.tapped)
+
+
+def _solve_adaptively(
+    problem: LayerProblem,
+    correction: Correction,
+    state: PyTree,
+    guess: Guess,
+    evaluate: Any,
+    measure: Any,
+    num_iters: int,
+    tolerance: float,
+    taps: tuple[int, ...],
+) -> Solution:
+    """The loop of :func:`solve` with a tolerance."""
+    batch_sizes = {leaf.shape[0] if leaf.ndim > 1 else 1 for leaf in jax.tree.leaves(problem.h_in)}
+    if len(batch_sizes) != 1:
+        raise ValueError(f"a tolerance needs a state whose leaves share a batch axis; these lead with {batch_sizes}.")
+    batch_size = batch_sizes.pop()
+
+    def step(index: jax.Array, guess: Guess) -> tuple[Corrected, PyTree, dict[str, jax.Array], jax.Array]:
+        it = evaluate(index, guess)
+        ratio_LB = _worst_ratio(it.y_L, it.h_L, batch_size)
+        is_padding_L = problem.is_padding()
+        if is_padding_L is not None:
+            ratio_LB = jnp.where(is_padding_L[:, None], 0.0, ratio_LB)
+        corrected = correction(problem, it, state, taps=taps, packed=ratio_LB.max(0))
+        return corrected, it.aux_L, measure(it), corrected.packed.max(0)
+
+    def advance(carry: tuple) -> tuple:
+        index, guess, kept, _, stats, iters_B, active_B = carry
+        corrected, aux_L, measured, ratio_B = step(index, guess)
+        freeze = lambda new, old, axis: jax.tree.map(  # noqa: E731
+            lambda n, o: jnp.where(_along_batch(active_B, n, axis), n, o), new, old
+        )
+        guess = Guess(freeze(corrected.h_L, guess.h_L, 1), freeze(corrected.entering, guess.entering, 0))
+        kept = freeze((corrected.leaving, corrected.tapped), kept, 0)
+        stats = {name: stats[name].at[index].set(value) for name, value in measured.items()}
+        return index + 1, guess, kept, aux_L, stats, iters_B + active_B, active_B & ~(ratio_B < tolerance)
+
+    first = jnp.zeros((), jnp.int32)
+    corrected, aux_L, measured, _ = jax.eval_shape(step, first, guess)
+    empty = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)  # noqa: E731
+    carry = (
+        first,
+        guess,
+        empty((corrected.leaving, corrected.tapped)),
+        empty(aux_L),
+        {name: jnp.full((num_iters, *value.shape), jnp.nan) for name, value in measured.items()},
+        jnp.zeros((batch_size,), jnp.int32),
+        jnp.ones((batch_size,), bool),
+    )
+    made, guess, (leaving, tapped), aux_L, stats, iters_B, _ = jax.lax.while_loop(
+        lambda carry: (carry[0] < num_iters) & carry[-1].any(), advance, carry
+    )
+    return Solution(leaving, guess.h_L, aux_L, stats | {"num_iters": made, "sequence_iters": iters_B}, tapped)
 
 
 def sequential(problem: LayerProblem, *, with_trace: bool = False, with_aux: bool = False) -> Solution:
@@ -91,6 +168,23 @@ def relative_norm(a_L: PyTree, b_L: PyTree) -> jax.Array:
 
     ratios = jax.tree.leaves(jax.tree.map(one, a_L, b_L))
     return jnp.stack(ratios).mean(0)
+
+
+def _worst_ratio(a_L: PyTree, b_L: PyTree, batch_size: int) -> jax.Array:
+    """[N, B]: the largest ||a - b|| / max(||b||, 1e-6) of a sequence's tokens and leaves."""
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        a, b = (x.reshape(x.shape[0], batch_size, -1, x.shape[-1]) for x in (a, b))
+        return (safe_norm(a - b) / jnp.maximum(safe_norm(b), 1e-6)).max(-1)
+
+    return jnp.stack(jax.tree.leaves(jax.tree.map(one, a_L, b_L))).max(0)
+
+
+def _along_batch(mask_B: jax.Array, like: jax.Array, axis: int) -> jax.Array:
+    """The mask shaped to select along ``axis`` of ``like``; states without a batch axis are one sequence."""
+    if like.ndim == axis + 1:
+        return mask_B.reshape((1,) * like.ndim)
+    return mask_B.reshape((1,) * axis + (-1,) + (1,) * (like.ndim - axis - 1))
 
 
 def safe_norm(x: jax.Array) -> jax.Array:

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, LossTerm, SolverCEConfig
+from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, LossTerm, SolverCEConfig, SolverTerm
 from snlp_jax.forward import layer_problem
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import CORRECTIONS, INITS
 from snlp_jax.solver import (
+    Correction,
+    Diagonal,
     ParallelSegment,
     PrefixState,
     SequentialSegment,
@@ -78,44 +80,47 @@ def loss_fn(
     config: LossConfig,
     plan: Plan,
     weights: Mapping[str, Array | float],
+    key: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss (scalar, float32) and the unweighted parts it is made of.
 
     Args:
         tokens_BT1: [B, T + 1]; the first T are inputs, the last T targets.
         weights: weight of each term of the plan at this step, see :func:`term_weight`.
+        key: of the random vectors that the Diagonal correction probes with.
     """
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     L, mid = model.config.num_layers, model.config.mid_layer
     x0_BTD = model.embed(params, inputs_BT)
     shared = model.shared(x0_BTD)
+    h_in = model.expand(x0_BTD)
 
-    def run(segment: SequentialSegment | ParallelSegment, h_in_BTD: Array) -> Solution:
+    def run(segment: SequentialSegment | ParallelSegment, h_start: Array) -> Solution:
         blocks = jax.tree.map(lambda leaf: leaf[segment.start : segment.stop], params["blocks"])
-        problem = layer_problem(model, params, blocks, inputs_BT, shared, segment, h_in_BTD)
+        problem = layer_problem(model, params, blocks, inputs_BT, shared, segment, h_start, key=key)
         if isinstance(segment, SequentialSegment):
             return sequential(problem, with_trace=True)
         return solve(problem, segment.correction, num_iters=segment.num_iters, init=segment.init)
 
-    h_LBTD = run(SequentialSegment(0, L), x0_BTD).trace
-    sequential_ce = cross_entropy(model.logits(params, h_LBTD[-1], h_LBTD[mid]), targets_BT)
+    h_L = run(SequentialSegment(0, L), h_in).trace
+    sequential_ce = cross_entropy(model.logits(params, h_L[-1], h_L[mid]), targets_BT)
 
-    def hidden_norm(term: HiddenNormConfig, n: int, h_in_BTD: Array) -> Array:
-        region = ParallelSegment(L - n, L, 1, CORRECTIONS[term.correction](), PrefixState())
+    def hidden_norm(term: HiddenNormConfig, n: int, h_start: Array) -> Array:
+        region = ParallelSegment(L - n, L, 1, make_correction(term), PrefixState())
         compared = np.asarray(compared_layers(n, term.stride))
-        target = h_LBTD[L - n + compared]
+        target = h_L[L - n + compared]
         target = jax.lax.stop_gradient(target) if term.detach_target else target
-        return relative_norm(run(region, h_in_BTD).trace[compared], target).sum()
+        return relative_norm(run(region, h_start).trace[compared], target).sum()
 
-    def solver_ce(term: SolverCEConfig, n: int, h_in_BTD: Array) -> Array:
-        region = ParallelSegment(L - n, L, term.num_iters, CORRECTIONS[term.correction](), INITS[term.init]())
-        solution = run(region, h_in_BTD)
-        h_mid = solution.trace[mid - (L - n)] if mid >= L - n else h_LBTD[mid]
+    def solver_ce(term: SolverCEConfig, n: int, h_start: Array) -> Array:
+        region = ParallelSegment(L - n, L, term.num_iters, make_correction(term), INITS[term.init]())
+        solution = run(region, h_start)
+        h_mid = solution.trace[mid - (L - n)] if mid >= L - n else h_L[mid]
         return cross_entropy(model.logits(params, solution.value, h_mid), targets_BT)
 
-    def layer_skip(term: LayerSkipConfig, _: int, h_in_BTD: Array) -> Array:
-        target = jax.lax.stop_gradient(h_LBTD[-1:]) if term.detach_target else h_LBTD[-1:]
-        return relative_norm(run(SequentialSegment(L - 1, L), h_in_BTD).trace, target).sum()
+    def layer_skip(term: LayerSkipConfig, _: int, h_start: Array) -> Array:
+        target = jax.lax.stop_gradient(h_L[-1:]) if term.detach_target else h_L[-1:]
+        return relative_norm(run(SequentialSegment(L - 1, L), h_start).trace, target).sum()
 
     parts: dict[str, Callable[..., Array]] = {
         "hidden_norm": hidden_norm,
@@ -126,11 +131,18 @@ def loss_fn(
     metrics = {"sequential_ce": sequential_ce}
     for name, sizes in plan.sizes:
         term = config.terms[name]
-        values = [parts[name](term, n, x0_BTD if n == L else h_LBTD[L - n - 1]) for n in sizes]
+        values = [parts[name](term, n, h_in if n == L else h_L[L - n - 1]) for n in sizes]
         total = jnp.stack(values).sum()
         loss = loss + weights[name] * total
         metrics[name] = total / len(sizes)
     return loss, {"loss": loss, **metrics}
+
+
+def make_correction(term: SolverTerm) -> Correction:
+    """The correction that a loss term trains for."""
+    if term.correction == "diag":
+        return Diagonal(mode=term.diagonal_mode, stride=term.diagonal_stride)
+    return CORRECTIONS[term.correction]()
 
 
 def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:

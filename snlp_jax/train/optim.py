@@ -25,6 +25,7 @@ LABELS: tuple[tuple[str, str], ...] = (
     (r"embed/token", "embed"),
     (r"embed/value", "value_embed"),
     (r"head/kernel", "head"),
+    (r"blocks/hyper/(attn|mlp)/((res|pre|post)_logits|phi|alpha)", "hyper"),
     (r"blocks/resid_scale", "resid_scale"),
     (r"blocks/x0_scale", "x0_scale"),
     (r"embed/smear_(gate|scale)", "scalar"),
@@ -71,6 +72,7 @@ ADAM_GROUPS: dict[str, AdamGroup] = {
     "resid_scale": AdamGroup((0.8, 0.95), 0.05, scales_with_width=False, scales_with_batch=True),
     "x0_scale": AdamGroup((0.96, 0.95), 0.0, scales_with_width=False, scales_with_batch=True),
     "scalar": AdamGroup((0.8, 0.95), 0.0, scales_with_width=False, scales_with_batch=False),
+    "hyper": AdamGroup((0.9, 0.999), 0.0, scales_with_width=False, scales_with_batch=False),
 }
 
 
@@ -138,6 +140,7 @@ def make_optimizer(
         "resid_scale": config.resid_scale_lr,
         "x0_scale": config.x0_scale_lr,
         "scalar": config.scalar_lr,
+        "hyper": config.hyper_lr,
     }
 
     def scaled(rate: float) -> optax.Schedule:

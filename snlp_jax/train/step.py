@@ -33,10 +33,11 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
 
     @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
     def step(state: TrainState, tokens_BT1: Array, *, plan: Plan) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
         weights = {name: term_weight(config.loss.terms[name], state["step"], num_steps) for name, _ in plan.sizes}
 
         def gradient(tokens: Array) -> tuple[Any, dict[str, Array]]:
-            loss = lambda params: loss_fn(model, params, tokens, config.loss, plan, weights)  # noqa: E731
+            loss = lambda params: loss_fn(model, params, tokens, config.loss, plan, weights, key)  # noqa: E731
             return jax.grad(loss, has_aux=True)(state["params"])
 
         if num_microbatches == 1:

@@ -1,0 +1,336 @@
+"""Where a region's error sits and why: the error of every layer after every iteration, and the sizes of the layers'
+Jacobians and of what each correction leaves of them, at the states of held-out text."""
+
+import dataclasses
+import datetime
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from snlp_jax.config import Config
+from snlp_jax.data.pipeline import val_batches
+from snlp_jax.errors import InputError
+from snlp_jax.eval.evaluate import parse_settings
+from snlp_jax.eval.report import FOLDER, TABLE_WIDTH, _finite
+from snlp_jax.eval.run import Which, _read_data, _read_params
+from snlp_jax.forward import Weights, layer_problem, split
+from snlp_jax.io.files import atomic_write
+from snlp_jax.io.provenance import git_commit
+from snlp_jax.model import LanguageModel
+from snlp_jax.solver import (
+    Calibration,
+    Exact,
+    FusedSplit,
+    ParallelSegment,
+    PerLayer,
+    PrefixState,
+    Schedule,
+    SequentialSegment,
+    sequential,
+)
+from snlp_jax.solver.diagnostics import NUM_STEPS, contraction, spectral_norms, trace_errors
+from snlp_jax.types import Array, Params
+
+NUM_WINDOWS = 4
+SHOWN_ITERS = (0, 1, 2, 4)
+"""Columns of the table."""
+COLOUR_RANGE = (1e-6, 1e1)
+"""Errors that the heat maps tell apart; what lies outside takes the end's colour."""
+
+
+@dataclass(frozen=True)
+class RegionDiagnosis:
+    """One parallel region, with its exact input, iterated until it is solved. Rows are iterations, columns nodes."""
+
+    setting: str
+    """As it was asked for, without the number of iterations."""
+    surrogate: str
+    """The correction, its options and, where it is not a layer, the node."""
+    layers: tuple[int, ...]
+    """The (last) layer of every node, from 0."""
+    errors: tuple[tuple[float, ...], ...]
+    """||h_l - h*_l|| / ||h*_l|| of the initial trace and after each iteration, mean over tokens."""
+    residuals: tuple[tuple[float, ...], ...]
+    """||f_l(h_{l-1}) - h_l|| / ||h_l||, likewise."""
+    spectral_norms: tuple[float, ...]
+    """||J_l||_2 at the exact trace, largest of the windows."""
+    contractions: tuple[float, ...]
+    """||J_l - A_l||_2 with the first iteration's A_l at the exact trace, largest of the windows."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All regions, and under what circumstances they were measured."""
+
+    regions: tuple[RegionDiagnosis, ...]
+    info: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Numbers that are not finite, which JSON has not, become null."""
+        return json.dumps(_finite(dataclasses.asdict(self)), indent=2) + "\n"
+
+    def to_png(self) -> bytes:
+        """A heat map of errors a region, and the norms by layer. Raises ImportError without matplotlib."""
+        return _draw(self)
+
+
+class _Measured(NamedTuple):
+    """One window; iterations by nodes, and nodes."""
+
+    errors: Array
+    residuals: Array
+    spectral_norms: Array
+    contractions: Array
+
+
+def diagnose_run(
+    run_dir: Path, config: Config, which: Which = "best", fits: Mapping[str, Calibration] | None = None
+) -> Diagnosis:
+    """:func:`diagnose` of a run's checkpoint on its first held-out windows, for the settings of ``config.eval``.
+
+    Raises:
+        InputError: no good checkpoint, a setting that the model cannot run, or none with a parallel region.
+    """
+    regions = parallel_regions(parse_settings(config.model, config.eval))
+    model = LanguageModel(config.model)
+    step, params = _read_params(run_dir, model, which)
+    data = _read_data(run_dir, config)
+    (windows,) = val_batches(data, seq_len=config.model.seq_len, batch_size=NUM_WINDOWS, num_batches=1)
+    diagnosis = diagnose(model, params, windows[:, :-1], regions, fits)
+    about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
+    about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash}
+    return dataclasses.replace(diagnosis, info=about | diagnosis.info)
+
+
+def parallel_regions(settings: Mapping[str, Schedule]) -> dict[str, ParallelSegment]:
+    """Name -> region, for the distinct parallel regions of all settings; those that differ only in their number of
+    iterations or their tolerance are one. Layers that a setting leaves out are none of them.
+
+    Raises:
+        InputError: there is none.
+    """
+    names: dict[ParallelSegment, str] = {}
+    for text, schedule in settings.items():
+        name = re.sub(r"(?<=[:,])(k|tol)=[^,+]*,?", "", text).rstrip(",").replace(",+", "+")
+        for region in schedule.regions:
+            place = f" [{region.start}-{region.stop}]" if len(schedule.regions) > 1 else ""
+            names.setdefault(dataclasses.replace(region, num_iters=1, tolerance=0.0), name + place)
+    if not names:
+        raise InputError("none of the settings has a parallel region to diagnose; give one such as idn:n=4.")
+    return {name: region for region, name in names.items()}
+
+
+def diagnose(
+    model: LanguageModel,
+    params: Params,
+    tokens_BT: np.ndarray,
+    regions: Mapping[str, ParallelSegment],
+    fits: Mapping[str, Calibration] | None = None,
+) -> Diagnosis:
+    """Measure every region, one sequence at a time: that bounds the memory, and a Jacobian does not mix sequences.
+
+    Each region gets its exact input from the layers before it, run in order, and is compared with its own chain of
+    nodes (of fused chunks that is the fused model), for as many iterations as it has nodes.
+    """
+    model.check_tokens(tokens_BT)
+    params = model.cast(params)
+    measure = _make_measure_fn(model)
+    results = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for name, region in progress.track(regions.items(), description="diagnosing"):
+            weights = split(model, params, Schedule.of(model.config.num_layers, region), fits)
+            windows = [jax.device_get(measure(weights, tokens_T[None])) for tokens_T in tokens_BT]
+            results.append(_summary(name, region, windows))
+    device = jax.devices()[0]
+    info = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "jax": jax.__version__,
+        "device": device.device_kind,
+        "platform": device.platform,
+        "dtype": jnp.dtype(model.dtype).name,
+        "num_layers": model.config.num_layers,
+        "num_windows": tokens_BT.shape[0],
+        "window_len": tokens_BT.shape[1],
+        "power_iteration_steps": NUM_STEPS,
+    }
+    return Diagnosis(tuple(results), info)
+
+
+def _make_measure_fn(model: LanguageModel) -> Callable[[Weights, Any], _Measured]:
+    """Jitted ``(weights, tokens [1, T])``; compiles once a region. The layers after the region are not run."""
+
+    @jax.jit
+    def measure(weights: Weights, tokens_BT: Array) -> _Measured:
+        x0_BTD = model.embed(weights.ends, tokens_BT)
+        shared, h = model.shared(x0_BTD), model.expand(x0_BTD)
+        for segment, blocks, fit in zip(weights.segments, weights.blocks, weights.fits, strict=True):
+            if isinstance(segment, ParallelSegment):
+                region, region_blocks, region_fit = segment, blocks, fit
+                break
+            assert isinstance(segment, SequentialSegment)
+            h = sequential(layer_problem(model, weights.ends, blocks, tokens_BT, shared, segment, h)).value
+        around = (model, weights.ends, region_blocks, tokens_BT, shared)
+        problem = layer_problem(*around, region, h, region_fit)
+        num_iters = 1 if isinstance(region.stage, FusedSplit) else region.num_nodes
+        errors = trace_errors(problem, region.correction, num_iters, region.init)
+        # Exact asks for layers with a forward mode. A split stage is another way to evaluate the layers: the Jacobians
+        # are those of the layers themselves.
+        stage = PerLayer() if isinstance(region.stage, FusedSplit) else region.stage
+        smooth = dataclasses.replace(region, correction=Exact(), init=PrefixState(), stage=stage)
+        problem = layer_problem(*around, smooth, h, region_fit)
+        trace = sequential(problem, with_trace=True).trace
+        norms = spectral_norms(problem, trace), contraction(problem, region.correction, trace)
+        return _Measured(errors.error, errors.residual, *norms)
+
+    return measure
+
+
+def _summary(name: str, region: ParallelSegment, windows: Sequence[_Measured]) -> RegionDiagnosis:
+    joined = _Measured(*(np.stack(parts) for parts in zip(*windows, strict=True)))  # type: ignore[arg-type]
+    table = lambda array: tuple(tuple(map(float, row)) for row in array.mean(0))  # noqa: E731
+    stage = "" if isinstance(region.stage, PerLayer | FusedSplit) else f", {_words(region.stage)}"
+    fit = f", fit {region.fit}" if region.fit else ""
+    return RegionDiagnosis(
+        setting=name,
+        surrogate=_words(region.correction) + stage + fit,
+        layers=tuple(range(region.start + region.layers_per_node - 1, region.stop, region.layers_per_node)),
+        errors=table(joined.errors),
+        residuals=table(joined.residuals),
+        spectral_norms=tuple(map(float, joined.spectral_norms.max(0))),
+        contractions=tuple(map(float, joined.contractions.max(0))),
+    )
+
+
+def _words(method: Any) -> str:
+    """The class and the fields that are not at their defaults."""
+    fields = [f"{f.name}={getattr(method, f.name)}" for f in dataclasses.fields(method)
+              if getattr(method, f.name) != f.default]  # fmt: skip
+    return type(method).__name__ + (f"({', '.join(fields)})" if fields else "")
+
+
+def write_diagnosis(diagnosis: Diagnosis, run_dir: Path) -> tuple[list[Path], str]:
+    """Write ``diagnose.json`` and ``diagnose.png`` into ``run_dir/eval``.
+
+    Returns:
+        The files, and a notice about what could not be made, or "".
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    folder, notice = run_dir / FOLDER, ""
+    contents: dict[str, str | bytes] = {"diagnose.json": diagnosis.to_json()}
+    try:
+        contents["diagnose.png"] = diagnosis.to_png()
+    except ImportError:
+        notice = 'no diagnose.png: it needs matplotlib, which `pip install "snlp-jax[plots]"` brings.'
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, content in contents.items():
+            atomic_write(folder / name, content)
+    except OSError as error:
+        raise InputError(f"folder {str(folder)!r} cannot be written ({error.strerror}); make it writable.") from error
+    return [folder / name for name in contents], notice
+
+
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    """A table on stdout: the error that leaves each region after some iterations, and the norms."""
+    info = diagnosis.info
+    title = (
+        f"Relative error of each region's output after k iterations, and norms of its Jacobians (median, largest): "
+        f"{info['num_windows']} held-out windows of {info['window_len']} tokens"
+    )
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("region", overflow="fold", min_width=24)
+    for column in (*(f"k={k}" for k in SHOWN_ITERS), "||J||", "||J - A||"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for region in diagnosis.regions:
+        errors = [f"{region.errors[k][-1]:.2g}" if k < len(region.errors) else "-" for k in SHOWN_ITERS]
+        norms = [f"{np.median(norms):.3g}, {max(norms):.3g}" for norms in (region.spectral_norms, region.contractions)]
+        table.add_row(region.setting, *errors, *norms)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    console.print(table)
+
+
+def _draw(diagnosis: Diagnosis) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    regions = diagnosis.regions
+    num_columns = min(4, len(regions))
+    num_rows = math.ceil(len(regions) / num_columns)
+    figure = Figure(figsize=(max(3.0 * num_columns + 0.8, 6.4), 2.7 * num_rows + 3.6), layout="constrained", dpi=140)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(num_rows + 1, num_columns, height_ratios=[1.0] * num_rows + [1.2])
+    maps = [figure.add_subplot(grid[divmod(index, num_columns)]) for index in range(len(regions))]
+    for axis, region in zip(maps, regions, strict=True):
+        errors_NK = np.nan_to_num(np.asarray(region.errors), nan=np.inf).T.clip(*COLOUR_RANGE)
+        num_nodes, num_rows_of_error = errors_NK.shape
+        image = axis.pcolormesh(
+            np.arange(num_rows_of_error), np.arange(num_nodes), errors_NK, norm=LogNorm(*COLOUR_RANGE), cmap="magma"
+        )
+        axis.set_title(region.setting, fontsize=8)
+        places = sorted({0, num_nodes // 2, num_nodes - 1})
+        axis.set_yticks(places, [str(region.layers[place]) for place in places], fontsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("iterations", fontsize=8)
+        axis.set_ylabel("layer", fontsize=8)
+    bar = figure.colorbar(image, ax=maps, shrink=0.8, extend="both")
+    bar.set_label("||h - h*|| / ||h*||, mean over tokens", fontsize=8)
+    _draw_norms(figure.add_subplot(grid[-1, :]), regions)
+    info = diagnosis.info
+    figure.suptitle(
+        f"Error of every layer, and why: {info['num_windows']} windows of {info['window_len']} tokens; "
+        f"{info['device']}, {info['dtype']}",
+        fontsize=10,
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_norms(axis: Any, regions: Sequence[RegionDiagnosis]) -> None:
+    """Norms by layer. Regions of one surrogate, which agree where they overlap, share a colour."""
+    surrogates = list(dict.fromkeys(region.surrogate for region in regions))
+    drawn = set()
+
+    def draw(label: str, region: RegionDiagnosis, norms: Sequence[float], style: dict[str, Any]) -> None:
+        floored = np.maximum(norms, COLOUR_RANGE[0])
+        axis.plot(region.layers, floored, marker="o", markersize=3, **style, label=None if label in drawn else label)
+        drawn.add(label)
+
+    for region in regions:
+        nodes = region.surrogate.partition(", Chunkwise")
+        of_what = "||J||" + (f" of {nodes[1][2:]}{nodes[2]}" if nodes[1] else "")
+        draw(of_what, region, region.spectral_norms, {"color": "#333d43", "linewidth": 1.6})
+    for region in regions:
+        colour = f"C{surrogates.index(region.surrogate)}"
+        style = {"color": colour, "linewidth": 1.1, "linestyle": "--"}
+        draw(f"||J - A||, {region.surrogate}", region, region.contractions, style)
+    axis.axhline(1.0, color="#9aa5ad", linewidth=0.8, linestyle=":")
+    axis.set_yscale("log")
+    axis.set_xlabel("layer", fontsize=8)
+    axis.set_ylabel("2-norm at the exact trace", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(color="#e6e9eb", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

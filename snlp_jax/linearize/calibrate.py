@@ -1,0 +1,368 @@
+"""Fits the numbers of ``Calibrated`` surrogates and initial traces to the chains of real text.
+
+Iterations are fitted one after another. For iteration k, with the initial trace and the surrogates of the earlier
+iterations fixed, let h be the trace before it, y_l = f_l(h_{l-1}), r_l = y_l - h_l, and h* the sequential trace. The
+solver will make
+
+    d_l = A_l d_{l-1} + r_l + b_l,  h'_l = y_l + b_l + A_l d_{l-1},  d_0 = 0,
+
+so A_l, b_l are the regression of t_l = h*_l - y_l on d_{l-1}, layer after layer: on the update that the solver itself
+makes, with its own errors, not on the true one h*_{l-1} - h_{l-1}. No layer waits for the one before to be fitted:
+with W_{l,j} = A_l ... A_{j+1} the update is ``d_l = sum_{j<=l} W_{l,j} r_j + beta_l``, linear in the residuals, whose
+weights are known once the earlier layers are. One pass over the text collects moments of (r, t), and
+
+    Cov(d, d) = sum_ij W_i Cov(r_i, r_j) W_j^T,   Cov(t_l, d) = sum_j Cov(t_l, r_j) W_j^T
+
+are all that the regression of layer l needs; it is solved on the host in float64. Scalars and channels need the N x N
+moments of each channel. With bases the weights are ``W_{l,j} = w_{l,j} I + U Q_{l,j} V^T``, and what is needed beside
+are moments of the r-vectors V^T r_j, U^T r_j and U^T t_l (see :func:`_solve_basis`).
+
+The first k layers of iteration k have t = 0 and take b = 0; their A, which meets d = 0, is set to I.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from snlp_jax.errors import InputError
+from snlp_jax.linearize.covariance import Moments
+from snlp_jax.solver import Init, LayerProblem, PrefixState, sequential
+from snlp_jax.solver.calibrated import Calibrated, CalibratedInit, Calibration, Preheat, spread_streams
+from snlp_jax.solver.init import Guess
+from snlp_jax.solver.linear import shift
+from snlp_jax.solver.problem import Iteration
+
+PyTree = Any
+Kind = Literal["scalar", "channel", "basis"]
+Problems = Sequence[LayerProblem] | Callable[[], Iterable[LayerProblem]]
+Measure = Callable[[LayerProblem, Init, jax.Array], Any]
+
+
+def fit_calibration(
+    problems: Problems,
+    *,
+    num_iters: int,
+    kind: Kind = "basis",
+    rank: int = 16,
+    intercept: bool = True,
+    init: Init | None = None,
+    init_rank: int = 32,
+    ridge: float = 1e-4,
+) -> Calibration:
+    """Fit surrogates for ``num_iters`` iterations, and the initial trace where ``init`` is one that is fitted.
+
+    Passes over the text: one an iteration (two for ``basis``), one for the initial trace. Memory does not grow with
+    the text.
+
+    Args:
+        problems: the region's chains on batches of text, of equal shapes; a function gives them anew for every pass.
+            They differ in their arrays only: functions are taken from the first. Streams count as samples.
+        kind: ``scalar`` c_l I, ``channel`` diag(a_l), or ``basis`` c_l I + U M_l V^T with U, V of ``rank`` columns.
+        intercept: also fit b_l; without it the regressions go through the origin.
+        init: ``PrefixState()`` if None. The surrogates fit this initial trace only.
+        init_rank: columns of U_l, V_l of ``CalibratedInit`` and ``Preheat``.
+        ridge: relative to the mean eigenvalue of the regressor's covariance; draws channels and cores to the scalar.
+
+    Raises:
+        InputError: a number out of range, no problems, or a state of more than one array.
+    """
+    if kind not in get_args(Kind):
+        raise InputError(f"calibration kind {kind!r} is not one of {', '.join(get_args(Kind))}.")
+    if num_iters < 1:
+        raise InputError(f"num_iters is {num_iters}; fit at least one iteration.")
+    text, init = _Text(problems), init or PrefixState()
+    layers, common = fit_init(text, init, rank=init_rank, ridge=ridge), {}
+    shape = (text.num_layers, num_iters)
+    if kind == "channel":
+        layers["channel"] = np.ones((*shape, text.width))
+    else:
+        layers["scale"] = np.ones(shape)
+    if kind == "basis":
+        rank = _check_rank(rank, text.width)
+        layers["core"] = np.zeros((*shape, rank, rank))
+        common = {name: np.zeros((num_iters, text.width, rank)) for name in "uv"}
+    if intercept:
+        layers["intercept"] = np.zeros((*shape, text.width))
+
+    for index in range(num_iters):
+        reduce = lambda measure: text.reduce(measure, init, index, _calibration(layers, common))  # noqa: B023, E731
+        if kind == "basis":
+            u_DX, v_DX = _shared_bases(reduce(_true_updates), index, rank, intercept, ridge)
+            common["u"][index], common["v"][index] = u_DX, v_DX
+            moments = reduce(_projected_residuals)
+            c_L, m_LXX, b_LD = _solve_basis(moments, u_DX, v_DX, index, intercept, ridge)
+            layers["scale"][:, index], layers["core"][:, index] = c_L, m_LXX
+        else:
+            a_LD, b_LD = _solve_channels(reduce(_residuals), index, intercept, ridge, pooled=kind == "scalar")
+            layers["channel" if kind == "channel" else "scale"][:, index] = a_LD if kind == "channel" else a_LD[:, 0]
+        if intercept:
+            layers["intercept"][:, index] = b_LD
+    return _calibration(layers, common)
+
+
+def fit_init(problems: "Problems | _Text", init: Init, *, rank: int, ridge: float = 1e-4) -> dict[str, np.ndarray]:
+    """What ``init`` reads of ``Calibration.layers``; nothing for one that is not fitted.
+
+    ``CalibratedInit``: the reduced-rank regression of h*_l - c_l h_S on h_S, which keeps the directions that explain
+    most of it. ``Preheat``: the regression of h*_l on the first principal components of x0, as the authors do.
+    """
+    if not isinstance(init, CalibratedInit | Preheat):
+        return {}
+    text = problems if isinstance(problems, _Text) else _Text(problems)
+    rank, name = _check_rank(rank, text.width), "init" if isinstance(init, CalibratedInit) else "preheat"
+    measure = _outputs_on_input if isinstance(init, CalibratedInit) else _outputs_on_anchor
+    moments = text.reduce(measure, init, 0, Calibration({}, {}))
+    c_xx, c_yx = moments.covariance()
+    c_LDD = c_yx.reshape(text.num_layers, text.width, text.width)
+    mean_LD = moments.mean_y.reshape(text.num_layers, text.width)
+    scale_L, parts = np.zeros(text.num_layers), []
+    for l in range(text.num_layers):
+        if isinstance(init, CalibratedInit):
+            scale_L[l] = _ratio(np.trace(c_LDD[l]), np.trace(c_xx))
+            b_DD = _ridge(c_LDD[l] - scale_L[l] * c_xx, c_xx, ridge)
+            u_DX = _top_eigenvectors(b_DD @ c_xx @ b_DD.T, rank)
+            parts.append((u_DX, b_DD.T @ u_DX))
+        else:
+            v_DX = _top_eigenvectors(c_xx, rank)
+            parts.append((_ridge(c_LDD[l] @ v_DX, v_DX.T @ c_xx @ v_DX, ridge), v_DX))
+    u_LDX, v_LDX = (np.stack(part) for part in zip(*parts, strict=True))
+    explained_LD = scale_L[:, None] * moments.mean_x + np.einsum("LDX,LEX,E->LD", u_LDX, v_LDX, moments.mean_x)
+    layers = {f"{name}_u": u_LDX, f"{name}_v": v_LDX, f"{name}_intercept": mean_LD - explained_LD}
+    return layers | ({"init_scale": scale_L} if name == "init" else {})
+
+
+class _Text:
+    """The chains of a region on batches of text, and one compiled function for each statistic of a batch."""
+
+    def __init__(self, problems: Problems):
+        self._stream: Callable[[], Iterable[LayerProblem]] = problems if callable(problems) else lambda: problems
+        first = next(iter(self._stream()), None)
+        if first is None:
+            raise InputError("there is no text to calibrate on; give at least one batch.")
+        leaves = jax.tree.leaves(first.h_in)
+        if len(leaves) != 1:
+            raise InputError(f"a calibration is for a state of one array, but this state is a tree of {len(leaves)}.")
+        self._first, self.num_layers, self.width = first, first.num_layers, leaves[0].shape[-1]
+        self._compiled: dict[Measure, Callable[..., Any]] = {}
+
+    def reduce(self, measure: Measure, init: Init, index: int, calibration: Calibration) -> Any:
+        """Moments over all of the text, of the trace that iteration ``index`` finds."""
+        if measure not in self._compiled:
+
+            def run(arrays: dict[str, PyTree], index: jax.Array) -> Any:
+                return measure(dataclasses.replace(self._first, **arrays), init, index)
+
+            self._compiled[measure] = jax.jit(run)
+        total: Any = None
+        for problem in self._stream():
+            arrays = {name: getattr(problem, name) for name in ("params", "ctx", "shared", "h_in", "anchor")}
+            part = self._compiled[measure](arrays | {"calibration": calibration}, jnp.asarray(index))
+            is_moments = lambda node: isinstance(node, Moments)  # noqa: E731
+            total = part if total is None else jax.tree.map(Moments.merge, total, part, is_leaf=is_moments)
+        return total
+
+
+# ---------------------------------------------------------------- statistics of a batch, compiled
+
+
+def _outputs_on_input(problem: LayerProblem, init: Init, index: jax.Array) -> Moments:
+    return Moments.of(_samples(problem.h_in), _layers_last(_truth(problem)))
+
+
+def _outputs_on_anchor(problem: LayerProblem, init: Init, index: jax.Array) -> Moments:
+    if problem.anchor is None:
+        raise InputError("the Preheat initial trace maps problem.anchor, but these problems have none; give it.")
+    x = spread_streams(jax.tree.leaves(problem.anchor)[0], jax.tree.leaves(problem.h_in)[0])
+    return Moments.of(_samples(x), _layers_last(_truth(problem)))
+
+
+def _true_updates(problem: LayerProblem, init: Init, index: jax.Array) -> Moments:
+    """x = h*_{l-1} - h_{l-1}, y = t_l, each layer a problem of its own."""
+    iteration, truth = _before(problem, init, index), _truth(problem)
+    zero = jax.tree.map(jnp.zeros_like, problem.h_in)
+    x_LSD = _samples(shift(jax.tree.map(jnp.subtract, truth, iteration.h_L), zero), 1)
+    t_LSD = _samples(jax.tree.map(jnp.subtract, truth, iteration.y_L), 1)
+    return Moments.of(x_LSD.swapaxes(0, 1), t_LSD.swapaxes(0, 1))
+
+
+def _residuals(problem: LayerProblem, init: Init, index: jax.Array) -> Moments:
+    """x = (r_1 .. r_N), y = (t_1 .. t_N), each channel a problem of its own."""
+    r_LSD, t_LSD = _residuals_and_targets(problem, init, index)
+    return Moments.of(r_LSD.transpose(1, 2, 0), t_LSD.transpose(1, 2, 0))
+
+
+def _projected_residuals(problem: LayerProblem, init: Init, index: jax.Array) -> tuple[Moments, Moments]:
+    """Those of the channels; and of x = (V^T r_j), y = (U^T r_j, U^T t_l)."""
+    r_LSD, t_LSD = _residuals_and_targets(problem, init, index)
+    u_DX, v_DX = (jnp.take(problem.calibration.common[name], index, axis=0) for name in "uv")
+    onto = lambda rows, basis_DX: jnp.matmul(rows, basis_DX, precision="highest")  # noqa: E731
+    y_LSX = jnp.concatenate([onto(r_LSD, u_DX), onto(t_LSD, u_DX)])
+    channels = Moments.of(r_LSD.transpose(1, 2, 0), t_LSD.transpose(1, 2, 0))
+    return channels, Moments.of(_layers_last(onto(r_LSD, v_DX)), _layers_last(y_LSX))
+
+
+def _residuals_and_targets(problem: LayerProblem, init: Init, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    iteration = _before(problem, init, index)
+    r_L = jax.tree.map(jnp.subtract, iteration.y_L, iteration.h_L)
+    return _samples(r_L, 1), _samples(jax.tree.map(jnp.subtract, _truth(problem), iteration.y_L), 1)
+
+
+def _before(problem: LayerProblem, init: Init, index: jax.Array) -> Iteration:
+    """What iteration ``index`` finds after those before it, which run as they will in the solver."""
+
+    def evaluate(index: jax.Array, guess: Guess) -> Iteration:
+        x_L = shift(guess.h_L, guess.entering)
+        return Iteration(index, x_L, *problem.sweep(x_L), guess.h_L, guess.entering)
+
+    def advance(index: jax.Array, guess: Guess) -> Guess:
+        corrected = Calibrated()(problem, evaluate(index, guess))
+        return Guess(corrected.h_L, corrected.entering)
+
+    return evaluate(index, jax.lax.fori_loop(0, index, advance, init(problem)))
+
+
+def _truth(problem: LayerProblem) -> PyTree:
+    return sequential(problem, with_trace=True).trace
+
+
+def _samples(state: PyTree, num_lead: int = 0) -> jax.Array:
+    """[.., S, D] in float32: all axes between the first ``num_lead`` and the last are samples."""
+    leaf = jax.tree.leaves(state)[0]
+    return leaf.reshape(*leaf.shape[:num_lead], -1, leaf.shape[-1]).astype(jnp.float32)
+
+
+def _layers_last(rows_L: PyTree) -> jax.Array:
+    """[S, N * D]."""
+    rows_LSD = _samples(rows_L, 1)
+    return rows_LSD.transpose(1, 0, 2).reshape(rows_LSD.shape[1], -1)
+
+
+# ---------------------------------------------------------------- regressions on the host
+
+
+def _solve_channels(
+    moments: Moments, index: int, intercept: bool, ridge: float, *, pooled: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """``a_LD, b_LD`` layer after layer; ``pooled`` makes all channels of a layer one."""
+    s_DLL, t_DLL = moments.covariance(centred=intercept)
+    mean_r_DL, mean_t_DL = moments.mean_x, moments.mean_y
+    width, num_layers = mean_r_DL.shape
+    a_LD, b_LD = np.ones((num_layers, width)), np.zeros((num_layers, width))
+    w_LD, beta_D = np.zeros((num_layers, width)), np.zeros(width)  # d_{l-1} = sum_j w_j r_j + beta
+    for l in range(num_layers):
+        if l > index:
+            variance_D = np.einsum("LD,DLM,MD->D", w_LD, s_DLL, w_LD)
+            covariance_D = np.einsum("DL,LD->D", t_DLL[:, l], w_LD)
+            scale = _ratio(covariance_D.sum(), variance_D.sum())
+            pull = ridge * variance_D.mean()
+            a_LD[l] = scale if pooled else _ratio(covariance_D + pull * scale, variance_D + pull)
+            if intercept:
+                mean_d_D = np.einsum("LD,DL->D", w_LD, mean_r_DL) + beta_D
+                b_LD[l] = mean_t_DL[:, l] - a_LD[l] * mean_d_D
+        w_LD, beta_D = a_LD[l] * w_LD, a_LD[l] * beta_D + b_LD[l]
+        w_LD[l] = 1.0
+    return a_LD, b_LD
+
+
+def _solve_basis(
+    moments: tuple[Moments, Moments],
+    u_DX: np.ndarray,
+    v_DX: np.ndarray,
+    index: int,
+    intercept: bool,
+    ridge: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``c_L, m_LXX, b_LD`` layer after layer, for given bases (U orthonormal).
+
+    With p_j = V^T r_j, g_j = U^T r_j, tau_l = U^T t_l, G = V^T U the update is
+    ``d = sum_j w_j r_j + U Q_j p_j + beta``, so ``v = V^T d = sum_j P_j p_j`` with ``P_j = w_j I + G Q_j`` and
+    ``e = U^T d = sum_j w_j g_j + Q_j p_j``, and through layer l ``w_j <- c w_j``, ``Q_j <- c Q_j + M P_j``. The
+    regression of t on (d, U v) has ``M(c) = (C_tau,v - c C_e,v) R`` with ``R = (C_vv + ridge)^-1`` and, with M put in,
+    ``c = (tr C_t,d - tr C_tau,v R C_v,e) / (tr C_d,d - tr C_e,v R C_v,e)``.
+    """
+    channels, projected = moments
+    s_LL, t_LL = (moment.sum(0) for moment in channels.covariance(centred=intercept))
+    num_layers, rank = len(s_LL), u_DX.shape[1]
+    c_xx, c_yx = projected.covariance(centred=intercept)
+    pp_LXLX = c_xx.reshape(num_layers, rank, num_layers, rank)
+    gp_LXLX, taup_LXLX = c_yx.reshape(2, num_layers, rank, num_layers, rank)
+    gram_XX = v_DX.T @ u_DX
+    c_L, m_LXX = np.ones(num_layers), np.zeros((num_layers, rank, rank))
+    b_LD = np.zeros((num_layers, len(u_DX)))
+    w_L, q_LXX, mean_d_D = np.zeros(num_layers), np.zeros((num_layers, rank, rank)), np.zeros(len(u_DX))
+    for l in range(num_layers):
+        p_LXX = w_L[:, None, None] * np.eye(rank) + gram_XX @ q_LXX
+        if l > index:
+            vv_XX = np.einsum("LXY,LYMZ,MWZ->XW", p_LXX, pp_LXLX, p_LXX, optimize=True)
+            tauv_XX = np.einsum("XLY,LWY->XW", taup_LXLX[l], p_LXX)
+            qpp_XLX = np.einsum("LXY,LYMZ->XMZ", q_LXX, pp_LXLX)
+            ep_XLX = np.einsum("L,LXMZ->XMZ", w_L, gp_LXLX) + qpp_XLX
+            ev_XX = np.einsum("XMZ,MWZ->XW", ep_XLX, p_LXX)
+            dd = w_L @ s_LL @ w_L + 2 * np.einsum("L,LXMY,MXY->", w_L, gp_LXLX, q_LXX, optimize=True)
+            dd += np.einsum("XMZ,MXZ->", qpp_XLX, q_LXX)
+            td = t_LL[l] @ w_L + np.einsum("XLY,LXY->", taup_LXLX[l], q_LXX)
+            explained_XX = _ridge(ev_XX, vv_XX, ridge)
+            c_L[l] = _ratio(td - np.sum(tauv_XX * explained_XX), dd - np.sum(ev_XX * explained_XX))
+            m_LXX[l] = _ridge(tauv_XX - c_L[l] * ev_XX, vv_XX, ridge)
+        moved_D = c_L[l] * mean_d_D + u_DX @ (m_LXX[l] @ (v_DX.T @ mean_d_D))
+        if intercept and l > index:
+            b_LD[l] = channels.mean_y[:, l] - moved_D
+        w_L, q_LXX = c_L[l] * w_L, c_L[l] * q_LXX + m_LXX[l] @ p_LXX
+        w_L[l], q_LXX[l] = 1.0, 0.0
+        mean_d_D = moved_D + channels.mean_x[:, l] + b_LD[l]
+    return c_L, m_LXX, b_LD
+
+
+def _shared_bases(
+    moments: Moments, index: int, rank: int, intercept: bool, ridge: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """``u_DX`` (orthonormal) and ``v_DX``: a reduced-rank regression of t_l - c_l x on the true update x, pooled.
+
+    U spans the directions that explain most of all layers' targets; V those of the update that predict them, of unit
+    covariance over all layers.
+    """
+    xx_LDD, tx_LDD = (moment[index + 1 :] for moment in moments.covariance(centred=intercept))
+    width = moments.mean_x.shape[-1]
+    if not len(xx_LDD):  # the last layers are exact by now
+        return np.eye(width, rank), np.eye(width, rank)
+    c_L = [_ratio(np.trace(tx), np.trace(xx)) for tx, xx in zip(tx_LDD, xx_LDD, strict=True)]
+    b_LDD = np.stack([_ridge(tx - c * xx, xx, ridge) for tx, xx, c in zip(tx_LDD, xx_LDD, c_L, strict=True)])
+    u_DX = _top_eigenvectors(np.einsum("LDE,LEF,LGF->DG", b_LDD, xx_LDD, b_LDD, optimize=True), rank)
+    pooled_DD = xx_LDD.mean(0)
+    values_D, vectors_DD = np.linalg.eigh(pooled_DD + ridge * np.trace(pooled_DD) / width * np.eye(width))
+    values_D = np.maximum(values_D, np.finfo(np.float64).tiny)
+    root_DD = vectors_DD * np.sqrt(values_D) @ vectors_DD.T
+    rows_LXD = np.einsum("DX,LDE,EF->LXF", u_DX, b_LDD, root_DD, optimize=True)
+    white_DX = _top_eigenvectors(np.einsum("LXD,LXE->DE", rows_LXD, rows_LXD), rank)
+    return u_DX, vectors_DD / np.sqrt(values_D) @ vectors_DD.T @ white_DX
+
+
+def _ridge(c_yx: np.ndarray, c_xx: np.ndarray, ridge: float) -> np.ndarray:
+    """``C_yx (C_xx + ridge * tr(C_xx) / dim)^-1``; the least norm solution where that is singular."""
+    loaded = c_xx + ridge * np.trace(c_xx) / len(c_xx) * np.eye(len(c_xx))
+    return np.linalg.lstsq(loaded, c_yx.T, rcond=1e-12)[0].T
+
+
+def _ratio(numerator: Any, denominator: Any) -> Any:
+    """1 where there is nothing to divide by: an update that is always 0."""
+    safe = denominator > np.finfo(np.float64).tiny
+    return np.where(safe, numerator / np.where(safe, denominator, 1.0), 1.0)
+
+
+def _top_eigenvectors(symmetric: np.ndarray, rank: int) -> np.ndarray:
+    return np.linalg.eigh(symmetric)[1][:, ::-1][:, :rank]
+
+
+def _check_rank(rank: int, width: int) -> int:
+    if not 1 <= rank <= width:
+        raise InputError(f"rank {rank} of a calibration lies outside 1 to the state's width {width}.")
+    return rank
+
+
+def _calibration(layers: dict[str, np.ndarray], common: dict[str, np.ndarray]) -> Calibration:
+    to_device = lambda arrays: {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}  # noqa: E731
+    return Calibration(to_device(layers), to_device(common))
