@@ -2,6 +2,7 @@
 
     python benchmarks/demo_study.py --seeds 0 1 2 --arms plain demo
     python benchmarks/demo_study.py --seeds 0 --arms plain demo ce_from_start hidden_norm late_hidden_norm
+    python benchmarks/demo_study.py --seeds 0 1 2 --arms mhc --solvers hcn:n=8,k=1 hcn:n=8,k=2
 
 Every arm sees the same batches of a seed in the same order and starts from the same parameters; ``plain`` is the twin
 without any auxiliary loss. The runs go to runs/study/ARM-SEED and resume where they were stopped. Prints a table and
@@ -30,12 +31,14 @@ from snlp_jax.io.provenance import git_commit
 from snlp_jax.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = load_config(ROOT / "configs" / "demo.py")
+DEMO, DEMO_MHC = (load_config(ROOT / "configs" / name) for name in ("demo.py", "demo_mhc.py"))
 TERM = DEMO.loss.solver_ce
 
 ARMS: dict[str, LossConfig] = {
     "plain": LossConfig(),
     "demo": DEMO.loss,
+    "mhc": DEMO_MHC.loss,
+    "mhc_plain": LossConfig(),
     "ce_from_start": LossConfig(solver_ce=dataclasses.replace(TERM, start_fraction=0.0)),
     "ce_late_20": LossConfig(solver_ce=dataclasses.replace(TERM, start_fraction=0.8)),
     "ce_two_iters": LossConfig(solver_ce=dataclasses.replace(TERM, num_iters=2)),
@@ -69,15 +72,16 @@ class Args:
 
 def measure(arm: str, seed: int, args: Args) -> dict:
     """Train (or find trained) one arm and evaluate its last checkpoint."""
+    base = DEMO_MHC if arm.startswith("mhc") else DEMO
     config = dataclasses.replace(
-        DEMO,
+        base,
         name=f"{arm}-{seed}",
         run_dir=f"runs/study/{arm}-{seed}",
         loss=ARMS[arm],
-        data=dataclasses.replace(DEMO.data, seed=seed),
-        train=dataclasses.replace(DEMO.train, seed=seed),
+        data=dataclasses.replace(base.data, seed=seed),
+        train=dataclasses.replace(base.train, seed=seed),
         eval=dataclasses.replace(
-            DEMO.eval, solvers=args.solvers, num_windows=args.num_windows, timing_repeats=0, greedy_tokens=0
+            base.eval, solvers=args.solvers, num_windows=args.num_windows, timing_repeats=0, greedy_tokens=0
         ),
     )
     started = time.time()

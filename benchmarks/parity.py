@@ -11,10 +11,12 @@ Exit code: 0 all within tolerance, 1 an array is not, 2 a file could not be read
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
 import sys
+import unittest.mock as mock
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -34,20 +36,32 @@ from snlp_jax.errors import InputError
 from snlp_jax.forward import Weights, forward, layer_problem, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import from_nanochat, nanochat_config, to_nanochat
+from snlp_jax.notation import DIAGONAL_MODES
 from snlp_jax.solver import (
     BatchForward,
+    Calibration,
+    Chunkwise,
     Correction,
+    Diagonal,
     Exact,
+    FusedSplit,
+    HyperConnection,
     Identity,
     Init,
     Jacobi,
+    LayerProblem,
     ParallelSegment,
+    PerLayer,
     PrefixState,
+    Preheat,
     ScaledIdentity,
     Schedule,
     SequentialSegment,
+    Stage,
+    Warm,
     safe_norm,
     sequential,
+    solve,
 )
 from snlp_jax.train.loss import Plan, loss_fn
 from snlp_jax.types import Array, Params
@@ -60,6 +74,10 @@ LOSS_TOLERANCE = 5e-6
 GRAD_TOLERANCE = 5e-3
 """Of gradients, relative: twice the 2.4e-3 between the authors' float32 and float64 over all their losses. For the
 losses compared here that distance is 6e-6."""
+FD_TOLERANCE = 5e-2
+"""Of logits made by finite differences of large steps in float32: the authors' are up to 2.5e-2 from float64."""
+PREHEAT_TOLERANCE = 1e-3
+"""Of the fitted map and bias, relative to the largest entry: float32 least squares on 128 tokens."""
 TIE_MARGIN = 2 * LOGITS_TOLERANCE
 """Greedy tokens may differ from where the two best logits are closer than this."""
 REG_WEIGHT = 0.5
@@ -67,7 +85,9 @@ REG_WEIGHT = 0.5
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
 """Of the large programs: each runs a few times only, so compiling takes the time."""
 
-INITS: dict[str, Init] = {"h0": PrefixState(), "batch_fwd": BatchForward()}
+REG_VECTORS = "diag_reg/z"
+"""Random vectors of the diagonal regularizer, one for each region size."""
+INITS: dict[str, Init] = {"h0": PrefixState(), "batch_fwd": BatchForward(), "preheat": Preheat()}
 
 
 # ---- a golden file, and what this library computes of it -------------------------------------------------------------
@@ -102,15 +122,19 @@ class Golden:
             self.reg_stride: int = self.meta["stride"]
         except KeyError as error:
             raise InputError(f"not a golden file: its config or meta lacks the field {error}.") from error
-        if self.has_mhc:
-            return
         model_config = dataclasses.replace(nanochat_config(self.config), compute_dtype="float32")
         weights = {name.removeprefix("w/"): array for name, array in self.arrays.items() if name.startswith("w/")}
         self.model = LanguageModel(model_config)
         self.params: Params = from_nanochat(weights, model_config)
         self.tokens_BT = jnp.asarray(self.arrays["idx"])
+        self.fits: dict[str, Calibration] = {}
+        if "preheat/U" in self.arrays:
+            names = {"preheat_u": "U", "preheat_v": "V", "preheat_intercept": "bias"}
+            fitted = {ours: jnp.asarray(self.arrays[f"preheat/{name}"]) for ours, name in names.items()}
+            for n in range(1, self.num_layers + 1):
+                self.fits[str(n)] = Calibration({name: leaf[-n:] for name, leaf in fitted.items()}, {})
         self.solutions: dict[ParallelSegment, tuple[np.ndarray, np.ndarray]] = {}
-        self._loss_fns: dict[bool, Callable[..., tuple[Array, Params]]] = {}
+        self._loss_fns: dict[tuple, Callable[..., tuple[Array, Params]]] = {}
 
     def at_pos(self, array: np.ndarray) -> np.ndarray:
         """The stored positions of logits or states [..., T, D]."""
@@ -131,7 +155,8 @@ class Golden:
             x0_BTD = self.model.embed(params, self.tokens_BT)
             segment = SequentialSegment(0, self.num_layers)
             shared = self.model.shared(x0_BTD)
-            problem = layer_problem(self.model, params, params["blocks"], self.tokens_BT, shared, segment, x0_BTD)
+            h_in = self.model.expand(x0_BTD)
+            problem = layer_problem(self.model, params, params["blocks"], self.tokens_BT, shared, segment, h_in)
             return x0_BTD, sequential(problem, with_trace=True).trace
 
         return jax.tree.map(np.asarray, compute(self.params))
@@ -147,36 +172,58 @@ class Golden:
             by_start.setdefault(region.start, []).append(Schedule.of(self.num_layers, region))
         for schedules in by_start.values():
             # The layers before the region unrolled, those of the region stacked: the layout for a single token.
-            weights = prepare(self.model, self.params, schedules[0], num_tokens=1)
-            layouts = [split(self.model, self.params, schedule).segments for schedule in schedules]
+            weights = prepare(self.model, self.params, schedules[0], num_tokens=1, fits=self.fits)
+            own = [split(self.model, self.params, schedule, self.fits) for schedule in schedules]
+            fits, layouts = [weights.fits for weights in own], [weights.segments for weights in own]
 
-            def compute(weights: Weights, layouts: list = layouts) -> list[tuple[Array, Array]]:
-                outputs = [
-                    forward(self.model, dataclasses.replace(weights, segments=segments), self.tokens_BT)
-                    for segments in layouts
-                ]
+            def compute(weights: Weights, fits: list, layouts: list = layouts) -> list[tuple[Array, Array]]:
+                replaced = (
+                    dataclasses.replace(weights, segments=segments, fits=fit)
+                    for segments, fit in zip(layouts, fits, strict=True)
+                )
+                outputs = [forward(self.model, its_weights, self.tokens_BT) for its_weights in replaced]
                 return [(output.logits_BTV, output.solutions[0].trace) for output in outputs]
 
-            results = jax.tree.map(np.asarray, jax.jit(compute, compiler_options=COMPILER_OPTIONS)(weights))
+            results = jax.tree.map(np.asarray, jax.jit(compute, compiler_options=COMPILER_OPTIONS)(weights, fits))
             self.solutions.update(zip([schedule.segments[-1] for schedule in schedules], results, strict=True))
 
     def loss(self, case: str) -> tuple[float, dict[str, np.ndarray]]:
-        """Loss and gradients, by the authors' names, of a case: ``plain`` or, say, ``idn_s3_d0_warm0.25``.
+        """Loss and gradients, by the authors' names, of a case.
 
-        ``s`` is the stride, where 0 means the layer-skip control; ``d1`` detaches the target; ``warm`` is the share
-        of the weight that its warm-up has reached. Cases differ in traced weights only and share a program, up to d.
+        ``plain``; ``idn_s3_d0_warm0.25`` (``s`` is the stride, ``d1`` detaches the target, ``warm`` is the share of the
+        weight that its warm-up has reached; ``idn_s0`` is the layer-skip control, ``mhc_s0`` compares the last layer);
+        ``diag_fd_ds2`` (the last layer after one Diagonal correction with the file's vectors, estimated every second
+        layer; entries from finite differences are clipped there, those from a VJP are not). Cases that differ in
+        traced weights only share a program.
         """
-        match = re.fullmatch(r"idn_s(?P<stride>\d+)_d(?P<detach>[01])(?:_warm(?P<warm>[\d.]+))?", case)
-        detach, sizes = match is not None and match["detach"] == "1", self.reg_sizes
-        weights = {"hidden_norm": 0.0, "layer_skip": 0.0}
+        match = re.fullmatch(
+            r"(?P<kind>idn|mhc|diag)(_s(?P<stride>\d+))?(_d(?P<detach>[01]))?(_warm(?P<warm>[\d.]+))?"
+            r"(_(?P<mode>fd|vjp)_ds(?P<every>\d+))?",
+            case,
+        )
+        sizes, weights = self.reg_sizes, {"hidden_norm": 0.0, "layer_skip": 0.0}
+        detach, stride = False, self.reg_stride
+        given: GivenProbes | None = None
         if match:
-            weights["layer_skip" if match["stride"] == "0" else "hidden_norm"] = REG_WEIGHT * float(match["warm"] or 1)
-            if match["stride"] not in ("0", str(self.reg_stride)):
+            is_skip = match["kind"] == "idn" and match["stride"] == "0"
+            weights["layer_skip" if is_skip else "hidden_norm"] = REG_WEIGHT * float(match["warm"] or 1)
+            detach = match["kind"] == "diag" or match["detach"] == "1"
+            if match["stride"] not in (None, "0", str(self.reg_stride)):
                 raise InputError(f"the loss {case!r} has a stride other than 0 and {self.reg_stride}.")
-        if detach not in self._loss_fns:
+            if match["kind"] == "diag" or (match["kind"] == "mhc" and match["stride"] == "0"):
+                stride = self.num_layers  # the last layer alone
+            if match["kind"] == "diag":
+                limit = 2.0 if match["mode"] == "fd" else np.inf
+                options = {"mode": DIAGONAL_MODES[match["mode"]], "stride": int(match["every"]), "limit": limit}
+                given = GivenProbes(**options, vectors=REG_VECTORS, golden=self)
+        program = detach, stride, given
+        if program not in self._loss_fns:
             tokens_BT1 = jnp.concatenate([self.tokens_BT, self.arrays["targets"][:, -1:]], axis=1)
+            correction = "hcn" if self.has_mhc else "idn"
             config = LossConfig(
-                hidden_norm=HiddenNormConfig(REG_WEIGHT, sizes, stride=self.reg_stride, detach_target=detach),
+                hidden_norm=HiddenNormConfig(
+                    REG_WEIGHT, sizes, correction=correction, stride=stride, detach_target=detach
+                ),
                 layer_skip=LayerSkipConfig(REG_WEIGHT, sizes, detach_target=detach),
             )
             plan = Plan((("hidden_norm", sizes), ("layer_skip", sizes)))
@@ -184,8 +231,10 @@ class Golden:
             def compute(params: Params, weights: dict[str, float]) -> Array:
                 return loss_fn(self.model, params, tokens_BT1, config, plan, weights)[0]
 
-            self._loss_fns[detach] = jax.jit(jax.value_and_grad(compute), compiler_options=COMPILER_OPTIONS)
-        loss, gradients = self._loss_fns[detach](self.params, weights)
+            self._loss_fns[program] = jax.jit(jax.value_and_grad(compute), compiler_options=COMPILER_OPTIONS)
+        use_given = mock.patch("snlp_jax.train.loss.make_correction", lambda _: given)
+        with use_given if given else contextlib.nullcontext():
+            loss, gradients = self._loss_fns[program](self.params, weights)
         return float(loss), to_nanochat(gradients, self.model.config)
 
     def greedy(self, prompt: np.ndarray, num_tokens: int) -> np.ndarray:
@@ -201,6 +250,24 @@ class Golden:
         for length in range(len(prompt), tokens_1T.shape[1]):
             tokens_1T[0, length] = next_token(weights, tokens_1T, length)
         return tokens_1T[0, len(prompt) :]
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenProbes(Diagonal):
+    """The Diagonal correction with the random vectors of a golden file."""
+
+    vectors: str = ""
+    """Array that holds them: [iteration, layer, ...], or [region size, ...] where all layers share one."""
+    golden: Golden | None = None
+
+    def probe(self, problem: LayerProblem, index: Array | int, number: int, like_L: Array) -> Array:
+        assert self.golden is not None
+        z = jnp.asarray(self.golden.arrays[self.vectors], like_L.dtype)
+        if self.vectors == REG_VECTORS:
+            return jnp.broadcast_to(z[self.golden.reg_sizes.index(problem.num_layers)][None], like_L.shape)
+        if like_L.ndim > 4:  # the authors' streams ride in the batch axis, the stream the faster
+            z = jnp.moveaxis(z.reshape(*z.shape[:2], -1, like_L.shape[3], *z.shape[-2:]), 3, 4)
+        return z[index]
 
 
 # ---- families of arrays: what to compute, and its distance from the array -------------------------------------------
@@ -220,8 +287,8 @@ class Task:
 class Family:
     """Arrays whose name matches ``pattern``, and how to compare them.
 
-    Named groups set the region (``n`` layers or all, ``K`` iterations or one, ``init``, ``damping``) of a family with
-    a correction.
+    Named groups set the region (``n`` layers or all, ``K`` iterations or one, ``init``, ``damping``, ``C`` chunks) of
+    a family with a correction.
     """
 
     name: str
@@ -229,6 +296,8 @@ class Family:
     tolerance: float
     error: Callable[[Golden, Task], float]
     correction: type[Correction] | None = None
+    step: float = 1e-2
+    """Of finite differences."""
 
     def task(self, golden: Golden, key: str) -> Task | None:
         """None where the array is not of this family."""
@@ -238,10 +307,29 @@ class Family:
         groups = match.groupdict()
         if self.correction is None:
             return Task(key, groups, None)
-        correction = self.correction(damping=float(groups.get("damping") or 0))
-        start = golden.num_layers - int(groups.get("n") or golden.num_layers)
-        num_iters, init = int(groups.get("K") or 1), INITS[groups.get("init") or "h0"]
-        return Task(key, groups, ParallelSegment(start, golden.num_layers, num_iters, correction, init))
+        options: dict[str, Any] = {"damping": float(groups.get("damping") or 0)}
+        if self.correction is GivenProbes:
+            mode = DIAGONAL_MODES[groups["mode"]]
+            options |= {"mode": mode, "limit": np.inf, "step": self.step, "vectors": "diagn/z", "golden": golden}
+        n = int(groups.get("n") or golden.num_layers)
+        stage: Stage = PerLayer()
+        if groups.get("stage") == "split":
+            stage = FusedSplit()
+        elif groups.get("stage"):
+            num_chunks = 1 if groups["stage"] == "fused" else int(groups["C"])
+            mid = "input" if groups["stage"] == "fused" and not groups.get("backout") else "output"
+            stage = Chunkwise(num_chunks, branches="mean" if groups.get("avg") else "sum", mid=mid)
+        init = groups.get("init") or "h0"
+        region = ParallelSegment(
+            golden.num_layers - n,
+            golden.num_layers,
+            int(groups.get("K") or 1),
+            self.correction(**options),
+            INITS[init],
+            stage,
+            fit=str(n) if init == "preheat" else "",
+        )
+        return Task(key, groups, region)
 
 
 def absolute_error(got: np.ndarray, expected: np.ndarray) -> float:
@@ -253,7 +341,7 @@ def sequential_error(golden: Golden, task: Task) -> float:
     expected = golden.arrays[task.key]
     x0_BTD, h_LBTD = golden.states
     if task.groups["what"] == "hidden":
-        return absolute_error(h_LBTD[:, :, golden.arrays["hid_pos"]], expected)
+        return absolute_error(np.take(in_their_order(h_LBTD), golden.arrays["hid_pos"], axis=-2), expected)
     got = x0_BTD if task.groups["what"] == "x0" else golden.logits_BTV
     return absolute_error(got if expected.shape == got.shape else golden.at_pos(got), expected)
 
@@ -263,7 +351,12 @@ def logits_error(golden: Golden, task: Task) -> float:
 
 
 def states_error(golden: Golden, task: Task) -> float:
-    return absolute_error(golden.at_pos(golden.solutions[task.region][1]), golden.arrays[task.key])
+    return absolute_error(golden.at_pos(in_their_order(golden.solutions[task.region][1])), golden.arrays[task.key])
+
+
+def in_their_order(h_L: np.ndarray) -> np.ndarray:
+    """States [L, B, T, D] as they are; streams [L, B, T, R, D] with the stream before the token."""
+    return h_L if h_L.ndim == 4 else np.moveaxis(h_L, 3, 2)
 
 
 def distance_error(golden: Golden, task: Task) -> float:
@@ -290,7 +383,9 @@ def grad_norm_error(golden: Golden, task: Task) -> float:
     norms = np.asarray([np.linalg.norm(gradients[name]) for name in names])
     got = np.linalg.norm(norms) if task.groups["what"] == "global_norm" else norms
     expected = golden.arrays[task.key]
-    return absolute_error(got / expected, np.ones_like(expected))
+    # A parameter whose gradient is 0 has to have one of 0.
+    scale = np.where(expected == 0, 1.0, expected)
+    return absolute_error(got / scale, expected / scale)
 
 
 def grad_entry_error(golden: Golden, task: Task) -> float:
@@ -309,6 +404,27 @@ def grad_entry_error(golden: Golden, task: Task) -> float:
     return absolute_error(got, expected) / float(np.abs(expected).max())
 
 
+def warm_error(golden: Golden, task: Task) -> float:
+    """Of one solve from the sequential states of the first token, spread over all tokens."""
+    model, params, tokens_BT = golden.model, golden.params, golden.tokens_BT
+    start = golden.num_layers - int(task.groups["n"] or 0)
+    x0_BTD, h_LBTD = golden.states
+
+    @jax.jit
+    def compute(params: Params, h_L: Array, h_in: Array) -> Array:
+        segment = ParallelSegment(start, golden.num_layers, int(task.groups["K"] or 1), Identity(), PrefixState())
+        blocks = jax.tree.map(lambda leaf: leaf[start:], params["blocks"])
+        shared = model.shared(jnp.asarray(x0_BTD))
+        problem = layer_problem(model, params, blocks, tokens_BT, shared, segment, h_in)
+        problem = dataclasses.replace(problem, warm_L=jnp.broadcast_to(h_L[:, :, :1], h_L.shape))
+        mid = model.config.mid_layer - start
+        solution = solve(problem, Identity(), num_iters=segment.num_iters, init=Warm(), taps=(mid,))
+        return model.logits(params, solution.value, solution.tapped[0])
+
+    logits_BTV = np.asarray(compute(params, jnp.asarray(h_LBTD[start:]), jnp.asarray(h_LBTD[start - 1])))
+    return absolute_error(golden.at_pos(logits_BTV), golden.arrays[task.key])
+
+
 def greedy_error(golden: Golden, task: Task) -> float:
     """Number of wrong tokens; none where the first that differs is a tie of the two best logits."""
     expected = golden.arrays[task.key]
@@ -318,10 +434,12 @@ def greedy_error(golden: Golden, task: Task) -> float:
 
 
 N_K = r"n(?P<n>\d+)_K(?P<K>\d+)"
-INIT = r"(?P<init>h0|batch_fwd)"
+INIT = r"(?P<init>h0|batch_fwd|preheat)"
 DAMPING = r"e(?P<damping>[\d.]+)"
-CASE = r"(?P<case>plain|plain_again|idn_s\d+_d[01](_warm[\d.]+)?)"
-LOGITS = LOGITS_TOLERANCE
+AVG = r"(?P<avg>_avg)?"
+CHUNKS = rf"n(?P<n>\d+)_C(?P<C>\d+)_K(?P<K>\d+)_{INIT}{AVG}"
+CASE = r"(?P<case>plain|plain_again|(idn|mhc)_s\d+_d[01](_warm[\d.]+)?|diag_(fd|vjp)_ds\d+)"
+LOGITS, FD = LOGITS_TOLERANCE, FD_TOLERANCE
 
 FAMILIES = (
     Family("sequential: logits, x0", r"seq/(?P<what>logits|logits_sub|x0)", LOGITS, sequential_error),
@@ -334,6 +452,35 @@ FAMILIES = (
     Family("Identity: distance", r"idn_error/n(?P<n>\d+)_(?P<kind>rel|abs)", LOGITS, distance_error, Identity),
     Family("ScaledIdentity", rf"ref/resid_newton/{N_K}_{INIT}", LOGITS, logits_error, ScaledIdentity),
     Family("Exact", rf"ref/hybrid_newton/{N_K}", LOGITS, logits_error, Exact),
+    Family("Exact against differences", rf"hybrid_newton/{N_K}", FD, logits_error, Exact),
+    Family("Exact against differences, all layers", r"newton/K(?P<K>\d+)", FD, logits_error, Exact),
+    Family("HyperConnection", rf"hcn_batched/{N_K}_{INIT}", LOGITS, logits_error, HyperConnection),
+    Family("HyperConnection: states", rf"hcn_states/{N_K}_{INIT}", LOGITS, states_error, HyperConnection),
+    Family("Identity on streams", rf"ref/idn_on_mhc/{N_K}_{INIT}", LOGITS, logits_error, Identity),
+    Family("Diagonal", rf"diagn_batched/{N_K}_(?P<mode>vjp)", LOGITS, logits_error, GivenProbes),
+    Family("Diagonal by differences", rf"diagn_batched/{N_K}_(?P<mode>fd)", FD, logits_error, GivenProbes),
+    Family(
+        "Diagonal, damped", rf"(ref/)?diag_scan/{N_K}_(?P<mode>jvp|vjp)_{DAMPING}", LOGITS, logits_error, GivenProbes
+    ),
+    Family(
+        "Diagonal by differences, damped",
+        rf"(ref/)?diag_scan/{N_K}_(?P<mode>fd)_{DAMPING}",
+        FD,
+        logits_error,
+        GivenProbes,
+        step=1e-3,
+    ),
+    Family("chunks", rf"(ref/)?idn_(?P<stage>chunkwise)/{CHUNKS}", LOGITS, logits_error, Identity),
+    Family("chunks of streams", rf"(ref/)?hcn_(?P<stage>chunkwise)/{CHUNKS}", LOGITS, logits_error, HyperConnection),
+    Family(
+        "one fused chunk",
+        rf"(ref/)?idn_(?P<stage>fused)/{N_K}(?P<backout>_backoutchunk)?{AVG}",
+        LOGITS,
+        logits_error,
+        Identity,
+    ),
+    Family("split", rf"(ref/)?idn_(?P<stage>split)/{N_K}_{INIT}_{DAMPING}", LOGITS, logits_error, Identity),
+    Family("Identity from a warm trace", rf"idn_batched_warm/{N_K}", LOGITS, warm_error),
     Family("loss", rf"loss/{CASE}", LOSS_TOLERANCE, loss_error),
     Family("gradient norms", rf"grad/{CASE}/(?P<what>global_norm|param_norms)", GRAD_TOLERANCE, grad_norm_error),
     Family("gradient entries", rf"grad/{CASE}/(?P<name>.+)", GRAD_TOLERANCE, grad_entry_error),
@@ -362,9 +509,6 @@ class Exclusion:
 
 BY_DESIGN = (
     Exclusion(
-        r"(hybrid_)?newton/.+", "finite differences in float32 are off by up to 3e-2; ref/hybrid_newton is compared"
-    ),
-    Exclusion(
         r"(idn_loop|hybrid_jacobi)/.+",
         "without layers before the region its first layer reads the last layer's state",
         lambda golden, key: f"/n{golden.num_layers}_" in key,
@@ -373,8 +517,8 @@ BY_DESIGN = (
         r"(ref/)?idn_fused/n\d+_K([2-9]|\d\d).*", "beyond one iteration the chunk reads its own output: not Newton"
     ),
     Exclusion(
-        r"(ref/)?idn_split/n\d+_K([2-9]|\d\d).*",
-        "every iteration evaluates the layers at the region's input: not Newton",
+        r"(ref/)?idn_split/n\d+_K([2-9]|\d\d).*|(ref/)?idn_split/.+_(batch_fwd|preheat)_.+",
+        "every iteration evaluates the layers at the region's input, whatever the trace: not Newton",
     ),
     Exclusion(
         r"idn_(batched|batched_warm|states|error)/.+",
@@ -382,7 +526,7 @@ BY_DESIGN = (
         lambda golden, key: golden.windows_matter,
     ),
     Exclusion(
-        r"idn_(chunkwise|fused|split)/.+",
+        r"(idn|hcn)_(chunkwise|fused|split)/.+",
         "the authors' fused layers drop the value embeddings; ref/ is the target",
         lambda golden, key: golden.has_value_embeds,
     ),
@@ -393,12 +537,7 @@ BY_DESIGN = (
     ),
 )
 NOT_YET = (
-    Exclusion(r"(ref/)?idn_(chunkwise|fused|split)/.+", "fused layers"),
-    Exclusion(r"(ref/)?diag(n_batched|_scan)/.+", "the Diagonal correction"),
-    Exclusion(r"(loss|grad)/diag_.+", "the diagonal regularizer"),
     Exclusion(r"(loss|grad)/mtp.+", "multi-token-prediction heads"),
-    Exclusion(r"idn_batched/.+_preheat_.+|preheat/.+", "initial trace fitted on calibration tokens"),
-    Exclusion(r"idn_batched_warm/.+", "initial trace from an earlier token"),
     Exclusion(r"spec/.+", "self-speculative decoding"),
 )
 
@@ -431,9 +570,7 @@ def compare(golden: Golden) -> Report:
     for key in golden.arrays:
         if INPUTS.fullmatch(key):
             continue
-        if golden.has_mhc:
-            report.not_yet.setdefault("hyper-connections (mHC) are not covered yet", []).append(key)
-        elif reason := exclusion(golden, key, BY_DESIGN):
+        if reason := exclusion(golden, key, BY_DESIGN):
             report.by_design.setdefault(reason, []).append(key)
         elif reason := exclusion(golden, key, NOT_YET):
             report.not_yet.setdefault(reason, []).append(key)

@@ -152,7 +152,7 @@ def bent_streams(num_layers=NUM_LAYERS):
 
 
 def _mixing(num_layers):
-    mix_L = jnp.eye(NUM_TOKENS)[None] + 0.4 * _normal(8, num_layers, NUM_TOKENS, NUM_TOKENS)
+    mix_L = jnp.eye(NUM_TOKENS)[None] + 0.5 * _normal(8, num_layers, NUM_TOKENS, NUM_TOKENS)
     return {"mix": mix_L, "c": _shifts(num_layers)}
 
 
@@ -180,7 +180,7 @@ CHAINS = {
     "bent_streams": bent_streams,
 }
 JACOBI, IDENTITY, SCALED, HALF, EXACT = Jacobi(), Identity(), ScaledIdentity(), Identity(damping=0.5), Exact()
-TRUSTED, DIAGONAL, HYPER = Identity(trust=1.0), Diagonal(), HyperConnection()
+TRUSTED, DIAGONAL, HYPER = Identity(trust=0.7), Diagonal(), HyperConnection()
 N = NUM_LAYERS
 ITERATIONS = {
     name: dict(zip((JACOBI, IDENTITY, SCALED, HALF, TRUSTED, DIAGONAL, HYPER, EXACT), row, strict=True))
@@ -213,14 +213,14 @@ def error(trace, problem):
     return max(relative_error(*leaves) for leaves in both)
 
 
-def true_trace(problem):
-    """The chain, one layer after another in plain Python."""
+def true_trace(problem, numpy=np):
+    """The chain, one layer after another in plain Python; inside a compiled function with jax's ``numpy``."""
     h, rows = problem.h_in, []
     for index in range(problem.num_layers):
         params, ctx = problem.layer(index)
         h, _ = problem.block_fn(params, h, ctx, problem.shared)
         rows.append(h)
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    return jax.tree.map(lambda *leaves: numpy.stack(leaves), *rows)
 
 
 def relative_error(actual, desired):

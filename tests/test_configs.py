@@ -18,10 +18,14 @@ def load(name: str) -> Config:
     return load_config(CONFIGS / f"{name}.py")
 
 
-def expected_counts(depth: int, width: int, vocab: int, heads: int, *, has_extras: bool) -> dict[str, int]:
+def expected_counts(
+    depth: int, width: int, vocab: int, heads: int, *, has_extras: bool, streams: int = 0
+) -> dict[str, int]:
     """Parameters by kind, from the text of the paper's recipe alone: no code of the project is asked."""
     num_tables = depth // 2 if has_extras else 0
-    scalars = SMEAR_INPUT + 2 + (2 * depth if has_extras else 0)  # smear gate and scale, mid scale; resid and x0 scales
+    # Smear gate and scale, mid scale; of a layer its resid and x0 scales, or three maps for each of two branches.
+    of_layer = 2 * (streams * streams + 2 * streams) if streams else (2 if has_extras else 0)
+    scalars = SMEAR_INPUT + 2 + depth * of_layer
     counts = {
         "matrices": depth * (4 * width * width + 2 * 4 * width * width),  # q, k, v, out; MLP of width 4 D
         "value_embeds": num_tables * vocab * width,
@@ -68,22 +72,27 @@ def test_tokenizer_fits_the_vocabulary(path):
 # Integers worked out by hand, so that the formula above is checked as well.
 D32S = dict(total=534_774_810, matrices=157_286_400, value_embeds=335_544_320)
 D32S_PLAIN = dict(total=199_229_466, matrices=157_286_400, value_embeds=0)
+D32S_MHC = dict(total=534_776_282, matrices=157_286_400, value_embeds=335_544_320)  # 32 * (48 - 2) more than d32s
+WITH, WITHOUT = dict(has_extras=True), dict(has_extras=False)
+STREAMS = dict(has_extras=True, streams=4)
 D32 = dict(total=2_818_575_450, matrices=1_610_612_736, value_embeds=1_073_741_824)
 
 
 @pytest.mark.parametrize(
-    "name, width, heads, has_extras, by_hand, published",
+    "name, width, heads, extras, by_hand, published",
     [
-        ("d32s_base", 640, 5, True, D32S, dict(total=534.8, matrices=157.3, value_embeds=335.5)),
-        ("d32s_idn", 640, 5, True, D32S, dict(total=534.8, matrices=157.3, value_embeds=335.5)),
-        ("d32s_nox0ve_base", 640, 5, False, D32S_PLAIN, dict(matrices=157.3)),
-        ("d32s_nox0ve_idn", 640, 5, False, D32S_PLAIN, dict(matrices=157.3)),
-        ("d32_base", 2048, 16, True, D32, dict(total=2818.6, matrices=1610.6, value_embeds=1073.7)),
-        ("d32_idn", 2048, 16, True, D32, dict(total=2818.6, matrices=1610.6, value_embeds=1073.7)),
+        ("d32s_base", 640, 5, WITH, D32S, dict(total=534.8, matrices=157.3, value_embeds=335.5)),
+        ("d32s_idn", 640, 5, WITH, D32S, dict(total=534.8, matrices=157.3, value_embeds=335.5)),
+        ("d32s_nox0ve_base", 640, 5, WITHOUT, D32S_PLAIN, dict(matrices=157.3)),
+        ("d32s_nox0ve_idn", 640, 5, WITHOUT, D32S_PLAIN, dict(matrices=157.3)),
+        ("d32s_mhc_base", 640, 5, STREAMS, D32S_MHC, dict(matrices=157.3, value_embeds=335.5)),
+        ("d32s_mhc_hcn", 640, 5, STREAMS, D32S_MHC, dict(matrices=157.3, value_embeds=335.5)),
+        ("d32_base", 2048, 16, WITH, D32, dict(total=2818.6, matrices=1610.6, value_embeds=1073.7)),
+        ("d32_idn", 2048, 16, WITH, D32, dict(total=2818.6, matrices=1610.6, value_embeds=1073.7)),
     ],
 )
-def test_parameter_counts_are_the_published_ones(name, width, heads, has_extras, by_hand, published):
-    expected = expected_counts(32, width, 32_768, heads, has_extras=has_extras)
+def test_parameter_counts_are_the_published_ones(name, width, heads, extras, by_hand, published):
+    expected = expected_counts(32, width, 32_768, heads, **extras)
     actual = actual_counts(load(name).model)
     assert actual == expected
     assert {kind: actual[kind] for kind in by_hand} == by_hand
@@ -91,9 +100,9 @@ def test_parameter_counts_are_the_published_ones(name, width, heads, has_extras,
     assert {kind: round(actual[kind] / 1e6, 1) for kind in published} == published
 
 
-@pytest.mark.parametrize("name", ["d32s", "d32s_nox0ve", "d32"])
-def test_a_recipe_and_its_control_differ_only_in_the_loss(name):
-    base, regularized = load(f"{name}_base"), load(f"{name}_idn")
+@pytest.mark.parametrize("name, method", [("d32s", "idn"), ("d32s_nox0ve", "idn"), ("d32s_mhc", "hcn"), ("d32", "idn")])
+def test_a_recipe_and_its_control_differ_only_in_the_loss(name, method):
+    base, regularized = load(f"{name}_base"), load(f"{name}_{method}")
     assert not base.loss.terms and list(regularized.loss.terms) == ["hidden_norm"]
     assert (base.model, base.data, base.optim, base.train) == (
         regularized.model,
@@ -105,12 +114,19 @@ def test_a_recipe_and_its_control_differ_only_in_the_loss(name):
 
 @pytest.mark.parametrize(
     "name, weight, region_sizes, stride",
-    [("d32s_idn", 0.0625, (8, 16, 24), 3), ("d32s_nox0ve_idn", 0.5, (8, 16, 24), 6), ("d32_idn", 0.5, (8,), 3)],
+    [
+        ("d32s_idn", 0.0625, (8, 16, 24), 3),
+        ("d32s_nox0ve_idn", 0.5, (8, 16, 24), 6),
+        ("d32s_mhc_hcn", 0.5, (8, 16, 24), 3),
+        ("d32_idn", 0.5, (8,), 3),
+    ],
 )
 def test_published_recipe(name, weight, region_sizes, stride):
     config = load(name)
     term = config.loss.hidden_norm
-    assert (term.correction, term.weight, term.region_sizes, term.stride) == ("idn", weight, region_sizes, stride)
+    assert (term.weight, term.region_sizes, term.stride) == (weight, region_sizes, stride)
+    assert term.correction == name.rsplit("_", 1)[1]
+    assert term.detach_target == (term.correction == "hcn")
     assert config.train.num_steps == 4800
     assert config.train.batch_size * config.model.seq_len == 1_048_576 == 2 * config.optim.batch_reference
     assert config.model.windows == (512, 512, 512, 2048) * 8

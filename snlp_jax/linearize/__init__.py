@@ -2,5 +2,14 @@
 
 from snlp_jax.linearize.calibrate import fit_calibration, fit_init
 from snlp_jax.linearize.covariance import Moments
+from snlp_jax.linearize.store import About, fingerprint, load_calibration, save_calibration
 
-__all__ = ["Moments", "fit_calibration", "fit_init"]
+__all__ = [
+    "About",
+    "Moments",
+    "fingerprint",
+    "fit_calibration",
+    "fit_init",
+    "load_calibration",
+    "save_calibration",
+]

@@ -162,6 +162,7 @@ class _Text:
             arrays = {name: getattr(problem, name) for name in ("params", "ctx", "shared", "h_in", "anchor")}
             part = self._compiled[measure](arrays | {"calibration": calibration}, jnp.asarray(index))
             is_moments = lambda node: isinstance(node, Moments)  # noqa: E731
+            part = jax.tree.map(Moments.on_host, part, is_leaf=is_moments)
             total = part if total is None else jax.tree.map(Moments.merge, total, part, is_leaf=is_moments)
         return total
 
@@ -305,9 +306,7 @@ def _solve_basis(
             dd = w_L @ s_LL @ w_L + 2 * np.einsum("L,LXMY,MXY->", w_L, gp_LXLX, q_LXX, optimize=True)
             dd += np.einsum("XMZ,MXZ->", qpp_XLX, q_LXX)
             td = t_LL[l] @ w_L + np.einsum("XLY,LXY->", taup_LXLX[l], q_LXX)
-            explained_XX = _ridge(ev_XX, vv_XX, ridge)
-            c_L[l] = _ratio(td - np.sum(tauv_XX * explained_XX), dd - np.sum(ev_XX * explained_XX))
-            m_LXX[l] = _ridge(tauv_XX - c_L[l] * ev_XX, vv_XX, ridge)
+            c_L[l], m_LXX[l] = _scale_and_core(td, dd, tauv_XX, ev_XX, vv_XX, ridge)
         moved_D = c_L[l] * mean_d_D + u_DX @ (m_LXX[l] @ (v_DX.T @ mean_d_D))
         if intercept and l > index:
             b_LD[l] = channels.mean_y[:, l] - moved_D
@@ -317,28 +316,50 @@ def _solve_basis(
     return c_L, m_LXX, b_LD
 
 
+def _scale_and_core(
+    td: float, dd: float, tauv_XX: np.ndarray, ev_XX: np.ndarray, vv_XX: np.ndarray, ridge: float
+) -> tuple[float, np.ndarray]:
+    """c and M(c) of the regression of t on (d, U v), see :func:`_solve_basis`."""
+    explained_XX = _ridge(ev_XX, vv_XX, ridge)
+    scale = float(_ratio(td - np.sum(tauv_XX * explained_XX), dd - np.sum(ev_XX * explained_XX)))
+    return scale, _ridge(tauv_XX - scale * ev_XX, vv_XX, ridge)
+
+
+BASIS_ROUNDS = 10
+"""Turns between the bases and the scalars that go with them: a low-rank part has a trace, which c_l must not take."""
+
+
 def _shared_bases(
     moments: Moments, index: int, rank: int, intercept: bool, ridge: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """``u_DX`` (orthonormal) and ``v_DX``: a reduced-rank regression of t_l - c_l x on the true update x, pooled.
 
     U spans the directions that explain most of all layers' targets; V those of the update that predict them, of unit
-    covariance over all layers.
+    covariance over all layers. The scalars c_l and the bases are found in turns.
     """
     xx_LDD, tx_LDD = (moment[index + 1 :] for moment in moments.covariance(centred=intercept))
-    width = moments.mean_x.shape[-1]
-    if not len(xx_LDD):  # the last layers are exact by now
+    width, num_layers = moments.mean_x.shape[-1], len(xx_LDD)
+    if not num_layers:  # all layers are exact by now
         return np.eye(width, rank), np.eye(width, rank)
-    c_L = [_ratio(np.trace(tx), np.trace(xx)) for tx, xx in zip(tx_LDD, xx_LDD, strict=True)]
-    b_LDD = np.stack([_ridge(tx - c * xx, xx, ridge) for tx, xx, c in zip(tx_LDD, xx_LDD, c_L, strict=True)])
-    u_DX = _top_eigenvectors(np.einsum("LDE,LEF,LGF->DG", b_LDD, xx_LDD, b_LDD, optimize=True), rank)
     pooled_DD = xx_LDD.mean(0)
     values_D, vectors_DD = np.linalg.eigh(pooled_DD + ridge * np.trace(pooled_DD) / width * np.eye(width))
-    values_D = np.maximum(values_D, np.finfo(np.float64).tiny)
-    root_DD = vectors_DD * np.sqrt(values_D) @ vectors_DD.T
-    rows_LXD = np.einsum("DX,LDE,EF->LXF", u_DX, b_LDD, root_DD, optimize=True)
-    white_DX = _top_eigenvectors(np.einsum("LXD,LXE->DE", rows_LXD, rows_LXD), rank)
-    return u_DX, vectors_DD / np.sqrt(values_D) @ vectors_DD.T @ white_DX
+    root_D = np.sqrt(np.maximum(values_D, np.finfo(np.float64).eps * values_D[-1]))
+    root_DD, whiten_DD = ((vectors_DD * scales) @ vectors_DD.T for scales in (root_D, 1.0 / root_D))
+    to_target, to_self = (
+        np.stack([_ridge(yx, xx, ridge) for yx, xx in zip(yx_LDD, xx_LDD, strict=True)]) for yx_LDD in (tx_LDD, xx_LDD)
+    )
+    td_L, dd_L = (np.trace(moment, axis1=1, axis2=2) for moment in (tx_LDD, xx_LDD))
+    c_L = _ratio(td_L, dd_L)
+    for _ in range(BASIS_ROUNDS):
+        b_LDD = to_target - c_L[:, None, None] * to_self
+        u_DX = _top_eigenvectors((b_LDD @ xx_LDD @ b_LDD.swapaxes(1, 2)).sum(0), rank)
+        rows_LXD = u_DX.T @ b_LDD @ root_DD
+        v_DX = whiten_DD @ _top_eigenvectors((rows_LXD.swapaxes(1, 2) @ rows_LXD).sum(0), rank)
+        tauv_LXX, ev_LXX, vv_LXX = u_DX.T @ tx_LDD @ v_DX, u_DX.T @ xx_LDD @ v_DX, v_DX.T @ xx_LDD @ v_DX
+        c_L = np.stack(
+            [_scale_and_core(td_L[l], dd_L[l], tauv_LXX[l], ev_LXX[l], vv_LXX[l], ridge)[0] for l in range(num_layers)]
+        )
+    return u_DX, v_DX
 
 
 def _ridge(c_yx: np.ndarray, c_xx: np.ndarray, ridge: float) -> np.ndarray:

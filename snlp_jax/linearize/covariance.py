@@ -49,7 +49,7 @@ class Moments(NamedTuple):
 
     def merge(self, other: "Moments") -> "Moments":
         """Of both streams, in float64 on the host. Associative and commutative up to rounding."""
-        a, b = self._on_host(), other._on_host()
+        a, b = self.on_host(), other.on_host()
         count = a.count + b.count
         dx, dy, weight = b.mean_x - a.mean_x, b.mean_y - a.mean_y, a.count * b.count / count
         outer = lambda p, q: weight * p[..., :, None] * q[..., None, :]  # noqa: E731
@@ -64,12 +64,13 @@ class Moments(NamedTuple):
 
     def covariance(self, *, centred: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """``(C_xx, C_yx)`` divided by the count; without ``centred`` the raw second moments E[x x^T], E[y x^T]."""
-        own = self._on_host()
+        own = self.on_host()
         xx, yx = own.xx / own.count, own.yx / own.count
         if centred:
             return xx, yx
         outer = lambda p, q: p[..., :, None] * q[..., None, :]  # noqa: E731
         return xx + outer(own.mean_x, own.mean_x), yx + outer(own.mean_y, own.mean_x)
 
-    def _on_host(self) -> "Moments":
+    def on_host(self) -> "Moments":
+        """In float64."""
         return Moments(*(None if part is None else np.asarray(part, np.float64) for part in self))

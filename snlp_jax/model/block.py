@@ -81,6 +81,10 @@ class Mlp(nnx.Module):
         self.up = nnx.Param(uniform(rngs.params(), (D, F), 0.4 * D**-0.5))
         self.down = nnx.Param(jnp.zeros((F, D)))
 
+    def hidden(self, normed_BTD: Array, dtype: jnp.dtype) -> Array:
+        """Between the two projections, [B, T, F]."""
+        return jnp.square(jax.nn.relu(project(normed_BTD, self.up[...], dtype)))
+
 
 class Block(nnx.Module):
     """One layer. Fresh output projections are zero: at initialisation a layer only mixes streams, or adds x0.
@@ -102,8 +106,13 @@ class Block(nnx.Module):
 
     def before(self, h: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> tuple[Any, Array, KeyValue]:
         """``(what after needs, q_BTNH, keys and values)``, the latter in ``dtype``; h is [B, T, D] or [B, T, R, D]."""
-        config = self.config
         x_BTD, carry = self.path.enter(self, h, ctx, shared)
+        q_BTNH, kv = self.project(x_BTD, ctx, shared, dtype)
+        return carry, q_BTNH, kv
+
+    def project(self, x_BTD: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> tuple[Array, KeyValue]:
+        """Queries, keys and values of the normed attention input."""
+        config = self.config
         B, T, _ = x_BTD.shape
         normed = rms_norm(x_BTD)
         heads = lambda kernel, count: project(normed, kernel[...], dtype).reshape(B, T, count, -1)  # noqa: E731
@@ -115,11 +124,11 @@ class Block(nnx.Module):
         if ctx.value_embed is not None:
             gate_BTK = 3.0 * jax.nn.sigmoid(project(normed[..., :GATE_INPUT], ctx.value_embed.gate, dtype))
             v = v + gate_BTK[..., None] * ctx.value_embed.rows_BTKH
-        return carry, q.astype(dtype), KeyValue(k.astype(dtype), v.astype(dtype))
+        return q.astype(dtype), KeyValue(k.astype(dtype), v.astype(dtype))
 
     def after(self, carry: Any, attended_BTNH: Array, ctx: Context, dtype: jnp.dtype) -> tuple[Array, Array | None]:
         """Output projection and MLP: ``(h', skip_BTRR of the aux)``."""
         attended_BTX = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
         u_BTD, carry = self.path.between(self, carry, ctx, project(attended_BTX, self.attn.out[...], dtype))
-        hidden_BTF = jnp.square(jax.nn.relu(project(rms_norm(u_BTD), self.mlp.up[...], dtype)))
+        hidden_BTF = self.mlp.hidden(rms_norm(u_BTD), dtype)
         return self.path.leave(carry, ctx, project(hidden_BTF, self.mlp.down[...], dtype))

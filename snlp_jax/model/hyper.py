@@ -10,6 +10,7 @@ head reads, is what a plain residual stream would be. The maps are parameters (`
 of the token's streams (``dynamic``, mHC, arXiv 2512.24880). Streams and maps are float32.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -135,13 +136,14 @@ def dynamic_maps(wiring: Wiring, h_BTRD: Array, config: ModelConfig) -> BranchMa
 def read(pre_R: Array, h_BTRD: Array) -> Array:
     """``pre . h`` [B, T, D]; the map is one for all tokens [R] or one a token [B, T, R]."""
     pre_BTR = _per_token(pre_R, 1)
-    return sum(pre_BTR[..., r, None] * h_BTRD[..., r, :] for r in range(h_BTRD.shape[-2]))
+    return functools.reduce(jnp.add, (pre_BTR[..., r, None] * h_BTRD[..., r, :] for r in range(h_BTRD.shape[-2])))
 
 
 def mix(map_RR: Array, h_BTRD: Array) -> Array:
     """``map h`` [B, T, R, D]; the map is [R, R] or [B, T, R, R]."""
     map_BTRR = _per_token(map_RR, 2)
-    return sum(map_BTRR[..., r, None] * h_BTRD[..., None, r, :] for r in range(h_BTRD.shape[-2]))
+    rows = (map_BTRR[..., r, None] * h_BTRD[..., None, r, :] for r in range(h_BTRD.shape[-2]))
+    return functools.reduce(jnp.add, rows)
 
 
 def write(post_R: Array, y_BTD: Array) -> Array:

@@ -6,7 +6,7 @@ maths; only plain jax transforms touch them. The model hands out pieces of the s
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,12 @@ from flax import nnx
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.model.attention import Implementation, attend_any, attend_by_window, choose_implementation
-from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Shared, ValueEmbed
+from snlp_jax.model.attention import Implementation, choose_implementation
+from snlp_jax.model.block import Block, BlockAux, Context, Shared, ValueEmbed
 from snlp_jax.model.hyper import LayerMaps, static_maps
 from snlp_jax.model.layers import GATE_INPUT, SMEAR_INPUT, project, rms_norm, rotary_table, uniform
+from snlp_jax.model.nodes import ChooseKernel, ChunkNode, LayerNode, NodeFn, NodeFns, node_fns, split_sweep
 from snlp_jax.types import Array, Params, PyTree
-
-LARGE_STATE = 2**10
-"""Tokens times streams from which a CPU sweeps layers one by one."""
-BlockFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, BlockAux]]
 
 
 class Embedding(nnx.Module):
@@ -134,7 +131,7 @@ class LanguageModel:
         config = self.config
         windows = jnp.asarray(config.windows[start:stop], jnp.int32)
         tables = {layer: index for index, layer in enumerate(config.value_embed_layers) if start <= layer < stop}
-        hyper = self._static_maps(blocks)
+        hyper = self._static_maps(blocks, stop - start)
         if not tables:
             return Context(windows, None, hyper)
         value, gate = params["embed"]["value"], params["embed"]["value_gate"]
@@ -153,68 +150,63 @@ class LanguageModel:
         z_BTV = project(rms_norm(h_BTD), head["kernel"], self.dtype)[..., : config.vocab_size]
         return config.logit_softcap * jnp.tanh(z_BTV / config.logit_softcap) if config.logit_softcap else z_BTV
 
-    def block_fn(self, *, forward_mode: bool = False) -> BlockFn:
+    def block_fn(self, *, forward_mode: bool = False) -> NodeFn:
         """One layer: ``(params_l, h, ctx_l, shared) -> (h', aux_l)``.
 
         ``forward_mode`` selects XLA attention, the only one with a forward-mode derivative.
         """
-        windows = tuple(sorted(set(self.config.windows)))
+        return self._layer_fns(0, 0, forward_mode).block_fn
 
-        def block(params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
-            module = nnx.merge(self._block_graph, params)
-            implementation: Implementation = "xla" if forward_mode else self._attention(h.shape[1])
-            carry, q, kv = module.before(h, ctx, shared, self.dtype)
-            out = attend_any(q, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, implementation)
-            new, skip_BTRR = module.after(carry, out, ctx, self.dtype)
-            return new, BlockAux(kv, skip_BTRR)
+    def sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> NodeFn:
+        """All of layers ``start`` to ``stop - 1`` at once; equals ``vmap(block_fn)``."""
+        return self._layer_fns(start, stop, forward_mode).sweep_fn
 
-        return jax.checkpoint(block) if self.config.remat else block
+    @property
+    def residual_map(self) -> Callable[[PyTree, Context, BlockAux], Array]:
+        """``(params_l, ctx_l, aux_l)`` -> derivative of a layer's skip path: a scalar, or [R, R] on the streams, or
+        [B, T, R, R] for each token."""
+        return self._layer_node().residual_map
 
-    def sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> Callable[..., tuple[Array, BlockAux]]:
-        """All of layers ``start`` to ``stop - 1`` at once; equals ``vmap(block_fn)``.
+    def chunk_fns(
+        self,
+        start: int,
+        stop: int,
+        num_chunks: int,
+        scales: Literal["mean", "own"] = "mean",
+        branches: Literal["sum", "mean"] = "sum",
+        *,
+        forward_mode: bool = False,
+    ) -> NodeFns:
+        """Layers ``start`` to ``stop - 1`` as equal chunks, each fused into one wide layer; parameters and context
+        lead with [C, M]. The formulas are in ``snlp_jax/model/nodes.py``.
 
-        Attention runs once for each distinct window, with the window compiled in, on activations gathered by window;
-        the weights are read where they lie. Long inputs of several streams are the exception on a CPU: there layers run
-        one after another, as their states would pass through memory once an operation.
+        Raises:
+            InputError: the layers do not divide into chunks, or their maps between streams depend on the token, or
+                ``scales`` has nothing to act on.
         """
-        windows = self.config.windows[start:stop]
-        block = self.block_fn()
+        config, num_layers = self.config, stop - start
+        if num_chunks < 1 or num_layers % num_chunks:
+            raise InputError(f"{num_layers} layers do not divide into {num_chunks} equal chunks; choose a divisor.")
+        if config.num_streams and config.hyper_maps == "dynamic":
+            raise InputError("layers whose maps depend on the token cannot be fused; set model.hyper_maps to 'static'.")
+        if config.num_streams and scales == "own":
+            raise InputError("scales 'own' is for residual scalars, and this model mixes streams; use 'mean'.")
+        windows, M = config.windows[start:stop], num_layers // num_chunks
+        patterns = {windows[i : i + M] for i in range(0, num_layers, M)}
+        alike = patterns.pop() if len(patterns) == 1 else None
+        node = ChunkNode(config, self._merge, self.dtype, scales, branches, alike)
+        return node_fns(node, windows, self._kernels(forward_mode), remat=config.remat)
 
-        def one_by_one(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
-            return jax.lax.map(lambda row: block(*row, shared), (params, h_L, ctx))
+    def split_sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> NodeFn:
+        """A sweep whose attentions all read one input: see :func:`snlp_jax.model.nodes.split_sweep`.
 
-        def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
-            def before(params_l: PyTree, h: Array, ctx_l: Context) -> tuple[Any, Array, KeyValue]:
-                return nnx.merge(self._block_graph, params_l).before(h, ctx_l, shared, self.dtype)
-
-            def after(params_l: PyTree, carry: Any, out: Array, ctx_l: Context) -> tuple[Array, Array | None]:
-                return nnx.merge(self._block_graph, params_l).after(carry, out, ctx_l, self.dtype)
-
-            carry_L, q, kv = jax.vmap(before)(params, h_L, ctx)
-            implementation: Implementation = "xla" if forward_mode else self._attention(h_L.shape[2])
-            out = attend_by_window(q, kv.key_BTKH, kv.value_BTKH, windows, implementation)
-            new_L, skip_LBTRR = jax.vmap(after)(params, carry_L, out, ctx)
-            return new_L, BlockAux(kv, skip_LBTRR)
-
-        batched = jax.checkpoint(sweep) if self.config.remat else sweep
-
-        def choose(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
-            is_large = self.config.num_streams > 1 and h_L[0, ..., 0].size >= LARGE_STATE
-            on_cpu = jax.default_backend() == "cpu"
-            return (one_by_one if on_cpu and is_large else batched)(params, h_L, ctx, shared)
-
-        return choose
-
-    def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
-        """Derivative of a layer's skip path: a scalar, or [R, R] on the streams, or [B, T, R, R] for each token.
-
-        Dynamic maps depend on the state; the derivative is that of the path with its maps held fixed.
+        Raises:
+            InputError: the model has several residual streams.
         """
-        if ctx.hyper is not None:
-            return ctx.hyper.skip_RR
-        if aux.skip_BTRR is not None:
-            return aux.skip_BTRR
-        return params["resid_scale"] if self.config.use_x0_resid else jnp.ones(())
+        if self.config.num_streams:
+            raise InputError("a split stage is for a single residual stream, and this model mixes several.")
+        windows, remat = self.config.windows[start:stop], self.config.remat
+        return split_sweep(self._layer_node(), windows, self._kernels(forward_mode), remat=remat)
 
     def check_tokens(self, tokens_BT: Any) -> None:
         """Refuse concrete token ids outside the vocabulary, which a device would silently read as others.
@@ -229,12 +221,28 @@ class LanguageModel:
             bad = low if low < 0 else high
             raise InputError(f"token id {bad} lies outside the vocabulary of {self.config.vocab_size} entries.")
 
-    def _static_maps(self, blocks: PyTree) -> LayerMaps | None:
+    def _static_maps(self, blocks: PyTree, num_layers: int) -> LayerMaps | None:
+        """Of the first ``num_layers`` layers of a stack or a list of trees, which may be chunks [M, ...]."""
         if not self.config.num_streams or self.config.hyper_maps == "dynamic":
             return None
-        is_unrolled = isinstance(blocks, list)
-        hyper = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(b["hyper"] for b in blocks)) if is_unrolled else None
-        return static_maps(hyper if is_unrolled else blocks["hyper"], self.config)
+        if not isinstance(blocks, list):
+            return static_maps(jax.tree.map(lambda leaf: leaf[:num_layers], blocks["hyper"]), self.config)
+        is_chunked = blocks[0]["mlp"]["up"].ndim == 3
+        join = jnp.concatenate if is_chunked else jnp.stack
+        return static_maps(jax.tree.map(lambda *leaves: join(leaves), *(b["hyper"] for b in blocks)), self.config)
+
+    def _merge(self, params: PyTree) -> Block:
+        return nnx.merge(self._block_graph, params)
+
+    def _layer_node(self) -> LayerNode:
+        return LayerNode(self.config, self._merge, self.dtype)
+
+    def _layer_fns(self, start: int, stop: int, forward_mode: bool) -> NodeFns:
+        windows = self.config.windows[start:stop]
+        return node_fns(self._layer_node(), windows, self._kernels(forward_mode), remat=self.config.remat)
+
+    def _kernels(self, forward_mode: bool) -> ChooseKernel:
+        return lambda seq_len: "xla" if forward_mode else self._attention(seq_len)
 
     def _attention(self, seq_len: int) -> Implementation:
         return choose_implementation(

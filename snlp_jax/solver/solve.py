@@ -174,7 +174,7 @@ def _worst_ratio(a_L: PyTree, b_L: PyTree, batch_size: int) -> jax.Array:
     """[N, B]: the largest ||a - b|| / max(||b||, 1e-6) of a sequence's tokens and leaves."""
 
     def one(a: jax.Array, b: jax.Array) -> jax.Array:
-        a, b = (x.reshape(x.shape[0], batch_size, -1, x.shape[-1]) for x in (a, b))
+        a, b = (x.reshape(x.shape[0], batch_size, -1, x.shape[-1] if x.ndim > 1 else 1) for x in (a, b))
         return (safe_norm(a - b) / jnp.maximum(safe_norm(b), 1e-6)).max(-1)
 
     return jnp.stack(jax.tree.leaves(jax.tree.map(one, a_L, b_L))).max(0)
@@ -182,7 +182,7 @@ def _worst_ratio(a_L: PyTree, b_L: PyTree, batch_size: int) -> jax.Array:
 
 def _along_batch(mask_B: jax.Array, like: jax.Array, axis: int) -> jax.Array:
     """The mask shaped to select along ``axis`` of ``like``; states without a batch axis are one sequence."""
-    if like.ndim == axis + 1:
+    if like.ndim <= axis + 1:
         return mask_B.reshape((1,) * like.ndim)
     return mask_B.reshape((1,) * axis + (-1,) + (1,) * (like.ndim - axis - 1))
 

@@ -1,0 +1,102 @@
+"""Calibrations beside a checkpoint: ``RUN_DIR/calibrations/NAME.npz``, with what they were fitted to inside."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from snlp_jax.errors import InputError
+from snlp_jax.io.files import atomic_write
+from snlp_jax.solver.calibrated import Calibration
+
+PyTree = Any
+FOLDER = "calibrations"
+_ABOUT = "about"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a calibration was fitted to. ``stage`` is the text of the region's stage, "" for one node a layer."""
+
+    kind: str
+    start: int
+    stop: int
+    num_iters: int
+    num_tokens: int
+    seed: int
+    fingerprint: str
+    stage: str = ""
+    init: str = ""
+
+
+def fingerprint(params: PyTree) -> str:
+    """SHA-256 over paths, shapes, dtypes and bytes of all leaves, in the order of the tree."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def save_calibration(run_dir: Path, name: str, calibration: Calibration, about: About) -> Path:
+    """Write ``RUN_DIR/calibrations/NAME.npz`` whole or not at all, over an older one of that name."""
+    path = _path(run_dir, name)
+    arrays = {f"layers/{key}": np.asarray(leaf) for key, leaf in calibration.layers.items()}
+    arrays |= {f"common/{key}": np.asarray(leaf) for key, leaf in calibration.common.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **{_ABOUT: np.asarray(json.dumps(dataclasses.asdict(about), sort_keys=True))}, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, buffer.getvalue())
+    return path
+
+
+def load_calibration(
+    run_dir: Path, name: str, *, fingerprint: str, start: int, stop: int, stage: str = ""
+) -> tuple[Calibration, About]:
+    """The calibration and what it was fitted to.
+
+    Args:
+        fingerprint: of the parameters at hand; see :func:`fingerprint`.
+        start, stop, stage: the region at hand.
+
+    Raises:
+        InputError: no such file or not a calibration, or one of other parameters or of another region.
+    """
+    path = _path(run_dir, name)
+    if not path.is_file():
+        raise InputError(f"there is no calibration {name!r} in {str(path.parent)!r}; fit it first.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        about = About(**json.loads(str(arrays.pop(_ABOUT))))
+    except Exception as error:  # a foreign or broken archive fails in many ways
+        raise InputError(f"{str(path)!r} is no calibration file; fit {name!r} again.") from error
+    if about.fingerprint != fingerprint:
+        raise InputError(f"calibration {name!r} was fitted to another checkpoint; fit it again.")
+    for what, fitted, wanted in (
+        ("layers", f"{about.start}-{about.stop}", f"{start}-{stop}"),
+        ("stage", about.stage or "per layer", stage or "per layer"),
+    ):
+        if fitted != wanted:
+            raise InputError(
+                f"calibration {name!r} was fitted to {what} {fitted}, but the region has {wanted}; fit one to it."
+            )
+    part = lambda prefix: {  # noqa: E731
+        key.removeprefix(prefix): jnp.asarray(leaf) for key, leaf in arrays.items() if key.startswith(prefix)
+    }
+    return Calibration(part("layers/"), part("common/")), about
+
+
+def _path(run_dir: Path, name: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise InputError(f"calibration name {name!r} must be letters, digits, '_', '-' and '.'; choose another.")
+    return Path(run_dir) / FOLDER / f"{name}.npz"

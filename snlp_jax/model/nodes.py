@@ -1,0 +1,244 @@
+"""What a solver iterates on, a layer or a fused chunk of layers, as the functions of the seam.
+
+A node has three stages: ``before`` (residual path, norm, projections), attention, ``after`` (output projection and
+MLP). One node alone takes its window from its context; all nodes at once group attention by window, statically.
+
+A chunk of M layers is one wide layer that reads the state h entering the first:
+
+    x = s h + m x0;  u = x + sum_j w_j Attention_j(rms(x_j));  h' = u + sum_j w_j MLP_j(rms(u));  A = s
+
+    scales = mean (published)   s, m means of the layers' scales; x_j = x; w_j = 1
+    scales = own                w_j = prod_{i>j} s_i; s = prod_i s_i; m = sum_j w_j m_j; x_j = s_j h + m_j x0
+
+With branches = mean w_j is divided by M. Streams: H_res, H_pre and H_post are means over the chunk, sub-layer by
+sub-layer. Every layer keeps its window, its heads and its value embeddings. M = 1 is the layer itself.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from snlp_jax.config import ModelConfig
+from snlp_jax.model.attention import Implementation, attend_any, attend_by_window
+from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Shared
+from snlp_jax.model.hyper import BranchMaps, LayerMaps, join, residual_path
+from snlp_jax.model.layers import project, rms_norm
+from snlp_jax.types import Array, PyTree
+
+NodeFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, BlockAux]]
+ChooseKernel = Callable[[int], Implementation]
+"""Attention kernel for a sequence length."""
+
+LARGE_STATE = 2**10
+"""Tokens times streams of a state from which a CPU evaluates nodes one after another rather than all at once."""
+
+
+class NodeFns(NamedTuple):
+    """A chain of nodes for the solver."""
+
+    block_fn: NodeFn
+    """One node."""
+    sweep_fn: NodeFn
+    """All nodes at once, every argument but the last leading with the node axis; equals ``vmap(block_fn)``."""
+    residual_map: Callable[[PyTree, Context, BlockAux], Array]
+    """``(params, ctx, aux)`` of a node -> derivative of its skip path."""
+
+
+class Node(Protocol):
+    """A layer or a chunk of layers."""
+
+    def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Array, KeyValue]:
+        """``(what after needs, queries, keys and values)``."""
+
+    def attend(self, q: Array, kv: KeyValue, ctx: Context, kernel: Implementation) -> Array:
+        """Attention output of this node alone."""
+
+    def after(self, params: PyTree, carry: Any, out: Array, ctx: Context) -> tuple[Array, Array | None]:
+        """``(h', skip_BTRR of the aux)``."""
+
+    def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
+        """Derivative of the skip path: a scalar, or [R, R] on the streams, or [B, T, R, R] for each token."""
+
+
+@dataclass(frozen=True)
+class LayerNode:
+    """One layer. ``merge`` turns its parameters into a :class:`Block`."""
+
+    config: ModelConfig
+    merge: Callable[[PyTree], Block]
+    dtype: Any
+
+    def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Array, KeyValue]:
+        return self.merge(params).before(h, ctx, shared, self.dtype)
+
+    def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, kernel: Implementation) -> Array:
+        windows = tuple(sorted(set(self.config.windows)))
+        return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel)
+
+    def after(self, params: PyTree, carry: Any, out_BTNH: Array, ctx: Context) -> tuple[Array, Array | None]:
+        return self.merge(params).after(carry, out_BTNH, ctx, self.dtype)
+
+    def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
+        """Dynamic maps depend on the state; theirs is the derivative with the maps held fixed."""
+        if ctx.hyper is not None:
+            return ctx.hyper.skip_RR
+        if aux.skip_BTRR is not None:
+            return aux.skip_BTRR
+        return params["resid_scale"] if self.config.use_x0_resid else jnp.ones(())
+
+
+class Scales(NamedTuple):
+    """Residual scales, under the names a :class:`Block` gives them."""
+
+    resid_scale: Array
+    x0_scale: Array
+
+
+@dataclass(frozen=True)
+class ChunkNode:
+    """M layers as one; parameters and context lead with them. Formulas: see the module.
+
+    No weight is copied: queries, keys, values and the MLP's first product are batched over M, its second product and
+    the output projection contract over (M, features).
+    """
+
+    config: ModelConfig
+    merge: Callable[[PyTree], Block]
+    dtype: Any
+    scales: Literal["mean", "own"]
+    branches: Literal["sum", "mean"]
+    windows: tuple[int, ...] | None
+    """Of the M layers, where all chunks have the same."""
+
+    def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Array, KeyValue]:
+        path, scales = residual_path(self.config), self._scales(params)
+        x_BTD, carry = path.enter(scales, h, self._wide(ctx), shared)
+        if scales is not None and self.scales == "own":
+            own = Scales(params["resid_scale"], params["x0_scale"])
+            x_MBTD = jax.vmap(lambda one: path.enter(one, h, None, shared)[0])(own)
+        else:
+            x_MBTD = jnp.broadcast_to(x_BTD[None], (ctx.window.shape[0], *x_BTD.shape))
+        q_MBTNH, kv = jax.vmap(lambda p, x, c: self.merge(p).project(x, c, shared, self.dtype))(params, x_MBTD, ctx)
+        return carry, q_MBTNH, kv
+
+    def attend(self, q_MBTNH: Array, kv: KeyValue, ctx: Context, kernel: Implementation) -> Array:
+        if self.windows is not None:
+            return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel)
+        choices = tuple(sorted(set(self.config.windows)))
+        one = lambda q, k, v, window: attend_any(q, k, v, window, choices, kernel)  # noqa: E731
+        rows = (q_MBTNH, kv.key_BTKH, kv.value_BTKH, ctx.window)
+        if kernel == "xla":
+            return jax.vmap(one)(*rows)
+        return jnp.stack([one(*(leaf[j] for leaf in rows)) for j in range(len(q_MBTNH))])  # a vmap would run them all
+
+    def after(self, params: PyTree, carry: Any, out_MBTNH: Array, ctx: Context) -> tuple[Array, Array | None]:
+        path, wide, weights_M = residual_path(self.config), self._wide(ctx), self._branch_weights(params)
+        attended_MBTX = out_MBTNH.reshape(*out_MBTNH.shape[:3], -1)
+        attn_BTD = self._contract(attended_MBTX, params["attn"]["out"], weights_M)
+        u_BTD, carry = path.between(None, carry, wide, attn_BTD)
+        normed_MBTD = jnp.broadcast_to(rms_norm(u_BTD)[None], (len(out_MBTNH), *u_BTD.shape))
+        hidden_MBTF = jax.vmap(lambda p, x: self.merge(p).mlp.hidden(x, self.dtype))(params, normed_MBTD)
+        return path.leave(carry, wide, self._contract(hidden_MBTF, params["mlp"]["down"], weights_M))
+
+    def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
+        if ctx.hyper is not None:
+            return self._maps(ctx.hyper).skip_RR
+        scales = self._scales(params)
+        return jnp.ones(()) if scales is None else scales.resid_scale
+
+    def _contract(self, x_MBTX: Array, kernel_MXD: Array, weights_M: Array | None) -> Array:
+        """``sum_j w_j x_j kernel_j`` as one product."""
+        if weights_M is not None:
+            x_MBTX = x_MBTX * weights_M[:, None, None, None]
+        x_BTMX = jnp.moveaxis(x_MBTX.astype(self.dtype), 0, 2)
+        return project(x_BTMX.reshape(*x_BTMX.shape[:2], -1), kernel_MXD.reshape(-1, kernel_MXD.shape[-1]), self.dtype)
+
+    def _scales(self, params: PyTree) -> Scales | None:
+        """s and m of the chunk."""
+        if not self.config.use_x0_resid:
+            return None
+        resid_M, x0_M = params["resid_scale"], params["x0_scale"]
+        if self.scales == "mean":
+            return Scales(resid_M.mean(), x0_M.mean())
+        return Scales(jnp.prod(resid_M), jnp.sum(_products_after(resid_M) * x0_M))
+
+    def _branch_weights(self, params: PyTree) -> Array | None:
+        """w_j; None where all are 1."""
+        num_layers = params["mlp"]["down"].shape[0]
+        divisor = num_layers if self.branches == "mean" else 1
+        if self.scales == "own" and self.config.use_x0_resid:
+            return _products_after(params["resid_scale"]) / divisor
+        return jnp.full((num_layers,), 1.0 / divisor) if divisor > 1 else None
+
+    def _wide(self, ctx: Context) -> Context:
+        """The chunk's context for the residual path."""
+        return ctx if ctx.hyper is None else ctx._replace(hyper=self._maps(ctx.hyper))
+
+    @staticmethod
+    def _maps(hyper: LayerMaps) -> LayerMaps:
+        mean = lambda maps: BranchMaps(*(leaf.mean(0) for leaf in maps))  # noqa: E731
+        return join(mean(hyper.attn), mean(hyper.mlp))
+
+
+def _products_after(scale_M: Array) -> Array:
+    """``prod_{i>j} s_i`` for every j, without a division."""
+    ones = jnp.ones_like(scale_M[:1])
+    return jnp.cumprod(jnp.concatenate([scale_M[1:], ones])[::-1])[::-1]
+
+
+def node_fns(node: Node, windows: Sequence[int], choose_kernel: ChooseKernel, *, remat: bool) -> NodeFns:
+    """The functions of a chain of equal nodes whose layers, in order, have these windows.
+
+    The sweep runs attention once for each distinct window, with the window compiled in, on activations gathered by
+    window; the weights are read where they lie. Large states of several streams are the exception on a CPU: there
+    nodes run one after another, for batched each operation would pass all states through memory.
+    """
+    maybe_remat = jax.checkpoint if remat else lambda fn: fn
+
+    @maybe_remat
+    def block(params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
+        carry, q, kv = node.before(params, h, ctx, shared)
+        new, skip_BTRR = node.after(params, carry, node.attend(q, kv, ctx, choose_kernel(h.shape[1])), ctx)
+        return new, BlockAux(kv, skip_BTRR)
+
+    @maybe_remat
+    def batched(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
+        carry_L, q, kv = jax.vmap(node.before, in_axes=(0, 0, 0, None))(params, h_L, ctx, shared)
+        out = _attend_all(q, kv, windows, choose_kernel(h_L.shape[2]))
+        new_L, skip_LBTRR = jax.vmap(node.after)(params, carry_L, out, ctx)
+        return new_L, BlockAux(kv, skip_LBTRR)
+
+    def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
+        is_large = h_L.ndim == 5 and h_L[0, ..., 0].size >= LARGE_STATE
+        if is_large and jax.default_backend() == "cpu":
+            return jax.lax.map(lambda row: block(*row, shared), (params, h_L, ctx))
+        return batched(params, h_L, ctx, shared)
+
+    return NodeFns(block, sweep, node.residual_map)
+
+
+def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKernel, *, remat: bool) -> NodeFn:
+    """All layers on the x of one chunk, ``s h + m x0`` with mean scales at the first node's input h; not summed:
+    ``u_l = x + Attention_l(rms(x))``, ``y_l = u_l + MLP_l(rms(u_l))`` (published as fused split).
+
+    Without residual scales it equals the sweep at equal inputs; q, k and v of all layers are one batched product.
+    """
+    chunk = ChunkNode(node.config, node.merge, node.dtype, "mean", "sum", None)
+
+    def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
+        carry, q, kv = chunk.before(params, h_L[0], ctx, shared)
+        out = _attend_all(q, kv, windows, choose_kernel(h_L.shape[2]))
+        new_L, _ = jax.vmap(node.after, in_axes=(0, None, 0, 0))(params, carry, out, ctx)
+        return new_L, BlockAux(kv, None)
+
+    return jax.checkpoint(sweep) if remat else sweep
+
+
+def _attend_all(q: Array, kv: KeyValue, windows: Sequence[int], kernel: Implementation) -> Array:
+    """Attention of all layers; the axes before [B, T, heads, H] are layers, or chunks and their layers."""
+    flat = lambda x: x.reshape(len(windows), *x.shape[-4:])  # noqa: E731
+    out_LBTNH = attend_by_window(flat(q), flat(kv.key_BTKH), flat(kv.value_BTKH), windows, kernel)
+    return out_LBTNH.reshape(*q.shape[:-4], *out_LBTNH.shape[1:])
