@@ -341,6 +341,9 @@ class EvalConfig:
 
     solvers: tuple[str, ...] = ()
     """Solver settings beside the sequential pass, in the notation of snlp_jax/notation.py."""
+    calibrations: tuple[str, ...] = ()
+    """Calibrations to fit on training text before the evaluation, which settings then name by ``fit=``; written as in
+    snlp_jax/eval/calibrations.py. They are saved beside the checkpoint, where later evaluations find them."""
     num_windows: int = 64
     """Held-out windows of ``seq_len`` tokens."""
     batch_size: int = 8

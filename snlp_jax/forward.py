@@ -22,7 +22,6 @@ from snlp_jax.solver import (
     LayerProblem,
     ParallelSegment,
     PerLayer,
-    Preheat,
     ScaledIdentity,
     Schedule,
     Segment,
@@ -66,6 +65,15 @@ class Output(NamedTuple):
     logits_BTV: Array
     h_last: Array
     """[B, T, D], or [B, T, R, D] with residual streams."""
+    h_mid: Array
+    solutions: tuple[Solution, ...]
+
+
+class States(NamedTuple):
+    """What the segments leave behind before the head."""
+
+    shared: Shared
+    h_last: Array
     h_mid: Array
     solutions: tuple[Solution, ...]
 
@@ -148,8 +156,6 @@ def check_schedule(config: ModelConfig, schedule: Schedule) -> None:
             raise InputError("hcn needs residual streams, but model.num_streams is 0; use idn or sid.")
         if isinstance(region.correction, ScaledIdentity) and config.num_streams:
             raise InputError("sid scales a single residual stream, but this model mixes several; use hcn.")
-        if isinstance(region.init, Preheat) and config.num_streams:
-            raise InputError("init=preheat guesses a single residual stream, but this model has several; use init=cal.")
         if isinstance(region.stage, Chunkwise) and config.num_streams and config.hyper_maps == "dynamic":
             raise InputError("layers whose maps depend on the token cannot be fused; leave out stage=.")
         if isinstance(region.stage, FusedSplit) and config.num_streams:
@@ -187,6 +193,15 @@ def forward(
     model: LanguageModel, weights: Weights, tokens_BT: Array, *, mesh: Mesh | None = None, with_stats: bool = False
 ) -> Output:
     """Logits of ``tokens_BT`` under the schedule the weights were laid out for. Jit it with ``weights`` an argument."""
+    states = run_segments(model, weights, tokens_BT, mesh=mesh, with_stats=with_stats)
+    logits_BTV = model.logits(weights.ends, states.h_last, states.h_mid)
+    return Output(logits_BTV, states.h_last, states.h_mid, states.solutions)
+
+
+def run_segments(
+    model: LanguageModel, weights: Weights, tokens_BT: Array, *, mesh: Mesh | None = None, with_stats: bool = False
+) -> States:
+    """:func:`forward` without the head; the weights may end before the model does."""
     mid_layer = model.config.mid_layer
     x0_BTD = model.embed(weights.ends, tokens_BT)
     shared = model.shared(x0_BTD)
@@ -203,7 +218,7 @@ def forward(
             if isinstance(segment, SequentialSegment):
                 h = sequential(layer_problem(model, weights.ends, blocks, tokens_BT, shared, segment, h)).value
             h_mid = h_mid if mid is None else h
-    return Output(model.logits(weights.ends, h, h_mid), h, h_mid, tuple(solutions))
+    return States(shared, h, h_mid, tuple(solutions))
 
 
 def layer_problem(

@@ -69,15 +69,16 @@ INITS: dict[str, type[Init]] = {
 DIAGONAL_MODES = {"jvp": "jvp", "vjp": "vjp", "fd": "finite_difference"}
 
 CORRECTION_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "damp": ("damping", lambda text: _number(float, text, "damp")),
-    "trust": ("trust", lambda text: _number(float, text, "trust")),
-    "probes": ("num_probes", lambda text: _number(int, text, "probes")),
+    "damp": ("damping", lambda text: parse_number(float, text, "damp")),
+    "trust": ("trust", lambda text: parse_number(float, text, "trust")),
+    "probes": ("num_probes", lambda text: parse_number(int, text, "probes")),
     "mode": ("mode", lambda text: _look_up(DIAGONAL_MODES, text, "mode")),
-    "reuse": ("reuse", lambda text: bool(_number(int, text, "reuse"))),
+    "reuse": ("reuse", lambda text: bool(parse_number(int, text, "reuse"))),
 }
 """Key -> field of the correction, and how its value is read."""
 STAGE_FIELDS = ("scales", "branches", "mid")
 KEYS = ("n", "k", "init", "tol", "fit", "stage", *CORRECTION_FIELDS, *STAGE_FIELDS)
+"""What a region may be given."""
 PAPER = re.compile(
     r"(?:(?P<name>IDN|HCN) )?(?:(?P<C>\d+)xF(?P<M>\d+) )?n(?P<n>\d+) K(?P<k>\d+)(?P<init> batch_forward)?"
 )
@@ -113,12 +114,12 @@ def _parse_part(part: str, num_layers: int) -> list[ParallelSegment | SkippedSeg
     """The regions of one part between plus signs: one, or many for pairs."""
     name, _, rest = part.partition(":")
     if name == "exit":
-        return [SkippedSegment(_number(int, rest, "exit:"), num_layers)]
+        return [SkippedSegment(parse_number(int, rest, "exit:"), num_layers)]
     if name == "skip":
-        start, stop = _span(_read_fields(rest, ("n",)), num_layers, end=num_layers - 1)
+        start, stop = parse_span(parse_fields(rest, ("n",)), num_layers, end=num_layers - 1)
         return [SkippedSegment(start, stop)]
     if name == "pairs":
-        start, stop = _span(_read_fields(rest, ("n",)), num_layers)
+        start, stop = parse_span(parse_fields(rest, ("n",)), num_layers)
         return [ParallelSegment(first, first + 2, 1, Identity()) for first in range(start, stop - 1, 2)]
     return [_parse_region(part, num_layers)]
 
@@ -129,16 +130,16 @@ def _parse_region(part: str, num_layers: int) -> ParallelSegment:
         known = ", ".join([*CORRECTIONS, "skip", "exit", "pairs"])
         raise ValueError(f"unknown correction {name!r}; choose one of {known}.")
     correction_class = CORRECTIONS[name]
-    fields = _read_fields(rest, KEYS)
-    start, stop = _span(fields, num_layers)
+    fields = parse_fields(rest, KEYS)
+    start, stop = parse_span(fields, num_layers)
     options: dict[str, Any] = {}
     for key, (field, read) in CORRECTION_FIELDS.items():
         if key in fields:
             if field not in {f.name for f in dataclasses.fields(correction_class)}:
                 raise ValueError(f"{key}= means nothing to {name}.")
             options[field] = read(fields[key])
-    stage = _parse_stage(fields, stop - start)
-    tolerance = _number(float, fields.get("tol", "0"), "tol")
+    stage = parse_stage(fields, stop - start)
+    tolerance = parse_number(float, fields.get("tol", "0"), "tol")
     all_iters = stage.num_nodes(stop - start) if tolerance else 1
     init = _look_up(INITS, fields.get("init", "h0"), "init")()
     reads_fit = name == "cal" or isinstance(init, CalibratedInit | Preheat)
@@ -148,7 +149,7 @@ def _parse_region(part: str, num_layers: int) -> ParallelSegment:
     return ParallelSegment(
         start,
         stop,
-        num_iters=_number(int, fields.get("k", str(max(all_iters, 1))), "k"),
+        num_iters=parse_number(int, fields.get("k", str(max(all_iters, 1))), "k"),
         correction=correction_class(**options),
         init=init,
         stage=stage,
@@ -157,7 +158,7 @@ def _parse_region(part: str, num_layers: int) -> ParallelSegment:
     )
 
 
-def _read_fields(text: str, keys: tuple[str, ...]) -> dict[str, str]:
+def parse_fields(text: str, keys: tuple[str, ...]) -> dict[str, str]:
     """``a=1,b=2,4-8`` as a dict; the span under the key ``span``."""
     fields: dict[str, str] = {}
     for item in filter(None, text.split(",")):
@@ -176,7 +177,7 @@ def _read_fields(text: str, keys: tuple[str, ...]) -> dict[str, str]:
     return fields
 
 
-def _span(fields: dict[str, str], num_layers: int, end: int | None = None) -> tuple[int, int]:
+def parse_span(fields: dict[str, str], num_layers: int, end: int | None = None) -> tuple[int, int]:
     """First layer and end of a region: a span, or the ``n`` layers before ``end`` (the end of the model)."""
     if ("span" in fields) == ("n" in fields):
         raise ValueError("give either n= (the last n layers) or a span such as 4-8.")
@@ -184,13 +185,14 @@ def _span(fields: dict[str, str], num_layers: int, end: int | None = None) -> tu
         start, _, stop = fields["span"].partition("-")
         return int(start), int(stop)
     end = num_layers if end is None else end
-    start_of_last = end - _number(int, fields["n"], "n")
+    start_of_last = end - parse_number(int, fields["n"], "n")
     if start_of_last < 0:
         raise ValueError(f"n={fields['n']} is outside the model, which has {num_layers} layers.")
     return start_of_last, end
 
 
-def _parse_stage(fields: dict[str, str], num_layers: int) -> Stage:
+def parse_stage(fields: dict[str, str], num_layers: int) -> Stage:
+    """The stage of a region of ``num_layers`` layers: ``stage=`` and, for chunks, its options."""
     text = fields.get("stage", "")
     options = {key: fields[key] for key in STAGE_FIELDS if key in fields}
     if match := re.fullmatch(r"(\d+)xF(\d+)", text):
@@ -213,7 +215,8 @@ def _look_up(table: dict[str, T], name: str, what: str) -> T:
     return table[name]
 
 
-def _number(kind: Callable[[str], T], text: str, name: str) -> T:
+def parse_number(kind: Callable[[str], T], text: str, name: str) -> T:
+    """``text`` as a number, for the key ``name``."""
     try:
         return kind(text)
     except ValueError:

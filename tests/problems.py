@@ -152,7 +152,7 @@ def bent_streams(num_layers=NUM_LAYERS):
 
 
 def _mixing(num_layers):
-    mix_L = jnp.eye(NUM_TOKENS)[None] + 0.5 * _normal(8, num_layers, NUM_TOKENS, NUM_TOKENS)
+    mix_L = jnp.eye(NUM_TOKENS)[None] + 0.3 * _normal(8, num_layers, NUM_TOKENS, NUM_TOKENS)
     return {"mix": mix_L, "c": _shifts(num_layers)}
 
 
@@ -180,7 +180,7 @@ CHAINS = {
     "bent_streams": bent_streams,
 }
 JACOBI, IDENTITY, SCALED, HALF, EXACT = Jacobi(), Identity(), ScaledIdentity(), Identity(damping=0.5), Exact()
-TRUSTED, DIAGONAL, HYPER = Identity(trust=0.7), Diagonal(), HyperConnection()
+TRUSTED, DIAGONAL, HYPER = Identity(trust=0.1), Diagonal(), HyperConnection()
 N = NUM_LAYERS
 ITERATIONS = {
     name: dict(zip((JACOBI, IDENTITY, SCALED, HALF, TRUSTED, DIAGONAL, HYPER, EXACT), row, strict=True))

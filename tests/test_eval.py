@@ -170,11 +170,17 @@ def test_default_grid_and_bad_settings(model: LanguageModel, params: dict, batch
     assert {"idn:n=8,k=1", "sid:n=8,k=2", "idn:n=8,k=1,init=batch_forward"} <= set(default_solvers(config))
     assert not any("sid" in text for text in default_solvers(dataclasses.replace(config, use_x0_resid=False)))
     assert len(parse_settings(config, EvalConfig())) == len(default_solvers(config)) + 1
-    for solvers, expected in ((("idn:n=9,k=1",), "n=9 is outside the model"), (("nwt:n=2",), "nwt"), (("idn:n=2,k=0",), "k=0")):
+    for solvers, expected in (
+        (("idn:n=9,k=1",), "n=9 is outside the model"),
+        (("nwt:n=2",), "nwt"),
+        (("idn:n=2,k=0",), "k=0"),
+        (("hcn:n=2",), "'hcn:n=2': hcn needs residual streams"),
+    ):
         with pytest.raises(InputError, match=expected):
             evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=solvers))
-    with pytest.raises(InputError, match="spread evenly over 2 devices"):
-        evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=("idn:n=3,k=1",), layer_devices=2))
+    for setting in ("exact:n=2", "idn:n=4,k=2,trust=1"):
+        with pytest.raises(InputError, match="cannot be sharded"):
+            evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=(setting,), layer_devices=2))
 
 
 def test_sharded_regions_are_measured(model: LanguageModel, params: dict, batches: list[np.ndarray]) -> None:

@@ -1,7 +1,7 @@
 """The evaluation of a model: every solver setting against the sequential pass, on the same windows and machine."""
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from snlp_jax.io.provenance import git_commit
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
-from snlp_jax.solver import Schedule
+from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
 OnProgress = Callable[[str], None]
@@ -70,12 +70,19 @@ def parse_settings(model: ModelConfig, config: EvalConfig) -> dict[str, Schedule
     return schedules
 
 
-def evaluate(model: LanguageModel, params: Params, batches: Sequence[np.ndarray], config: EvalConfig) -> Report:
+def evaluate(
+    model: LanguageModel,
+    params: Params,
+    batches: Sequence[np.ndarray],
+    config: EvalConfig,
+    fits: Mapping[str, Calibration] | None = None,
+) -> Report:
     """Measure every setting of ``config`` against the sequential pass.
 
     Args:
         batches: windows, int32 [B, T + 1], of equal shape. Quality is measured on them; greedy continuations start
             from the first tokens of some. The timed forward reads random tokens.
+        fits: calibrations by the names that settings give (``config.calibrations`` is read by ``evaluate_run``).
 
     Raises:
         InputError: a setting that the model or the devices cannot run, before anything is compiled.
@@ -95,13 +102,15 @@ def evaluate(model: LanguageModel, params: Params, batches: Sequence[np.ndarray]
         num_steps = len(schedules) * (len(batches) + _has_greedy(config)) + timing_steps
         task = progress.add_task("", total=num_steps)
         advance = lambda text: progress.update(task, description=text, advance=1)  # noqa: E731
-        weights = prepare_all(model, params, schedules, num_tokens=batches[0].size, layout="stack", mesh=mesh)
+        weights = prepare_all(
+            model, params, schedules, num_tokens=batches[0].size, layout="stack", mesh=mesh, fits=fits
+        )
         comparisons = _compare(model, weights, batches, mesh, advance)
         greedy = _decode(model, weights, windows, config, mesh, advance)
         del weights
         if config.timing_repeats:
             shape = {"batch_size": config.timing_batch, "seq_len": timing_len, "num_repeats": config.timing_repeats}
-            timings[:] = time_schedules(model, params, schedules, **shape, mesh=mesh, on_progress=advance)
+            timings[:] = time_schedules(model, params, schedules, **shape, mesh=mesh, fits=fits, on_progress=advance)
     results = [
         _result(text, schedule, (comparison, comparisons[0]), matches, (timing, timings[0]), config.num_bootstrap)
         for (text, schedule), comparison, matches, timing in zip(
@@ -139,11 +148,11 @@ def _compare(
     parts: list[list[Comparison]] = [[] for _ in weights]
     for batch in batches:
         step("comparing")
-        logits_BTV, reference = reference_fn(weights[0], batch)
-        parts[0].append(jax.device_get(reference))
+        reference, its_comparison = reference_fn(weights[0], batch)
+        parts[0].append(jax.device_get(its_comparison))
         for setting, its_weights in enumerate(weights[1:], start=1):
             step("comparing")
-            parts[setting].append(jax.device_get(compare_fn(its_weights, batch, logits_BTV)))
+            parts[setting].append(jax.device_get(compare_fn(its_weights, batch, reference)))
     return [join_comparisons(part) for part in parts]
 
 
@@ -206,6 +215,7 @@ def _result(
         kl=float(comparison.kl_BT.mean()),
         top1=float(comparison.agrees_BT.mean()),
         cosine=float(comparison.cosine_BT.mean()),
+        state_error=float(comparison.error_BT.mean()),
         nll_change_by_position=change_by_position(*nlls),
         iterations=iterations,
         residual_norms=tuple(tuple(map(float, region)) for region in comparison.residual_norms),

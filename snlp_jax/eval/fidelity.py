@@ -30,6 +30,8 @@ class Comparison(NamedTuple):
     """Whether the two most likely tokens are the same."""
     cosine_BT: Array
     """Of the two logit vectors."""
+    error_BT: Array
+    """||h - h*|| / ||h*|| of the last layer's outputs, norms over channels (and streams)."""
     residual_norms: tuple[Array, ...]
     """[num_iters] of each parallel region: mean over layers and tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||, before
     each correction; NaN for iterations that no sequence needed."""
@@ -37,33 +39,43 @@ class Comparison(NamedTuple):
     """[B] of each parallel region: iterations made for each sequence; [batches, B] once joined."""
 
 
-ReferenceFn = Callable[[Weights, ArrayLike], tuple[Array, Comparison]]
-CompareFn = Callable[[Weights, ArrayLike, Array], Comparison]
+class Reference(NamedTuple):
+    """What other passes over a batch are compared with."""
+
+    logits_BTV: Array
+    h_last: Array
+
+
+ReferenceFn = Callable[[Weights, ArrayLike], tuple[Reference, Comparison]]
+CompareFn = Callable[[Weights, ArrayLike, Reference], Comparison]
 
 
 def make_reference_fn(model: LanguageModel, mesh: Mesh | None = None) -> ReferenceFn:
-    """Jitted ``(weights, windows [B, T + 1]) -> (logits_BTV, the comparison of the pass with itself)``."""
+    """Jitted ``(weights, windows [B, T + 1]) -> (Reference, the comparison of the pass with itself)``."""
 
     @jax.jit
-    def reference(weights: Weights, window_BT: Array) -> tuple[Array, Comparison]:
-        logits_BTV = forward(model, weights, window_BT[:, :-1], mesh=mesh).logits_BTV
-        nll_BT = token_nll(logits_BTV, window_BT[:, 1:])
-        ones_BT = jnp.ones_like(nll_BT)
-        return logits_BTV, Comparison(nll_BT, jnp.zeros_like(nll_BT), ones_BT > 0, ones_BT, (), ())
+    def reference(weights: Weights, window_BT: Array) -> tuple[Reference, Comparison]:
+        output = forward(model, weights, window_BT[:, :-1], mesh=mesh)
+        nll_BT = token_nll(output.logits_BTV, window_BT[:, 1:])
+        zeros_BT, ones_BT = jnp.zeros_like(nll_BT), jnp.ones_like(nll_BT)
+        comparison = Comparison(nll_BT, zeros_BT, ones_BT > 0, ones_BT, zeros_BT, (), ())
+        return Reference(output.logits_BTV, output.h_last), comparison
 
     return reference
 
 
 def make_compare_fn(model: LanguageModel, mesh: Mesh | None = None) -> CompareFn:
-    """Jitted ``(weights, windows [B, T + 1], reference logits_BTV) -> Comparison``; compiles once a schedule.
+    """Jitted ``(weights, windows [B, T + 1], Reference) -> Comparison``; compiles once a schedule.
 
-    Only [B, T] arrays leave the device: the logits of one batch are the most that is ever held.
+    Only [B, T] arrays leave the device: the logits and last states of one batch are the most that is ever held.
     """
 
     @jax.jit
-    def compare(weights: Weights, window_BT: Array, reference_BTV: Array) -> Comparison:
+    def compare(weights: Weights, window_BT: Array, reference: Reference) -> Comparison:
         output = forward(model, weights, window_BT[:, :-1], mesh=mesh, with_stats=True)
-        logits_BTV = output.logits_BTV
+        logits_BTV, reference_BTV = output.logits_BTV, reference.logits_BTV
+        flat = lambda h: h.reshape(*window_BT[:, :-1].shape, -1)  # noqa: E731
+        difference_BT = jnp.linalg.norm(flat(output.h_last - reference.h_last), axis=-1)
         log_p_BTV, log_q_BTV = jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(logits_BTV)
         norms_BT = jnp.linalg.norm(logits_BTV, axis=-1) * jnp.linalg.norm(reference_BTV, axis=-1)
         return Comparison(
@@ -71,6 +83,7 @@ def make_compare_fn(model: LanguageModel, mesh: Mesh | None = None) -> CompareFn
             kl_BT=jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1),
             agrees_BT=logits_BTV.argmax(-1) == reference_BTV.argmax(-1),
             cosine_BT=jnp.sum(logits_BTV * reference_BTV, axis=-1) / jnp.maximum(norms_BT, 1e-30),
+            error_BT=difference_BT / jnp.maximum(jnp.linalg.norm(flat(reference.h_last), axis=-1), 1e-30),
             residual_norms=tuple(solution.stats["residual_norm"].mean(-1) for solution in output.solutions),
             iterations=tuple(_iterations(solution, window_BT.shape[0]) for solution in output.solutions),
         )
@@ -112,12 +125,12 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
 
     An iteration's residual norm is the mean over the batches that made it.
     """
-    by_token: Iterator[Any] = (np.concatenate(arrays) for arrays in zip(*(part[:4] for part in parts), strict=True))
-    nll_BT, kl_BT, agrees_BT, cosine_BT = by_token
+    by_token: Iterator[Any] = (np.concatenate(arrays) for arrays in zip(*(part[:5] for part in parts), strict=True))
+    nll_BT, kl_BT, agrees_BT, cosine_BT, error_BT = by_token
     iterations = tuple(np.stack(region) for region in zip(*(part.iterations for part in parts), strict=True))
     norms_by_region = (np.stack(region) for region in zip(*(part.residual_norms for part in parts), strict=True))
     norms = tuple(map(_mean_of_made, norms_by_region, iterations))
-    return Comparison(nll_BT, kl_BT, agrees_BT, cosine_BT, norms, iterations)
+    return Comparison(nll_BT, kl_BT, agrees_BT, cosine_BT, error_BT, norms, iterations)
 
 
 def _mean_of_made(norms_PK: np.ndarray, iterations_PB: np.ndarray) -> np.ndarray:

@@ -47,6 +47,8 @@ class SettingResult:
     """Share of tokens with the same most likely next token."""
     cosine: float
     """Of the logits, mean over tokens."""
+    state_error: float
+    """||h - h*|| / ||h*|| of the last layer's output, mean over tokens."""
     nll_change_by_position: tuple[float, ...]
     """Nats, in equal bins over the positions of a window."""
     residual_norms: tuple[tuple[float, ...], ...]
@@ -135,7 +137,7 @@ def _quality_table(report: Report) -> Table:
     info = report.info
     title = f"Quality over {info['num_windows']} held-out windows of {info['window_len']} tokens"
     greedy = report.results[0].greedy
-    columns = ["depth", "PPL", "change", "95 % interval", "KL", "top-1"]
+    columns = ["depth", "PPL", "change", "95 % interval", "KL", "top-1", "error"]
     columns += [f"same of {greedy[-1].num_tokens}", "in a row"] if greedy else []
     table = _table(title, columns)
     for result in report.results:
@@ -145,6 +147,7 @@ def _quality_table(report: Report) -> Table:
             "-" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
             f"{result.kl:.2g}",
             f"{100 * result.top1:.1f} %",
+            f"{result.state_error:.2g}",
         ]
         matches = (
             [f"{100 * result.greedy[-1].match_rate:.0f} %", f"{result.greedy[-1].prefix_len:.1f}"] if greedy else []
@@ -210,6 +213,7 @@ def _csv_row(result: SettingResult) -> dict[str, Any]:
         "kl": result.kl,
         "top1": result.top1,
         "cosine": result.cosine,
+        "state_error": result.state_error,
     }
     for match in result.greedy:
         row[f"greedy_prefix_{match.num_tokens}"] = match.prefix_len

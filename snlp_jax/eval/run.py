@@ -9,6 +9,7 @@ from snlp_jax.config import Config, from_json
 from snlp_jax.data.pipeline import TokenData, prepare_tokens, val_batches
 from snlp_jax.data.tokenizer import check_vocab
 from snlp_jax.errors import InputError
+from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibration
 from snlp_jax.eval.evaluate import evaluate, parse_settings
 from snlp_jax.eval.report import Report
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
@@ -36,22 +37,29 @@ def read_config(run_dir: Path) -> Config:
 def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report:
     """:func:`evaluate` of a run's checkpoint on its held-out text.
 
+    Calibrations that the config asks for are fitted first, those that settings name are read from the run's folder.
+
     Args:
         config: the run's, with the ``eval`` section that is wanted.
         which: the checkpoint of the lowest validation loss (with a notice the newest, where none is known), or the
             newest.
 
     Raises:
-        InputError: no good checkpoint, another tokenizer, or anything that :func:`evaluate` refuses.
+        InputError: no good checkpoint, another tokenizer, a calibration that is missing or of another checkpoint, or
+            anything that :func:`evaluate` refuses.
     """
-    parse_settings(config.model, config.eval)  # a bad setting should not wait for the corpus
+    # A bad setting should not wait for the corpus.
+    schedules = list(parse_settings(config.model, config.eval).values())
+    specs = [parse_calibration(text, config.model.num_layers) for text in config.eval.calibrations]
     model = LanguageModel(config.model)
     step, params = _read_params(run_dir, model, which)
     data = _read_data(run_dir, config)
     batch_size = min(config.eval.batch_size, config.eval.num_windows)
     num_batches = config.eval.num_windows // batch_size
     batches = val_batches(data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=num_batches)
-    report = evaluate(model, params, batches, config.eval)
+    for spec in specs:
+        _note(f"fitted calibration {spec.name!r} in {fit_to_run(run_dir, model, params, data, spec)[1]}.")
+    report = evaluate(model, params, batches, config.eval, load_fits(run_dir, params, schedules))
     about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
     about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash, "config": dataclasses.asdict(config)}
     return dataclasses.replace(report, info=about | report.info)

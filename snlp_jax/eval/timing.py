@@ -1,7 +1,7 @@
 """Milliseconds of a compiled forward pass, for every schedule and its fair sequential twin."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import Weights, forward
 from snlp_jax.model import LanguageModel
-from snlp_jax.solver import Schedule
+from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params
 
 LAYOUTS: tuple[Literal["stack", "list"], ...] = ("stack", "list")
@@ -44,6 +44,7 @@ def time_schedules(
     seq_len: int,
     num_repeats: int,
     mesh: Mesh | None = None,
+    fits: Mapping[str, Calibration] | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[Timing]:
     """Time the forward pass (random tokens to all logits) of every schedule, the sequential one among them.
@@ -54,13 +55,14 @@ def time_schedules(
     schedule runs on one device, without ``mesh``.
 
     Args:
+        fits: calibrations by the names that schedules give.
         on_progress: called with a word before each compilation (two a schedule) and each round of runs.
     """
     rng = np.random.default_rng(TIMING_SEED)
     tokens_BT = rng.integers(model.config.vocab_size, size=(batch_size, seq_len), dtype=np.int32)
     calls: list[tuple[Any, Weights, Array]] = []
     for layout in LAYOUTS:
-        lay_out = partial(prepare_all, model, params, num_tokens=tokens_BT.size, layout=layout)
+        lay_out = partial(prepare_all, model, params, num_tokens=tokens_BT.size, layout=layout, fits=fits)
         alone = iter(lay_out([schedule for schedule in schedules if schedule.is_sequential]))
         spread = iter(lay_out([schedule for schedule in schedules if not schedule.is_sequential], mesh=mesh))
         for schedule in schedules:

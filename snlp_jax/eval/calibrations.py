@@ -1,0 +1,175 @@
+"""Calibrations of a run: fitted to its training text, saved beside its checkpoint, found again by name.
+
+    cal8:n=8,k=2                                       shared bases of rank 16 and a fitted initial trace
+    cal8:n=8,k=2,kind=channel,init=h0,tokens=131072    diagonal surrogates for the guess h0
+    pre8:4-12,k=1,kind=scalar,init=preheat,init_rank=8
+
+Keys: a region as in solver settings (n= or a span, stage=), ``k`` iterations, ``kind`` scalar, channel or basis,
+``rank`` of the bases, ``intercept`` 0 or 1, ``init`` (h0, batch_forward, cal, preheat), ``init_rank``, ``tokens``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from snlp_jax.data.pipeline import TokenData, WindowSource
+from snlp_jax.errors import InputError
+from snlp_jax.forward import Weights, layer_problem, run_segments, split
+from snlp_jax.linearize import About, fingerprint, fit_calibration, load_calibration, save_calibration
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.block import Shared
+from snlp_jax.notation import INITS, parse_fields, parse_number, parse_span, parse_stage
+from snlp_jax.solver import Calibration, Chunkwise, Identity, LayerProblem, ParallelSegment, Schedule
+from snlp_jax.types import Array, Params
+
+KEYS = ("n", "k", "kind", "rank", "intercept", "init", "init_rank", "tokens", "stage", "scales", "branches")
+SEED = 0
+"""Of the choice of training windows."""
+BATCH_SIZE = 32
+"""Windows at once."""
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """What to fit, and under which name to keep it."""
+
+    name: str
+    region: ParallelSegment
+    kind: str = "basis"
+    rank: int = 16
+    intercept: bool = True
+    init_rank: int = 64
+    num_tokens: int = 65536
+
+
+def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
+    """Read a calibration as written above.
+
+    Raises:
+        InputError: one sentence that names the text and what is wrong with it.
+    """
+    name, _, rest = "".join(text.split()).partition(":")
+    try:
+        fields = parse_fields(rest, KEYS)
+        start, stop = parse_span(fields, num_layers)
+        number = lambda key, default: parse_number(int, fields.get(key, str(default)), key)  # noqa: E731
+        init_name = fields.get("init", "cal")
+        if init_name not in INITS or INITS[init_name]().is_oracle:
+            raise ValueError(f"init={init_name} is not one of h0, batch_forward, cal, preheat.")
+        region = ParallelSegment(
+            start, stop, number("k", 2), Identity(), INITS[init_name](), parse_stage(fields, stop - start), fit=name
+        )
+        Schedule.of(num_layers, region)
+        return CalibrationSpec(
+            name,
+            region,
+            fields.get("kind", "basis"),
+            number("rank", CalibrationSpec.rank),
+            bool(number("intercept", 1)),
+            number("init_rank", CalibrationSpec.init_rank),
+            number("tokens", CalibrationSpec.num_tokens),
+        )
+    except ValueError as error:
+        raise InputError(f"calibration {text.strip()!r}: {error}") from error
+
+
+def fit_to_run(
+    run_dir: Path, model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec
+) -> tuple[Calibration, Path]:
+    """Fit to training windows and save beside the checkpoint.
+
+    Raises:
+        InputError: a kind or rank that the model cannot have, or too little text for one batch.
+    """
+    windows = _training_windows(data, model.config.seq_len, spec.num_tokens)
+    calibration = fit_calibration(
+        region_problems(model, params, spec.region, windows),
+        num_iters=spec.region.num_iters,
+        kind=spec.kind,  # type: ignore[arg-type]
+        rank=spec.rank,
+        intercept=spec.intercept,
+        init=spec.region.init,
+        init_rank=min(spec.init_rank, model.config.embed_dim),
+    )
+    about = About(
+        kind=spec.kind,
+        start=spec.region.start,
+        stop=spec.region.stop,
+        num_iters=spec.region.num_iters,
+        num_tokens=windows[:, 1:].size,
+        seed=SEED,
+        fingerprint=fingerprint(params),
+        stage=stage_text(spec.region),
+        init=next(name for name, init in INITS.items() if init is type(spec.region.init)),
+    )
+    return calibration, save_calibration(run_dir, spec.name, calibration, about)
+
+
+def load_fits(run_dir: Path, params: Params, schedules: Sequence[Schedule]) -> dict[str, Calibration]:
+    """The calibrations that the schedules name, from a run's folder.
+
+    Raises:
+        InputError: one is missing, or was fitted to another checkpoint or region.
+    """
+    regions = [region for schedule in schedules for region in schedule.regions if region.fit]
+    its_fingerprint = fingerprint(params) if regions else ""
+    fits = {}
+    for region in regions:
+        where: dict[str, Any] = {"start": region.start, "stop": region.stop, "stage": stage_text(region)}
+        fits[region.fit], _ = load_calibration(run_dir, region.fit, fingerprint=its_fingerprint, **where)
+    return fits
+
+
+def stage_text(region: ParallelSegment) -> str:
+    """The stage as it stands in a calibration file: "" for one node a layer."""
+    if not isinstance(region.stage, Chunkwise):
+        return ""
+    chunks = f"{region.num_nodes}xF{region.layers_per_node}"
+    return f"{chunks},scales={region.stage.scales},branches={region.stage.branches}"
+
+
+def region_problems(
+    model: LanguageModel, params: Params, region: ParallelSegment, windows: np.ndarray
+) -> Callable[[], Iterator[LayerProblem]]:
+    """The region's chains on batches of windows, int32 [n, T + 1], made anew at every call: nothing is kept."""
+    alone = dataclasses.replace(region, fit="")  # what is being fitted is not there yet
+    weights = split(model, model.cast(params), Schedule.of(model.config.num_layers, alone))
+    position = weights.segments.index(alone)
+    before = dataclasses.replace(
+        weights,
+        blocks=weights.blocks[:position],
+        fits=weights.fits[:position],
+        segments=weights.segments[:position],
+    )
+
+    @jax.jit
+    def enter(weights: Weights, tokens_BT: Array) -> tuple[Shared, Array]:
+        states = run_segments(model, weights, tokens_BT)
+        return states.shared, states.h_last
+
+    def stream() -> Iterator[LayerProblem]:
+        for start in range(0, len(windows) - BATCH_SIZE + 1, BATCH_SIZE):
+            tokens_BT = jnp.asarray(windows[start : start + BATCH_SIZE, :-1])
+            shared, h_in = enter(before, tokens_BT)
+            yield layer_problem(model, weights.ends, weights.blocks[position], tokens_BT, shared, alone, h_in)
+
+    return stream
+
+
+def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> np.ndarray:
+    """About ``num_tokens`` tokens of training text, whole batches of windows drawn without replacement."""
+    source = WindowSource(data.train, seq_len)
+    wanted = min(-(-num_tokens // seq_len), len(source)) // BATCH_SIZE * BATCH_SIZE
+    if wanted == 0:
+        raise InputError(
+            f"calibration takes batches of {BATCH_SIZE} windows of {seq_len} tokens, but there are only {len(source)} "
+            f"windows and tokens={num_tokens} was asked for; raise tokens= or give more text."
+        )
+    chosen = np.random.default_rng(SEED).permutation(len(source))[:wanted]
+    return np.stack([source[int(index)]["tokens"] for index in chosen])
