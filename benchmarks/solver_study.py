@@ -4,9 +4,9 @@
     python benchmarks/solver_study.py --seeds 0 1 2 --arms plain demo mhc
 
 Reads runs/study/ARM-SEED (see demo_study.py): ``plain`` is trained without any solver loss, ``demo`` for one Identity
-iteration, ``mhc`` has four residual streams and is trained for one HyperConnection iteration. Calibrations are fitted to
-each run's own training text. Times (one token, the fair twin of eval.py) are taken on the first seed. Prints a table for
-each arm, in markdown, sorted by depth, and writes benchmarks/results/solver_study_DATE.json after every run.
+iteration, ``mhc`` has four residual streams and is trained for one HyperConnection iteration. Calibrations are fitted
+to each run's own training text. Times (one token, the fair twin of eval.py) are taken on the first seed. Prints a
+table for each arm, in markdown, sorted by depth, and writes benchmarks/results/solver_study_DATE.json after every run.
 """
 
 import dataclasses

@@ -94,15 +94,15 @@ def solutions(problem, correction, mesh, **settings):
 @pytest.mark.parametrize(
     "num_devices, num_layers, correction, init, num_iters",
     (
-        (2, 8, Jacobi(), PrefixState(), 1),
-        (4, 8, Identity(), PrefixState(), 2),
+        pytest.param(2, 8, Jacobi(), PrefixState(), 1, marks=pytest.mark.slow),
+        pytest.param(4, 8, Identity(), PrefixState(), 2, marks=pytest.mark.slow),
         (8, 8, Identity(damping=0.5), BatchForward(), 1),
         (4, 8, ScaledIdentity(), BatchForward(), 6),
         (2, 8, ScaledIdentity(damping=0.25), Warm(), 2),
         (8, 8, Diagonal(), PrefixState(), 2),
-        (4, 8, Diagonal(mode="vjp", reuse=True, damping=0.5), Warm(), 2),
+        pytest.param(4, 8, Diagonal(mode="vjp", reuse=True, damping=0.5), Warm(), 2, marks=pytest.mark.slow),
         (2, 8, HyperConnection(), PrefixState(), 2),
-        (4, 8, HyperConnection(damping=0.25), BatchForward(), 1),
+        pytest.param(4, 8, HyperConnection(damping=0.25), BatchForward(), 1, marks=pytest.mark.slow),
     ),
     ids=name_of,
 )
@@ -124,10 +124,10 @@ def test_sharded_chains_are_unsharded_chains(num_devices, num_layers, correction
     "num_devices, num_layers, correction, init",
     (
         (4, 5, Identity(damping=0.25), BatchForward()),  # the last device holds none of its own
-        (4, 6, HyperConnection(), Warm()),
+        pytest.param(4, 6, HyperConnection(), Warm(), marks=pytest.mark.slow),
         (2, 7, Diagonal(), PrefixState()),
         (8, 3, ScaledIdentity(), PrefixState()),  # more devices than layers
-        (2, 3, Jacobi(), PrefixState()),
+        pytest.param(2, 3, Jacobi(), PrefixState(), marks=pytest.mark.slow),
     ),
     ids=name_of,
 )
@@ -174,7 +174,7 @@ def test_a_tolerance_means_the_same_when_sharded(num_layers):
     """The same sequences stop after the same iterations: their residuals travel with the totals."""
     problem = chain(num_layers)
     problem = dataclasses.replace(problem, h_in=problem.h_in * jnp.asarray([10.0, 100.0, 3000.0])[:, None])
-    settings = {"num_iters": num_layers, "init": BatchForward(), "tolerance": 1e-3, "with_stats": True, "taps": (1,)}
+    settings = {"num_iters": num_layers, "init": BatchForward(), "tolerance": 1e-2, "with_stats": True, "taps": (1,)}
     mesh, correction = make_mesh(layer=4), ScaledIdentity()
     placed, counts = spread(problem, mesh)
 
@@ -214,7 +214,7 @@ def test_sharded_residual_ends_at_exactly_zero():
     "num_devices, num_layers, correction, init",
     (
         (8, 8, ScaledIdentity(), BatchForward()),
-        (2, 4, Diagonal(), PrefixState()),
+        pytest.param(2, 4, Diagonal(), PrefixState(), marks=pytest.mark.slow),
         (2, 3, HyperConnection(), Warm()),
     ),
     ids=name_of,
@@ -263,7 +263,10 @@ def test_sharded_forward_is_unsharded(model, num_devices, setting, all_gathers):
     """K all-gathers, one more for a batched forward, nothing else: the mid-layer state travels with the rest."""
     params, tokens = random_params(model), random_tokens(CONFIG)
     schedule = parse_schedule(setting, CONFIG.num_layers)
-    run = lambda mesh: jax.jit(lambda w, t: forward(model, w, t, mesh=mesh))  # noqa: E731
+    # Cutting the filling off a trace that is spread over the devices is an exchange of its own, so nobody asks for it.
+    is_even = (schedule.regions[0].num_layers % num_devices) == 0
+    read = lambda output: output if is_even else output._replace(solutions=())  # noqa: E731
+    run = lambda mesh: jax.jit(lambda w, t: read(forward(model, w, t, mesh=mesh)))  # noqa: E731
     whole = prepare(model, params, schedule, num_tokens=tokens.size, layout="stack")
     expected = run(None)(whole, tokens)
     mesh = make_mesh(layer=num_devices)
@@ -284,7 +287,7 @@ def test_sharded_forward_is_unsharded(model, num_devices, setting, all_gathers):
     "axes, setting",
     (
         ({"data": 2, "layer": 4}, "idn:n=4,k=1,init=batch_forward"),
-        ({"layer": 4}, "sid:n=3,k=2"),  # uneven
+        pytest.param({"layer": 4}, "sid:n=3,k=2", marks=pytest.mark.slow),  # uneven
     ),
 )
 def test_sharded_gradients_are_unsharded(axes, setting):

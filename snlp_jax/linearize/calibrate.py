@@ -63,7 +63,7 @@ def fit_calibration(
             They differ in their arrays only: functions are taken from the first. Streams count as samples.
         kind: ``scalar`` c_l I, ``channel`` diag(a_l), or ``basis`` c_l I + U M_l V^T with U, V of ``rank`` columns.
         intercept: also fit b_l; without it the regressions go through the origin. It lowers the squared error of the
-            states, and raised the perplexity of every model it was tried on.
+            states, yet on the demo's model it raised the perplexity.
         init: ``PrefixState()`` if None. The surrogates fit this initial trace only.
         init_rank: columns of U_l, V_l of ``CalibratedInit`` and ``Preheat``.
         ridge: relative to the mean eigenvalue of the regressor's covariance; draws channels and cores to the scalar.

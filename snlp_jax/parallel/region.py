@@ -61,7 +61,8 @@ def solve_sharded(
     ``problem.params`` and ``problem.ctx`` are stacks, padded already where ``problem.num_real`` says so; ``sweep_fn``
     is not used, since the devices hold different layers. Trace and aux of the solution stay sharded; its value and
     tapped states are on every device. The program holds ``num_iters`` all_gathers, one more for an initial
-    trace other than h0, and no other collective.
+    trace other than h0, and no other collective; but where nodes of zero weights are cut off the trace, aux or
+    residuals, which only happens if these are used, XLA exchanges them as well.
 
     Raises:
         InputError: see :func:`check_sharding`.
