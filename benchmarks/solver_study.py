@@ -28,7 +28,7 @@ from snlp_jax.io.provenance import git_commit
 ROOT = Path(__file__).resolve().parents[1]
 
 CALIBRATIONS = (
-    "cal8:n=8,k=2",
+    "cal8:n=8,k=2,rank=48",
     "cal8_scalar:n=8,k=2,kind=scalar,init=h0",
     "cal8_h0:n=8,k=2,init=h0",
     "pre8:n=8,k=2,init=preheat",

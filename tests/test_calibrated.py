@@ -122,7 +122,7 @@ def squared_errors(problem, corrections, num_iters, init=None):
 def test_one_step_is_exact_on_the_maps_of_its_kind(kind):
     """Fitted on some text, exact on other, with the coefficients of the chain."""
     problem = affine_chain(kind)
-    fitted = fit_calibration(batches(problem), num_iters=1, kind=kind, rank=RANK, ridge=0.0)
+    fitted = fit_calibration(batches(problem), num_iters=1, kind=kind, rank=RANK, intercept=True, ridge=0.0)
     fresh = dataclasses.replace(affine_chain(kind, seed=100), params=problem.params, calibration=fitted)
     # Moments of 64 samples in float32, through five layers; bases are found in turns, which end before the limit.
     assert error(solved(fresh, Calibrated()), fresh) < (2e-4 if kind == "basis" else 2e-5)
@@ -267,10 +267,11 @@ def test_streams_are_samples():
     """A chain that treats each stream alike is fitted as one of more tokens, list layout as stack."""
     problem = curved_chain()
     streams = dataclasses.replace(problem, h_in=problem.h_in.reshape(-1, 2, WIDTH))
-    expected = fit_calibration([listed(problem)], num_iters=1, kind="channel", init=CalibratedInit(), init_rank=2)
+    settings = {"num_iters": 1, "kind": "channel", "intercept": True, "init": CalibratedInit(), "init_rank": 2}
+    expected = fit_calibration([listed(problem)], **settings)
     wide = lambda params, h, ctx, shared: (h + jnp.tanh(h @ params["w"] + params["c"][None, None]), ())  # noqa: E731
     streams = dataclasses.replace(streams, block_fn=wide)
-    actual = fit_calibration([streams], num_iters=1, kind="channel", init=CalibratedInit(), init_rank=2)
+    actual = fit_calibration([streams], **settings)
     assert actual.layers.keys() == expected.layers.keys()
     for name in ("channel", "intercept", "init_scale"):
         np.testing.assert_allclose(actual.layers[name], expected.layers[name], rtol=1e-4, atol=1e-4)  # float32 sums

@@ -1,6 +1,6 @@
 """Calibrations of a run: fitted to its training text, saved beside its checkpoint, found again by name.
 
-    cal8:n=8,k=2                                       shared bases of rank 16 and a fitted initial trace
+    cal8:n=8,k=2                                       shared bases of rank 32 and a fitted initial trace
     cal8:n=8,k=2,kind=channel,init=h0,tokens=131072    diagonal surrogates for the guess h0
     pre8:4-12,k=1,kind=scalar,init=preheat,init_rank=8
 
@@ -42,9 +42,11 @@ class CalibrationSpec:
     name: str
     region: ParallelSegment
     kind: str = "basis"
-    rank: int = 16
-    intercept: bool = True
-    init_rank: int = 64
+    rank: int = 32
+    """At most the model's width."""
+    intercept: bool = False
+    init_rank: int = 128
+    """At most the model's width."""
     num_tokens: int = 65536
 
 
@@ -71,7 +73,7 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
             region,
             fields.get("kind", "basis"),
             number("rank", CalibrationSpec.rank),
-            bool(number("intercept", 1)),
+            bool(number("intercept", 0)),
             number("init_rank", CalibrationSpec.init_rank),
             number("tokens", CalibrationSpec.num_tokens),
         )
@@ -92,7 +94,7 @@ def fit_to_run(
         region_problems(model, params, spec.region, windows),
         num_iters=spec.region.num_iters,
         kind=spec.kind,  # type: ignore[arg-type]
-        rank=spec.rank,
+        rank=min(spec.rank, model.config.embed_dim),
         intercept=spec.intercept,
         init=spec.region.init,
         init_rank=min(spec.init_rank, model.config.embed_dim),

@@ -16,6 +16,7 @@ sub-layer. Every layer keeps its window, its heads and its value embeddings. M =
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -193,8 +194,8 @@ def node_fns(node: Node, windows: Sequence[int], choose_kernel: ChooseKernel, *,
     """The functions of a chain of equal nodes whose layers, in order, have these windows.
 
     The sweep runs attention once for each distinct window, with the window compiled in, on activations gathered by
-    window; the weights are read where they lie. For long inputs a CPU runs the nodes one after another instead: batched,
-    every operation would pass all states through memory.
+    window; the weights are read where they lie. For long inputs a CPU runs the nodes one after another
+    instead: batched, every operation would pass all states through memory.
     """
     maybe_remat = jax.checkpoint if remat else lambda fn: fn
 
@@ -212,7 +213,7 @@ def node_fns(node: Node, windows: Sequence[int], choose_kernel: ChooseKernel, *,
         return new_L, BlockAux(kv, skip_LBTRR)
 
     def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
-        if jax.default_backend() == "cpu" and h_L[0, ..., 0].size >= LARGE_STATE:
+        if jax.default_backend() == "cpu" and prod(h_L.shape[1:-1]) >= LARGE_STATE:
             return jax.lax.map(lambda row: block(*row, shared), (params, h_L, ctx))
         return batched(params, h_L, ctx, shared)
 
