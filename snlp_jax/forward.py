@@ -158,6 +158,8 @@ def check_schedule(config: ModelConfig, schedule: Schedule) -> None:
             raise InputError("sid scales a single residual stream, but this model mixes several; use hcn.")
         if isinstance(region.stage, Chunkwise) and config.num_streams and config.hyper_maps == "dynamic":
             raise InputError("layers whose maps depend on the token cannot be fused; leave out stage=.")
+        if isinstance(region.stage, Chunkwise) and config.num_streams and region.stage.scales == "own":
+            raise InputError("scales=own is for residual scalars, and this model mixes streams; leave it out.")
         if isinstance(region.stage, FusedSplit) and config.num_streams:
             raise InputError("a split stage is for a single residual stream; use chunks such as stage=4xF2.")
 

@@ -180,7 +180,7 @@ CHAINS = {
     "bent_streams": bent_streams,
 }
 JACOBI, IDENTITY, SCALED, HALF, EXACT = Jacobi(), Identity(), ScaledIdentity(), Identity(damping=0.5), Exact()
-TRUSTED, DIAGONAL, HYPER = Identity(trust=0.3), Diagonal(), HyperConnection()
+TRUSTED, DIAGONAL, HYPER = Identity(trust=0.2), Diagonal(), HyperConnection()
 N = NUM_LAYERS
 ITERATIONS = {
     name: dict(zip((JACOBI, IDENTITY, SCALED, HALF, TRUSTED, DIAGONAL, HYPER, EXACT), row, strict=True))

@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import SMALL, VARIANTS, Warm, random_params, random_tokens, relative_error
+from problems import SMALL, VARIANTS, random_params, random_tokens, relative_error
 
+from snlp_jax.errors import InputError
 from snlp_jax.forward import Weights, forward, layer_problem, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import (
+    BatchForward,
+    Calibrated,
+    CalibratedInit,
+    Calibration,
+    Diagonal,
+    HyperConnection,
     Identity,
+    Iteration,
     Jacobi,
     ParallelSegment,
     PrefixState,
@@ -22,6 +30,7 @@ from snlp_jax.solver import (
     sequential,
     solve,
 )
+from snlp_jax.solver import Warm as LibraryWarm
 from snlp_jax.solver.linear import shift
 
 ROUNDING = 2e-5
@@ -29,6 +38,23 @@ ROUNDING = 2e-5
 batched over layers, grown by six layers that each amplify a little."""
 NUM_LAYERS = SMALL.num_layers
 CORRECTIONS = {"jac": Jacobi(), "idn": Identity(), "sid": ScaledIdentity()}
+
+
+def corrections_of(config):
+    """Every correction that the solver runs in parallel and that fits the model's residual path."""
+    own = HyperConnection() if config.num_streams else ScaledIdentity()
+    table = {"jac": Jacobi(), "idn": Identity(), "own": own, "trust": Identity(trust=0.5), "cal": Calibrated()}
+    return table | {"diag": Diagonal(mode="vjp")}
+
+
+def any_calibration(config, num_iters=3):
+    """Numbers that were fitted to nothing: exactness must not depend on them."""
+    rng = np.random.default_rng(5)
+    draw = lambda *shape: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)  # noqa: E731
+    n, d = config.num_layers, config.embed_dim
+    layers = {"scale": 1 + draw(n, num_iters), "core": draw(n, num_iters, 2, 2), "intercept": draw(n, num_iters, d)}
+    init = {"init_scale": 1 + draw(n), "init_u": draw(n, d, 2), "init_v": draw(n, d, 2), "init_intercept": draw(n, d)}
+    return Calibration(layers | init, {"u": draw(num_iters, d, 2), "v": draw(num_iters, d, 2)})
 
 
 def assert_close(actual, desired):
@@ -58,8 +84,8 @@ def whole_region(model, params, tokens):
     """The problem of all layers, as ``forward`` builds it."""
     segment = ParallelSegment(0, model.config.num_layers, 1, Identity())
     weights = split(model, params, Schedule.of(model.config.num_layers, segment))
-    h_in = model.embed(weights.ends, tokens)
-    return layer_problem(model, weights.ends, weights.blocks[0], tokens, model.shared(h_in), segment, h_in)
+    x0 = model.embed(weights.ends, tokens)
+    return layer_problem(model, weights.ends, weights.blocks[0], tokens, model.shared(x0), segment, model.expand(x0))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -67,40 +93,162 @@ def test_theorems_of_every_variant(variant):
     """One compiled program per variant maps a trace to the next one under every correction."""
     model = LanguageModel(VARIANTS[variant])
     params, tokens = random_params(model), random_tokens(model.config)
+    corrections, calibration = corrections_of(model.config), any_calibration(model.config)
+
+    def whole(params, tokens):
+        return dataclasses.replace(whole_region(model, params, tokens), calibration=calibration)
 
     @jax.jit
     def start(params, tokens):
-        problem = whole_region(model, params, tokens)
+        problem = whole(params, tokens)
         truth = sequential(problem, with_trace=True, with_aux=True)
         by_vmap = dataclasses.replace(problem, sweep_fn=None).sweep(shift(truth.trace, problem.h_in))
-        return truth, PrefixState()(problem).h_L, by_vmap
+        guesses = {"h0": PrefixState(), "batch_forward": BatchForward(), "cal": CalibratedInit()}
+        return truth, by_vmap, {name: init(problem).h_L for name, init in guesses.items()}
 
     @jax.jit
-    def step(params, tokens, traces):
-        problem = whole_region(model, params, tokens)
-        return {
-            name: solve(problem, CORRECTIONS[name], num_iters=1, init=Warm(trace)) for name, trace in traces.items()
-        }
+    def step(params, tokens, traces, index):
+        """The next trace of every correction: one evaluation of its own, corrected as iteration ``index``."""
+        problem = whole(params, tokens)
 
-    truth, h0, by_vmap = start(params, tokens)
-    for solution in step(params, tokens, dict.fromkeys(CORRECTIONS, truth.trace)).values():
-        assert_close(solution.trace, truth.trace)  # one iteration on the true trace returns it
-        assert_close(solution.aux, truth.aux)  # with the keys and values of the sequential pass
-        assert_close((solution.trace, solution.aux), by_vmap)  # sweep_fn is vmap(block_fn)
+        def correct(correction, h_L):
+            x_L = shift(h_L, problem.h_in)
+            y_L, aux_L = problem.sweep(x_L)
+            return correction(problem, Iteration(index, x_L, y_L, aux_L, h_L, problem.h_in)).h_L, aux_L
 
-    after = [dict.fromkeys(CORRECTIONS, h0)]
-    for _ in range(NUM_LAYERS + 1):
-        after.append({name: solution.trace for name, solution in step(params, tokens, after[-1]).items()})
-    # One Jacobi iteration from h0 evaluates every layer at the input; Identity adds up those branches.
-    assert_close(after[1]["idn"], h0 + jnp.cumsum(after[1]["jac"] - h0, axis=0))
-    final = after[NUM_LAYERS]["jac"]
-    assert_close(final, truth.trace)
-    for name in CORRECTIONS:
-        for num_iters, traces in enumerate(after):
-            # The first k layers after k iterations, for any correction, bit for bit the final ones; at N all layers,
-            # and one more iteration changes nothing.
-            np.testing.assert_array_equal(traces[name][:num_iters], final[:num_iters])
-        assert relative_error(after[NUM_LAYERS - 1][name], truth.trace) > 10 * ROUNDING  # and not sooner
+        return {name: correct(corrections[name], h_L) for name, h_L in traces.items()}
+
+    truth, by_vmap, guesses = start(params, tokens)
+    for name, (trace, aux) in step(params, tokens, dict.fromkeys(corrections, truth.trace), NUM_LAYERS).items():
+        assert_close(trace, truth.trace), name  # one iteration on the true trace returns it
+        assert_close(aux, truth.aux)  # with the keys and values of the sequential pass
+        assert_close((trace, aux), by_vmap)  # sweep_fn is vmap(block_fn)
+
+    finals = []
+    for init, h_L in guesses.items():
+        after = [dict.fromkeys(corrections, h_L)]
+        for index in range(NUM_LAYERS + 1):
+            after.append({name: new[0] for name, new in step(params, tokens, after[-1], index).items()})
+        if init == "h0":
+            # One Jacobi iteration from h0 evaluates every layer at the input, as batch_forward does; Identity adds up
+            # those branches.
+            assert_close(after[1]["jac"], guesses["batch_forward"])
+            assert_close(after[1]["idn"], h_L + jnp.cumsum(after[1]["jac"] - h_L, axis=0))
+        final = after[NUM_LAYERS]["jac"]
+        assert_close(final, truth.trace)
+        for name in corrections:
+            for num_iters, traces in enumerate(after):
+                # The first k layers after k iterations, for any correction, bit for bit the final ones; at N all
+                # layers, and one more iteration changes nothing.
+                np.testing.assert_array_equal(traces[name][:num_iters], final[:num_iters], err_msg=f"{name} {init}")
+            if init != "batch_forward":  # which is one iteration ahead
+                assert relative_error(after[NUM_LAYERS - 1][name], truth.trace) > 10 * ROUNDING  # and not sooner
+        finals.append(final)
+    for final in finals:
+        np.testing.assert_array_equal(final, finals[0])
+
+
+# ---------------------------------------------------------------- stages
+
+
+@pytest.mark.parametrize("variant", ("everything", "no_x0_resid", "hyper_static"))
+def test_chunks_of_one_layer_are_single_layers(variant):
+    """C = N, M = 1, with either choice of scalars; and K = C iterations of larger chunks settle the fused model."""
+    model = LanguageModel(VARIANTS[variant])
+    params, tokens = random_params(model), random_tokens(model.config)
+    single = run(model, params, tokens, "idn:n=6,k=2")
+    own_scales = [] if model.config.num_streams else ["stage=6xF1,scales=own,mid=interpolated"]
+    for stage in ["stage=6xF1", *own_scales]:
+        chunked = run(model, params, tokens, f"idn:n=6,k=2,{stage}")
+        assert_close(chunked[:3], single[:3])
+        assert_close(chunked.solutions[0].trace, single.solutions[0].trace)
+    own = "hcn" if model.config.num_streams else "sid"
+    fused = [run(model, params, tokens, f"{name}:n=6,k=3,stage=3xF2", layout="list") for name in ("idn", own)]
+    assert_close(fused[0][:3], fused[1][:3])
+    assert relative_error(fused[0].logits_BTV, run(model, params, tokens, "seq").logits_BTV) > 0.01
+
+
+def test_the_middle_of_a_fused_chunk_is_a_choice(small):
+    """Layer 3 of 6 is the second of the chunk 2-5 of three layers: its output, its input, or 2/3 between them."""
+    model, params, tokens, _ = small
+    states = {
+        mid: run(model, params, tokens, f"idn:2-5,k=1,stage=1xF3,mid={mid}")
+        for mid in ("output", "input", "interpolated")
+    }
+    np.testing.assert_array_equal(states["output"].h_mid, states["output"].solutions[0].value)
+    between = states["input"].h_mid + 2 / 3 * (states["output"].h_mid - states["input"].h_mid)
+    assert_close(states["interpolated"].h_mid, between)
+    assert relative_error(states["input"].h_mid, states["output"].h_mid) > 0.01
+
+
+def test_split_stage_is_one_iteration_without_scalars():
+    """Without residual scalars all attentions of one iteration from h0 read the same input anyway."""
+    model = LanguageModel(VARIANTS["no_x0_resid"])
+    params, tokens = random_params(model), random_tokens(model.config)
+    split_stage, single = (run(model, params, tokens, f"idn:n=4,k=1{stage}") for stage in (",stage=split", ""))
+    assert_close(split_stage[:3], single[:3])
+
+
+# ---------------------------------------------------------------- controls and warm traces
+
+
+def test_controls_leave_layers_out(small):
+    """Skipped layers are the model without them; pairs are Identity on regions of two."""
+    model, params, tokens, _ = small
+    keep = np.asarray([0, 1, 2, 5])
+    shorter = {**params, "blocks": jax.tree.map(lambda leaf: leaf[keep], params["blocks"])}
+    skipped = run(model, params, tokens, "skip:3-5")
+    h = mid = model.embed(params, tokens)
+    shared = model.shared(h)
+    for row, layer in enumerate(keep):
+        ctx = model.context(params, params["blocks"], tokens, layer, layer + 1)
+        take = lambda leaf: leaf[row]  # noqa: B023, E731
+        h, _ = model.block_fn()(jax.tree.map(take, shorter["blocks"]), h, jax.tree.map(lambda x: x[0], ctx), shared)
+        mid = h if layer == 2 else mid  # the head reads layer 3, which is left out: the state there
+    assert_close((skipped.h_last, skipped.h_mid), (h, mid))
+    early = run(model, params, tokens, "exit:5")
+    assert_close(early[:3], run(model, params, tokens, "skip:5-6")[:3])
+    pairs = run(model, params, tokens, "pairs:n=4")
+    assert_close(pairs[:3], run(model, params, tokens, "idn:2-4,k=1+idn:4-6,k=1")[:3])
+
+
+def test_warm_starts_from_the_previous_token(small):
+    """The oracle's guess of layer l at token t is the exact state at t - 1; K = N is exact from it too."""
+    model, params, tokens, truth = small
+    segment = dataclasses.replace(ParallelSegment(0, NUM_LAYERS, 1, Identity()), init=LibraryWarm())
+    weights = split(model, params, Schedule.of(NUM_LAYERS, segment))
+    h_in = model.embed(params, tokens)
+    problem = layer_problem(model, weights.ends, weights.blocks[0], tokens, model.shared(h_in), segment, h_in)
+    trace = sequential(whole_region(model, params, tokens), with_trace=True).trace
+    assert_close(problem.warm_L[:, :, 1:], trace[:, :, :-1])
+    np.testing.assert_array_equal(problem.warm_L[:, :, 0], jnp.broadcast_to(h_in[None, :, 0], trace[:, :, 0].shape))
+    assert_close(run(model, params, tokens, "idn:n=6,k=6,init=warm")[:3], truth[:3])
+
+
+def test_adaptive_region_of_a_model(small):
+    """A tolerance that nothing meets makes all iterations and ends exact; a loose one stops early."""
+    model, params, tokens, truth = small
+    exact = run(model, params, tokens, "idn:n=6,tol=1e-30")
+    assert_close(exact[:3], truth[:3])
+    assert int(exact.solutions[0].stats["num_iters"]) == NUM_LAYERS
+    loose = run(model, params, tokens, "idn:n=6,tol=0.9")
+    assert np.all(loose.solutions[0].stats["sequence_iters"] < NUM_LAYERS)
+
+
+@pytest.mark.parametrize(
+    "variant, setting, sentence",
+    (
+        ("everything", "hcn:n=2", "hcn needs residual streams"),
+        ("hyper_static", "sid:n=2", "sid scales a single residual stream"),
+        ("hyper_dynamic", "idn:n=4,stage=2xF2", "cannot be fused"),
+        ("hyper_static", "idn:n=4,stage=split", "a split stage is for a single residual stream"),
+        ("everything", "cal:n=2,fit=mine", "there is no calibration 'mine'"),
+    ),
+)
+def test_a_setting_that_the_model_cannot_run(variant, setting, sentence):
+    model = LanguageModel(VARIANTS[variant])
+    with pytest.raises(InputError, match=sentence):
+        split(model, random_params(model), parse_schedule(setting, NUM_LAYERS))
 
 
 # ---------------------------------------------------------------- whole schedules
@@ -121,7 +269,7 @@ def test_the_residual_ends_at_exactly_zero(small, setting):
     chex.assert_shape(solution.stats["residual_norm"], (7, NUM_LAYERS))
     np.testing.assert_array_equal(solution.stats["residual_norm"][-1], 0.0)
     assert solution.stats["residual_norm"][NUM_LAYERS - 2, -1] > 0
-    assert_close((output.logits_BTV, output.h_mid), (truth.logits_BTV, truth.h_mid_BTD))
+    assert_close((output.logits_BTV, output.h_mid), (truth.logits_BTV, truth.h_mid))
 
 
 @pytest.mark.parametrize(

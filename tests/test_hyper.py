@@ -192,9 +192,13 @@ def test_every_map_gets_a_gradient(maps):
         # Nothing hangs on how equal streams are weighed, nor on where in their sum the last branch ends up.
         for leaf in (grads["attn"]["pre_logits"][0], grads["mlp"]["post_logits"][2], grads["mlp"]["res_logits"][2]):
             assert np.abs(leaf).max() < 1e-5
-    rows = [jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(3)]  # noqa: B023
-    stacked, listed = (model.context(params, blocks, tokens, 0, 3) for blocks in (params["blocks"], rows))
-    chex.assert_trees_all_equal(stacked, listed)
+    of_rows = lambda rows: model.context(params, rows, tokens, 0, 3)  # noqa: E731
+    blocks = params["blocks"]
+    layers = [jax.tree.map(lambda leaf: leaf[i], blocks) for i in range(3)]  # noqa: B023
+    chex.assert_trees_all_equal(of_rows(layers), of_rows(blocks))
+    chex.assert_trees_all_equal(of_rows([blocks]), of_rows(blocks))  # a list of one chunk
+    padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, 0 * leaf[:1]]), blocks)
+    chex.assert_trees_all_equal(of_rows(padded), of_rows(blocks))
 
 
 def test_hyper_connections_replace_the_residual_scalars():

@@ -306,10 +306,10 @@ def test_bfloat16_is_close_to_float32_and_leaves_the_state_in_float32():
         weights = split(model, model.cast(random_params(model)), all_sequential(model.config))
         outputs.append(jax.jit(lambda w, t, model=model: forward(model, w, t))(weights, tokens))
     full, half = outputs
-    assert half.logits_BTV.dtype == half.h_last_BTD.dtype == half.h_mid_BTD.dtype == jnp.float32
+    assert half.logits_BTV.dtype == half.h_last.dtype == half.h_mid.dtype == jnp.float32
     # bfloat16 keeps 8 bits, 0.4 percent an operand; six layers of four products each add up to a few percent.
     root_mean_square = lambda x: float(np.sqrt(np.mean(np.square(x))))  # noqa: E731
-    ratio = root_mean_square(half.h_last_BTD - full.h_last_BTD) / root_mean_square(full.h_last_BTD)
+    ratio = root_mean_square(half.h_last - full.h_last) / root_mean_square(full.h_last)
     assert 1e-4 < ratio < 0.03
 
 

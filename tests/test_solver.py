@@ -428,7 +428,7 @@ def test_relative_norm_is_a_mean_over_tokens_and_leaves():
 # ---------------------------------------------------------------- a tolerance
 
 
-TOLERANCE = 1e-3
+TOLERANCE = 0.05
 
 
 def three_sequences():
@@ -440,7 +440,7 @@ def three_sequences():
 
     chain = nonlinear(8)
     draw = jnp.asarray(np.random.default_rng(3).normal(size=(3, 2, chain.h_in.shape[-1])), jnp.float32)
-    h_in = draw * jnp.asarray([3.0, 100.0, 3000.0])[:, None, None]
+    h_in = draw * jnp.asarray([3.0, 12.0, 50.0])[:, None, None]
     return dataclasses.replace(chain, block_fn=block, h_in=h_in)
 
 
@@ -460,6 +460,7 @@ def test_with_a_tolerance_each_sequence_is_solved_as_if_alone():
         made = solution.stats["sequence_iters"]
         assert len(set(made.tolist())) == 3
         assert solution.stats["num_iters"] == max(made) < 8
+        changes = []
         for b, single in enumerate(singles):
             assert single.stats["num_iters"] == single.stats["sequence_iters"][0] == made[b]
             own = lambda tree, axis: jnp.take(tree, jnp.asarray([b]), axis)  # noqa: B023, E731
@@ -468,9 +469,12 @@ def test_with_a_tolerance_each_sequence_is_solved_as_if_alone():
             for state in (mine, (single.value, single.tapped[0], single.trace)):
                 for part, row in zip(state, (expected[-1], expected[2], expected), strict=True):
                     np.testing.assert_allclose(part, row, rtol=1e-5, atol=1e-5)  # products of another batch size
+            if made[b] < max(made):
+                changes.append(relative_error(expected, own(fixed[correction][int(made[b]) + 1], 1)))
             # It stops after the first iteration that finds all its tokens' residuals below the tolerance.
             ratios = [worst_ratio(h_in[b], trace[:, b]) for trace in fixed[correction]]
             assert int(made[b]) == 1 + next(k for k, ratio in enumerate(ratios) if ratio < TOLERANCE)
+        assert max(changes) > 1e-4  # what sequences that stop before the others are kept from
 
 
 def worst_ratio(h_in, trace):
@@ -515,7 +519,7 @@ def test_a_state_without_a_batch_axis_is_one_sequence_and_ends_early_when_conver
     truth = sequential(problem, with_trace=True)
     solution = solve(problem, IDENTITY, init=PrefixState(), **settings)
     assert 1 < solution.stats["num_iters"] <= NUM_LAYERS
-    chex.assert_trees_all_close(solution.value, truth.value, rtol=1e-2)  # a few times the tolerance
+    chex.assert_trees_all_close(solution.value, truth.value, rtol=0.2)  # a few times the tolerance
     again = solve(from_trace(problem, truth.trace), IDENTITY, init=Warm(), **settings)
     assert again.stats["num_iters"] == again.stats["sequence_iters"][0] == 1
     chex.assert_trees_all_close(again.trace, truth.trace, rtol=1e-6)  # rounding of scan against vmap

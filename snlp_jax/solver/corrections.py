@@ -68,12 +68,12 @@ class Correction:
         """The new outputs for an update of 0: the evaluations themselves."""
         return iteration.y_L
 
-    def serial_evals(self, num_layers: int) -> int:
-        """Block evaluations that one correction itself puts on the critical path."""
+    def serial_evals(self, num_layers: int, num_iters: int) -> int:
+        """Block evaluations that the corrections themselves put on the critical path."""
         return 0
 
-    def extra_evals(self, num_layers: int) -> int:
-        """Block evaluations that one correction costs, on the critical path or beside it (a JVP counted as one)."""
+    def extra_evals(self, num_layers: int, num_iters: int) -> int:
+        """Block evaluations that the corrections cost, on the critical path or beside it (a JVP counted as one)."""
         return 0
 
     @property
@@ -245,7 +245,7 @@ class Diagonal(Trusting):
             )
             return jax.vmap(lambda key: jax.random.rademacher(key, leaf.shape[1:], leaf.dtype))(keys_L)
 
-        return tree.unflatten([one(position, leaf) for position, leaf in enumerate(leaves)])
+        return jax.tree.unflatten(tree, [one(position, leaf) for position, leaf in enumerate(leaves)])
 
     def _estimate(self, problem: LayerProblem, index: jax.Array | int, x_L: PyTree, y_L: PyTree) -> LinearMap:
         sweep = lambda x_L: problem.sweep(x_L)[0]  # noqa: E731
@@ -264,12 +264,13 @@ class Diagonal(Trusting):
         maps = DiagonalMap(jax.tree.map(lambda a: jnp.clip(a / self.num_probes, -self.limit, self.limit), total))
         return maps if self.stride == 1 else maps.identity_where(problem.indices() % self.stride > 0)
 
-    def extra_evals(self, num_layers: int) -> int:
-        return num_layers * self.num_probes * (2 if self.mode == "vjp" else 1)
+    def serial_evals(self, num_layers: int, num_iters: int) -> int:
+        # A backward pass follows a forward pass; the other two differentiate beside the evaluation.
+        return (1 if self.reuse else num_iters) if self.mode == "vjp" else 0
 
-    def serial_evals(self, num_layers: int) -> int:
-        # The other two differentiate beside the evaluation; a backward pass follows a forward pass.
-        return 1 if self.mode == "vjp" else 0
+    def extra_evals(self, num_layers: int, num_iters: int) -> int:
+        per_estimate = num_layers * self.num_probes * (2 if self.mode == "vjp" else 1)
+        return per_estimate * (1 if self.reuse else num_iters)
 
     @property
     def needs_forward_mode(self) -> bool:
@@ -315,11 +316,11 @@ class Exact(Correction):
         tapped = tuple(layer(new_L, tap) for tap in taps)
         return Corrected(new_L, entering, layer(new_L, -1), tapped, jax.tree.map(lambda leaf: leaf[None], packed))
 
-    def serial_evals(self, num_layers: int) -> int:
-        return num_layers
+    def serial_evals(self, num_layers: int, num_iters: int) -> int:
+        return num_layers * num_iters
 
-    def extra_evals(self, num_layers: int) -> int:
-        return num_layers
+    def extra_evals(self, num_layers: int, num_iters: int) -> int:
+        return num_layers * num_iters
 
     @property
     def needs_forward_mode(self) -> bool:

@@ -259,8 +259,8 @@ def correct(
     zero = jax.tree.map(jnp.zeros_like, entering)
     new_L = jax.tree.map(jnp.add, y_L, maps.apply(shift(d_L, zero)))
     if axis_name is None:
-        tapped = tuple(layer(new_L, tap) for tap in taps)
-        return Corrected(new_L, entering, layer(new_L, -1), tapped, jax.tree.map(lambda leaf: leaf[None], packed))
+        alone = jax.tree.map(lambda leaf: leaf[None], packed)
+        return Corrected(new_L, entering, layer(new_L, -1), tuple(layer(new_L, tap) for tap in taps), alone)
 
     # With a delta d_in entering the device, output l is new_l + (A_l ... A_1) d_in.
     num_layers = jax.tree.leaves(h_L)[0].shape[0]

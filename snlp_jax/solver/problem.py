@@ -23,7 +23,7 @@ ResidualMap = Callable[[PyTree, PyTree, PyTree], jax.Array]
 class Iteration(NamedTuple):
     """One evaluation of all (local) layers, which a correction turns into the next trace."""
 
-    index: jax.Array | int
+    index: jax.Array | int  # type: ignore[assignment]  # not tuple.index
     """Counted from 0."""
     x_L: PyTree
     """Inputs of the layers."""

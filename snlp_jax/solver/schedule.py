@@ -94,13 +94,13 @@ class ParallelSegment:
     @property
     def depth(self) -> int:
         """Dependent block evaluations on the critical path (a fused chunk counts as one block)."""
-        return self.init.num_evals + self.num_iters * (1 + self.correction.serial_evals(self.num_nodes))
+        return self.init.num_evals + self.num_iters + self.correction.serial_evals(self.num_nodes, self.num_iters)
 
     @property
     def num_block_evals(self) -> int:
         """Evaluations of a layer in all (a JVP counted as one)."""
-        per_iter = self.num_layers + self.correction.extra_evals(self.num_layers)
-        return self.init.num_evals * self.num_layers + self.num_iters * per_iter
+        extra = self.correction.extra_evals(self.num_layers, self.num_iters)
+        return (self.init.num_evals + self.num_iters) * self.num_layers + extra
 
 
 Segment = SequentialSegment | SkippedSegment | ParallelSegment
