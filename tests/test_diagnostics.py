@@ -1,9 +1,6 @@
 """Theorems about the diagnostics of the solver, and the diagnosis of a run that they make up."""
 
 import dataclasses
-import json
-import runpy
-import sys
 from pathlib import Path
 
 import jax
@@ -25,10 +22,8 @@ from problems import (
     listed,
     nonlinear,
     pair,
-    random_params,
     scaled_translation,
 )
-from tiny_run import MODEL, tiny
 
 from snlp_jax.solver import Diagonal, PrefixState, sequential, solve
 from snlp_jax.solver.diagnostics import contraction, spectral_norms, trace_errors

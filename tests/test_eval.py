@@ -4,9 +4,11 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from tiny_run import MODEL, tiny
 from snlp_jax.config import Config, EvalConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run, read_config, write_report
+from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibration
 from snlp_jax.eval.evaluate import default_solvers, evaluate, parse_settings
 from snlp_jax.eval.fidelity import greedy_matches
 from snlp_jax.eval.frontier import pareto_front
@@ -25,6 +28,7 @@ from snlp_jax.eval.perplexity import change_by_position, paired_interval, perple
 from snlp_jax.eval.report import Report
 from snlp_jax.forward import forward, split
 from snlp_jax.infer.greedy import make_greedy_fn
+from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.train.loop import train
@@ -191,12 +195,33 @@ def test_sharded_regions_are_measured(model: LanguageModel, params: dict, batche
     assert spread.timing is None and spread.speedup is None
 
 
+SCRIPT_SOLVERS = ["idn:n=2,k=1", "cal:n=2,k=1,init=cal,fit=mine", "idn:n=3,tol=0.5", "idn:n=2,k=1,init=warm"]
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    (
+        ("mine:n=2,kind=cubic", "kind=cubic is not one of scalar, channel, basis"),
+        ("mine:n=9", "calibration 'mine:n=9': n=9 is outside the model"),
+        ("mine:n=2,init=warm", "calibration 'mine:n=2,init=warm': init=warm is not one of"),
+        ("mine:n=2,size=3", "cannot read 'size=3'"),
+        ("mine:n=2,tokens=1", "raise tokens= or give more text"),
+        ("../mine:n=2,k=1,kind=scalar,init=h0,tokens=64", "must be letters, digits"),
+    ),
+)
+def test_bad_calibrations(tmp_path: Path, model: LanguageModel, params: dict, text: str, sentence: str) -> None:
+    data = SimpleNamespace(train=np.zeros(1000, np.uint16))
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        fit_to_run(tmp_path, model, params, data, parse_calibration(text, 4))
+
+
 def test_trained_run_is_evaluated_by_the_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     config: Config = tiny(tmp_path / "run")
     train(config)
-    flags = ["--solvers", "idn:n=2,k=1", "--num-windows", "4", "--batch-size", "2", "--greedy-tokens", "4"]
+    flags = ["--calibrations", "mine:n=2,k=1,rank=4,tokens=2048,init_rank=8"]
+    flags += ["--solvers", *SCRIPT_SOLVERS, "--num-windows", "4", "--batch-size", "2", "--greedy-tokens", "4"]
     flags += ["--greedy-prompts", "2", "--greedy-prompt-len", "4", "--timing-repeats", "2", "--num-bootstrap", "50"]
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
     monkeypatch.setattr(sys, "argv", ["eval.py", str(config.run_path), *flags])
@@ -206,7 +231,18 @@ def test_trained_run_is_evaluated_by_the_script(
     assert "eval.json" in output and "eval.png" in output
     saved = json.loads((config.run_path / "eval" / "eval.json").read_text())
     assert saved["info"]["step"] == 12
-    assert len(saved["results"]) == 2
+    assert [result["setting"] for result in saved["results"]] == ["seq", *SCRIPT_SOLVERS]
+
+    # The calibration lies beside the checkpoint and is found by name; another checkpoint or region refuses it.
+    assert (config.run_path / "calibrations" / "mine.npz").is_file()
+    solver, model = parse_schedule("cal:n=2,k=1,fit=mine", 4), LanguageModel(config.model)
+    with Checkpointer(config.run_path / "checkpoints", read_only=True) as checkpointer:
+        _, params = checkpointer.restore_params(model.abstract_params(), "best")
+    assert set(load_fits(config.run_path, params, [solver])) == {"mine"}
+    with pytest.raises(InputError, match="'mine' was fitted to another checkpoint; fit it again"):
+        load_fits(config.run_path, jax.tree.map(lambda leaf: leaf + 1, params), [solver])
+    with pytest.raises(InputError, match="'mine' was fitted to layers 2-4, but the region has 1-4"):
+        load_fits(config.run_path, params, [parse_schedule("cal:n=3,k=1,fit=mine", 4)])
 
     monkeypatch.setattr(sys, "argv", ["eval.py", str(config.run_path), "--solvers", "idn:n=7,k=1"])
     with pytest.raises(SystemExit) as stopped:

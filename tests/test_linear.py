@@ -281,7 +281,9 @@ def over_devices(num_devices, numbers):
     return run(numbers)
 
 
-@pytest.mark.parametrize("num_devices", (pytest.param(2, marks=pytest.mark.slow), 4, 8))
+@pytest.mark.parametrize(
+    "num_devices", (pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow))
+)
 def test_sharded_correct_is_unsharded(num_devices):
     """Bit for bit: traces, what enters and leaves, taps, what the devices tell each other, and all gradients."""
     numbers = jax.device_get(random_numbers(NUM_LAYERS))

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import numpy as np
 from snlp_jax.data.pipeline import TokenData, WindowSource
 from snlp_jax.errors import InputError
 from snlp_jax.forward import Weights, layer_problem, run_segments, split
-from snlp_jax.linearize import About, fingerprint, fit_calibration, load_calibration, save_calibration
+from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared
 from snlp_jax.notation import INITS, parse_fields, parse_number, parse_span, parse_stage
@@ -41,7 +41,7 @@ class CalibrationSpec:
 
     name: str
     region: ParallelSegment
-    kind: str = "basis"
+    kind: Kind = "basis"
     rank: int = 32
     """At most the model's width."""
     intercept: bool = False
@@ -57,6 +57,7 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
         InputError: one sentence that names the text and what is wrong with it.
     """
     name, _, rest = "".join(text.split()).partition(":")
+    check_name(name)
     try:
         fields = parse_fields(rest, KEYS)
         start, stop = parse_span(fields, num_layers)
@@ -64,6 +65,9 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
         init_name = fields.get("init", "cal")
         if init_name not in INITS or INITS[init_name]().is_oracle:
             raise ValueError(f"init={init_name} is not one of h0, batch_forward, cal, preheat.")
+        kind = fields.get("kind", CalibrationSpec.kind)
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind={kind} is not one of {', '.join(get_args(Kind))}.")
         region = ParallelSegment(
             start, stop, number("k", 2), Identity(), INITS[init_name](), parse_stage(fields, stop - start), fit=name
         )
@@ -71,7 +75,7 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
         return CalibrationSpec(
             name,
             region,
-            fields.get("kind", "basis"),
+            kind,
             number("rank", CalibrationSpec.rank),
             bool(number("intercept", 0)),
             number("init_rank", CalibrationSpec.init_rank),
@@ -93,7 +97,7 @@ def fit_to_run(
     calibration = fit_calibration(
         region_problems(model, params, spec.region, windows),
         num_iters=spec.region.num_iters,
-        kind=spec.kind,  # type: ignore[arg-type]
+        kind=spec.kind,
         rank=min(spec.rank, model.config.embed_dim),
         intercept=spec.intercept,
         init=spec.region.init,

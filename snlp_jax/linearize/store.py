@@ -97,7 +97,12 @@ def load_calibration(
     return Calibration(part("layers/"), part("common/")), about
 
 
-def _path(run_dir: Path, name: str) -> Path:
+def check_name(name: str) -> None:
+    """Refuse a name that would not be a file's. Raises InputError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise InputError(f"calibration name {name!r} must be letters, digits, '_', '-' and '.'; choose another.")
+
+
+def _path(run_dir: Path, name: str) -> Path:
+    check_name(name)
     return Path(run_dir) / FOLDER / f"{name}.npz"
