@@ -34,6 +34,7 @@ from rich.table import Table
 from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import Weights, forward, layer_problem, prepare, split
+from snlp_jax.linearize import fit_init
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import from_nanochat, nanochat_config, to_nanochat
 from snlp_jax.notation import DIAGONAL_MODES
@@ -161,6 +162,27 @@ class Golden:
 
         return jax.tree.map(np.asarray, compute(self.params))
 
+    @cached_property
+    def preheat(self) -> dict[str, np.ndarray]:
+        """U, V [L, D, r] and bias [L, D] of the map from the embedding to every layer's output."""
+        tokens_BT = jnp.asarray(self.arrays["preheat/calib_tokens"])
+        segment, every = SequentialSegment(0, self.num_layers), 4
+
+        @jax.jit
+        def compute(params: Params) -> tuple[Array, Array]:
+            x0_BTD = self.model.embed(params, tokens_BT)
+            shared = self.model.shared(x0_BTD)
+            problem = layer_problem(self.model, params, params["blocks"], tokens_BT, shared, segment, x0_BTD)
+            return x0_BTD[:, ::every], sequential(problem, with_trace=True).trace[:, :, ::every]
+
+        x0_BTD, h_LBTD = compute(self.params)
+        # Layers that have these outputs whatever they read: the chain that the fit sees as text.
+        problem = LayerProblem(
+            lambda h_BTD, x, ctx, shared: (h_BTD, ()), h_LBTD, None, None, x0_BTD, self.num_layers, anchor=x0_BTD
+        )
+        layers = fit_init([problem], Preheat(), rank=self.arrays["preheat/U"].shape[-1], ridge=0.0)
+        return {name: layers[f"preheat_{ours}"] for name, ours in (("U", "u"), ("V", "v"), ("bias", "intercept"))}
+
     def solve(self, regions: Iterable[ParallelSegment]) -> None:
         """Fill ``solutions``: logits [B, T, V] and states [n, B, T, D] of every region; each ends the model.
 
@@ -214,7 +236,8 @@ class Golden:
                 stride = self.num_layers  # the last layer alone
             if match["kind"] == "diag":
                 limit = 2.0 if match["mode"] == "fd" else np.inf
-                options = {"mode": DIAGONAL_MODES[match["mode"]], "stride": int(match["every"]), "limit": limit}
+                options: dict[str, Any] = {"mode": DIAGONAL_MODES[match["mode"]], "limit": limit, "detach": True}
+                options["stride"] = int(match["every"])
                 given = GivenProbes(**options, vectors=REG_VECTORS, golden=self)
         program = detach, stride, given
         if program not in self._loss_fns:
@@ -425,6 +448,18 @@ def warm_error(golden: Golden, task: Task) -> float:
     return absolute_error(golden.at_pos(logits_BTV), golden.arrays[task.key])
 
 
+def preheat_error(golden: Golden, task: Task) -> float:
+    """Of V U^T (the factors alone are not unique) or of the bias, for all layers, relative to the largest entry.
+
+    Fitted to the file's calibration tokens; the authors use every fourth position.
+    """
+    got, expected = golden.preheat, {name: golden.arrays[f"preheat/{name}"] for name in ("U", "V", "bias")}
+    if task.groups["what"] == "bias":
+        return absolute_error(got["bias"], expected["bias"]) / float(np.abs(expected["bias"]).max())
+    maps = [np.einsum("LDX,LEX->LDE", factors["V"], factors["U"]) for factors in (got, expected)]
+    return absolute_error(*maps) / float(np.abs(maps[1]).max())
+
+
 def greedy_error(golden: Golden, task: Task) -> float:
     """Number of wrong tokens; none where the first that differs is a tie of the two best logits."""
     expected = golden.arrays[task.key]
@@ -481,6 +516,7 @@ FAMILIES = (
     ),
     Family("split", rf"(ref/)?idn_(?P<stage>split)/{N_K}_{INIT}_{DAMPING}", LOGITS, logits_error, Identity),
     Family("Identity from a warm trace", rf"idn_batched_warm/{N_K}", LOGITS, warm_error),
+    Family("preheat: fitted map", r"preheat/(?P<what>[UV]|bias)", PREHEAT_TOLERANCE, preheat_error),
     Family("loss", rf"loss/{CASE}", LOSS_TOLERANCE, loss_error),
     Family("gradient norms", rf"grad/{CASE}/(?P<what>global_norm|param_norms)", GRAD_TOLERANCE, grad_norm_error),
     Family("gradient entries", rf"grad/{CASE}/(?P<name>.+)", GRAD_TOLERANCE, grad_entry_error),

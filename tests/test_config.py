@@ -185,6 +185,11 @@ def test_must_lie_between_zero_and_one(cls, name):
             lambda: Config(loss=LossConfig(hidden_norm=HiddenNormConfig(weight=1.0, region_sizes=(4, 13)))),
             "loss.hidden_norm.region_sizes holds 13, but the model has 12 layers.",
         ),
+        (
+            lambda: Config(loss=LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(4,), correction="hcn"))),
+            "loss.solver_ce.correction 'hcn' does not fit model.num_streams 0: hcn is for models with residual "
+            "streams, sid for those without.",
+        ),
     ),
 )
 def test_refusals(make, sentence):

@@ -270,6 +270,26 @@ def test_estimates_are_clipped_and_made_for_every_other_layer():
         np.testing.assert_array_equal(surrogate_of(problem, correction).a_L, a_LTD)
 
 
+def test_a_detached_estimate_is_a_constant_to_gradients():
+    """``h -> a_l h + c_l``, one iteration: the gradient by a_l is that of a solver whose slopes are given numbers."""
+    problem = diagonal()
+
+    @dataclass(frozen=True)
+    class Given(Correction):
+        def surrogate(self, _, iteration, state):
+            return DiagonalMap(problem.params["a"])
+
+    def gradient(correction):
+        run = lambda params: solve(  # noqa: E731
+            dataclasses.replace(problem, params=params), correction, num_iters=1, init=PrefixState()
+        )
+        return jax.grad(lambda params: jnp.sum(jnp.sin(run(params).value)))(problem.params)["a"]
+
+    detached, given, full = gradient(Diagonal(detach=True)), gradient(Given()), gradient(Diagonal())
+    np.testing.assert_allclose(detached, given, rtol=1e-5, atol=1e-6)  # rounding of z * (z * a)
+    assert np.abs(full - detached).max() > 0.01
+
+
 def test_reuse_keeps_the_estimate_of_the_first_inputs():
     """The second iteration by hand: the first one's maps on the second one's residuals."""
     problem = nonlinear()

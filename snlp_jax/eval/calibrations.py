@@ -65,9 +65,10 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
         init_name = fields.get("init", "cal")
         if init_name not in INITS or INITS[init_name]().is_oracle:
             raise ValueError(f"init={init_name} is not one of h0, batch_forward, cal, preheat.")
+        kinds: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
         kind = fields.get("kind", CalibrationSpec.kind)
-        if kind not in get_args(Kind):
-            raise ValueError(f"kind={kind} is not one of {', '.join(get_args(Kind))}.")
+        if kind not in kinds:
+            raise ValueError(f"kind={kind} is not one of {', '.join(kinds)}.")
         region = ParallelSegment(
             start, stop, number("k", 2), Identity(), INITS[init_name](), parse_stage(fields, stop - start), fit=name
         )
@@ -75,7 +76,7 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
         return CalibrationSpec(
             name,
             region,
-            kind,
+            kinds[kind],
             number("rank", CalibrationSpec.rank),
             bool(number("intercept", 0)),
             number("init_rank", CalibrationSpec.init_rank),

@@ -32,10 +32,10 @@ class Comparison(NamedTuple):
     """Of the two logit vectors."""
     error_BT: Array
     """||h - h*|| / ||h*|| of the last layer's outputs, norms over channels (and streams)."""
-    residual_norms: tuple[Array, ...]
+    residual_norms: tuple[Any, ...]
     """[num_iters] of each parallel region: mean over layers and tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||, before
     each correction; NaN for iterations that no sequence needed."""
-    iterations: tuple[Array, ...]
+    iterations: tuple[Any, ...]
     """[B] of each parallel region: iterations made for each sequence; [batches, B] once joined."""
 
 

@@ -204,6 +204,8 @@ class Diagonal(Trusting):
         stride: of the region only layers 0, stride, 2 stride ... are estimated, the others keep A = I (published for
             training; the products are still made for all).
         reuse: estimate once, at the first iteration's inputs, for all iterations.
+        detach: the estimate is a constant to reverse-mode differentiation (published for training: no second
+            derivatives).
         seed: of z where the problem has no key. z depends on the key, the iteration and the layer alone: the same
             key gives the same result, on any number of devices.
     """
@@ -214,6 +216,7 @@ class Diagonal(Trusting):
     limit: float = 2.0
     stride: int = 1
     reuse: bool = False
+    detach: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -262,6 +265,7 @@ class Diagonal(Trusting):
             estimate = jax.tree.map(jnp.multiply, z_L, slope_L)
             total = estimate if total is None else jax.tree.map(jnp.add, total, estimate)
         maps = DiagonalMap(jax.tree.map(lambda a: jnp.clip(a / self.num_probes, -self.limit, self.limit), total))
+        maps = jax.lax.stop_gradient(maps) if self.detach else maps
         return maps if self.stride == 1 else maps.identity_where(problem.indices() % self.stride > 0)
 
     def serial_evals(self, num_layers: int, num_iters: int) -> int:

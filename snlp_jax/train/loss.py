@@ -141,7 +141,7 @@ def loss_fn(
 def make_correction(term: SolverTerm) -> Correction:
     """The correction that a loss term trains for."""
     if term.correction == "diag":
-        return Diagonal(mode=term.diagonal_mode, stride=term.diagonal_stride)
+        return Diagonal(mode=term.diagonal_mode, stride=term.diagonal_stride, detach=True)
     return CORRECTIONS[term.correction]()
 
 
