@@ -162,7 +162,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Muon on matrices, AdamW elsewhere; the published rates of each group (docs/math.md, section 5)."""
+    """Muon on matrices, AdamW elsewhere; the published rates of each group (docs/math.md, section 6)."""
 
     matrix_lr: float = 0.02
     embed_lr: float = 0.3

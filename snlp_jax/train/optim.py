@@ -1,4 +1,4 @@
-"""Muon on the stacked matrices, AdamW on everything else, each group at its published rate (docs/math.md, section 5).
+"""Muon on the stacked matrices, AdamW on everything else, each group at its published rate (docs/math.md, section 6).
 
 Which leaf belongs to which group stands on one shelf, ``LABELS``; what a group does, on another, ``ADAM_GROUPS``. A
 leaf that no row of the shelf names is an error: without dimension numbers optax would silently give stacked matrices
