@@ -10,14 +10,23 @@ from snlp_jax.errors import InputError
 from snlp_jax.notation import CORRECTIONS, INITS, parse_schedule
 from snlp_jax.solver import (
     BatchForward,
+    Calibrated,
+    CalibratedInit,
+    Chunkwise,
+    Diagonal,
     Exact,
+    FusedSplit,
+    HyperConnection,
     Identity,
     Jacobi,
     ParallelSegment,
     PrefixState,
+    Preheat,
     ScaledIdentity,
     Schedule,
     SequentialSegment,
+    SkippedSegment,
+    Warm,
 )
 
 H0, BATCH = PrefixState(), BatchForward()
@@ -38,6 +47,31 @@ H0, BATCH = PrefixState(), BatchForward()
             "idn:4-8,k=1+sid:8-12,k=2",
             [ParallelSegment(4, 8, 1, Identity(), H0), ParallelSegment(8, 12, 2, ScaledIdentity(), H0)],
         ),
+        ("hcn:n=8", [ParallelSegment(4, 12, 1, HyperConnection(), H0)]),
+        (
+            "diag:n=4,mode=fd,probes=2,reuse=1,trust=0.5",
+            [ParallelSegment(8, 12, 1, Diagonal(mode="finite_difference", num_probes=2, reuse=True, trust=0.5), H0)],
+        ),
+        ("idn:n=8,tol=0.1", [ParallelSegment(4, 12, 8, Identity(), H0, tolerance=0.1)]),
+        ("idn:n=8,tol=0.1,stage=4xF2", [ParallelSegment(4, 12, 4, Identity(), H0, Chunkwise(4), tolerance=0.1)]),
+        ("idn:n=8,k=3,tol=0.1", [ParallelSegment(4, 12, 3, Identity(), H0, tolerance=0.1)]),
+        ("cal:n=8,init=cal,fit=a", [ParallelSegment(4, 12, 1, Calibrated(), CalibratedInit(), fit="a")]),
+        ("sid:n=8,init=preheat,fit=a", [ParallelSegment(4, 12, 1, ScaledIdentity(), Preheat(), fit="a")]),
+        ("idn:n=8,init=warm", [ParallelSegment(4, 12, 1, Identity(), Warm())]),
+        (
+            "idn:n=6,stage=3xF2,scales=own,branches=mean,mid=input",
+            [ParallelSegment(6, 12, 1, Identity(), H0, Chunkwise(3, "own", "mean", "input"))],
+        ),
+        ("idn:n=6,stage=split", [ParallelSegment(6, 12, 1, Identity(), H0, FusedSplit())]),
+        ("3xF4 n12 K1", [ParallelSegment(0, 12, 1, Identity(), H0, Chunkwise(3))]),
+        ("IDN n8 K4", [ParallelSegment(4, 12, 4, Identity(), H0)]),
+        ("HCN 2xF4 n8 K2", [ParallelSegment(4, 12, 2, HyperConnection(), H0, Chunkwise(2))]),
+        ("n6 K2 batch_forward", [ParallelSegment(6, 12, 2, Identity(), BATCH)]),
+        ("skip:4-11", [SkippedSegment(4, 11)]),
+        ("skip:n=3", [SkippedSegment(8, 11)]),  # the last layer stays
+        ("exit:6", [SkippedSegment(6, 12)]),
+        ("pairs:n=4", [ParallelSegment(i, i + 2, 1, Identity(), H0) for i in (8, 10)]),
+        ("pairs:0-3+idn:n=2", [ParallelSegment(i, i + 2, 1, Identity(), H0) for i in (0, 10)]),
         (
             " sid : 8-10 , k=3 + idn:2-4 ".replace(" :", ":"),
             [ParallelSegment(8, 10, 3, ScaledIdentity(), H0), ParallelSegment(2, 4, 1, Identity(), H0)],
@@ -59,7 +93,7 @@ def schedules(draw):
             start,
             stop,
             draw(st.integers(1, 99)),
-            draw(st.sampled_from(sorted(CORRECTIONS.values(), key=str)))(
+            draw(st.sampled_from(sorted(set(CORRECTIONS.values()) - {Calibrated}, key=str)))(
                 damping=draw(st.floats(0, 1, allow_subnormal=False))
             ),
             draw(st.sampled_from((H0, BATCH))),
@@ -87,15 +121,19 @@ def test_every_schedule_can_be_written_and_read(schedule, use_n):
     assert parse_schedule("+".join(reversed(texts)) or "seq", schedule.num_layers) == schedule
 
 
-READABLE = "write n=, k=, init=, damp= or a span such as 4-8."
+KNOWN = "jac, idn, sid, hcn, diag, cal, exact, skip, exit, pairs"
+READABLE = (
+    "write n=, k=, init=, tol=, fit=, stage=, damp=, trust=, probes=, mode=, reuse=, scales=, branches=, mid= or a "
+    "span such as 4-8."
+)
 
 
 @pytest.mark.parametrize(
     "text, sentence",
     (
-        ("", "unknown correction ''; choose one of jac, idn, sid, exact."),
-        ("newton:n=4", "unknown correction 'newton'; choose one of jac, idn, sid, exact."),
-        ("seq+idn:n=4", "unknown correction 'seq'; choose one of jac, idn, sid, exact."),
+        ("", f"unknown correction ''; choose one of {KNOWN}."),
+        ("newton:n=4", f"unknown correction 'newton'; choose one of {KNOWN}."),
+        ("seq+idn:n=4", f"unknown correction 'seq'; choose one of {KNOWN}."),
         ("IDN:n=4", "unknown correction 'IDN'"),
         ("idn", "give either n= (the last n layers) or a span such as 4-8."),
         ("idn:k=2", "give either n= (the last n layers) or a span such as 4-8."),
@@ -109,7 +147,26 @@ READABLE = "write n=, k=, init=, damp= or a span such as 4-8."
         ("idn:n=4,damp=much", "damp=much is not a number."),
         ("idn:n=4,damp=1.5", "damping 1.5 lies outside 0 to 1."),
         ("idn:n=4,damp=nan", "damping nan lies outside 0 to 1."),
-        ("idn:n=4,init=warm", "unknown init 'warm'; choose one of h0, batch_forward."),
+        ("idn:n=4,init=cold", "unknown init 'cold'; choose one of h0, batch_forward, warm, cal, preheat."),
+        ("hcn:n=4,trust=1", "trust= means nothing to hcn."),
+        ("idn:n=4,trust=-1", "trust -1.0 must be 0 or more."),
+        ("diag:n=4,mode=hvp", "unknown mode 'hvp'; choose one of jvp, vjp, fd."),
+        ("diag:n=4,probes=0", "probes=0: the Diagonal correction needs at least one probe."),
+        ("idn:n=4,tol=2", "tol=2.0: a relative residual lies between 0 and 1."),
+        ("cal:n=4", "cal with init=h0 needs fit=, the name of a calibration."),
+        ("idn:n=4,fit=a", "idn with init=h0 has no use for fit=, the name of a calibration."),
+        ("idn:n=4,init=cal", "idn with init=cal needs fit=, the name of a calibration."),
+        ("idn:n=4,stage=3xF2", "stage=3xF2 has 6 layers, but the region 4."),
+        ("idn:n=4,stage=fused", "stage=fused is neither chunks such as 4xF2 nor split."),
+        ("idn:n=4,mid=input", "mid= belong to fused chunks: add stage= such as 4xF2."),
+        ("idn:n=4,stage=2xF2,scales=both", "scales=both is not one of mean, own."),
+        ("1xF4 n4 K2", "k=2: one fused chunk is solved by one iteration; use k=1."),
+        ("3xF2 n4 K1", "stage=3xF2 has 6 layers, but the region 4."),
+        ("idn:n=4,k=2,stage=split", "a split stage evaluates at the region's input only: use k=1 and init=h0."),
+        ("idn:n=4,stage=2xF2,init=warm", "init=warm is a state of every layer: leave out stage=."),
+        ("exit:x", "exit:x is not a whole number."),
+        ("exit:12", "region 12-12 is empty or outside the model"),
+        ("skip:k=2", "cannot read 'k=2'; write n= or a span such as 4-8."),
         ("idn:n=4,k=0", "k=0: a parallel region needs at least one iteration."),
         ("idn:n=13", "n=13 is outside the model, which has 12 layers."),
         ("idn:n=0", "region 12-12 is empty or outside the model"),
