@@ -1,0 +1,23 @@
+"""The example of a stack of one's own runs, is short, and says what its page says."""
+
+import re
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE, PAGE = ROOT / "examples" / "own_stack.py", ROOT / "docs" / "own_stack.md"
+
+
+def test_own_stack(capsys):
+    """Every correction is exact after as many iterations as layers; a calibrated one is the best before that."""
+    assert len(EXAMPLE.read_text().splitlines()) < 60
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    header, *lines = capsys.readouterr().out.splitlines()
+    numbers = {line[:27].strip(): [float(cell) for cell in line[27:].split()] for line in lines}
+    assert re.findall(r"k=(\d+)", header) == ["1", "2", "4", "12"] and len(numbers) == 4
+    for errors in numbers.values():
+        assert errors[-1] < 1e-5  # float32 rounding of twelve layers
+        assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    *others, calibrated = numbers.values()
+    assert all(calibrated[column] < min(row[column] for row in others) for column in range(3))
+    assert all(name in PAGE.read_text() for name in numbers)
