@@ -30,7 +30,7 @@ from snlp_jax.solver.diagnostics import contraction, spectral_norms, trace_error
 
 ROOT = Path(__file__).parent.parent
 STEPS = 200
-"""Where sigma_2 = 0.995 sigma_1, 0.995^(4 x 199) = 2 % of the second direction's energy is left: a norm 2e-4 too low."""
+"""Where sigma_2 = 0.995 sigma_1, 0.995^(4 x 199) = 2 % of the second direction's energy is left: 2e-4 too low."""
 
 
 def exact_trace(problem):

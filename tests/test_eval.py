@@ -244,6 +244,17 @@ def test_trained_run_is_evaluated_by_the_script(
     with pytest.raises(InputError, match="'mine' was fitted to layers 2-4, but the region has 1-4"):
         load_fits(config.run_path, params, [parse_schedule("cal:n=3,k=1,fit=mine", 4)])
 
+    flags = ["--diagnose", "--solvers", "idn:n=2,k=2", "cal:n=2,k=1,fit=mine", "skip:1-2"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(config.run_path), *flags])
+    runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+    assert "diagnose.json" in capsys.readouterr().out
+    (identity, calibrated) = json.loads((config.run_path / "eval" / "diagnose.json").read_text())["regions"]
+    assert identity["setting"] == "idn:n=2" and calibrated["setting"] == "cal:n=2,fit=mine"
+    for region in (identity, calibrated):
+        assert np.shape(region["errors"]) == (3, 2) and np.shape(region["contractions"]) == (2,)
+        assert max(region["errors"][-1]) < 1e-5 < region["errors"][1][1]  # float32 rounding of two layers
+    assert (config.run_path / "eval" / "diagnose.png").read_bytes().startswith(b"\x89PNG")
+
     monkeypatch.setattr(sys, "argv", ["eval.py", str(config.run_path), "--solvers", "idn:n=7,k=1"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")

@@ -4,6 +4,8 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
+
 ROOT = Path(__file__).parent.parent
 EXAMPLE, PAGE = ROOT / "examples" / "own_stack.py", ROOT / "docs" / "own_stack.md"
 
@@ -11,7 +13,8 @@ EXAMPLE, PAGE = ROOT / "examples" / "own_stack.py", ROOT / "docs" / "own_stack.m
 def test_own_stack(capsys):
     """Every correction is exact after as many iterations as layers; a calibrated one is the best before that."""
     assert len(EXAMPLE.read_text().splitlines()) < 60
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    with jax.numpy_rank_promotion("allow"):  # a user's code need not spell out every axis
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
     header, *lines = capsys.readouterr().out.splitlines()
     numbers = {line[:27].strip(): [float(cell) for cell in line[27:].split()] for line in lines}
     assert re.findall(r"k=(\d+)", header) == ["1", "2", "4", "12"] and len(numbers) == 4

@@ -24,10 +24,9 @@ from snlp_jax.config import Config
 from snlp_jax.data.pipeline import val_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.evaluate import parse_settings
-from snlp_jax.eval.report import FOLDER, TABLE_WIDTH, _finite
-from snlp_jax.eval.run import Which, _read_data, _read_params
+from snlp_jax.eval.report import TABLE_WIDTH, finite_or_none, write_files
+from snlp_jax.eval.run import Which, open_run
 from snlp_jax.forward import Weights, layer_problem, split
-from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import git_commit
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import (
@@ -80,7 +79,7 @@ class Diagnosis:
 
     def to_json(self) -> str:
         """Numbers that are not finite, which JSON has not, become null."""
-        return json.dumps(_finite(dataclasses.asdict(self)), indent=2) + "\n"
+        return json.dumps(finite_or_none(dataclasses.asdict(self)), indent=2) + "\n"
 
     def to_png(self) -> bytes:
         """A heat map of errors a region, and the norms by layer. Raises ImportError without matplotlib."""
@@ -96,23 +95,17 @@ class _Measured(NamedTuple):
     contractions: Array
 
 
-def diagnose_run(
-    run_dir: Path, config: Config, which: Which = "best", fits: Mapping[str, Calibration] | None = None
-) -> Diagnosis:
-    """:func:`diagnose` of a run's checkpoint on its first held-out windows, for the settings of ``config.eval``.
+def diagnose_run(run_dir: Path, config: Config, which: Which = "best") -> Diagnosis:
+    """:func:`diagnose` of a run's checkpoint on a few held-out windows, for the settings of ``config.eval``.
 
     Raises:
-        InputError: no good checkpoint, a setting that the model cannot run, or none with a parallel region.
+        InputError: see :func:`snlp_jax.eval.run.open_run`; or no setting has a parallel region.
     """
-    regions = parallel_regions(parse_settings(config.model, config.eval))
-    model = LanguageModel(config.model)
-    step, params = _read_params(run_dir, model, which)
-    data = _read_data(run_dir, config)
-    (windows,) = val_batches(data, seq_len=config.model.seq_len, batch_size=NUM_WINDOWS, num_batches=1)
-    diagnosis = diagnose(model, params, windows[:, :-1], regions, fits)
-    about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
-    about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash}
-    return dataclasses.replace(diagnosis, info=about | diagnosis.info)
+    parallel_regions(parse_settings(config.model, config.eval))  # refused before anything is read or fitted
+    run = open_run(run_dir, config, which)
+    (windows,) = val_batches(run.data, seq_len=config.model.seq_len, batch_size=NUM_WINDOWS, num_batches=1)
+    diagnosis = diagnose(run.model, run.params, windows[:, :-1], parallel_regions(run.settings), run.fits)
+    return dataclasses.replace(diagnosis, info=run.about | diagnosis.info)
 
 
 def parallel_regions(settings: Mapping[str, Schedule]) -> dict[str, ParallelSegment]:
@@ -231,19 +224,7 @@ def write_diagnosis(diagnosis: Diagnosis, run_dir: Path) -> tuple[list[Path], st
     Raises:
         InputError: the folder cannot be written.
     """
-    folder, notice = run_dir / FOLDER, ""
-    contents: dict[str, str | bytes] = {"diagnose.json": diagnosis.to_json()}
-    try:
-        contents["diagnose.png"] = diagnosis.to_png()
-    except ImportError:
-        notice = 'no diagnose.png: it needs matplotlib, which `pip install "snlp-jax[plots]"` brings.'
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, content in contents.items():
-            atomic_write(folder / name, content)
-    except OSError as error:
-        raise InputError(f"folder {str(folder)!r} cannot be written ({error.strerror}); make it writable.") from error
-    return [folder / name for name in contents], notice
+    return write_files(run_dir, {"diagnose.json": diagnosis.to_json()}, "diagnose.png", diagnosis.to_png)
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:

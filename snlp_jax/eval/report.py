@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Report:
 
     def to_json(self) -> str:
         """The info and the results; numbers that are not finite, which JSON has not, become null."""
-        return json.dumps(_finite(dataclasses.asdict(self)), indent=2) + "\n"
+        return json.dumps(finite_or_none(dataclasses.asdict(self)), indent=2) + "\n"
 
     def to_csv(self) -> str:
         """One row a setting: the numbers of the tables, fractions as fractions."""
@@ -108,12 +109,19 @@ def write_report(report: Report, run_dir: Path) -> tuple[list[Path], str]:
     Raises:
         InputError: the folder cannot be written.
     """
-    folder, notice = run_dir / FOLDER, ""
     contents: dict[str, str | bytes] = {"eval.json": report.to_json(), "eval.csv": report.to_csv()}
+    return write_files(run_dir, contents, "eval.png", report.to_png)
+
+
+def write_files(
+    run_dir: Path, contents: dict[str, str | bytes], picture: str, draw: Callable[[], bytes]
+) -> tuple[list[Path], str]:
+    """Write files and a picture into ``run_dir/eval``; see :func:`write_report`."""
+    folder, notice = run_dir / FOLDER, ""
     try:
-        contents["eval.png"] = report.to_png()
+        contents = contents | {picture: draw()}
     except ImportError:
-        notice = 'no eval.png: it needs matplotlib, which `pip install "snlp-jax[plots]"` brings.'
+        notice = f'no {picture}: it needs matplotlib, which `pip install "snlp-jax[plots]"` brings.'
     try:
         folder.mkdir(exist_ok=True)
         for name, content in contents.items():
@@ -190,11 +198,12 @@ def _percent(fraction: float) -> str:
     return f"{percent:+.2f}" if abs(percent) < 1000 else f"{percent:+.3g}"
 
 
-def _finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """A tree of dicts and lists with numbers that are not finite, which JSON has not, as None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_or_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_or_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

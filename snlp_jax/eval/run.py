@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from snlp_jax.config import Config, from_json
 from snlp_jax.data.pipeline import TokenData, prepare_tokens, val_batches
@@ -14,6 +14,7 @@ from snlp_jax.eval.evaluate import evaluate, parse_settings
 from snlp_jax.eval.report import Report
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
 from snlp_jax.model import LanguageModel
+from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -34,10 +35,24 @@ def read_config(run_dir: Path) -> Config:
     return from_json(path.read_text(encoding="utf-8"))
 
 
-def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report:
-    """:func:`evaluate` of a run's checkpoint on its held-out text.
+class OpenRun(NamedTuple):
+    """What an evaluation needs of a run."""
 
-    Calibrations that the config asks for are fitted first, those that settings name are read from the run's folder.
+    model: LanguageModel
+    params: Params
+    step: int
+    data: TokenData
+    settings: dict[str, Schedule]
+    """Text of a solver setting -> schedule; the sequential pass first."""
+    fits: dict[str, Calibration]
+    about: dict[str, Any]
+    """Name, checkpoint, step, corpus: for the record."""
+
+
+def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
+    """Read a run's checkpoint and corpus and the settings of ``config.eval``.
+
+    Calibrations that the config asks for are fitted, those that settings name are read from the run's folder.
 
     Args:
         config: the run's, with the ``eval`` section that is wanted.
@@ -45,24 +60,31 @@ def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report
             newest.
 
     Raises:
-        InputError: no good checkpoint, another tokenizer, a calibration that is missing or of another checkpoint, or
-            anything that :func:`evaluate` refuses.
+        InputError: no good checkpoint, another tokenizer, a setting that the model cannot run, a calibration that is
+            missing or of another checkpoint.
     """
     # A bad setting should not wait for the corpus.
-    schedules = list(parse_settings(config.model, config.eval).values())
+    settings = parse_settings(config.model, config.eval)
     specs = [parse_calibration(text, config.model.num_layers) for text in config.eval.calibrations]
     model = LanguageModel(config.model)
     step, params = _read_params(run_dir, model, which)
     data = _read_data(run_dir, config)
-    batch_size = min(config.eval.batch_size, config.eval.num_windows)
-    num_batches = config.eval.num_windows // batch_size
-    batches = val_batches(data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=num_batches)
     for spec in specs:
         _note(f"fitted calibration {spec.name!r} in {fit_to_run(run_dir, model, params, data, spec)[1]}.")
-    report = evaluate(model, params, batches, config.eval, load_fits(run_dir, params, schedules))
+    fits = load_fits(run_dir, params, list(settings.values()))
     about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
-    about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash, "config": dataclasses.asdict(config)}
-    return dataclasses.replace(report, info=about | report.info)
+    about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash}
+    return OpenRun(model, params, step, data, settings, fits, about)
+
+
+def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report:
+    """:func:`evaluate` of a run's checkpoint on its held-out text. For arguments and errors see :func:`open_run`."""
+    run = open_run(run_dir, config, which)
+    batch_size = min(config.eval.batch_size, config.eval.num_windows)
+    num_batches = config.eval.num_windows // batch_size
+    batches = val_batches(run.data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=num_batches)
+    report = evaluate(run.model, run.params, batches, config.eval, run.fits)
+    return dataclasses.replace(report, info=run.about | {"config": dataclasses.asdict(config)} | report.info)
 
 
 def _read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int, Params]:

@@ -20,8 +20,8 @@ from snlp_jax.solver.solve import relative_norm, sequential
 PyTree = Any
 
 NUM_STEPS = 20
-"""Of the power iteration: where sigma_2 = 0.95 sigma_1, 0.95^(4 x 19) = 2 % of the second direction's energy is left, and
-the estimate is 0.2 % too low."""
+"""Of the power iteration: where sigma_2 = 0.95 sigma_1, 0.95^(4 x 19) = 2 % of the second direction's energy is left,
+and the estimate is 0.2 % too low."""
 
 
 class TraceErrors(NamedTuple):
@@ -137,7 +137,7 @@ def _largest_singular_values(
     def step(_: int, v_L: PyTree) -> PyTree:
         return _normalized(transpose(apply(v_L))[0])
 
-    v_L = jax.lax.fori_loop(0, num_steps - 1, step, _normalized(tree.unflatten(start)))
+    v_L = jax.lax.fori_loop(0, num_steps - 1, step, _normalized(jax.tree.unflatten(tree, start)))
     return _norm(apply(v_L))
 
 
