@@ -6,7 +6,8 @@
 Reads runs/study/ARM-SEED (see demo_study.py): ``plain`` is trained without any solver loss, ``demo`` for one Identity
 iteration, ``mhc`` has four residual streams and is trained for one HyperConnection iteration. Calibrations are fitted
 to each run's own training text. Times (one token, the fair twin of eval.py) are taken on the first seed. Prints a
-table for each arm, in markdown, sorted by depth, and writes benchmarks/results/solver_study_DATE.json after every run.
+table for each arm, in markdown, sorted by depth, and writes benchmarks/results/solver_study_DATE.json after every run;
+started again, it goes on from there.
 """
 
 import dataclasses
@@ -142,12 +143,21 @@ def main() -> None:
         if arm not in ONLY:
             raise InputError(f"unknown arm {arm!r}; choose among {', '.join(ONLY)}.")
     out = args.out if args.out.name else ROOT / "benchmarks/results" / f"solver_study_{datetime.date.today()}.json"
-    commit, runs = git_commit(), []
+    asked = {"num_windows": args.num_windows, "calibrations": list(CALIBRATIONS)}
+    runs = []
+    if out.is_file():
+        record = json.loads(out.read_text())
+        if {name: record[name] for name in asked} != asked:
+            raise InputError(f"{str(out)!r} holds another study; remove it or name another file by --out.")
+        runs = record["runs"]
+    commit = git_commit()  # of the code that runs, whatever is committed meanwhile
+    done = {(run["arm"], run["seed"]) for run in runs}
     for seed in args.seeds:
         for arm in args.arms:
-            runs.append(measure(arm, seed, args))
-            record = {"commit": commit, "num_windows": args.num_windows, "calibrations": CALIBRATIONS, "runs": runs}
-            atomic_write(out, json.dumps(record, indent=2) + "\n")
+            if (arm, seed) in done:
+                continue
+            runs.append(measure(arm, seed, args) | {"commit": commit})
+            atomic_write(out, json.dumps(asked | {"runs": runs}, indent=2) + "\n")
             print(f"{arm}-{seed}: {runs[-1]['seconds']:.0f} s", flush=True)
     for arm in args.arms:
         sequential = [run["results"][0]["ppl"] for run in runs if run["arm"] == arm]
