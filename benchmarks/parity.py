@@ -33,7 +33,7 @@ from rich.table import Table
 
 from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import Weights, forward, layer_problem, prepare, split
+from snlp_jax.forward import Weights, forward, layer_problem, prepare, split, with_schedule
 from snlp_jax.linearize import fit_init
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import from_nanochat, nanochat_config, to_nanochat
@@ -195,18 +195,13 @@ class Golden:
         for schedules in by_start.values():
             # The layers before the region unrolled, those of the region stacked: the layout for a single token.
             weights = prepare(self.model, self.params, schedules[0], num_tokens=1, fits=self.fits)
-            own = [split(self.model, self.params, schedule, self.fits) for schedule in schedules]
-            fits, layouts = [weights.fits for weights in own], [weights.segments for weights in own]
 
-            def compute(weights: Weights, fits: list, layouts: list = layouts) -> list[tuple[Array, Array]]:
-                replaced = (
-                    dataclasses.replace(weights, segments=segments, fits=fit)
-                    for segments, fit in zip(layouts, fits, strict=True)
-                )
+            def compute(weights: Weights, fits: dict, schedules: list = schedules) -> list[tuple[Array, Array]]:
+                replaced = (with_schedule(self.model, weights, schedule, fits) for schedule in schedules)
                 outputs = [forward(self.model, its_weights, self.tokens_BT) for its_weights in replaced]
                 return [(output.logits_BTV, output.solutions[0].trace) for output in outputs]
 
-            results = jax.tree.map(np.asarray, jax.jit(compute, compiler_options=COMPILER_OPTIONS)(weights, fits))
+            results = jax.tree.map(np.asarray, jax.jit(compute, compiler_options=COMPILER_OPTIONS)(weights, self.fits))
             self.solutions.update(zip([schedule.segments[-1] for schedule in schedules], results, strict=True))
 
     def loss(self, case: str) -> tuple[float, dict[str, np.ndarray]]:

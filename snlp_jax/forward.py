@@ -172,13 +172,28 @@ def split(
     Raises:
         InputError: see :func:`check_schedule`; or a region names a calibration that is not among ``fits``.
     """
-    check_schedule(model.config, schedule)
     segments = _cut_after(schedule.segments, model.config.mid_layer)
 
     def take(segment: Segment) -> PyTree:
         if isinstance(segment, SkippedSegment):
             return None
         return jax.tree.map(lambda leaf: leaf[segment.start : segment.stop], params["blocks"])
+
+    ends = {"embed": params["embed"], "head": params["head"]}
+    without_fits = Weights(ends, tuple(map(take, segments)), (None,) * len(segments), segments)
+    return with_schedule(model, without_fits, schedule, fits)
+
+
+def with_schedule(
+    model: LanguageModel, weights: Weights, schedule: Schedule, fits: Mapping[str, Calibration] | None = None
+) -> Weights:
+    """The same arrays under the iterations, corrections and guesses of another schedule that cuts the layers alike.
+
+    Raises:
+        InputError: see :func:`split`.
+    """
+    check_schedule(model.config, schedule)
+    segments = _cut_after(schedule.segments, model.config.mid_layer)
 
     def find_fit(segment: Segment) -> Calibration | None:
         if not isinstance(segment, ParallelSegment) or not segment.fit:
@@ -187,8 +202,7 @@ def split(
             raise InputError(f"there is no calibration {segment.fit!r}; fit it first.")
         return (fits or {})[segment.fit]
 
-    ends = {"embed": params["embed"], "head": params["head"]}
-    return Weights(ends, tuple(map(take, segments)), tuple(map(find_fit, segments)), segments)
+    return dataclasses.replace(weights, fits=tuple(map(find_fit, segments)), segments=segments)
 
 
 def forward(

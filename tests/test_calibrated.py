@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import NUM_LAYERS, WIDTH, error, listed, nonlinear, pair, translation
+from problems import NUM_LAYERS, WIDTH, error, listed, nonlinear, pair, relative_error, translation, true_trace
 
 from snlp_jax.errors import InputError
 from snlp_jax.linearize import (
@@ -18,6 +18,7 @@ from snlp_jax.linearize import (
     load_calibration,
     save_calibration,
 )
+from snlp_jax.parallel import make_mesh, solve_sharded
 from snlp_jax.solver import (
     BatchForward,
     Identity,
@@ -155,6 +156,41 @@ def test_n_iterations_are_exact_whatever_the_numbers_are(kind, init):
     np.testing.assert_array_equal(residual_norm[settled], 0.0)
     assert residual_norm[NUM_LAYERS - 2, -1] > 0 and residual_norm[0, 1] > 0
     assert error(solution.trace, problem) < 3e-6  # rounding of another compiled program: scan instead of vmap
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_calibrations_are_unsharded(kind):
+    """Five layers on four devices, filled up to eight: surrogates, intercepts and initial traces lie with their layers;
+    the shared bases are everywhere."""
+    problem = dataclasses.replace(nonlinear(), calibration=garbage(kind), anchor=nonlinear().h_in)
+    settings = {"num_iters": 3, "init": CalibratedInit(), "taps": (2,)}
+
+    @jax.jit
+    def run(problem_arrays):
+        here = dataclasses.replace(problem, **problem_arrays)
+        return solve(here, Calibrated(), **settings), solve_sharded(
+            here, Calibrated(), mesh=make_mesh(layer=4), **settings
+        )
+
+    whole, sharded = run({"params": problem.params, "h_in": problem.h_in, "calibration": problem.calibration})
+    for one, other in (
+        (sharded.trace, whole.trace),
+        (sharded.value, whole.value),
+        (sharded.tapped[0], whole.tapped[0]),
+    ):
+        assert relative_error(one, other) < 1e-4  # rounding of products in another order, grown by such numbers
+    assert relative_error(whole.trace, true_trace(problem)) > 1e-3
+
+
+def test_preheat_of_streams_starts_all_of_them_from_the_anchor():
+    """An anchor [T, D] without streams guesses states [T, R, D]: every stream the same map of it."""
+    fitted = garbage("scalar")
+    anchor = jnp.asarray(normal(3, 6, WIDTH), jnp.float32)
+    chain = nonlinear()
+    alone = dataclasses.replace(chain, h_in=anchor, anchor=anchor, calibration=fitted)
+    streams = dataclasses.replace(alone, h_in=jnp.zeros((6, 3, WIDTH)))
+    expected = np.broadcast_to(Preheat()(alone).h_L[:, :, None], (NUM_LAYERS, 6, 3, WIDTH))
+    np.testing.assert_allclose(Preheat()(streams).h_L, expected, rtol=1e-5, atol=1e-6)  # rounding of batched products
 
 
 def test_an_initial_trace_of_full_rank_is_exact_on_affine_chains():

@@ -1,12 +1,11 @@
 """Weights of many schedules side by side, equal parts held once."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from snlp_jax.forward import Layout, Weights, check_mesh, prepare, split
+from snlp_jax.forward import Layout, Weights, check_mesh, prepare, with_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import Calibration, ParallelSegment, Schedule, Segment
 from snlp_jax.types import Params
@@ -31,11 +30,9 @@ def prepare_all(
         settings: dict[str, Any] = {"num_tokens": num_tokens, "layout": layout, "mesh": mesh, "fits": fits}
         if cut not in by_cut:
             by_cut[cut] = prepare(model, params, schedule, **settings)
-        # Small parts and checks are the schedule's own; the blocks are shared.
-        own = split(model, params, schedule, fits)
         if mesh is not None:
             check_mesh(schedule, mesh)
-        all_weights.append(dataclasses.replace(by_cut[cut], fits=own.fits, segments=own.segments))
+        all_weights.append(with_schedule(model, by_cut[cut], schedule, fits))
     return all_weights
 
 
