@@ -401,8 +401,8 @@ def grad_norm_error(golden: Golden, task: Task) -> float:
     norms = np.asarray([np.linalg.norm(gradients[name]) for name in names])
     got = np.linalg.norm(norms) if task.groups["what"] == "global_norm" else norms
     expected = golden.arrays[task.key]
-    # A parameter whose gradient is 0 has to have one of 0.
-    scale = np.where(expected == 0, 1.0, expected)
+    # Where the exact gradient is 0 (streams that are all equal, say), the authors' is rounding.
+    scale = np.maximum(expected, 1e-6 * np.linalg.norm(golden.arrays[f"grad/{task.groups['case']}/param_norms"]))
     return absolute_error(got / scale, expected / scale)
 
 
