@@ -1,14 +1,13 @@
 """Theorems about the diagnostics of the solver, and the diagnosis of a run that they make up."""
 
 import dataclasses
-from pathlib import Path
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import (
-    CHAINS,
     EXACT,
     HALF,
     IDENTITY,
@@ -22,13 +21,20 @@ from problems import (
     listed,
     nonlinear,
     pair,
+    random_params,
+    random_tokens,
     scaled_translation,
 )
+from tiny_run import MODEL
 
+from snlp_jax.errors import InputError
+from snlp_jax.eval.diagnose import diagnose, parallel_regions
+from snlp_jax.forward import forward, split
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import Diagonal, PrefixState, sequential, solve
 from snlp_jax.solver.diagnostics import contraction, spectral_norms, trace_errors
 
-ROOT = Path(__file__).parent.parent
 STEPS = 200
 """Where sigma_2 = 0.995 sigma_1, 0.995^(4 x 199) = 2 % of the second direction's energy is left: 2e-4 too low."""
 
@@ -44,9 +50,9 @@ def two_norms(matrices):
 # ---------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("name", ("affine", "nonlinear", "pair"))
-def test_k_iterations_settle_k_layers_and_no_more(name):
-    problem = CHAINS[name]()
+@pytest.mark.parametrize("chain", (affine, nonlinear, pair))
+def test_k_iterations_settle_k_layers_and_no_more(chain):
+    problem = chain()
     found = jax.jit(lambda: trace_errors(problem, JACOBI, NUM_LAYERS, PrefixState()))()
     assert found.error.shape == found.residual.shape == (NUM_LAYERS + 1, NUM_LAYERS)
     for k in range(NUM_LAYERS + 1):
@@ -155,3 +161,40 @@ def test_bad_numbers_are_refused():
         trace_errors(problem, IDENTITY, 0, PrefixState())
     with pytest.raises(ValueError, match="num_steps is 0"):
         spectral_norms(problem, exact_trace(problem), 0)
+
+
+# ---------------------------------------------------------------- diagnosis of a language model
+
+
+def regions_of(*settings):
+    return parallel_regions({text: parse_schedule(text, MODEL.num_layers) for text in settings})
+
+
+def test_distinct_regions_of_settings():
+    found = regions_of("seq", "idn:n=2,k=1", "idn:k=2,n=2", "idn:n=2,tol=0.1", "jac:0-1,k=1+sid:n=2,k=1+skip:1-2")
+    assert list(found) == ["idn:n=2", "jac:0-1+sid:n=2+skip:1-2 [0-1]", "jac:0-1+sid:n=2+skip:1-2 [2-4]"]
+    with pytest.raises(InputError, match="parallel region"):
+        regions_of("seq", "exit:2")
+
+
+def test_diagnosis_of_a_language_model_is_that_of_its_forward_pass():
+    """The error of a region that ends the model is that of the last state; a chunk's truth is the fused model."""
+    model, settings = LanguageModel(MODEL), ("idn:n=4,stage=2xF2", "idn:n=3,stage=split")
+    params, tokens_BT = random_params(model), np.asarray(random_tokens(MODEL, batch=2, length=6))
+    diagnosis = diagnose(model, params, tokens_BT, regions_of(*settings))
+    fused, shared = diagnosis.regions
+    assert [region.setting for region in diagnosis.regions] == list(settings)
+    assert [region.layers for region in diagnosis.regions] == [(1, 3), (1, 2, 3)]
+    assert [np.shape(region.errors) for region in diagnosis.regions] == [(3, 2), (2, 3)]
+    for k, row in enumerate(fused.errors[1:], start=1):
+        assert max(row[:k]) < 1e-5  # float32 rounding of batched against single products
+    for region in diagnosis.regions:
+        assert region.errors[0][-1] > 1e-2 and min(region.spectral_norms) > 1 and min(region.contractions) > 1e-2
+
+    last = {}
+    for text in ("seq", settings[1]):
+        weights = split(model, params, parse_schedule(text, 4))
+        last[text] = np.asarray(jax.jit(lambda w: forward(model, w, tokens_BT).h_last)(weights))
+    distance_BT = np.linalg.norm(last[settings[1]] - last["seq"], axis=-1) / np.linalg.norm(last["seq"], axis=-1)
+    assert shared.errors[1][-1] == pytest.approx(distance_BT.mean(), rel=1e-4)  # float32 sums in another order
+    assert len(json.loads(diagnosis.to_json())["regions"]) == 2

@@ -51,7 +51,7 @@ class Chunkwise:
 
 @dataclass(frozen=True)
 class FusedSplit:
-    """Every layer is a node, but all attentions read one normed input: the region's input, with averaged scalars.
+    """Every layer is a node, but all read one x, the region's input with averaged scalars: ``y_l = x + branches``.
 
     One evaluation only: it does not look at the trace, so a second iteration would not be Newton's and is refused.
     Without residual scalars it equals :class:`PerLayer` at K = 1 from h0.
