@@ -146,7 +146,7 @@ def _quality_table(report: Report) -> Table:
     title = f"Quality over {info['num_windows']} held-out windows of {info['window_len']} tokens"
     greedy = report.results[0].greedy
     columns = ["depth", "PPL", "change", "95 % interval", "KL", "top-1", "error"]
-    columns += [f"same of {greedy[-1].num_tokens}", "in a row"] if greedy else []
+    columns += ["greedy in a row"] if greedy else []
     table = _table(title, columns)
     for result in report.results:
         interval = result.ppl_interval
@@ -157,9 +157,7 @@ def _quality_table(report: Report) -> Table:
             f"{100 * result.top1:.1f} %",
             f"{result.state_error:.2g}",
         ]
-        matches = (
-            [f"{100 * result.greedy[-1].match_rate:.0f} %", f"{result.greedy[-1].prefix_len:.1f}"] if greedy else []
-        )
+        matches = [f"{match.prefix_len:.1f} of {match.num_tokens}" for match in result.greedy[-1:]]
         cells = changes + matches if result is not report.results[0] else ["-"] * len(changes + matches)
         depth = str(result.depth) if result.mean_depth == result.depth else f"{result.mean_depth:.1f}"
         name = f"{result.setting} (oracle)" if result.is_oracle else result.setting
