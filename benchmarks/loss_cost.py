@@ -3,9 +3,9 @@
     python benchmarks/loss_cost.py
     python benchmarks/loss_cost.py --config configs/d32s_idn.py --repeats 20      # on an accelerator
 
-Every step is compiled and donated as in training; all are timed in one process, interleaved. FLOPs are those of the
-matrix products in the traced step, loops counted as often as they run and rematerialised work included. Prints a table
-and writes benchmarks/results/loss_cost_DATE.json.
+Every step is compiled and donated as in training; all are timed in one process, in a new order every round. FLOPs are
+those of the matrix products in the traced step, loops counted as often as they run and rematerialised work included.
+Prints a table and writes benchmarks/results/loss_cost_DATE.json.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Args:
     streams: int = 4
     """Residual streams of the second model, which HyperConnection is for; 0 leaves it out."""
     region_size: int = 8
-    repeats: int = 5
+    repeats: int = 10
     out: Path = Path("")
     """Empty: benchmarks/results/loss_cost_DATE.json."""
 
@@ -129,11 +129,12 @@ def main() -> None:
         for loss, its_loss in losses(args.region_size, config.model.num_streams > 0).items()
     }
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    rng, keys = np.random.default_rng(0), list(steps)
     for repeat in range(args.repeats + 1):
-        for key, step in steps.items():
-            seconds = step()
+        for index in rng.permutation(len(keys)):
+            seconds = steps[keys[index]]()
             if repeat:  # the first touches memory for the first time
-                times[key].append(seconds)
+                times[keys[index]].append(seconds)
     rows = []
     result = Table("model", "loss", "step, s", "time", "FLOPs", "compilation, s", title=f"{base.name}: cost of a step")
     for (name, loss), step in steps.items():

@@ -1,8 +1,8 @@
 """The demo with hyper-connections: four residual streams, trained for the HyperConnection correction.
 
 Command:   python train.py configs/demo_mhc.py && python eval.py runs/demo_mhc
-Hardware:  two CPU cores, 2 GB of memory. Time: a step takes 1.3 times as long as the demo's, 1.6 times in the last
-           40 % of the steps; about eight minutes of training on a quiet machine.
+Hardware:  two CPU cores, 2 GB of memory. Time: a step takes 1.2 times as long as the demo's, 1.8 times in the last
+           40 % of the steps; five to six minutes of training on a quiet machine.
 Expected:  docs/results.md, with three seeds and the demo beside it.
 """
 
