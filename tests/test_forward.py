@@ -18,12 +18,14 @@ from snlp_jax.solver import (
     Calibrated,
     CalibratedInit,
     Calibration,
+    Chunkwise,
     Diagonal,
     HyperConnection,
     Identity,
     Iteration,
     Jacobi,
     ParallelSegment,
+    PerLayer,
     PrefixState,
     ScaledIdentity,
     Schedule,
@@ -80,29 +82,44 @@ def small():
 # ---------------------------------------------------------------- the region of all layers, every variant
 
 
-def whole_region(model, params, tokens):
+def whole_region(model, params, tokens, stage=None):
     """The problem of all layers, as ``forward`` builds it."""
-    segment = ParallelSegment(0, model.config.num_layers, 1, Identity())
+    segment = ParallelSegment(0, model.config.num_layers, 1, Identity(), stage=stage or PerLayer())
     weights = split(model, params, Schedule.of(model.config.num_layers, segment))
     x0 = model.embed(weights.ends, tokens)
     return layer_problem(model, weights.ends, weights.blocks[0], tokens, model.shared(x0), segment, model.expand(x0))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_theorems_of_every_variant(variant):
-    """One compiled program per variant maps a trace to the next one under every correction."""
+SINGLE = {variant: (variant, PerLayer()) for variant in VARIANTS}
+CHUNKS_OF_ONE = {
+    f"{variant}-chunks": (variant, Chunkwise(NUM_LAYERS)) for variant in VARIANTS if variant != "hyper_dynamic"
+}
+"""Layers whose maps depend on the token cannot be fused."""
+
+
+@pytest.mark.parametrize(
+    "variant, stage",
+    [pytest.param(*case, id=name) for name, case in SINGLE.items()]
+    + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in CHUNKS_OF_ONE.items()],
+)
+def test_theorems_of_every_variant(variant, stage):
+    """One compiled program per variant maps a trace to the next one under every correction. Chunks of one layer are
+    layers, for all of it."""
     model = LanguageModel(VARIANTS[variant])
     params, tokens = random_params(model), random_tokens(model.config)
     corrections, calibration = corrections_of(model.config), any_calibration(model.config)
 
     def whole(params, tokens):
-        return dataclasses.replace(whole_region(model, params, tokens), calibration=calibration)
+        return dataclasses.replace(whole_region(model, params, tokens, stage), calibration=calibration)
 
     @jax.jit
     def start(params, tokens):
         problem = whole(params, tokens)
-        truth = sequential(problem, with_trace=True, with_aux=True)
-        by_vmap = dataclasses.replace(problem, sweep_fn=None).sweep(shift(truth.trace, problem.h_in))
+        truth = (
+            sequential(whole_region(model, params, tokens), with_trace=True).trace,
+            sequential(problem, with_trace=True, with_aux=True),
+        )
+        by_vmap = dataclasses.replace(problem, sweep_fn=None).sweep(shift(truth[1].trace, problem.h_in))
         guesses = {"h0": PrefixState(), "batch_forward": BatchForward(), "cal": CalibratedInit()}
         return truth, by_vmap, {name: init(problem).h_L for name, init in guesses.items()}
 
@@ -118,7 +135,8 @@ def test_theorems_of_every_variant(variant):
 
         return {name: correct(corrections[name], h_L) for name, h_L in traces.items()}
 
-    truth, by_vmap, guesses = start(params, tokens)
+    (layers, truth), by_vmap, guesses = start(params, tokens)
+    assert_close(truth.trace, layers)
     for name, (trace, aux) in step(params, tokens, dict.fromkeys(corrections, truth.trace), NUM_LAYERS).items():
         assert_close(trace, truth.trace), name  # one iteration on the true trace returns it
         assert_close(aux, truth.aux)  # with the keys and values of the sequential pass
