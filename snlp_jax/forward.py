@@ -31,6 +31,7 @@ from snlp_jax.solver import (
     sequential,
     solve,
 )
+from snlp_jax.solver.calibrated import check_calibration
 from snlp_jax.types import Array, Params, PyTree
 
 Layout = Literal["auto", "stack", "list"]
@@ -170,7 +171,8 @@ def split(
     """Slice the stack along the schedule. Sequential segments also end where the head's mid-layer state is read.
 
     Raises:
-        InputError: see :func:`check_schedule`; or a region names a calibration that is not among ``fits``.
+        InputError: see :func:`check_schedule`; or a region names a calibration that is not among ``fits`` or lacks
+            what the region reads.
     """
     segments = _cut_after(schedule.segments, model.config.mid_layer)
 
@@ -200,7 +202,13 @@ def with_schedule(
             return None
         if segment.fit not in (fits or {}):
             raise InputError(f"there is no calibration {segment.fit!r}; fit it first.")
-        return (fits or {})[segment.fit]
+        fit = (fits or {})[segment.fit]
+        for method in (segment.correction, segment.init):
+            try:
+                check_calibration(fit, method, segment.num_nodes)
+            except ValueError as error:
+                raise InputError(f"calibration {segment.fit!r}: {error}") from error
+        return fit
 
     return dataclasses.replace(weights, fits=tuple(map(find_fit, segments)), segments=segments)
 
@@ -235,6 +243,12 @@ def run_segments(
                 h = sequential(layer_problem(model, weights.ends, blocks, tokens_BT, shared, segment, h)).value
             h_mid = h_mid if mid is None else h
     return States(shared, h, h_mid, tuple(solutions))
+
+
+def cut_before(weights: Weights, index: int) -> Weights:
+    """The same weights without segment ``index`` and those after it: :func:`run_segments` then ends at its input."""
+    parts = {name: getattr(weights, name)[:index] for name in ("blocks", "fits", "segments")}
+    return dataclasses.replace(weights, **parts)
 
 
 def layer_problem(

@@ -241,6 +241,9 @@ def test_trained_run_is_evaluated_by_the_script(
     assert set(load_fits(config.run_path, params, [solver])) == {"mine"}
     with pytest.raises(InputError, match="'mine' was fitted to another checkpoint; fit it again"):
         load_fits(config.run_path, jax.tree.map(lambda leaf: leaf + 1, params), [solver])
+    with pytest.raises(InputError, match="calibration 'mine': this calibration holds no 'preheat' part"):
+        its_fits = load_fits(config.run_path, params, [solver])
+        split(model, params, parse_schedule("idn:n=2,k=1,init=preheat,fit=mine", 4), its_fits)
     with pytest.raises(InputError, match="'mine' was fitted to layers 2-4, but the region has 1-4"):
         load_fits(config.run_path, params, [parse_schedule("cal:n=3,k=1,fit=mine", 4)])
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from snlp_jax.data.pipeline import TokenData, WindowSource
 from snlp_jax.errors import InputError
-from snlp_jax.forward import Weights, layer_problem, run_segments, split
+from snlp_jax.forward import Weights, cut_before, layer_problem, run_segments, split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared
@@ -148,12 +148,7 @@ def region_problems(
     alone = dataclasses.replace(region, fit="")  # what is being fitted is not there yet
     weights = split(model, model.cast(params), Schedule.of(model.config.num_layers, alone))
     position = weights.segments.index(alone)
-    before = dataclasses.replace(
-        weights,
-        blocks=weights.blocks[:position],
-        fits=weights.fits[:position],
-        segments=weights.segments[:position],
-    )
+    before = cut_before(weights, position)
 
     @jax.jit
     def enter(weights: Weights, tokens_BT: Array) -> tuple[Shared, Array]:

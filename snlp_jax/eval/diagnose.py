@@ -2,7 +2,6 @@
 Jacobians and of what each correction leaves of them, at the states of held-out text."""
 
 import dataclasses
-import datetime
 import io
 import json
 import math
@@ -26,8 +25,8 @@ from snlp_jax.errors import InputError
 from snlp_jax.eval.evaluate import parse_settings
 from snlp_jax.eval.report import TABLE_WIDTH, finite_or_none, write_files
 from snlp_jax.eval.run import Which, open_run
-from snlp_jax.forward import Weights, layer_problem, split
-from snlp_jax.io.provenance import git_commit
+from snlp_jax.forward import Weights, cut_before, layer_problem, run_segments, split
+from snlp_jax.io.provenance import circumstances
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import (
     Calibration,
@@ -37,7 +36,6 @@ from snlp_jax.solver import (
     PerLayer,
     PrefixState,
     Schedule,
-    SequentialSegment,
     sequential,
 )
 from snlp_jax.solver.diagnostics import NUM_STEPS, contraction, spectral_norms, trace_errors
@@ -147,13 +145,7 @@ def diagnose(
             weights = split(model, params, Schedule.of(model.config.num_layers, region), fits)
             windows = [jax.device_get(measure(weights, tokens_T[None])) for tokens_T in tokens_BT]
             results.append(_summary(name, region, windows))
-    device = jax.devices()[0]
-    info = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "jax": jax.__version__,
-        "device": device.device_kind,
-        "platform": device.platform,
+    info = circumstances() | {
         "dtype": jnp.dtype(model.dtype).name,
         "num_layers": model.config.num_layers,
         "num_windows": tokens_BT.shape[0],
@@ -168,15 +160,10 @@ def _make_measure_fn(model: LanguageModel) -> Callable[[Weights, Any], _Measured
 
     @jax.jit
     def measure(weights: Weights, tokens_BT: Array) -> _Measured:
-        x0_BTD = model.embed(weights.ends, tokens_BT)
-        shared, h = model.shared(x0_BTD), model.expand(x0_BTD)
-        for segment, blocks, fit in zip(weights.segments, weights.blocks, weights.fits, strict=True):
-            if isinstance(segment, ParallelSegment):
-                region, region_blocks, region_fit = segment, blocks, fit
-                break
-            assert isinstance(segment, SequentialSegment)
-            h = sequential(layer_problem(model, weights.ends, blocks, tokens_BT, shared, segment, h)).value
-        around = (model, weights.ends, region_blocks, tokens_BT, shared)
+        position, region = next((i, s) for i, s in enumerate(weights.segments) if isinstance(s, ParallelSegment))
+        region_fit = weights.fits[position]
+        states = run_segments(model, cut_before(weights, position), tokens_BT)
+        h, around = states.h_last, (model, weights.ends, weights.blocks[position], tokens_BT, states.shared)
         problem = layer_problem(*around, region, h, region_fit)
         num_iters = 1 if isinstance(region.stage, FusedSplit) else region.num_nodes
         errors = trace_errors(problem, region.correction, num_iters, region.init)

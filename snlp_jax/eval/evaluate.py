@@ -1,6 +1,5 @@
 """The evaluation of a model: every solver setting against the sequential pass, on the same windows and machine."""
 
-import datetime
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import Weights, check_mesh, check_schedule
 from snlp_jax.infer.greedy import make_greedy_fn
-from snlp_jax.io.provenance import git_commit
+from snlp_jax.io.provenance import circumstances
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
@@ -117,13 +116,7 @@ def evaluate(
             settings.items(), comparisons, greedy, timings, strict=True
         )
     ]
-    device = jax.devices()[0]
-    info = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "jax": jax.__version__,
-        "device": device.device_kind,
-        "platform": device.platform,
+    info = circumstances() | {
         "num_devices": jax.device_count(),
         "layer_devices": config.layer_devices,
         "dtype": jnp.dtype(model.dtype).name,

@@ -1,7 +1,22 @@
-"""Which version of the code a number came from."""
+"""Which version of the code, and which machine, a number came from."""
 
+import datetime
 import subprocess
 from pathlib import Path
+
+import jax
+
+
+def circumstances() -> dict[str, str]:
+    """Date, commit, jax and device: what every record of a measurement opens with."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "jax": jax.__version__,
+        "device": device.device_kind,
+        "platform": device.platform,
+    }
 
 
 def git_commit() -> str | None:

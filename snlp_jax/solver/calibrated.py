@@ -48,14 +48,12 @@ class Calibrated(Correction):
     """
 
     def surrogate(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
-        calibration = _of(problem)
+        calibration = _of(problem, self)
         layers = calibration.layers
         _only_leaf(iteration.h_L)
         if "channel" in layers:
             a_LD = _at(layers["channel"], iteration.index)
             return DiagonalMap(jax.tree.map(lambda leaf: _on_last_axis(a_LD, leaf.ndim), iteration.h_L))
-        if "scale" not in layers:
-            raise ValueError("this calibration holds no surrogate, only an initial trace: fit it with a kind.")
         c_L = _at(layers["scale"], iteration.index)
         if "core" not in layers:
             return ScalarMap(c_L)
@@ -63,7 +61,7 @@ class Calibrated(Correction):
         return SharedBasisMap(c_L, _at(layers["core"], iteration.index), Basis(u_DX, v_DX))
 
     def predict(self, problem: LayerProblem, iteration: Iteration) -> PyTree:
-        intercept = _of(problem).layers.get("intercept")
+        intercept = _of(problem, self).layers.get("intercept")
         if intercept is None:
             return iteration.y_L
         indices, is_padding_L = problem.indices(), problem.is_padding()
@@ -80,7 +78,7 @@ class CalibratedInit(Init):
     input h_S. Cost: 2 r D multiply-adds a token and layer, no evaluation. Exact on affine chains at full rank."""
 
     def __call__(self, problem: LayerProblem) -> Guess:
-        layers = _of(problem, "init_u").layers
+        layers = _of(problem, self).layers
         c_L = layers["init_scale"]
 
         def one(h: jax.Array) -> jax.Array:
@@ -99,7 +97,7 @@ class Preheat(Init):
     """
 
     def __call__(self, problem: LayerProblem) -> Guess:
-        layers = _of(problem, "preheat_u").layers
+        layers = _of(problem, self).layers
         if problem.anchor is None:
             raise ValueError("the Preheat initial trace needs problem.anchor, the state that entered the first layer.")
         h = _only_leaf(problem.h_in)
@@ -112,20 +110,31 @@ def spread_streams(x: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x.reshape(*x.shape[:-1], *(1,) * (like.ndim - x.ndim), x.shape[-1]), like.shape)
 
 
-def _of(problem: LayerProblem, needed: str = "") -> Calibration:
-    """The problem's calibration, of as many layers as the problem."""
-    calibration = problem.calibration
-    if calibration is None:
-        raise ValueError("a calibrated method needs problem.calibration: fit one to this region and name it.")
+def check_calibration(calibration: Calibration, method: Correction | Init, num_layers: int) -> None:
+    """Raises ValueError where ``calibration`` does not hold what a method of this module reads; others read nothing."""
+    if not isinstance(method, Calibrated | CalibratedInit | Preheat):
+        return
     lengths = {leaf.shape[0] for leaf in calibration.layers.values()}
-    if lengths != {problem.num_layers}:
+    if lengths != {num_layers}:
         fitted = ", ".join(map(str, sorted(lengths))) or "no"
         raise ValueError(
-            f"the calibration was fitted to {fitted} layers, but this region has {problem.num_layers}: fit it again."
+            f"the calibration was fitted to {fitted} layers, but this region has {num_layers}: fit it again."
         )
-    if needed and needed not in calibration.layers:
-        raise ValueError(f"this calibration holds no {needed.split('_')[0]!r} part: fit it with this initial trace.")
-    return calibration
+    if isinstance(method, Calibrated):
+        if not {"scale", "channel"} & set(calibration.layers):
+            raise ValueError("this calibration holds no surrogate, only an initial trace: fit it with a kind.")
+        return
+    part = "init" if isinstance(method, CalibratedInit) else "preheat"
+    if f"{part}_u" not in calibration.layers:
+        raise ValueError(f"this calibration holds no {part!r} part: fit it with this initial trace.")
+
+
+def _of(problem: LayerProblem, method: Correction | Init) -> Calibration:
+    """The problem's calibration, which holds what the method reads."""
+    if problem.calibration is None:
+        raise ValueError("a calibrated method needs problem.calibration: fit one to this region and name it.")
+    check_calibration(problem.calibration, method, problem.num_layers)
+    return problem.calibration
 
 
 def _only_leaf(state: PyTree) -> jax.Array:

@@ -8,8 +8,8 @@ from snlp_jax.solver.stages import Chunkwise, FusedSplit, PerLayer, Stage
 
 
 @dataclass(frozen=True)
-class SequentialSegment:
-    """Layers ``start`` to ``stop - 1`` (from 0), one after another."""
+class _Span:
+    """Layers ``start`` to ``stop - 1``, counted from 0."""
 
     start: int
     stop: int
@@ -17,6 +17,11 @@ class SequentialSegment:
     @property
     def num_layers(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class SequentialSegment(_Span):
+    """Layers ``start`` to ``stop - 1``, one after another."""
 
     @property
     def depth(self) -> int:
@@ -28,16 +33,9 @@ class SequentialSegment:
 
 
 @dataclass(frozen=True)
-class SkippedSegment:
+class SkippedSegment(_Span):
     """Layers ``start`` to ``stop - 1`` that are not run at all: the control that any solver setting has to beat."""
 
-    start: int
-    stop: int
-
-    @property
-    def num_layers(self) -> int:
-        return self.stop - self.start
-
     @property
     def depth(self) -> int:
         return 0
@@ -48,11 +46,9 @@ class SkippedSegment:
 
 
 @dataclass(frozen=True)
-class ParallelSegment:
+class ParallelSegment(_Span):
     """Layers ``start`` to ``stop - 1`` solved together by ``num_iters`` iterations, at most where ``tolerance`` > 0."""
 
-    start: int
-    stop: int
     num_iters: int
     correction: Correction
     init: Init = field(default_factory=PrefixState)
@@ -77,10 +73,6 @@ class ParallelSegment:
                 raise ValueError(f"k={self.num_iters}: one fused chunk is solved by one iteration; use k=1.")
         if isinstance(self.stage, FusedSplit) and (self.num_iters > 1 or not isinstance(self.init, PrefixState)):
             raise ValueError("a split stage evaluates at the region's input only: use k=1 and init=h0.")
-
-    @property
-    def num_layers(self) -> int:
-        return self.stop - self.start
 
     @property
     def num_nodes(self) -> int:
