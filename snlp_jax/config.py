@@ -336,6 +336,28 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Devices as a grid ``data x layer x tensor`` (docs/scaling.md). Not part of what a run learns: a checkpoint is
+    restored onto any other mesh."""
+
+    data: int = 1
+    """Parts of the batch; in training parameters and optimizer state are spread over them too. 0 takes all devices that
+    the other two leave."""
+    layer: int = 1
+    """Parts of the depth: a region's layers are evaluated on all of them at once."""
+    tensor: int = 1
+    """Parts of heads, MLP features and vocabulary."""
+    ring_microbatches: int = 1
+    """Where the sequential pass goes round the layer axis, the batch follows in so many parts, so that a device need
+    not wait for the others; as many as ``layer`` or more keep them busy."""
+
+    def __post_init__(self) -> None:
+        _require(self.data >= 0, f"mesh.data is {self.data}; it must be 0 or more.")
+        for name in ("layer", "tensor", "ring_microbatches"):
+            _require(getattr(self, name) >= 1, f"mesh.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """What eval.py measures; each field is also a flag of eval.py."""
 
@@ -357,12 +379,19 @@ class EvalConfig:
     """Tokens of the timed forward; 0 means the model's ``seq_len``."""
     timing_repeats: int = 20
     """0 leaves out the timing."""
-    layer_devices: int = 1
-    """Devices over which each parallel region's layers are sharded."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices over which the batch and the layers of each parallel region are spread."""
+    sequential: Literal["tensor", "ring"] = "tensor"
+    """How layers outside of the regions lie on the devices of the layer axis: split by heads and features, two
+    exchanges a layer; or whole, the state going round, one exchange a device."""
 
     def __post_init__(self) -> None:
-        for name in ("num_windows", "batch_size", "num_bootstrap", "timing_batch", "layer_devices"):
+        for name in ("num_windows", "batch_size", "num_bootstrap", "timing_batch"):
             _require(getattr(self, name) >= 1, f"eval.{name} is {getattr(self, name)}; it must be at least 1.")
+        _require(
+            self.mesh.ring_microbatches == 1,
+            f"eval.mesh.ring_microbatches is {self.mesh.ring_microbatches}, but only training cuts its batches; set 1.",
+        )
         for name in ("greedy_prompts", "greedy_prompt_len", "greedy_tokens", "timing_len", "timing_repeats"):
             _require(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}; it must be 0 or more.")
 
@@ -379,6 +408,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Of training."""
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
@@ -395,9 +426,31 @@ class Config:
                 "hcn is for models with residual streams, sid for those without.",
             )
 
+        _check_mesh(self)
+
     @property
     def run_path(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
+
+
+def _check_mesh(config: Config) -> None:
+    """Refuse a mesh that the training state and its batches cannot be divided over."""
+    mesh, micro = config.mesh, config.train.batch_size // config.train.num_microbatches
+    _require(
+        config.model.num_layers % mesh.layer == 0,
+        f"model.num_layers {config.model.num_layers} is not a multiple of mesh.layer {mesh.layer}; change one.",
+    )
+    ring = mesh.ring_microbatches
+    _require(
+        mesh.layer > 1 or ring == 1,
+        f"mesh.ring_microbatches is {ring}, but with mesh.layer 1 there is no ring; use train.num_microbatches.",
+    )
+    parts = max(mesh.data, 1) * ring
+    _require(
+        micro % parts == 0,
+        f"a batch of {micro} (train.batch_size / train.num_microbatches) is not a multiple of {parts} "
+        "(mesh.data x mesh.ring_microbatches); change one.",
+    )
 
 
 def to_json(config: Any) -> str:

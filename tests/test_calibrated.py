@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from problems import NUM_LAYERS, WIDTH, error, listed, nonlinear, pair, relative_error, translation, true_trace
 
+from snlp_jax.config import MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.linearize import (
     About,
@@ -169,7 +170,7 @@ def test_sharded_calibrations_are_unsharded(kind):
     def run(problem_arrays):
         here = dataclasses.replace(problem, **problem_arrays)
         return solve(here, Calibrated(), **settings), solve_sharded(
-            here, Calibrated(), mesh=make_mesh(layer=4), **settings
+            here, Calibrated(), mesh=make_mesh(MeshConfig(layer=4)), **settings
         )
 
     whole, sharded = run({"params": problem.params, "h_in": problem.h_in, "calibration": problem.calibration})

@@ -16,6 +16,7 @@ from snlp_jax.config import (
     InitName,
     LayerSkipConfig,
     LossConfig,
+    MeshConfig,
     ModelConfig,
     OptimConfig,
     SolverCEConfig,
@@ -39,6 +40,7 @@ CHANGED = Config(
         layer_skip=LayerSkipConfig(weight=0.1, region_sizes=(2,), sample_region=True),
     ),
     train=TrainConfig(batch_size=12, num_microbatches=3, tensorboard=True),
+    mesh=MeshConfig(data=2, layer=3, ring_microbatches=2),
     eval=EvalConfig(solvers=("idn:n=8,k=2", "seq")),
 )
 
@@ -99,7 +101,8 @@ AT_LEAST_ONE = {
     ModelConfig: ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_ratio", "seq_len", "rotary_multiple")
     + ("vocab_multiple",),
     TrainConfig: ("num_steps", "batch_size", "num_microbatches", "log_every", "keep_last", "eval_batches"),
-    EvalConfig: ("num_windows", "batch_size", "num_bootstrap", "timing_batch", "layer_devices"),
+    EvalConfig: ("num_windows", "batch_size", "num_bootstrap", "timing_batch"),
+    MeshConfig: ("layer", "tensor", "ring_microbatches"),
     HiddenNormConfig: ("stride",),
     SolverCEConfig: ("num_iters",),
 }

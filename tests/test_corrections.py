@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from problems import NUM_LAYERS, affine, diagonal, error, nonlinear, pair, scaled_translation, true_trace
 
-from snlp_jax.errors import InputError
+from snlp_jax.config import MeshConfig
 from snlp_jax.parallel import make_mesh, solve_sharded
 from snlp_jax.solver import (
     Correction,
@@ -125,7 +125,7 @@ def test_a_new_correction_is_one_short_class():
     @jax.jit
     def run():
         once = solve(mine, correction, num_iters=1, init=PrefixState())
-        sharded = solve_sharded(mine, correction, mesh=make_mesh(layer=2), num_iters=1, init=PrefixState())
+        sharded = solve_sharded(mine, correction, mesh=make_mesh(MeshConfig(layer=2)), num_iters=1, init=PrefixState())
         return once, sharded, solve(nonlinear(), correction, num_iters=NUM_LAYERS, init=PrefixState())
 
     once, sharded, other = run()
@@ -338,10 +338,3 @@ def scales_like(leaf):
 def test_settings_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.parametrize("correction", (Identity(trust=1.0), ScaledIdentity(trust=0.1), Diagonal(trust=2.0)))
-def test_a_trust_region_is_not_sharded(correction):
-    assert not correction.is_local and dataclasses.replace(correction, trust=0.0).is_local
-    with pytest.raises(InputError, match="runs with a trust region and cannot be sharded; choose another"):
-        solve_sharded(nonlinear(8), correction, mesh=make_mesh(layer=2), num_iters=1, init=PrefixState())

@@ -17,7 +17,7 @@ import pytest
 from problems import random_params
 from tiny_run import MODEL, tiny
 
-from snlp_jax.config import Config, EvalConfig, ModelConfig
+from snlp_jax.config import Config, EvalConfig, MeshConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run, read_config, write_report
 from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibration
@@ -182,17 +182,23 @@ def test_default_grid_and_bad_settings(model: LanguageModel, params: dict, batch
     ):
         with pytest.raises(InputError, match=expected):
             evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=solvers))
-    for setting in ("exact:n=2", "idn:n=4,k=2,trust=1"):
-        with pytest.raises(InputError, match="cannot be sharded"):
-            evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=(setting,), layer_devices=2))
+    for solvers, mesh, expected in (
+        (("idn:n=4,k=1,stage=split",), MeshConfig(layer=2), "a split stage .* cannot be sharded"),
+        (("idn:n=4,k=1",), MeshConfig(data=2), "eval.batch_size 3 is not a multiple of mesh.data 2; change one"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=solvers, mesh=mesh))
 
 
 def test_sharded_regions_are_measured(model: LanguageModel, params: dict, batches: list[np.ndarray]) -> None:
     config = dataclasses.replace(SETTINGS, solvers=("idn:n=4,k=2",), greedy_tokens=0, timing_repeats=0)
     alone = evaluate(model, params, batches, config).results[1]
-    spread = evaluate(model, params, batches, dataclasses.replace(config, layer_devices=4)).results[1]
-    assert spread.ppl == pytest.approx(alone.ppl, rel=1e-5)
-    assert spread.timing is None and spread.speedup is None
+    mesh = MeshConfig(data=3, layer=2)
+    for sequential in ("tensor", "ring"):
+        settings = dataclasses.replace(config, mesh=mesh, sequential=sequential)
+        spread = evaluate(model, params, batches, settings).results[1]
+        assert spread.ppl == pytest.approx(alone.ppl, rel=1e-5)
+        assert spread.timing is None and spread.speedup is None
 
 
 SCRIPT_SOLVERS = ["idn:n=2,k=1", "cal:n=2,k=1,init=cal,fit=mine", "idn:n=3,tol=0.5", "idn:n=2,k=1,init=warm"]

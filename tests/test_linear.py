@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec
 
+from snlp_jax.config import MeshConfig
 from snlp_jax.parallel import make_mesh
 from snlp_jax.solver.linear import (
     Basis,
@@ -276,7 +277,7 @@ def over_devices(num_devices, numbers):
     specs = {name: over if name in BY_LAYER else everywhere for name in numbers}
     out = Corrected(over, over, everywhere, everywhere, everywhere)._asdict()
     settings = {"axis_names": {"layer"}, "check_vma": False}
-    mesh = make_mesh(layer=num_devices)
+    mesh = make_mesh(MeshConfig(layer=num_devices))
     run = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=dict.fromkeys(KINDS, out), **settings)
     return run(numbers)
 

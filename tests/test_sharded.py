@@ -1,4 +1,5 @@
-"""A region whose layers are sharded over devices is the region on one device, at K exchanges and no more."""
+"""Layers that are sharded over devices: a region is the region on one device at K exchanges and no more, and the
+sequential pass goes round."""
 
 import dataclasses
 import functools
@@ -10,14 +11,12 @@ import numpy as np
 import pytest
 from hlo import count_collectives
 from jax.sharding import NamedSharding, PartitionSpec
-from problems import SMALL, nonlinear, posed, random_params, random_tokens, relative_error, true_trace
+from problems import nonlinear, posed, relative_error, true_trace
 
+from snlp_jax.config import MeshConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward, prepare, split
-from snlp_jax.model import LanguageModel
-from snlp_jax.notation import parse_schedule
-from snlp_jax.parallel import make_mesh, solve_sharded
-from snlp_jax.parallel.region import num_padded, pad_layers
+from snlp_jax.parallel import make_mesh, sequential_sharded, solve_sharded
+from snlp_jax.parallel.region import num_padded, pad_layers, real_part
 from snlp_jax.solver import (
     BatchForward,
     Diagonal,
@@ -27,12 +26,11 @@ from snlp_jax.solver import (
     Jacobi,
     PrefixState,
     ScaledIdentity,
-    SequentialSegment,
     Warm,
+    sequential,
     solve,
 )
 
-CONFIG = dataclasses.replace(SMALL, num_layers=8)
 ROUNDING = 2e-5
 """Relative to the largest entry: float32 rounding (6e-8 an operation) of sums in another order, of layers batched by
 twos and fours instead of by eight, grown by eight layers."""
@@ -72,7 +70,7 @@ def spread(problem, mesh):
     by_layer = pad_layers({"params": problem.params, "warm_L": problem.warm_L}, num_layers)
     placed = jax.device_put(by_layer, over_layers) | jax.device_put({"h_in": problem.h_in}, everywhere)
     is_even = num_layers == num_real
-    return placed, {"num_layers": num_layers, "num_real": None if is_even else num_real}
+    return placed, {"num_layers": num_layers, "real": None if is_even else (0, num_real)}
 
 
 def solutions(problem, correction, mesh, **settings):
@@ -81,7 +79,9 @@ def solutions(problem, correction, mesh, **settings):
     placed, counts = spread(problem, mesh)
 
     def sharded(placed):
-        return solve_sharded(dataclasses.replace(problem, **placed, **counts), correction, mesh=mesh, **settings)
+        here = dataclasses.replace(problem, **placed, **counts)
+        solution = solve_sharded(here, correction, mesh=mesh, **settings)
+        return real_part(solution, (0, problem.num_layers))
 
     def plain(parts):
         return solve(dataclasses.replace(problem, **parts), correction, **settings)
@@ -109,7 +109,7 @@ def solutions(problem, correction, mesh, **settings):
 def test_sharded_chains_are_unsharded_chains(num_devices, num_layers, correction, init, num_iters):
     """Value, trace, what the layers leave behind and residuals; K all-gathers, one more for another initial trace than
     h0, and no other collective: the states that the head asks for travel with the rest."""
-    mesh = make_mesh(layer=num_devices)
+    mesh = make_mesh(MeshConfig(layer=num_devices))
     settings = {"num_iters": num_iters, "init": init, "with_stats": True, "taps": (5, 0)}
     sharded, whole, collectives = solutions(chain(num_layers), correction, mesh, **settings)
     assert_close((sharded.value, sharded.trace, sharded.aux), (whole.value, whole.trace, whole.aux))
@@ -134,7 +134,7 @@ def test_sharded_chains_are_unsharded_chains(num_devices, num_layers, correction
 def test_regions_that_do_not_divide_the_axis_are_unsharded_chains(num_devices, num_layers, correction, init):
     """Layers of zero weights fill up the devices; nothing that comes back shows them."""
     settings = {"num_iters": 2, "init": init, "with_stats": True, "taps": (num_layers - 1, 1)}
-    sharded, whole, _ = solutions(chain(num_layers), correction, make_mesh(layer=num_devices), **settings)
+    sharded, whole, _ = solutions(chain(num_layers), correction, make_mesh(MeshConfig(layer=num_devices)), **settings)
     assert_close((sharded.value, sharded.trace, sharded.aux), (whole.value, whole.trace, whole.aux))
     chex.assert_trees_all_close(sharded.stats, whole.stats, rtol=1e-4, atol=1e-6)  # rounding of differences y - h
     assert_close(sharded.tapped, whole.tapped)
@@ -142,7 +142,7 @@ def test_regions_that_do_not_divide_the_axis_are_unsharded_chains(num_devices, n
 
 def test_an_uneven_region_costs_no_more_exchanges():
     """As long as nobody cuts the filling off a trace that is spread over the devices."""
-    mesh = make_mesh(layer=4)
+    mesh = make_mesh(MeshConfig(layer=4))
     placed, counts = spread(chain(6), mesh)
 
     def run(placed):
@@ -161,7 +161,7 @@ def test_weights_that_are_not_filled_up_are_filled_up():
     @jax.jit
     def run(problem_key):
         here = dataclasses.replace(problem, key=problem_key)
-        sharded = solve_sharded(here, Diagonal(), mesh=make_mesh(layer=2), **settings)
+        sharded = solve_sharded(here, Diagonal(), mesh=make_mesh(MeshConfig(layer=2)), **settings)
         return sharded.trace, solve(here, Diagonal(), **settings).trace
 
     sharded, whole = run(problem.key)
@@ -178,13 +178,13 @@ def test_a_tolerance_means_the_same_when_sharded(num_layers):
     warm_L = problem.warm_L.at[:, -1].set(true_trace(problem)[:, -1])
     problem = dataclasses.replace(problem, warm_L=warm_L)
     settings = {"num_iters": num_layers, "init": Warm(), "tolerance": 1e-2, "with_stats": True, "taps": (1,)}
-    mesh, correction = make_mesh(layer=4), ScaledIdentity()
+    mesh, correction = make_mesh(MeshConfig(layer=4)), ScaledIdentity()
     placed, counts = spread(problem, mesh)
 
     @jax.jit
     def run(placed, parts):
         filled = dataclasses.replace(problem, **placed, **counts)
-        sharded = solve_sharded(filled, correction, mesh=mesh, **settings)
+        sharded = real_part(solve_sharded(filled, correction, mesh=mesh, **settings), (0, num_layers))
         return sharded, solve(dataclasses.replace(problem, **parts), correction, **settings)
 
     sharded, whole = run(placed, {name: getattr(problem, name) for name in placed})
@@ -199,7 +199,7 @@ def test_a_tolerance_means_the_same_when_sharded(num_layers):
 
 def test_sharded_residual_ends_at_exactly_zero():
     """Sharding keeps the exactness at N iterations bit for bit."""
-    problem, mesh = nonlinear(8), make_mesh(layer=4)
+    problem, mesh = nonlinear(8), make_mesh(MeshConfig(layer=4))
     settings = {"num_iters": 9, "init": PrefixState(), "with_stats": True}
 
     @jax.jit
@@ -224,7 +224,7 @@ def test_sharded_residual_ends_at_exactly_zero():
 )
 def test_gradients_through_sharded_chains(num_devices, num_layers, correction, init):
     """Of value, trace, taps and residuals, with respect to all parameters and to the entering state."""
-    mesh, problem = make_mesh(layer=num_devices), posed(chain(num_layers), correction)
+    mesh, problem = make_mesh(MeshConfig(layer=num_devices)), posed(chain(num_layers), correction)
     settings = {"num_iters": 2, "init": init, "taps": (1,), "with_stats": True}
 
     def loss(mesh, params, h_in):
@@ -241,101 +241,151 @@ def test_gradients_through_sharded_chains(num_devices, num_layers, correction, i
     assert_close(gradient(mesh), gradient(None), 1e-4)  # sums of a hundred float32 terms that partly cancel
 
 
-# ---------------------------------------------------------------- the Transformer
-
-
-@pytest.fixture(scope="module")
-def model():
-    return LanguageModel(CONFIG)
+# ---------------------------------------------------------------- corrections that run down the depth, in a ring
 
 
 @pytest.mark.parametrize(
-    "num_devices, setting, all_gathers",
+    "num_devices, num_layers, correction, init",
     (
-        (8, "sid:n=8,k=2,init=batch_forward", 3),
-        (4, "idn:n=8,k=6", 6),
-        (2, "sid:n=2,k=1", 1),  # the mid-layer state comes from the sequential prefix
-        (4, "idn:n=6,k=2", 2),  # two layers of zero weights fill up the devices
-        pytest.param(8, "idn:n=8,k=1", 1, marks=pytest.mark.slow),
-        pytest.param(4, "idn:n=8,k=2,init=batch_forward", 3, marks=pytest.mark.slow),
-        pytest.param(2, "sid:n=8,k=6,init=batch_forward", 7, marks=pytest.mark.slow),
-        pytest.param(8, "sid:n=5,k=2,init=batch_forward", 3, marks=pytest.mark.slow),
+        (4, 8, Exact(), PrefixState()),
+        (4, 6, Exact(damping=0.25), BatchForward()),
+        (2, 8, ScaledIdentity(trust=0.5), PrefixState()),
+        (4, 6, Diagonal(trust=2.0), Warm()),
+        pytest.param(8, 8, Identity(trust=1.0), BatchForward(), marks=pytest.mark.slow),
     ),
+    ids=name_of,
 )
-def test_sharded_forward_is_unsharded(model, num_devices, setting, all_gathers):
-    """K all-gathers, one more for a batched forward, nothing else: the mid-layer state travels with the rest."""
-    params, tokens = random_params(model), random_tokens(CONFIG)
-    schedule = parse_schedule(setting, CONFIG.num_layers)
-    # Cutting the filling off a trace that is spread over the devices is an exchange of its own, so nobody asks for it.
-    is_even = (schedule.regions[0].num_layers % num_devices) == 0
-    read = lambda output: output if is_even else output._replace(solutions=())  # noqa: E731
-    run = lambda mesh: jax.jit(lambda w, t: read(forward(model, w, t, mesh=mesh)))  # noqa: E731
-    whole = prepare(model, params, schedule, num_tokens=tokens.size, layout="stack")
-    expected = run(None)(whole, tokens)
-    mesh = make_mesh(layer=num_devices)
-    weights = prepare(model, params, schedule, num_tokens=tokens.size, mesh=mesh)
-    for segment, blocks in zip(weights.segments, weights.blocks, strict=True):
-        for leaf in jax.tree.leaves(blocks):
-            # A region's weights are spread over the devices; everything else is on every one.
-            assert leaf.sharding.is_fully_replicated == isinstance(segment, SequentialSegment)
-    tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec()))
-    compiled = run(mesh).lower(weights, tokens).compile()
-    actual = compiled(weights, tokens)
-    assert_close(actual[:3], expected[:3])
-    assert_close([s.trace for s in actual.solutions], [s.trace for s in expected.solutions])
-    assert count_collectives(compiled.as_text()) == {"all-gather": all_gathers}
+def test_corrections_that_run_down_the_depth_go_round_the_devices(num_devices, num_layers, correction, init):
+    mesh = make_mesh(MeshConfig(layer=num_devices))
+    settings = {"num_iters": 2, "init": init, "with_stats": True, "taps": (num_layers - 1, 1)}
+    sharded, whole, collectives = solutions(chain(num_layers), correction, mesh, **settings)
+    assert_close((sharded.value, sharded.trace, sharded.aux), (whole.value, whole.trace, whole.aux))
+    assert_close(sharded.tapped, whole.tapped)
+    chex.assert_trees_all_close(sharded.stats, whole.stats, rtol=1e-4, atol=1e-5)  # rounding of differences y - h
+    if num_layers % num_devices == 0:
+        # The delta and the state before it go round in every iteration, or the variance (once, where it is always one).
+        moves = 2 * (num_devices - 1) * (2 if isinstance(correction, Exact) else 1)
+        assert set(collectives) == {"all-gather", "collective-permute"}
+        assert collectives["collective-permute"] <= moves and collectives["all-gather"] <= 2
+
+
+# ---------------------------------------------------------------- the sequential pass in a ring
+
+
+def in_ring(problem, mesh, parts, **settings):
+    def run(parts):
+        solution = sequential_sharded(dataclasses.replace(problem, **parts), mesh=mesh, **settings)
+        return solution._replace(trace=None, aux=None) if not settings.get("with_trace") else solution
+
+    return jax.jit(run).lower(parts).compile()
 
 
 @pytest.mark.parametrize(
-    "axes, setting",
-    (
-        ({"data": 2, "layer": 4}, "idn:n=4,k=1,init=batch_forward"),
-        pytest.param({"layer": 4}, "sid:n=3,k=2", marks=pytest.mark.slow),  # uneven
-    ),
+    "num_devices, num_layers, num_microbatches",
+    ((8, 8, 1), (4, 8, 3), (2, 8, 3), (4, 6, 1), pytest.param(4, 5, 3, marks=pytest.mark.slow)),
 )
-def test_sharded_gradients_are_unsharded(axes, setting):
-    """With respect to every parameter; on a mesh with a data axis the batch is spread over that as well."""
-    config = dataclasses.replace(SMALL, num_layers=4)
-    model = LanguageModel(config)
-    params, tokens = random_params(model), random_tokens(config, length=8)
+def test_the_ring_is_the_sequential_pass(num_devices, num_layers, num_microbatches):
+    """n - 1 moves of the state, one more a further microbatch, and one all-reduce."""
+    problem, mesh = chain(num_layers), make_mesh(MeshConfig(layer=num_devices))
+    settings = {"with_trace": True, "with_aux": True, "taps": (num_layers - 1, 2), "num_microbatches": num_microbatches}
+    parts = {"params": problem.params, "h_in": problem.h_in}
+    compiled = in_ring(problem, mesh, parts, **settings)
+    ring, oracle = compiled(parts), jax.jit(lambda: sequential(problem, with_trace=True, with_aux=True))()
+    assert_close(
+        (ring.value, ring.trace, ring.aux), (oracle.value, oracle.trace, oracle.aux), 1e-6
+    )  # other batch sizes
+    assert_close(ring.tapped, (oracle.trace[-1], oracle.trace[2]), 1e-6)
+    if num_layers % num_devices == 0:
+        moves = {"collective-permute": num_devices - 1 + num_microbatches - 1, "all-reduce": 1}
+        assert count_collectives(compiled.as_text()) == moves
 
-    def loss(mesh, params, tokens):
-        weights = split(model, params, parse_schedule(setting, config.num_layers))
-        logits = forward(model, weights, tokens, mesh=mesh).logits_BTV
-        return jnp.sum(jnp.sin(logits)), logits
 
-    gradient = lambda mesh, tokens: jax.jit(jax.grad(functools.partial(loss, mesh), has_aux=True))(params, tokens)  # noqa: E731
-    mesh = make_mesh(**axes)
-    expected = gradient(None, tokens)
-    actual = gradient(mesh, jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data"))))
-    assert_close(actual, expected, 1e-4)  # sums over tokens that partly cancel, in another order
-    for path, leaf in jax.tree_util.tree_leaves_with_path(expected[0]):
-        assert np.abs(leaf).max() > 1e-3, path
+def test_microbatches_take_their_rows_of_context_and_shared_inputs():
+    """Rows j, j + M, ... of whatever has a batch axis go with microbatch j."""
+    bent = nonlinear(4)
+
+    def block(params, h, ctx, shared):
+        return jnp.tanh(h @ params["w"]) + ctx["bias"] + shared["anchor"] * ctx["scale"], ()
+
+    problem = dataclasses.replace(
+        bent,
+        block_fn=block,
+        ctx={"bias": jnp.sin(jnp.arange(4.0 * 6 * 4)).reshape(4, 6, 4), "scale": jnp.arange(4.0)},
+        shared={"anchor": jnp.cos(jnp.arange(24.0)).reshape(6, 4)},
+        h_in=jnp.linspace(-1, 1, 24).reshape(6, 4),
+        batch_axes=({"bias": 0, "scale": None}, {"anchor": 0}),
+    )
+    mesh = make_mesh(MeshConfig(layer=2))
+    ring = jax.jit(lambda: sequential_sharded(problem, mesh=mesh, num_microbatches=3).value)()
+    assert_close(ring, sequential(problem).value)
+    with pytest.raises(ValueError, match="a batch of 6 does not divide into 4 microbatches"):
+        jax.jit(lambda: sequential_sharded(problem, mesh=mesh, num_microbatches=4).value)()
+    with pytest.raises(ValueError, match="microbatches are for a sequential pass over sharded layers"):
+        sequential(problem, num_microbatches=2)
+
+
+@pytest.mark.parametrize("num_microbatches", (1, 3))
+def test_gradients_through_the_ring(num_microbatches):
+    """Of value, trace and taps; layers of zero weights take no part."""
+    mesh, problem = make_mesh(MeshConfig(layer=4)), chain(6)
+
+    def loss(mesh, params, h_in):
+        here = dataclasses.replace(problem, params=params, h_in=h_in)
+        if mesh is None:
+            solution = sequential(here, with_trace=True, taps=(1,))
+        else:
+            settings = {"with_trace": True, "taps": (1,), "num_microbatches": num_microbatches}
+            solution = sequential_sharded(here, mesh=mesh, **settings)
+        rest = jnp.sum(jnp.cos(solution.trace)) + jnp.sum(jnp.cos(solution.tapped[0]))
+        return jnp.sum(jnp.sin(3.0 * solution.value)) + rest
+
+    gradient = lambda mesh: jax.jit(jax.grad(functools.partial(loss, mesh), argnums=(0, 1)))(*point)  # noqa: E731
+    point = (problem.params, problem.h_in)
+    assert_close(gradient(mesh), gradient(None), 1e-5)
+
+
+def test_part_of_a_sharded_stack_is_that_part_alone():
+    """Layers 3 to 6 of eight on four devices: the others pass the state on, and what is random is random alike."""
+    whole, mesh = chain(8), make_mesh(MeshConfig(layer=4))
+    cut = lambda tree: jax.tree.map(lambda leaf: leaf[3:7], tree)  # noqa: E731
+    alone = dataclasses.replace(whole, params=cut(whole.params), warm_L=cut(whole.warm_L), num_layers=4)
+    part = dataclasses.replace(whole, real=(3, 7))
+    corrections = (Jacobi(), Identity(damping=0.5), Diagonal(stride=2), Exact(), ScaledIdentity(trust=1.0))
+
+    @jax.jit
+    def run():
+        pairs = []
+        for correction, init in zip(corrections, (PrefixState(), Warm(), BatchForward(), Warm(), Warm()), strict=True):
+            settings = {"num_iters": 2, "init": init}
+            sharded = solve_sharded(part, correction, mesh=mesh, taps=(4,), **settings)
+            pairs.append((sharded, solve(alone, correction, taps=(1,), **settings)))
+        pairs.append((sequential_sharded(part, mesh=mesh, taps=(4,)), sequential(alone, taps=(1,))))
+        return pairs
+
+    for sharded, expected in run():
+        assert_close((sharded.value, sharded.tapped), (expected.value, expected.tapped))
 
 
 # ---------------------------------------------------------------- refusals, and the counter itself
 
 
-def test_refusals(model):
-    mesh = make_mesh(layer=4)
-    settings = {"mesh": mesh, "num_iters": 1, "init": PrefixState()}
-    with pytest.raises(InputError, match="Identity runs with a trust region and cannot be sharded; choose another"):
-        solve_sharded(nonlinear(8), Identity(trust=1.0), **settings)
-    with pytest.raises(InputError, match="Exact runs layer after layer and cannot be sharded; choose another"):
-        solve_sharded(nonlinear(8), Exact(), **settings)
+def test_refusals():
     with pytest.raises(InputError, match="a mesh of 2 x 8 x 1 needs 16 devices, but there are"):
-        make_mesh(data=2, layer=8)
+        make_mesh(MeshConfig(data=2, layer=8))
+    with pytest.raises(InputError, match="8 devices do not divide by mesh.layer x mesh.tensor = 3; change one"):
+        make_mesh(MeshConfig(data=0, layer=3))
 
 
 def test_mesh_keeps_axes_of_size_one():
-    mesh = make_mesh(layer=2)
+    mesh = make_mesh(MeshConfig(layer=2))
     assert dict(mesh.shape) == {"data": 1, "layer": 2, "tensor": 1}
     assert list(mesh.devices.flat) == jax.devices()[:2]
+    assert dict(make_mesh(MeshConfig(data=0, tensor=2)).shape) == {"data": 4, "layer": 1, "tensor": 2}
 
 
 def test_the_counter_multiplies_loops():
     """Two exchanges before a loop of five trips with three in it, and an inner loop of two trips with one."""
-    mesh = make_mesh(layer=2)
+    mesh = make_mesh(MeshConfig(layer=2))
 
     def local(x):
         gather = lambda x: jax.lax.all_gather(jnp.sin(x), "layer").sum(0)  # noqa: E731

@@ -530,13 +530,8 @@ def test_a_state_without_a_batch_axis_is_one_sequence_and_ends_early_when_conver
 
 def test_refusals():
     problem = translation()
-    sharded = dataclasses.replace(problem, axis_name="layer")
     with pytest.raises(ValueError, match="num_iters is 0; a parallel region needs at least one iteration"):
         solve(problem, IDENTITY, num_iters=0, init=PrefixState())
-    with pytest.raises(ValueError, match="cannot be sharded over a layer axis"):
-        solve(sharded, EXACT, num_iters=1, init=PrefixState())
-    with pytest.raises(ValueError, match="sequential pass over layers that are sharded"):
-        sequential(sharded)
     with pytest.raises(ValueError, match="a tolerance needs a state whose leaves share a batch axis"):
         solve(pair(), IDENTITY, num_iters=2, init=PrefixState(), tolerance=0.1)
     with pytest.raises(AssertionError, match="shape"):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from snlp_jax.config import EvalConfig, ModelConfig
+from snlp_jax.config import EvalConfig, MeshConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.fidelity import (
     Comparison,
@@ -29,7 +29,7 @@ from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.notation import parse_schedule
-from snlp_jax.parallel import make_mesh
+from snlp_jax.parallel import make_mesh, put_batch
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
@@ -88,8 +88,9 @@ def evaluate(
     """
     settings = parse_settings(model.config, config)
     schedules = list(settings.values())
-    mesh = make_mesh(layer=config.layer_devices) if config.layer_devices > 1 else None
+    mesh = None if config.mesh == MeshConfig() else make_mesh(config.mesh)
     if mesh is not None:
+        _check_batches(batches[0].shape[0], config, mesh)
         for schedule in schedules:
             check_mesh(schedule, mesh)
     windows = np.concatenate(batches)
@@ -102,14 +103,26 @@ def evaluate(
         task = progress.add_task("", total=num_steps)
         advance = lambda text: progress.update(task, description=text, advance=1)  # noqa: E731
         weights = prepare_all(
-            model, params, schedules, num_tokens=batches[0].size, layout="stack", mesh=mesh, fits=fits
+            model,
+            params,
+            schedules,
+            num_tokens=batches[0].size,
+            layout="stack",
+            mesh=mesh,
+            sequential=config.sequential,
+            fits=fits,
         )
         comparisons = _compare(model, weights, batches, mesh, advance)
         greedy = _decode(model, weights, windows, config, mesh, advance)
         del weights
         if config.timing_repeats:
-            shape = {"batch_size": config.timing_batch, "seq_len": timing_len, "num_repeats": config.timing_repeats}
-            timings[:] = time_schedules(model, params, schedules, **shape, mesh=mesh, fits=fits, on_progress=advance)
+            shape: dict[str, Any] = {
+                "batch_size": config.timing_batch,
+                "seq_len": timing_len,
+                "num_repeats": config.timing_repeats,
+            }
+            shape |= {"mesh": mesh, "sequential": config.sequential}
+            timings[:] = time_schedules(model, params, schedules, **shape, fits=fits, on_progress=advance)
     results = [
         _result(text, schedule, (comparison, comparisons[0]), matches, (timing, timings[0]), config.num_bootstrap)
         for (text, schedule), comparison, matches, timing in zip(
@@ -118,7 +131,7 @@ def evaluate(
     ]
     info = circumstances() | {
         "num_devices": jax.device_count(),
-        "layer_devices": config.layer_devices,
+        "mesh": None if mesh is None else dict(mesh.shape) | {"sequential": config.sequential},
         "dtype": jnp.dtype(model.dtype).name,
         "num_layers": model.config.num_layers,
         "num_params": num_params(params),
@@ -133,14 +146,25 @@ def evaluate(
     return Report(tuple(results), info)
 
 
+def _check_batches(num_rows: int, config: EvalConfig, mesh: Mesh) -> None:
+    """Refuse batches that the mesh's data axis does not divide."""
+    counts = {"eval.batch_size": num_rows}
+    counts |= {"eval.greedy_prompts": config.greedy_prompts} if _has_greedy(config) else {}
+    counts |= {"eval.timing_batch": config.timing_batch} if config.timing_repeats else {}
+    for name, count in counts.items():
+        if count % mesh.shape["data"]:
+            raise InputError(f"{name} {count} is not a multiple of mesh.data {mesh.shape['data']}; change one.")
+
+
 def _compare(
     model: LanguageModel, weights: Sequence[Weights], batches: Sequence[np.ndarray], mesh: Mesh | None, step: OnProgress
 ) -> list[Comparison]:
     """Every setting over all batches; the first one is the reference, run once a batch."""
     reference_fn, compare_fn = make_reference_fn(model, mesh), make_compare_fn(model, mesh)
     parts: list[list[Comparison]] = [[] for _ in weights]
-    for batch in batches:
+    for rows in batches:
         step("comparing")
+        batch = put_batch(mesh, rows, is_whole=True)
         reference, its_comparison = reference_fn(weights[0], batch)
         parts[0].append(jax.device_get(its_comparison))
         for setting, its_weights in enumerate(weights[1:], start=1):
@@ -167,7 +191,8 @@ def _decode(
     texts: list[np.ndarray] = []
     for its_weights in weights:
         step("decoding")
-        texts.append(np.asarray(decode(its_weights, np.concatenate([prompts, guess], axis=1))))
+        start = put_batch(mesh, np.concatenate([prompts, guess], axis=1), is_whole=True)
+        texts.append(np.asarray(decode(its_weights, start)))
         guess = texts[0]  # the other passes will say much the same
     return [greedy_matches(text, texts[0]) for text in texts]
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from snlp_jax.eval.weights import prepare_all
-from snlp_jax.forward import Weights, forward
+from snlp_jax.forward import Spread, Weights, forward
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params
@@ -44,6 +44,7 @@ def time_schedules(
     seq_len: int,
     num_repeats: int,
     mesh: Mesh | None = None,
+    sequential: Spread = "tensor",
     fits: Mapping[str, Calibration] | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[Timing]:
@@ -64,7 +65,8 @@ def time_schedules(
     for layout in LAYOUTS:
         lay_out = partial(prepare_all, model, params, num_tokens=tokens_BT.size, layout=layout, fits=fits)
         alone = iter(lay_out([schedule for schedule in schedules if schedule.is_sequential]))
-        spread = iter(lay_out([schedule for schedule in schedules if not schedule.is_sequential], mesh=mesh))
+        parallel = [schedule for schedule in schedules if not schedule.is_sequential]
+        spread = iter(lay_out(parallel, mesh=mesh, sequential=sequential))
         for schedule in schedules:
             on_progress("compiling")
             weights, its_mesh = (next(alone), None) if schedule.is_sequential else (next(spread), mesh)

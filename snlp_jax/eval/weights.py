@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from snlp_jax.forward import Layout, Weights, check_mesh, prepare, with_schedule
+from snlp_jax.forward import Layout, Spread, Weights, check_mesh, prepare, with_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import Calibration, ParallelSegment, Schedule, Segment
 from snlp_jax.types import Params
@@ -19,6 +19,7 @@ def prepare_all(
     num_tokens: int,
     layout: Layout,
     mesh: Mesh | None = None,
+    sequential: Spread = "tensor",
     fits: Mapping[str, Calibration] | None = None,
 ) -> list[Weights]:
     """``prepare`` for every schedule; those that cut the layers at the same places share their arrays."""
@@ -27,7 +28,8 @@ def prepare_all(
     all_weights = []
     for schedule in schedules:
         cut = tuple(map(_shape, schedule.segments))
-        settings: dict[str, Any] = {"num_tokens": num_tokens, "layout": layout, "mesh": mesh, "fits": fits}
+        settings: dict[str, Any] = {"num_tokens": num_tokens, "layout": layout, "fits": fits}
+        settings |= {"mesh": mesh, "sequential": sequential}
         if cut not in by_cut:
             by_cut[cut] = prepare(model, params, schedule, **settings)
         if mesh is not None:

@@ -3,6 +3,8 @@
 Key s is visible from query t iff ``t - window <= s <= t``.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -121,19 +123,36 @@ def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array) -> Ar
 
 def _xla_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, offset: int) -> Array:
     """Attention of queries at positions ``offset`` and on to keys at positions 0 and on."""
+    return attend_pieces(q_BTNH, ((k_BSKH, v_BSKH),), window, offset)
+
+
+def attend_pieces(
+    q_BTNH: Array, pieces: Sequence[tuple[Array, Array]], window: int | Array, offset: int | None = None
+) -> Array:
+    """Attention to keys and values in several pieces [B, S, K, H], one after another in position, on the XLA path.
+
+    Nothing of them is copied: scores are joined, keys and values are not. ``offset`` is the position of the first
+    query, counted from the first key; None means that the queries are the last T positions.
+    """
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    G = N // K
+    K, lengths = pieces[0][0].shape[2], [k_BSKH.shape[1] for k_BSKH, _ in pieces]
+    G, S = N // K, sum(lengths)
     # Heads before positions, and the G queries of a kv head along its positions: plain batched matrix products.
     q_BKXH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
-    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    scores_BKXS = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
-    distance_TS = (offset + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
+    to_heads = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = [product("BKXH,BKSH->BKXS", q_BKXH, to_heads(k_BSKH)) * H**-0.5 for k_BSKH, _ in pieces]
+    scores_BKXS = scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1)
+    positions_T = (S - T if offset is None else offset) + jnp.arange(T)
+    distance_TS = positions_T[:, None] - jnp.arange(S)[None, :]
     visible_TS = (distance_TS >= 0) & (distance_TS <= window)
     masked = jnp.where(visible_TS[None, None, None], scores_BKXS.reshape(B, K, G, T, S), -jnp.inf)
-    weights_BKXS = jax.nn.softmax(masked, axis=-1).astype(v_BSKH.dtype).reshape(B, K, G * T, S)
-    out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights_BKXS, v_BKSH, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(out_BKXH.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H).astype(v_BSKH.dtype)
+    dtype = pieces[0][1].dtype
+    weights_BKXS = jax.nn.softmax(masked, axis=-1).astype(dtype).reshape(B, K, G * T, S)
+    weights = jnp.split(weights_BKXS, list(itertools.accumulate(lengths))[:-1], axis=-1)
+    outs = (product("BKXS,BKSH->BKXH", w, to_heads(v_BSKH)) for w, (_, v_BSKH) in zip(weights, pieces, strict=True))
+    out_BKXH = functools.reduce(jnp.add, outs)
+    return jnp.moveaxis(out_BKXH.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H).astype(dtype)
 
 
 def _splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int) -> Array:

@@ -36,6 +36,8 @@ class Context(NamedTuple):
     """Zero for the layers of a stack that have none; None where no layer of the stack has any."""
     hyper: LayerMaps | None
     """Static maps between residual streams; None for other models."""
+    past: "KeyValue | None" = None
+    """Keys and values [B, S, K, H] of the S tokens before these; None where these are the first."""
 
 
 class Shared(NamedTuple):

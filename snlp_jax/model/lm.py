@@ -15,10 +15,20 @@ from flax import nnx
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model.attention import Implementation, choose_implementation
-from snlp_jax.model.block import Block, BlockAux, Context, Shared, ValueEmbed
+from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Shared, ValueEmbed
 from snlp_jax.model.hyper import LayerMaps, static_maps
 from snlp_jax.model.layers import GATE_INPUT, SMEAR_INPUT, project, rms_norm, rotary_table, uniform
-from snlp_jax.model.nodes import ChooseKernel, ChunkNode, LayerNode, NodeFn, NodeFns, node_fns, split_sweep
+from snlp_jax.model.nodes import (
+    LARGE_STATE,
+    ChooseKernel,
+    ChunkNode,
+    LayerNode,
+    Node,
+    NodeFn,
+    NodeFns,
+    node_fns,
+    split_sweep,
+)
 from snlp_jax.types import Array, Params, PyTree
 
 
@@ -49,10 +59,17 @@ class Head(nnx.Module):
 
 
 class LanguageModel:
-    """Pure functions of ``(params, inputs)`` for one :class:`ModelConfig`; holds no arrays."""
+    """Pure functions of ``(params, inputs)`` for one :class:`ModelConfig`; holds no arrays.
 
-    def __init__(self, config: ModelConfig):
+    ``backend`` is what they are compiled for ("cpu", "gpu", "tpu"), where that is not what jax runs on. ``fetch`` is
+    applied to one layer's parameters wherever its maths reads them: what is split over devices can be gathered there.
+    """
+
+    def __init__(
+        self, config: ModelConfig, backend: str | None = None, fetch: Callable[[PyTree], PyTree] = lambda params: params
+    ):
         self.config = config
+        self._backend, self._fetch = backend, fetch
         block = nnx.eval_shape(lambda: Block(config, 0, rngs=nnx.Rngs(0)))
         self._block_graph = nnx.graphdef(block)
 
@@ -74,11 +91,19 @@ class LanguageModel:
         """Shapes and dtypes of :meth:`init`'s result, without computing it."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
+    def fetching(self, fetch: Callable[[PyTree], PyTree]) -> "LanguageModel":
+        """The same model with another ``fetch``."""
+        return LanguageModel(self.config, self._backend, fetch)
+
+    @property
+    def backend(self) -> str:
+        return self._backend or jax.default_backend()
+
     @property
     def dtype(self) -> Any:
-        """Of matrix products, on the default backend."""
+        """Of matrix products, on this backend."""
         if self.config.compute_dtype == "auto":
-            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+            return jnp.float32 if self.backend == "cpu" else jnp.bfloat16
         return jnp.dtype(self.config.compute_dtype)
 
     def cast(self, params: Params) -> Params:
@@ -91,9 +116,14 @@ class LanguageModel:
 
         return jax.tree_util.tree_map_with_path(one, params)
 
-    def embed(self, params: Params, tokens_BT: Array) -> Array:
-        """``x0_BTD`` float32: normed token embeddings, each mixed with a gated share of its predecessor's."""
+    def embed(self, params: Params, tokens_BT: Array, previous_B1: Array | None = None) -> Array:
+        """``x0_BTD`` float32: normed token embeddings, each mixed with a gated share of its predecessor's.
+
+        ``previous_B1``: the token before the first, where there is one.
+        """
         embed = params["embed"]
+        if previous_B1 is not None and self.config.use_smear:
+            return self.embed(params, jnp.concatenate([previous_B1, tokens_BT], axis=1))[:, 1:]
         e_BTD = rms_norm(jnp.take(embed["token"], tokens_BT, axis=0))
         if not self.config.use_smear:
             return e_BTD
@@ -108,46 +138,84 @@ class LanguageModel:
             return x0_BTD
         return jnp.broadcast_to(x0_BTD[..., None, :], (*x0_BTD.shape[:-1], R, x0_BTD.shape[-1]))
 
-    def shared(self, x0_BTD: Array) -> Shared:
-        """What all layers read, for tokens at positions 0 and on.
+    def shared(self, x0_BTD: Array, first: int = 0) -> Shared:
+        """What all layers read, for tokens at positions ``first`` and on.
 
         Raises:
             InputError: the sequence is longer than the rotary table.
         """
-        if x0_BTD.shape[1] > self.config.max_context:
+        num_positions = first + x0_BTD.shape[1]
+        if num_positions > self.config.max_context:
             raise InputError(
-                f"{x0_BTD.shape[1]} tokens exceed the rotary table of {self.config.max_context}; "
+                f"{num_positions} tokens exceed the rotary table of {self.config.max_context}; "
                 "shorten the input or raise model.rotary_multiple."
             )
-        cos, sin = rotary_table(x0_BTD.shape[1], self.config.head_dim, self.config.rope_base)
-        return Shared(x0_BTD, cos, sin)
+        cos, sin = rotary_table(num_positions, self.config.head_dim, self.config.rope_base)
+        return Shared(x0_BTD, cos[first:], sin[first:])
 
-    def context(self, params: Params, blocks: PyTree, tokens_BT: Array, start: int, stop: int) -> Context:
+    def context(
+        self,
+        params: Params,
+        blocks: PyTree,
+        tokens_BT: Array,
+        start: int,
+        stop: int,
+        *,
+        num_rows: int = 0,
+        tables: PyTree = None,
+        num_shards: int = 1,
+        past: KeyValue | None = None,
+    ) -> Context:
         """Context of layers ``start`` to ``stop - 1``, leaves [stop - start, ...]; one gather for all their tables.
 
-        ``blocks``: parameters of these layers, a stack or a list of trees. Static maps between streams are computed
-        from them here, once, and no layer reads their logits again.
+        Args:
+            blocks: parameters of these layers, a stack or a list of trees. Static maps between streams are computed
+                from them here, once, and no layer reads their logits again.
+            num_rows: layers of the stack with those of zero weights that fill it up; 0 where there are none.
+            tables: value embeddings as :meth:`value_tables` gives them; those in ``params`` where there are none.
+            num_shards: equal parts of the stack that lie on different devices: each part's rows are gathered from its
+                own tables.
+            past: keys and values [stop - start, B, S, K, H] of the S tokens before, of all layers.
         """
-        config = self.config
-        windows = jnp.asarray(config.windows[start:stop], jnp.int32)
-        tables = {layer: index for index, layer in enumerate(config.value_embed_layers) if start <= layer < stop}
-        hyper = self._static_maps(blocks, stop - start)
-        if not tables:
-            return Context(windows, None, hyper)
-        value, gate = params["embed"]["value"], params["embed"]["value_gate"]
-        index = jnp.asarray(list(tables.values()))
-        rows = value[index[:, None, None], tokens_BT[None]]
-        rows = rows.reshape(*rows.shape[:3], config.num_kv_heads, config.head_dim)
-        where = jnp.asarray([layer - start for layer in tables])
-        scatter = lambda x: jnp.zeros((stop - start, *x.shape[1:]), x.dtype).at[where].set(x)  # noqa: E731
-        return Context(windows, ValueEmbed(scatter(rows), scatter(gate[index])), hyper)
+        num_rows = num_rows or stop - start
+        windows = jnp.asarray(self.config.windows[start:stop], jnp.int32)
+        value_embed = self._value_embed(params, tokens_BT, start, stop, tables, num_shards, num_rows // num_shards)
+        return Context(windows, value_embed, self._static_maps(blocks, stop - start), past)
+
+    def value_tables(self, params: Params, start: int, stop: int, num_shards: int, num_rows: int) -> PyTree:
+        """Value embeddings of layers ``start`` to ``stop - 1``, laid out for a stack of ``num_rows`` layers in
+        ``num_shards`` equal parts: ``{'value', 'value_gate'}``, leaves [num_shards * c, ...], each part's tables filled
+        up with zeros to the number c of the part that has most; None where no layer has any."""
+        slots = self._table_slots(start, stop, num_shards, num_rows // num_shards)
+        if slots is None:
+            return None
+        first = sum(layer < start for layer in self.config.value_embed_layers)
+        counts = [sum(slot < num_rows // num_shards for slot in row) for row in slots]
+        parts: dict[str, list[Array]] = {"value": [], "value_gate": []}
+        for count, row in zip(counts, slots, strict=True):
+            for name, part in parts.items():
+                leaf = params["embed"][name][first : first + count]
+                part.append(jnp.pad(leaf, [(0, len(row) - count)] + [(0, 0)] * (leaf.ndim - 1)))
+            first += count
+        join = lambda part: part[0] if num_shards == 1 else jnp.concatenate(part)  # noqa: E731
+        return {name: join(part) for name, part in parts.items()}
+
+    def batch_axes(self, ctx: Context) -> tuple[Context, Shared]:
+        """Batch axis of every leaf of one layer's context and of what all share."""
+        value_embed = None if ctx.value_embed is None else ValueEmbed(0, None)  # type: ignore[arg-type]
+        past = None if ctx.past is None else KeyValue(0, 0)  # type: ignore[arg-type]
+        return Context(None, value_embed, None, past), Shared(0, None, None)  # type: ignore[arg-type]
 
     def logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
         """``logits_BTV`` float32, soft-capped, cropped to the tokenizer's vocabulary; sums the states' streams."""
+        return self.padded_logits(params, h_last, h_mid)[..., : self.config.vocab_size]
+
+    def padded_logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
+        """:meth:`logits` of all ``padded_vocab_size`` entries, of which those past the vocabulary mean nothing."""
         config, head = self.config, params["head"]
         h = h_last - head["mid_scale"] * h_mid if config.use_mid_subtract else h_last
         h_BTD = h.sum(-2) if config.num_streams else h
-        z_BTV = project(rms_norm(h_BTD), head["kernel"], self.dtype)[..., : config.vocab_size]
+        z_BTV = project(rms_norm(h_BTD), head["kernel"], self.dtype)
         return config.logit_softcap * jnp.tanh(z_BTV / config.logit_softcap) if config.logit_softcap else z_BTV
 
     def block_fn(self, *, forward_mode: bool = False) -> NodeFn:
@@ -195,7 +263,7 @@ class LanguageModel:
         patterns = {windows[i : i + M] for i in range(0, num_layers, M)}
         alike = patterns.pop() if len(patterns) == 1 else None
         node = ChunkNode(config, self._merge, self.dtype, scales, branches, alike)
-        return node_fns(node, windows, self._kernels(forward_mode), remat=config.remat)
+        return self._node_fns(node, windows, forward_mode)
 
     def split_sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> NodeFn:
         """A sweep whose attentions all read one input: see :func:`snlp_jax.model.nodes.split_sweep`.
@@ -221,6 +289,48 @@ class LanguageModel:
             bad = low if low < 0 else high
             raise InputError(f"token id {bad} lies outside the vocabulary of {self.config.vocab_size} entries.")
 
+    def _table_slots(self, start: int, stop: int, num_shards: int, shard_len: int) -> list[list[int]] | None:
+        """For each part of a stack the positions, within it, of its layers with a table, filled up with ``shard_len``
+        (no position) to equal lengths; None where no layer has a table."""
+        owners = [layer - start for layer in self.config.value_embed_layers if start <= layer < stop]
+        if not owners:
+            return None
+        rows = [[i - part * shard_len for i in owners if i // shard_len == part] for part in range(num_shards)]
+        most = max(map(len, rows))
+        return [row + [shard_len] * (most - len(row)) for row in rows]
+
+    def _value_embed(
+        self, params: Params, tokens_BT: Array, start: int, stop: int, tables: PyTree, num_shards: int, shard_len: int
+    ) -> ValueEmbed | None:
+        config = self.config
+        slots = self._table_slots(start, stop, num_shards, shard_len)
+        if slots is None:
+            return None
+        first = 0
+        if tables is None:
+            tables, first = params["embed"], sum(layer < start for layer in config.value_embed_layers)
+            # The whole model's tables lie with their layers only if every part owns equally many.
+            if len(config.value_embed_layers) != num_shards * len(slots[0]):
+                num_shards, shard_len = 1, num_shards * shard_len
+                slots = self._table_slots(start, stop, 1, shard_len)
+                assert slots is not None
+
+        def place(x: Array, slots: Array) -> Array:
+            return jnp.zeros((shard_len, *x.shape[1:]), x.dtype).at[slots].set(x, mode="drop")
+
+        def of_part(value_EVX: Array, gate: Array, slots: Array) -> ValueEmbed:
+            index = first + jnp.arange(len(slots))
+            rows = value_EVX[index[:, None, None], tokens_BT[None]]
+            rows = rows.reshape(*rows.shape[:3], config.num_kv_heads, config.head_dim)
+            return ValueEmbed(place(rows, slots), place(gate[index], slots))
+
+        value, gate, slots_S = tables["value"], tables["value_gate"], jnp.asarray(slots)
+        if num_shards == 1:
+            return of_part(value, gate, slots_S[0])
+        by_part = lambda x: x.reshape(num_shards, -1, *x.shape[1:])  # noqa: E731
+        embeds = jax.vmap(of_part)(by_part(value), by_part(gate), slots_S)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), embeds)
+
     def _static_maps(self, blocks: PyTree, num_layers: int) -> LayerMaps | None:
         """Of the first ``num_layers`` layers of a stack or a list of trees, which may be chunks [M, ...]."""
         if not self.config.num_streams or self.config.hyper_maps == "dynamic":
@@ -232,14 +342,18 @@ class LanguageModel:
         return static_maps(jax.tree.map(lambda *leaves: join(leaves), *(b["hyper"] for b in blocks)), self.config)
 
     def _merge(self, params: PyTree) -> Block:
-        return nnx.merge(self._block_graph, params)
+        return nnx.merge(self._block_graph, self._fetch(params))
 
     def _layer_node(self) -> LayerNode:
         return LayerNode(self.config, self._merge, self.dtype)
 
     def _layer_fns(self, start: int, stop: int, forward_mode: bool) -> NodeFns:
         windows = self.config.windows[start:stop]
-        return node_fns(self._layer_node(), windows, self._kernels(forward_mode), remat=self.config.remat)
+        return self._node_fns(self._layer_node(), windows, forward_mode)
+
+    def _node_fns(self, node: Node, windows: tuple[int, ...], forward_mode: bool) -> NodeFns:
+        kernels, one_by_one_from = self._kernels(forward_mode), LARGE_STATE if self.backend == "cpu" else None
+        return node_fns(node, windows, kernels, remat=self.config.remat, one_by_one_from=one_by_one_from)
 
     def _kernels(self, forward_mode: bool) -> ChooseKernel:
         return lambda seq_len: "xla" if forward_mode else self._attention(seq_len)
@@ -247,7 +361,7 @@ class LanguageModel:
     def _attention(self, seq_len: int) -> Implementation:
         return choose_implementation(
             self.config.attention,
-            backend=jax.default_backend(),
+            backend=self.backend,
             dtype=self.dtype,
             seq_len=seq_len,
             head_dim=self.config.head_dim,

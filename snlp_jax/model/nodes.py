@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.model.attention import Implementation, attend_any, attend_by_window
+from snlp_jax.model.attention import Implementation, attend_any, attend_by_window, attend_pieces
 from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Shared
 from snlp_jax.model.hyper import BranchMaps, LayerMaps, join, residual_path
 from snlp_jax.model.layers import project, rms_norm
@@ -76,6 +76,8 @@ class LayerNode:
         return self.merge(params).before(h, ctx, shared, self.dtype)
 
     def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, kernel: Implementation) -> Array:
+        if ctx.past is not None:
+            return attend_cached(q_BTNH, kv, ctx.past, ctx.window)
         windows = tuple(sorted(set(self.config.windows)))
         return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel)
 
@@ -126,6 +128,8 @@ class ChunkNode:
         return carry, q_MBTNH, kv
 
     def attend(self, q_MBTNH: Array, kv: KeyValue, ctx: Context, kernel: Implementation) -> Array:
+        if ctx.past is not None:
+            return jax.vmap(attend_cached)(q_MBTNH, kv, ctx.past, ctx.window)
         if self.windows is not None:
             return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel)
         choices = tuple(sorted(set(self.config.windows)))
@@ -184,18 +188,30 @@ class ChunkNode:
         return join(mean(hyper.attn), mean(hyper.mlp))
 
 
+def attend_cached(q_BTNH: Array, kv: KeyValue, past: KeyValue, window: Array) -> Array:
+    """Attention to the tokens before and to those at hand; the two sets of keys are read where they lie."""
+    return attend_pieces(q_BTNH, (past, kv), window)
+
+
 def _products_after(scale_M: Array) -> Array:
     """``prod_{i>j} s_i`` for every j, without a division."""
     ones = jnp.ones_like(scale_M[:1])
     return jnp.cumprod(jnp.concatenate([scale_M[1:], ones])[::-1])[::-1]
 
 
-def node_fns(node: Node, windows: Sequence[int], choose_kernel: ChooseKernel, *, remat: bool) -> NodeFns:
+def node_fns(
+    node: Node,
+    windows: Sequence[int],
+    choose_kernel: ChooseKernel,
+    *,
+    remat: bool,
+    one_by_one_from: int | None = None,
+) -> NodeFns:
     """The functions of a chain of equal nodes whose layers, in order, have these windows.
 
     The sweep runs attention once for each distinct window, with the window compiled in, on activations gathered by
-    window; the weights are read where they lie. For long inputs a CPU runs the nodes one after another
-    instead: batched, every operation would pass all states through memory.
+    window; the weights are read where they lie. States of ``one_by_one_from`` or more tokens (times streams) go through
+    the nodes one after another instead: batched, every operation would pass all states through a CPU's memory.
     """
     maybe_remat = jax.checkpoint if remat else lambda fn: fn
 
@@ -208,12 +224,12 @@ def node_fns(node: Node, windows: Sequence[int], choose_kernel: ChooseKernel, *,
     @maybe_remat
     def batched(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry_L, q, kv = jax.vmap(node.before, in_axes=(0, 0, 0, None))(params, h_L, ctx, shared)
-        out = _attend_all(q, kv, windows, choose_kernel(h_L.shape[2]))
+        out = _attend_all(q, kv, ctx, windows, choose_kernel(h_L.shape[2]))
         new_L, skip_LBTRR = jax.vmap(node.after)(params, carry_L, out, ctx)
         return new_L, BlockAux(kv, skip_LBTRR)
 
     def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
-        if jax.default_backend() == "cpu" and prod(h_L.shape[1:-1]) >= LARGE_STATE:
+        if one_by_one_from is not None and prod(h_L.shape[1:-1]) >= one_by_one_from:
             return jax.lax.map(lambda row: block(*row, shared), (params, h_L, ctx))
         return batched(params, h_L, ctx, shared)
 
@@ -230,15 +246,20 @@ def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKe
 
     def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry, q, kv = chunk.before(params, h_L[0], ctx, shared)
-        out = _attend_all(q, kv, windows, choose_kernel(h_L.shape[2]))
+        out = _attend_all(q, kv, ctx, windows, choose_kernel(h_L.shape[2]))
         new_L, _ = jax.vmap(node.after, in_axes=(0, None, 0, 0))(params, carry, out, ctx)
         return new_L, BlockAux(kv, None)
 
     return jax.checkpoint(sweep) if remat else sweep
 
 
-def _attend_all(q: Array, kv: KeyValue, windows: Sequence[int], kernel: Implementation) -> Array:
+def _attend_all(q: Array, kv: KeyValue, ctx: Context, windows: Sequence[int], kernel: Implementation) -> Array:
     """Attention of all layers; the axes before [B, T, heads, H] are layers, or chunks and their layers."""
+    if ctx.past is not None:
+        attend = attend_cached
+        for _ in q.shape[:-4]:
+            attend = jax.vmap(attend)
+        return attend(q, kv, ctx.past, ctx.window)
     flat = lambda x: x.reshape(len(windows), *x.shape[-4:])  # noqa: E731
     out_LBTNH = attend_by_window(flat(q), flat(kv.key_BTKH), flat(kv.value_BTKH), windows, kernel)
     return out_LBTNH.reshape(*q.shape[:-4], *out_LBTNH.shape[1:])

@@ -1,6 +1,6 @@
-"""Layers over devices: the mesh and regions sharded over it."""
+"""Layers over devices: the mesh, what lies where on it, and layers sharded over it."""
 
-from snlp_jax.parallel.mesh import make_mesh
-from snlp_jax.parallel.region import solve_sharded
+from snlp_jax.parallel.mesh import data_shard, make_mesh, over_data, put_batch
+from snlp_jax.parallel.region import sequential_sharded, solve_sharded
 
-__all__ = ["make_mesh", "solve_sharded"]
+__all__ = ["data_shard", "make_mesh", "over_data", "put_batch", "sequential_sharded", "solve_sharded"]

@@ -1,24 +1,81 @@
 """The device mesh: axes ``('data', 'layer', 'tensor')``, those of size 1 kept so that specs never change."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from snlp_jax.config import MeshConfig
 from snlp_jax.errors import InputError
 
 AXES = ("data", "layer", "tensor")
 
 
-def make_mesh(*, data: int = 1, layer: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first ``data * layer * tensor`` devices.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a config over the first of ``devices`` (all there are, by default).
+
+    Processes own neighbouring devices, and ``tensor`` runs fastest: what is exchanged most often stays in one host.
 
     Raises:
-        InputError: there are fewer devices.
+        InputError: there are fewer devices, or ``data=0`` cannot use all of them; or some process would own none.
     """
-    shape = (data, layer, tensor)
-    needed, have = math.prod(shape), jax.device_count()
-    if needed > have:
-        raise InputError(f"a mesh of {data} x {layer} x {tensor} needs {needed} devices, but there are {have}.")
+    have = jax.devices() if devices is None else list(devices)
+    others = config.layer * config.tensor
+    shape = (config.data or max(len(have) // others, 1), config.layer, config.tensor)
+    needed, size = math.prod(shape), " x ".join(map(str, shape))
+    if needed > len(have):
+        raise InputError(f"a mesh of {size} needs {needed} devices, but there are {len(have)}.")
+    if needed < len(have) and config.data == 0:
+        raise InputError(f"{len(have)} devices do not divide by mesh.layer x mesh.tensor = {others}; change one.")
+    used = have[:needed]
+    if {device.process_index for device in used} != {device.process_index for device in have}:
+        raise InputError(f"a mesh of {size} leaves some of the {jax.process_count()} processes without a device.")
+    if devices is not None:
+        return Mesh(np.asarray(used).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
     # Auto, not Explicit: with a sharded layer axis Explicit rejects scan and associative_scan.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:needed])
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """``(index, count)``: of the ``count`` equal parts of a batch that processes feed, this one feeds part ``index``.
+
+    Processes that hold the same rows feed the same part.
+    """
+    mine = sorted({int(place[0]) for place in np.argwhere(_is_mine(mesh))})
+    count = mesh.shape["data"] // len(mine)
+    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+        raise InputError("the data axis of the mesh is not divided evenly among the processes; change mesh.data.")
+    return mine[0] // len(mine), count
+
+
+def put_batch(mesh: Mesh | None, rows: np.ndarray, *, is_whole: bool = False) -> jax.Array:
+    """Rows of host memory [B, ...] as one array whose first axis is spread over ``data``.
+
+    Args:
+        rows: this process's part of the batch (:func:`data_shard`), or with ``is_whole`` the whole of it.
+    """
+    if mesh is None:
+        return jax.numpy.asarray(rows)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    index, count = (0, 1) if is_whole else data_shard(mesh)
+    first, shape = index * rows.shape[0], (count * rows.shape[0], *rows.shape[1:])
+
+    def piece(place: Any) -> np.ndarray:
+        start, stop, _ = place[0].indices(shape[0])
+        return rows[start - first : stop - first]
+
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def over_data(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """``x`` [B, ...] under jit, held to be spread over ``data`` by its batch and whole otherwise."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def _is_mine(mesh: Mesh) -> np.ndarray:
+    return np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)

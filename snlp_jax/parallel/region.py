@@ -1,32 +1,22 @@
-"""A parallel region whose layers are sharded over a mesh axis: K all_gathers instead of two all-reduces a layer.
+"""Layers that are sharded over a mesh axis: solved in parallel with K exchanges, or run in order round the devices.
 
-Every device holds ceil(N / n) consecutive nodes, evaluates them, scans its own affine maps and exchanges one total an
-iteration (``snlp_jax/solver/linear.py``). Where n does not divide N, nodes of zero weights fill up the last devices:
-they pass their input on (A = I) and are left out of statistics, trace and aux. Other mesh axes stay automatic.
+Every device holds ceil(N / n) consecutive nodes. A parallel region evaluates them all, scans its own affine maps and
+exchanges one total an iteration (``snlp_jax/solver/linear.py``): K all_gathers instead of two all-reduces a layer. The
+sequential pass sends the state round: n - 1 moves. Where n does not divide N, nodes of zero weights fill up the last
+devices: they pass their input on and are left out of statistics, trace and aux. Other mesh axes stay automatic.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from snlp_jax.errors import InputError
-from snlp_jax.solver import Correction, Init, LayerProblem, Solution, solve
+from snlp_jax.solver import Correction, Init, LayerProblem, Solution, sequential, solve
 
 PyTree = Any
-
-
-def check_sharding(correction: Correction) -> None:
-    """Refuse a region that cannot be sharded.
-
-    Raises:
-        InputError: its correction runs down the depth by itself.
-    """
-    if not correction.is_local:
-        what = "with a trust region" if getattr(correction, "trust", 0) else "layer after layer"
-        raise InputError(f"{type(correction).__name__} runs {what} and cannot be sharded; choose another.")
 
 
 def num_padded(num_layers: int, num_devices: int) -> int:
@@ -58,19 +48,76 @@ def solve_sharded(
 ) -> Solution:
     """:func:`snlp_jax.solver.solve` over a layer axis that is sharded over ``mesh`` axis ``axis_name``.
 
-    ``problem.params`` and ``problem.ctx`` are stacks, padded already where ``problem.num_real`` says so; ``sweep_fn``
-    is not used, since the devices hold different layers. Trace and aux of the solution stay sharded; its value and
-    tapped states are on every device. The program holds ``num_iters`` all_gathers, one more for an initial
-    trace other than h0, and no other collective; but where nodes of zero weights are cut off the trace, aux or
-    residuals, which only happens if these are used, XLA exchanges them as well.
+    ``problem.params`` and ``problem.ctx`` are stacks; a stack that the devices do not divide is filled up, and only its
+    own layers come back. One that comes with ``problem.real`` comes back whole, the layers that do not count included:
+    to cut them off a sharded trace is an exchange. ``sweep_fn`` is not used, since the devices hold different layers.
+    Trace and aux of the solution stay sharded; its value and tapped states are on every device.
 
-    Raises:
-        InputError: see :func:`check_sharding`.
+    The program holds ``num_iters`` all_gathers, one more for an initial trace other than h0, and no other collective.
+    Corrections that run down the depth (Exact, a trust region) go round the devices in every iteration besides.
     """
-    check_sharding(correction)
-    num_real, num_devices = problem.num_real or problem.num_layers, mesh.shape[axis_name]
-    num_layers = num_padded(num_real, num_devices)
-    calibration = problem.calibration
+    settings: dict[str, Any] = {"num_iters": num_iters, "init": init, "tolerance": tolerance, "taps": taps}
+    over_layers, on_all = PartitionSpec(axis_name), PartitionSpec()
+    stats = {"residual_norm": PartitionSpec(None, axis_name)} if with_stats else {}
+    if tolerance > 0:
+        stats |= {"num_iters": on_all, "sequence_iters": on_all}
+    solution = _on_each_device(
+        problem,
+        mesh,
+        axis_name,
+        lambda here: solve(here, correction, **settings, with_stats=with_stats),
+        Solution(on_all, over_layers, over_layers, stats, on_all),  # type: ignore[arg-type]
+    )
+    return solution if problem.real else real_part(solution, (0, problem.num_layers))
+
+
+def sequential_sharded(
+    problem: LayerProblem,
+    *,
+    mesh: Mesh,
+    with_trace: bool = False,
+    with_aux: bool = False,
+    taps: tuple[int, ...] = (),
+    num_microbatches: int = 1,
+    axis_name: str = "layer",
+) -> Solution:
+    """:func:`snlp_jax.solver.sequential` over a sharded layer axis, as :func:`solve_sharded` reads and returns it.
+
+    The program holds ``num_microbatches + n - 2`` collective-permutes of a microbatch's state and one all-reduce of the
+    value and the taps, and no other collective.
+    """
+    over_layers, on_all = PartitionSpec(axis_name), PartitionSpec()
+    settings: dict[str, Any] = {"with_trace": with_trace, "with_aux": with_aux, "taps": taps}
+    solution = _on_each_device(
+        problem,
+        mesh,
+        axis_name,
+        lambda here: sequential(here, **settings, num_microbatches=num_microbatches),
+        Solution(on_all, over_layers, over_layers, {}, on_all),  # type: ignore[arg-type]
+    )
+    return solution if problem.real else real_part(solution, (0, problem.num_layers))
+
+
+def real_part(solution: Solution, real: tuple[int, int]) -> Solution:
+    """Trace, aux and residuals of the layers ``real[0]`` to ``real[1] - 1`` alone."""
+    pick = lambda tree: jax.tree.map(lambda leaf: leaf[slice(*real)], tree)  # noqa: E731
+    stats = dict(solution.stats)
+    if "residual_norm" in stats:
+        stats["residual_norm"] = stats["residual_norm"][:, slice(*real)]
+    return solution._replace(trace=pick(solution.trace), aux=pick(solution.aux), stats=stats)
+
+
+def _on_each_device(
+    problem: LayerProblem,
+    mesh: Mesh,
+    axis_name: str,
+    run: Callable[[LayerProblem], Solution],
+    out_specs: Solution,
+) -> Solution:
+    """``run`` on the layers of every device of the axis."""
+    num_devices, calibration = mesh.shape[axis_name], problem.calibration
+    num_layers = num_padded(problem.num_layers, num_devices)
+    real = problem.real or ((0, problem.num_layers) if num_layers > problem.num_layers else None)
     by_layer = {
         "params": problem.params,
         "ctx": problem.ctx,
@@ -94,30 +141,18 @@ def solve_sharded(
             problem,
             **parts,
             num_layers=num_layers // num_devices,
-            num_real=num_real if num_layers > num_real else None,
+            real=real,
             sweep_fn=None,
             axis_name=axis_name,
         )
-        settings: dict[str, Any] = {"num_iters": num_iters, "init": init, "tolerance": tolerance, "taps": taps}
-        return solve(here, correction, **settings, with_stats=with_stats)
+        return run(here)
 
-    over_layers, on_all = PartitionSpec(axis_name), PartitionSpec()
-    stats: dict[str, PartitionSpec] = {"residual_norm": PartitionSpec(None, axis_name)} if with_stats else {}
-    if tolerance > 0:
-        stats |= {"num_iters": on_all, "sequence_iters": on_all}
-    run = jax.shard_map(
+    run_everywhere = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(over_layers, on_all),
-        out_specs=Solution(on_all, over_layers, over_layers, stats, on_all),  # type: ignore[arg-type]
+        in_specs=(PartitionSpec(axis_name), PartitionSpec()),
+        out_specs=out_specs,
         axis_names={axis_name},
         check_vma=False,  # an all_gather's result is not tracked as replicated
     )
-    solution = run(pad_layers(by_layer, num_layers), everywhere)
-    if num_layers == num_real:
-        return solution
-    trace, aux = jax.tree.map(lambda leaf: leaf[:num_real], (solution.trace, solution.aux))
-    stats_real = dict(solution.stats)
-    if with_stats:
-        stats_real["residual_norm"] = solution.stats["residual_norm"][:, :num_real]
-    return solution._replace(trace=trace, aux=aux, stats=stats_real)
+    return run_everywhere(pad_layers(by_layer, num_layers), everywhere)

@@ -24,6 +24,8 @@ from snlp_jax.solver.linear import (
     ZeroMap,
     correct,
     layer,
+    pass_round,
+    tell_all,
 )
 from snlp_jax.solver.problem import Iteration, LayerProblem
 
@@ -81,11 +83,6 @@ class Correction:
         """Whether ``block_fn`` is differentiated in forward mode."""
         return False
 
-    @property
-    def is_local(self) -> bool:
-        """Whether it needs nothing of other layers but their affine maps, so that the layers may be sharded."""
-        return True
-
 
 @dataclass(frozen=True)
 class Jacobi(Correction):
@@ -108,7 +105,8 @@ class Trusting(Correction):
 
     lambda = 0 trusts the chain (no change), lambda -> infinity is Jacobi. (Quasi-)ELK (Gonzalez et al., arXiv
     2407.19115) anchors the filter at the old trace h_l instead, which damps the residual as well and gives up that
-    k iterations settle k layers; here they do, for any lambda. Cost: a scan of N scalars (elementwise for Diagonal).
+    k iterations settle k layers; here they do, for any lambda. Cost: a scan of N scalars (elementwise for Diagonal),
+    which over sharded layers goes round the devices in every iteration.
     """
 
     trust: float = 0.0
@@ -123,25 +121,27 @@ class Trusting(Correction):
         if not self.trust:
             return maps
         if isinstance(maps, DiagonalMap):
-            return DiagonalMap(jax.tree.map(self._hold_back, maps.a_L))
+            return DiagonalMap(jax.tree.map(lambda a_L: self._hold_back(problem, a_L), maps.a_L))
         a_L = maps.a_L if isinstance(maps, ScalarMap) else jnp.ones((problem.num_layers,))
-        return ScalarMap(self._hold_back(a_L))
+        return ScalarMap(self._hold_back(problem, a_L))
 
     def slopes(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
         """A_l without the trust region: identity, scalars or diagonals."""
         raise NotImplementedError
 
-    def _hold_back(self, a_L: jax.Array) -> jax.Array:
-        def step(variance: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _hold_back(self, problem: LayerProblem, a_L: jax.Array) -> jax.Array:
+        def step(variance: jax.Array, row: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+            a, is_padding = row
             predicted = jnp.square(a) * variance
             gain = 1.0 / (1.0 + self.trust * predicted)
-            return gain * predicted + 1.0, gain * a
+            new = gain * predicted + 1.0
+            return (new if is_padding is None else jnp.where(is_padding, variance, new)), gain * a
 
-        return jax.lax.scan(step, jnp.zeros_like(a_L[0]), a_L)[1]
-
-    @property
-    def is_local(self) -> bool:
-        return not self.trust
+        scan = lambda variance, _: jax.lax.scan(step, variance, (a_L, problem.is_padding()))  # noqa: E731
+        nothing = jnp.zeros_like(a_L[0])
+        if problem.axis_name is None:
+            return scan(nothing, 0)[1]
+        return layer(pass_round(scan, nothing[None], problem.axis_name)[2], 0)
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,8 @@ class Diagonal(Trusting):
 class Exact(Correction):
     """``A_l = df_l/dh_{l-1}`` by forward-mode differentiation and forward substitution: Newton's method, the oracle.
 
-    Cost: N JVPs one after another. Exact in one step on any affine chain. Needs a ``block_fn`` with a forward-mode
-    derivative (XLA attention) and all layers on one device.
+    Cost: N JVPs one after another, over sharded layers round all devices in every iteration. Exact in one step on any
+    affine chain. Needs a ``block_fn`` with a forward-mode derivative (XLA attention).
     """
 
     def __call__(
@@ -298,27 +298,46 @@ class Exact(Correction):
         taps: tuple[int, ...] = (),
         packed: PyTree = (),
     ) -> Corrected:
-        if problem.axis_name is not None:
-            raise ValueError("the Exact correction runs layer after layer and cannot be sharded over a layer axis.")
+        _, x_L, y_L, _, h_L, entering = iteration
+        is_padding_L = problem.is_padding()
 
         def substitute(d: PyTree, row: tuple) -> tuple[PyTree, PyTree]:
-            params, ctx, x, y, h = row
+            params, ctx, x, y, h, is_padding = row
             _, slope = jax.jvp(lambda state: problem.block_fn(params, state, ctx, problem.shared)[0], (x,), (d,))
-            new = jax.tree.map(lambda y, s: y + (1.0 - self.damping) * s, y, slope)
+            slope = jax.tree.map(lambda s: (1.0 - self.damping) * s, slope)
+            if is_padding is not None:
+                slope = jax.tree.map(lambda s, d: jnp.where(is_padding, d, s), slope, d)
+            new = jax.tree.map(jnp.add, y, slope)
             return jax.tree.map(jnp.subtract, new, h), new
 
-        _, x_L, y_L, _, h_L, entering = iteration
-        d = jax.tree.map(jnp.zeros_like, entering)
-        if problem.is_unrolled:
+        def substitute_all(d: PyTree) -> tuple[PyTree, PyTree]:
+            if not problem.is_unrolled:
+                rows = (problem.params, problem.ctx, x_L, y_L, h_L, is_padding_L)
+                return jax.lax.scan(substitute, d, rows)
             news = []
             for index in range(problem.num_layers):
-                d, new = substitute(d, (*problem.layer(index), *layer((x_L, y_L, h_L), index)))
+                d, new = substitute(d, (*problem.layer(index), *layer((x_L, y_L, h_L), index), None))
                 news.append(new)
-            new_L = jax.tree.map(lambda *leaves: jnp.stack(leaves), *news)
-        else:
-            _, new_L = jax.lax.scan(substitute, d, (problem.params, problem.ctx, x_L, y_L, h_L))
-        tapped = tuple(layer(new_L, tap) for tap in taps)
-        return Corrected(new_L, entering, layer(new_L, -1), tapped, jax.tree.map(lambda leaf: leaf[None], packed))
+            return d, jax.tree.map(lambda *leaves: jnp.stack(leaves), *news)
+
+        d = jax.tree.map(jnp.zeros_like, entering)
+        if problem.axis_name is None:
+            new_L = substitute_all(d)[1]
+            tapped = tuple(layer(new_L, tap) for tap in taps)
+            return Corrected(new_L, entering, layer(new_L, -1), tapped, jax.tree.map(lambda leaf: leaf[None], packed))
+
+        # The delta goes round the devices, and with it the state that enters the next one.
+        def evaluate(carry: tuple[PyTree, PyTree], _: jax.Array) -> tuple[tuple[PyTree, PyTree], PyTree]:
+            d, new_L = substitute_all(carry[0])
+            return (d, layer(new_L, -1)), new_L
+
+        start = jax.tree.map(lambda leaf: leaf[None], (d, problem.h_in))
+        entered, _, new_L = pass_round(evaluate, start, problem.axis_name)
+        new_L, num_layers = layer(new_L, 0), problem.num_layers
+        mine = (layer(new_L, -1), tuple(layer(new_L, tap % num_layers) for tap in taps), packed)
+        leaving, told, packed_of_all = tell_all(mine, problem.axis_name)
+        tapped = tuple(layer(of_all, tap // num_layers) for of_all, tap in zip(told, taps, strict=True))
+        return Corrected(new_L, layer(entered[1], 0), layer(leaving, -1), tapped, packed_of_all)
 
     def serial_evals(self, num_layers: int, num_iters: int) -> int:
         return num_layers * num_iters
@@ -329,7 +348,3 @@ class Exact(Correction):
     @property
     def needs_forward_mode(self) -> bool:
         return True
-
-    @property
-    def is_local(self) -> bool:
-        return False

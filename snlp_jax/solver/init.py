@@ -78,6 +78,10 @@ class Warm(Init):
 
 
 def _guess(problem: LayerProblem, h_L: PyTree) -> Guess:
-    """Any trace as a guess; sharded, one exchange tells each device its neighbour's last state."""
+    """Any trace as a guess; sharded, one exchange tells each device its neighbour's last state.
+
+    Layers that do not count hold the region's input, which those before the region pass on.
+    """
+    h_L = problem.pass_on(PrefixState()(problem).h_L, h_L)
     corrected = correct(ZeroMap(), h_L, h_L, problem.h_in, problem.axis_name)
     return Guess(corrected.h_L, corrected.entering)

@@ -11,6 +11,7 @@ one ``all_gather``; everything else is local.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -210,7 +211,7 @@ class Corrected(NamedTuple):
     """What the devices sent along, leaves [devices, ...]."""
 
 
-def layer(tree: PyTree, index: int | slice) -> PyTree:
+def layer(tree: PyTree, index: int | slice | jax.Array) -> PyTree:
     """Index the leading (layer) axis of every leaf."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
@@ -265,8 +266,7 @@ def correct(
     # With a delta d_in entering the device, output l is new_l + (A_l ... A_1) d_in.
     num_layers = jax.tree.leaves(h_L)[0].shape[0]
     mine = [layer((products, new_L), tap % num_layers) for tap in taps]
-    total, unravel = ravel_pytree((layer(products, -1), layer(d_L, -1), layer(new_L, -1), mine, packed))
-    totals = jax.vmap(unravel)(jax.lax.all_gather(total, axis_name))
+    totals = tell_all((layer(products, -1), layer(d_L, -1), layer(new_L, -1), mine, packed), axis_name)
 
     d_before, states_before = [zero], [entering]
     for device in range(jax.lax.axis_size(axis_name)):
@@ -286,6 +286,54 @@ def correct(
         product, state = layer(of_all, owner)
         tapped.append(jax.tree.map(jnp.add, state, product.apply(d_before[owner])))
     return Corrected(new_L, new_entering, states_before[-1], tuple(tapped), totals[4])
+
+
+def pass_round(
+    evaluate: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]], states_M: PyTree, axis_name: str
+) -> tuple[PyTree, PyTree, PyTree]:
+    """M states go through the devices of an axis one after another, like parts on a conveyor.
+
+    Device i makes its output of state j in tick i + j, so M states take M + n - 1 ticks on n devices, and the state
+    moves on M + n - 2 times (one collective-permute each). In the other ticks a device works on what nobody reads.
+
+    Args:
+        evaluate: ``(state, index) -> (state for the next device, anything to keep)``, of the local layers.
+        states_M: leaves [M, ...], what enters the first device; the same on all.
+
+    Returns:
+        What entered this device, what left it and what it kept, leaves [M, ...].
+    """
+    here, num_devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    num_states = jax.tree.leaves(states_M)[0].shape[0]
+    neighbours = [(device, device + 1) for device in range(num_devices - 1)]
+
+    def work(state: PyTree, tick: jax.Array | int) -> tuple[PyTree, PyTree]:
+        new, kept = evaluate(state, jnp.clip(tick - here, 0, num_states - 1))
+        return new, (state, new, kept)
+
+    def move_and_work(state: PyTree, tick: jax.Array) -> tuple[PyTree, PyTree]:
+        received = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis_name, neighbours), state)
+        fresh = layer(states_M, jnp.minimum(tick, num_states - 1))
+        return work(jax.tree.map(lambda new, old: jnp.where(here == 0, new, old), fresh, received), tick)
+
+    state, first = work(layer(states_M, 0), 0)
+    _, others = jax.lax.scan(move_and_work, state, jnp.arange(1, num_states + num_devices - 1))
+    ticks = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, others)
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, here, num_states), ticks)
+
+
+def tell_all(mine: PyTree, axis_name: str) -> PyTree:
+    """What every device of the axis has, leaves [devices, ...], in one all_gather."""
+    flat, unravel = ravel_pytree(mine)
+    return jax.vmap(unravel)(jax.lax.all_gather(flat, axis_name))
+
+
+def tell_owned(owned: Sequence[tuple[int, PyTree]], axis_name: str) -> list[PyTree]:
+    """Of pairs (device, tree) the tree as that device has it, on all devices, in one all_reduce."""
+    here = jax.lax.axis_index(axis_name)
+    mine = [jax.tree.map(lambda leaf: jnp.where(here == owner, leaf, 0), tree) for owner, tree in owned]  # noqa: B023
+    flat, unravel = ravel_pytree(mine)
+    return unravel(jax.lax.psum(flat, axis_name))
 
 
 def _trailing(a: jax.Array, ndim: int) -> jax.Array:

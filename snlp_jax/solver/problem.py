@@ -55,8 +55,10 @@ class LayerProblem:
         anchor: a state that the ``Preheat`` initial trace reads.
         calibration: what ``Calibrated`` surrogates and initial traces were fitted to, see ``solver/calibrated.py``.
         key: PRNG key of stochastic corrections; None means a fixed one.
-        num_real: layers of the whole region, where those after them only fill up a sharded axis; they pass their
-            input on. None means all.
+        real: ``(first, stop)`` of the layers that count, of all layers of the sharded axis; the others pass their input
+            on, since they fill up the devices or belong to another region. None means all.
+        batch_axes: ``(ctx, shared)`` trees, or prefixes of trees, with the batch axis of every leaf of one layer's
+            ``ctx`` and of ``shared``, as ``jax.vmap`` reads its ``in_axes``; only microbatches ask for it.
         axis_name: mesh axis over which the layers are sharded, when the problem lives inside ``shard_map``.
     """
 
@@ -72,7 +74,8 @@ class LayerProblem:
     anchor: PyTree = None
     calibration: PyTree = None
     key: jax.Array | None = None
-    num_real: int | None = None
+    real: tuple[int, int] | None = None
+    batch_axes: tuple[PyTree, PyTree] = (None, None)
     axis_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -88,13 +91,16 @@ class LayerProblem:
         return self.params[index] if self.is_unrolled else layer(self.params, index), layer(self.ctx, index)
 
     def indices(self) -> jax.Array:
-        """[N] positions of the (local) layers in the whole region."""
+        """[N] positions of the (local) layers in the whole region, counted from its first layer that counts."""
         first = 0 if self.axis_name is None else self.num_layers * jax.lax.axis_index(self.axis_name)
-        return first + jnp.arange(self.num_layers)
+        return first + jnp.arange(self.num_layers) - (self.real[0] if self.real else 0)
 
     def is_padding(self) -> jax.Array | None:
-        """[N] whether a layer only fills up the sharded axis; None where none does."""
-        return None if self.num_real is None else self.indices() >= self.num_real
+        """[N] whether a layer passes its input on; None where none does."""
+        if self.real is None:
+            return None
+        indices = self.indices()
+        return (indices < 0) | (indices >= self.real[1] - self.real[0])
 
     def sweep(self, x_L: PyTree) -> tuple[PyTree, PyTree]:
         """Evaluate all layers at once at inputs ``x_L``: ``(y_L, aux_L)``, both leading with the layer axis."""
@@ -106,11 +112,15 @@ class LayerProblem:
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
         sweep_fn = self.sweep_fn or jax.vmap(self.block_fn, in_axes=(0, 0, 0, None))
         y_L, aux_L = sweep_fn(self.params, x_L, self.ctx, self.shared)
+        return self.pass_on(x_L, y_L), aux_L
+
+    def pass_on(self, x_L: PyTree, y_L: PyTree) -> PyTree:
+        """The evaluations y, and for layers that do not count their inputs x."""
         is_padding_L = self.is_padding()
-        if is_padding_L is not None:
-            keep = lambda x, y: jnp.where(is_padding_L.reshape(-1, *(1,) * (y.ndim - 1)), x, y)  # noqa: E731
-            y_L = jax.tree.map(keep, x_L, y_L)
-        return y_L, aux_L
+        if is_padding_L is None:
+            return y_L
+        keep = lambda x, y: jnp.where(is_padding_L.reshape(-1, *(1,) * (y.ndim - 1)), x, y)  # noqa: E731
+        return jax.tree.map(keep, x_L, y_L)
 
     def residuals(self, aux_L: PyTree) -> jax.Array:
         """[N] scalars or [N, ..., R, R] matrices: the derivative of every layer's skip path."""

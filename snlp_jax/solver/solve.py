@@ -1,6 +1,7 @@
 """The one loop: guess the trace, then evaluate all layers at once and correct, until the iterations are used up or,
 where a tolerance is given, until every sequence's residual is small."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from snlp_jax.solver.corrections import Correction
 from snlp_jax.solver.init import Guess, Init
-from snlp_jax.solver.linear import Corrected, shift
+from snlp_jax.solver.linear import Corrected, layer, pass_round, shift, tell_owned
 from snlp_jax.solver.problem import Iteration, LayerProblem
 
 PyTree = Any
@@ -139,24 +140,106 @@ def _solve_adaptively(
     return Solution(leaving, guess.h_L, aux_L, stats | {"num_iters": made, "sequence_iters": iters_B}, tapped)
 
 
-def sequential(problem: LayerProblem, *, with_trace: bool = False, with_aux: bool = False) -> Solution:
-    """The oracle: one layer after another (``lax.scan`` over stacked params, unrolled over a list)."""
-    if problem.axis_name is not None:
-        raise ValueError("the sequential pass over layers that are sharded over a mesh axis is not available.")
+def sequential(
+    problem: LayerProblem,
+    *,
+    with_trace: bool = False,
+    with_aux: bool = False,
+    taps: tuple[int, ...] = (),
+    num_microbatches: int = 1,
+) -> Solution:
+    """The oracle: one layer after another (``lax.scan`` over stacked params, unrolled over a list).
 
-    def body(h: PyTree, row: tuple[PyTree, PyTree]) -> tuple[PyTree, tuple[PyTree, PyTree]]:
-        h, aux = problem.block_fn(row[0], h, row[1], problem.shared)
-        return h, (h if with_trace else None, aux if with_aux else None)
+    Sharded over n devices, weights stay where they are and the state goes round: n - 1 moves, and one all_reduce that
+    tells all devices the value and the taps. With M microbatches (rows j, j + M, ... of the batch are the j-th, which
+    keeps a batch that is sharded itself in its place) device i is at work on one while its neighbours are at others:
+    M + n - 2 moves of a state 1/M the size, and the work of (M + n - 1) / M passes in place of that of n.
+
+    Args:
+        taps: layers whose outputs are wanted in ``Solution.tapped``.
+        num_microbatches: M, of a sharded pass; divides the batch. ``aux`` leaves then lead with [N, B].
+
+    Raises:
+        ValueError: microbatches of a pass that is not sharded, or that do not divide the batch.
+    """
+    if problem.axis_name is not None:
+        return _ring(problem, with_trace, with_aux, taps, num_microbatches)
+    if num_microbatches > 1:
+        raise ValueError("microbatches are for a sequential pass over sharded layers.")
+    value, trace, aux = _one_by_one(problem, with_trace or bool(taps), with_aux)
+    return Solution(value, trace, aux, {}, tuple(layer(trace, tap) for tap in taps))
+
+
+def _one_by_one(problem: LayerProblem, with_trace: bool, with_aux: bool) -> tuple[PyTree, PyTree, PyTree]:
+    """Value, trace and aux of the (local) layers; None for what is not wanted."""
+    is_padding_L = problem.is_padding()
+
+    def body(h: PyTree, row: tuple[PyTree, PyTree, jax.Array | None]) -> tuple[PyTree, tuple[PyTree, PyTree]]:
+        params, ctx, is_padding = row
+        new, aux = problem.block_fn(params, h, ctx, problem.shared)
+        if is_padding is not None:
+            new = jax.tree.map(lambda old, new: jnp.where(is_padding, old, new), h, new)
+        return new, (new if with_trace else None, aux if with_aux else None)
 
     if not problem.is_unrolled:
-        value, (trace, aux) = jax.lax.scan(body, problem.h_in, (problem.params, problem.ctx))
-        return Solution(value, trace, aux, {})
+        value, (trace, aux) = jax.lax.scan(body, problem.h_in, (problem.params, problem.ctx, is_padding_L))
+        return value, trace, aux
     h, rows = problem.h_in, []
     for index in range(problem.num_layers):
-        h, row = body(h, problem.layer(index))
+        h, row = body(h, (*problem.layer(index), None))
         rows.append(row)
     trace, aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-    return Solution(h, trace, aux, {})
+    return h, trace, aux
+
+
+def _ring(
+    problem: LayerProblem, with_trace: bool, with_aux: bool, taps: tuple[int, ...], num_microbatches: int
+) -> Solution:
+    """:func:`sequential` over sharded layers."""
+    axis_name, num_layers = problem.axis_name, problem.num_layers
+    assert axis_name is not None
+    ctx_axes, shared_axes = problem.batch_axes
+    M = num_microbatches
+
+    def parts(leaf: jax.Array, axis: int) -> jax.Array:
+        """[.., B, ..] -> [M, .., B / M, ..]; microbatch j holds rows j, j + M, ..."""
+        if M == 1:
+            return leaf[None]
+        if leaf.shape[axis] % M:
+            raise ValueError(f"a batch of {leaf.shape[axis]} does not divide into {M} microbatches.")
+        shape = (*leaf.shape[:axis], leaf.shape[axis] // M, M, *leaf.shape[axis + 1 :])
+        return jnp.moveaxis(leaf.reshape(shape), axis + 1, 0)
+
+    def join(leaf_M: jax.Array, axis: int) -> jax.Array:
+        if M == 1:
+            return leaf_M[0]
+        leaf = jnp.moveaxis(leaf_M, 0, axis + 1)
+        return leaf.reshape(*leaf.shape[:axis], leaf.shape[axis] * M, *leaf.shape[axis + 2 :])
+
+    def pick(tree: PyTree, axes: PyTree, index: jax.Array, offset: int) -> PyTree:
+        """One microbatch of the leaves that have a batch axis (``offset`` counts a layer axis before it)."""
+        one = lambda axis, leaf: leaf if axis is None else parts(leaf, axis + offset)[index]  # noqa: E731
+        return jax.tree.map(
+            lambda axis, sub: jax.tree.map(lambda leaf: one(axis, leaf), sub), axes, tree, is_leaf=lambda x: x is None
+        )
+
+    def evaluate(h: PyTree, index: jax.Array) -> tuple[PyTree, PyTree]:
+        here = dataclasses.replace(problem, h_in=h)
+        if M > 1:
+            here = dataclasses.replace(
+                here, ctx=pick(problem.ctx, ctx_axes, index, 1), shared=pick(problem.shared, shared_axes, index, 0)
+            )
+        value, trace, aux = _one_by_one(here, with_trace or bool(taps), with_aux)
+        return value, (trace, aux)
+
+    states_M = jax.tree.map(lambda leaf: parts(leaf, 0), problem.h_in)
+    _, left_M, (trace_M, aux_M) = pass_round(evaluate, states_M, axis_name)
+    value = jax.tree.map(lambda leaf: join(leaf, 0), left_M)
+    trace, aux = jax.tree.map(lambda leaf: join(leaf, 1), (trace_M, aux_M))
+    owned = [(jax.lax.axis_size(axis_name) - 1, value)]
+    owned += [(tap // num_layers, layer(trace, tap % num_layers)) for tap in taps]
+    value, *tapped = tell_owned(owned, axis_name)
+    return Solution(value, trace if with_trace else None, aux, {}, tuple(tapped))
 
 
 def relative_norm(a_L: PyTree, b_L: PyTree) -> jax.Array:

@@ -12,27 +12,34 @@ Which terms and sizes a step computes is its :class:`Plan`, chosen on the host, 
 a term costs nothing before it starts. Training stays sequential in depth: the sequential pass is the target.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, LossTerm, SolverCEConfig, SolverTerm
-from snlp_jax.forward import layer_problem
+from snlp_jax.forward import layer_problem, run_in_order
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import CORRECTIONS, INITS
+from snlp_jax.parallel import over_data, solve_sharded
+from snlp_jax.parallel.sharding import gather_channels
 from snlp_jax.solver import (
     Correction,
     Diagonal,
+    Jacobi,
+    LayerProblem,
     ParallelSegment,
     PrefixState,
+    Segment,
     SequentialSegment,
     Solution,
     relative_norm,
-    sequential,
     solve,
 )
 from snlp_jax.types import Array, Params
@@ -81,46 +88,80 @@ def loss_fn(
     plan: Plan,
     weights: Mapping[str, Array | float],
     key: Array | None = None,
+    *,
+    mesh: Mesh | None = None,
+    ring_microbatches: int = 1,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss (scalar, float32) and the unweighted parts it is made of.
+
+    On a mesh with a layer axis no weight moves along it: the sequential pass goes round the devices, and a region's
+    iterations run on the whole stack, whose other layers pass their input on.
 
     Args:
         tokens_BT1: [B, T + 1]; the first T are inputs, the last T targets.
         weights: weight of each term of the plan at this step, see :func:`term_weight`.
         key: of the random vectors that the Diagonal correction probes with.
+        mesh: devices that hold ``params`` in the training layout (``snlp_jax/parallel/sharding.py``).
+        ring_microbatches: parts in which the batch goes round the devices of the layer axis.
     """
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     L, mid = model.config.num_layers, model.config.mid_layer
-    x0_BTD = model.embed(params, inputs_BT)
+    ring = mesh if mesh is not None and mesh.shape["layer"] > 1 else None
+    if mesh is not None and mesh.shape["data"] > 1:
+        gather = functools.partial(gather_channels, config=model.config, mesh=mesh, dtype=model.dtype)
+        model = model.fetching(functools.partial(gather, prefix="blocks/", is_one_layer=True))
+        params = gather({"embed": params["embed"], "head": params["head"]}) | {"blocks": params["blocks"]}
+    x0_BTD = over_data(mesh, model.embed(params, inputs_BT))
     shared = model.shared(x0_BTD)
     h_in = model.expand(x0_BTD)
 
-    def run(segment: SequentialSegment | ParallelSegment, h_start: Array) -> Solution:
-        blocks = jax.tree.map(lambda leaf: leaf[segment.start : segment.stop], params["blocks"])
-        problem = layer_problem(model, params, blocks, inputs_BT, shared, segment, h_start, key=key)
-        if isinstance(segment, SequentialSegment):
-            return sequential(problem, with_trace=True)
-        return solve(problem, segment.correction, num_iters=segment.num_iters, init=segment.init)
+    def first_row(segment: Segment) -> int:
+        """The layer that row 0 of a segment's trace belongs to."""
+        return segment.start if ring is None else 0
 
-    h_L = run(SequentialSegment(0, L), h_in).trace
-    sequential_ce = cross_entropy(model.logits(params, h_L[-1], h_L[mid]), targets_BT)
+    def problem(segment: SequentialSegment | ParallelSegment, h_start: Array) -> LayerProblem:
+        first, stop = (segment.start, segment.stop) if ring is None else (0, L)
+        blocks = jax.tree.map(lambda leaf: leaf[first:stop], params["blocks"]) if ring is None else params["blocks"]
+        settings: dict[str, Any] = {"key": key, "mesh": ring, "stack": (first, stop)}
+        return layer_problem(model, params, blocks, inputs_BT, shared, segment, h_start, **settings)
+
+    def run(region: ParallelSegment, h_start: Array, taps: tuple[int, ...] = ()) -> Solution:
+        """The region's solution; ``taps`` are layers of the model."""
+        posed, rows = problem(region, h_start), tuple(tap - first_row(region) for tap in taps)
+        settings: dict[str, Any] = {"num_iters": region.num_iters, "init": region.init, "taps": rows}
+        if ring is not None:
+            return solve_sharded(posed, region.correction, mesh=ring, **settings)
+        return solve(posed, region.correction, **settings)
+
+    whole = SequentialSegment(0, L)
+    states = sorted({mid, L - 1, *(L - n - 1 for _, sizes in plan.sizes for n in sizes if n < L)})
+    exact = run_in_order(problem(whole, h_in), ring, tuple(states), ring_microbatches, with_trace=True)
+    h_after = dict(zip(states, exact.tapped, strict=True)) | {-1: h_in}
+
+    def ce(h_last: Array, h_mid: Array) -> Array:
+        return cross_entropy(model.padded_logits(params, h_last, h_mid), targets_BT, model.config.vocab_size)
+
+    sequential_ce = ce(h_after[L - 1], h_after[mid])
 
     def hidden_norm(term: HiddenNormConfig, n: int, h_start: Array) -> Array:
         region = ParallelSegment(L - n, L, 1, make_correction(term), PrefixState())
-        compared = np.asarray(compared_layers(n, term.stride))
-        target = h_L[L - n + compared]
+        target = exact.trace[first_row(region) :]
         target = jax.lax.stop_gradient(target) if term.detach_target else target
-        return relative_norm(run(region, h_start).trace[compared], target).sum()
+        # To pick the compared layers off a sharded trace would move it; the others count for nothing instead.
+        is_compared = np.zeros(L, np.float32)
+        is_compared[L - n + np.asarray(compared_layers(n, term.stride))] = 1.0
+        return jnp.dot(relative_norm(run(region, h_start).trace, target), is_compared[first_row(region) :])
 
     def solver_ce(term: SolverCEConfig, n: int, h_start: Array) -> Array:
         region = ParallelSegment(L - n, L, term.num_iters, make_correction(term), INITS[term.init]())
-        solution = run(region, h_start)
-        h_mid = solution.trace[mid - (L - n)] if mid >= L - n else h_L[mid]
-        return cross_entropy(model.logits(params, solution.value, h_mid), targets_BT)
+        has_mid = mid >= region.start
+        solution = run(region, h_start, (mid,) if has_mid else ())
+        return ce(solution.value, solution.tapped[0] if has_mid else h_after[mid])
 
     def layer_skip(term: LayerSkipConfig, _: int, h_start: Array) -> Array:
-        target = jax.lax.stop_gradient(h_L[-1:]) if term.detach_target else h_L[-1:]
-        return relative_norm(run(SequentialSegment(L - 1, L), h_start).trace, target).sum()
+        target = jax.lax.stop_gradient(h_after[L - 1]) if term.detach_target else h_after[L - 1]
+        alone = run(ParallelSegment(L - 1, L, 1, Jacobi(), PrefixState()), h_start)
+        return relative_norm(alone.value[None], target[None]).sum()
 
     parts: dict[str, Callable[..., Array]] = {
         "hidden_norm": hidden_norm,
@@ -131,7 +172,7 @@ def loss_fn(
     metrics = {"sequential_ce": sequential_ce}
     for name, sizes in plan.sizes:
         term = config.terms[name]
-        values = [parts[name](term, n, h_in if n == L else h_L[L - n - 1]) for n in sizes]
+        values = [parts[name](term, n, h_after[L - n - 1]) for n in sizes]
         total = jnp.stack(values).sum()
         loss = loss + weights[name] * total
         metrics[name] = total / len(sizes)
@@ -145,9 +186,14 @@ def make_correction(term: SolverTerm) -> Correction:
     return CORRECTIONS[term.correction]()
 
 
-def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:
-    """Mean negative log-likelihood of the targets, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean()
+def cross_entropy(logits_BTV: Array, targets_BT: Array, vocab_size: int) -> Array:
+    """Mean negative log-likelihood of the targets, in nats; entries past the vocabulary count for nothing.
+
+    They are masked and not cut off: logits that are split over devices by vocabulary stay where they are.
+    """
+    is_entry_V = jnp.arange(logits_BTV.shape[-1]) < vocab_size
+    masked_BTV = jnp.where(is_entry_V[None, None], logits_BTV, -jnp.inf)
+    return optax.softmax_cross_entropy_with_integer_labels(masked_BTV, targets_BT).mean()
 
 
 def compared_layers(num_layers: int, stride: int) -> list[int]:

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from snlp_jax.config import Config
 from snlp_jax.model import LanguageModel
+from snlp_jax.parallel.sharding import TRAINING, shardings_of, with_shardings
 from snlp_jax.train.loss import Plan, loss_fn, term_weight
 from snlp_jax.types import Array
 
@@ -24,26 +26,56 @@ def init_state(model: LanguageModel, optimizer: optax.GradientTransformation, se
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
 
-def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, config: Config) -> StepFn:
+def abstract_state(
+    model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> TrainState:
+    """Shapes of :func:`init_state`'s result; with a mesh each has its sharding, which initialisation, the step and the
+    restoring of a checkpoint all read."""
+    state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
+    return state if mesh is None else with_shardings(state, shardings_of(state, model.config, mesh, TRAINING))
+
+
+def make_init(
+    model: LanguageModel, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None = None
+) -> Callable[[], TrainState]:
+    """:func:`init_state`, jitted; on a mesh the state is born where it belongs, never whole on one device."""
+    init = lambda: init_state(model, optimizer, seed)  # noqa: E731
+    return jax.jit(init, out_shardings=_shardings(abstract_state(model, optimizer, mesh)))
+
+
+def make_step(
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh | None = None
+) -> StepFn:
     """``step(state, tokens_BT1, plan=Plan(...)) -> (state, metrics)``; donates ``state``, compiles once a plan.
 
-    The batch is split into ``train.num_microbatches`` equal parts whose gradients are averaged.
+    The batch is split into ``train.num_microbatches`` equal parts (the j-th has rows j, j + M, ..., so that a batch
+    that is spread over devices stays where it is) whose gradients are averaged.
     """
     num_steps, num_microbatches = config.train.num_steps, config.train.num_microbatches
+    shardings = _shardings(abstract_state(model, optimizer, mesh))
+    settings: dict[str, Any] = {"mesh": mesh, "ring_microbatches": config.mesh.ring_microbatches}
 
-    @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+    @functools.partial(
+        jax.jit,
+        static_argnames="plan",
+        donate_argnames="state",
+        out_shardings=None if mesh is None else (shardings, None),
+    )
     def step(state: TrainState, tokens_BT1: Array, *, plan: Plan) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
         weights = {name: term_weight(config.loss.terms[name], state["step"], num_steps) for name, _ in plan.sizes}
 
         def gradient(tokens: Array) -> tuple[Any, dict[str, Array]]:
-            loss = lambda params: loss_fn(model, params, tokens, config.loss, plan, weights, key)  # noqa: E731
-            return jax.grad(loss, has_aux=True)(state["params"])
+            loss = lambda params: loss_fn(model, params, tokens, config.loss, plan, weights, key, **settings)  # noqa: E731
+            grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
+            if mesh is not None:
+                grads = jax.lax.with_sharding_constraint(grads, shardings["params"])
+            return grads, metrics
 
         if num_microbatches == 1:
             grads, metrics = gradient(tokens_BT1)
         else:
-            parts = tokens_BT1.reshape(num_microbatches, -1, tokens_BT1.shape[-1])
+            parts = jnp.moveaxis(tokens_BT1.reshape(-1, num_microbatches, tokens_BT1.shape[-1]), 1, 0)
             zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, parts[0]))
             add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
             total, _ = jax.lax.scan(add, zero, parts)
@@ -55,3 +87,7 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     return step
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,0 +1,167 @@
+"""One shelf: which axes of the mesh every array is split over.
+
+``TABLE`` names, for each parameter, what its dimensions count; a :class:`Layout` says which mesh axes take what is
+counted. Three layouts read the one table:
+
+    TRAINING    layers over ``layer``, heads and features over ``tensor``, what is left over ``data`` (FSDP)
+    BY_LAYER    evaluation of a region, or of the sequential pass as a ring: layers over ``layer``
+    BY_FEATURE  evaluation of layers in order: every layer over ``layer`` and ``tensor`` at once, by heads and features
+
+Optimizer state lies as its parameters do. A mesh axis goes to the first dimension that it divides; one that divides
+none leaves the array whole along it (heads that the devices do not divide, say), which costs memory and nothing else.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from snlp_jax.config import ModelConfig
+from snlp_jax.types import PyTree
+
+Layout = Mapping[str, tuple[str, ...]]
+"""What a dimension counts -> the mesh axes that take it."""
+
+TRAINING: Layout = {
+    "layers": ("layer",),
+    "heads": ("tensor",),
+    "features": ("tensor",),
+    "vocabulary": ("layer", "tensor"),
+    "channels": ("data",),
+    "entries": ("layer",),
+}
+BY_LAYER: Layout = {
+    "layers": ("layer",),
+    "heads": ("tensor",),
+    "features": ("tensor",),
+    "vocabulary": ("layer", "tensor"),
+}
+BY_FEATURE: Layout = {
+    "heads": ("layer", "tensor"),
+    "features": ("layer", "tensor"),
+    "vocabulary": ("layer", "tensor"),
+}
+
+TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"blocks/attn/(query|key|value)", ("layers", "channels", "heads")),
+    (r"blocks/attn/out", ("layers", "heads", "channels")),
+    (r"blocks/mlp/up", ("layers", "channels", "features")),
+    (r"blocks/mlp/down", ("layers", "features", "channels")),
+    (r"blocks/hyper/(attn|mlp)/phi", ("layers", "channels")),
+    (r"blocks/.*", ("layers",)),
+    (r"embed/token", ("vocabulary", "channels")),
+    (r"embed/value", ("layers", "entries", "heads channels")),
+    (r"embed/value_gate", ("layers", "", "heads")),
+    (r"head/kernel", ("channels", "vocabulary")),
+    (r"(embed|head)/.*", ()),
+)
+"""Pattern of a parameter's path, and what its dimensions count; the first match wins."""
+
+
+def spec_of(name: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh, layout: Layout) -> PartitionSpec:
+    """How one array lies. ``name`` is a parameter's path, or ends with one (optimizer state); a name that the table
+    does not know, such as a counter's, is on every device."""
+    counts = next((row for pattern, row in TABLE if re.search(f"(^|/){pattern}$", name)), ())
+    if len(shape) < len(counts):  # a masked leaf of an optimizer, or a scalar that stands for one
+        counts = ()
+    used: set[str] = set()
+    spec: list[tuple[str, ...] | str | None] = []
+    for size, counted in zip(shape, counts, strict=False):
+        axes: tuple[str, ...] = ()
+        for what in counted.split():
+            # Heads move as a whole: a kv head with the query heads that read it.
+            units = config.num_kv_heads if what == "heads" else size
+            for axis in layout.get(what, ()):
+                parts = mesh.shape[axis]
+                for other in axes:
+                    parts *= mesh.shape[other]
+                if axis not in used and mesh.shape[axis] > 1 and units % parts == 0:
+                    axes += (axis,)
+                    used.add(axis)
+        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
+
+
+def shardings_of(tree: PyTree, config: ModelConfig, mesh: Mesh, layout: Layout, prefix: str = "") -> PyTree:
+    """A tree like ``tree`` (arrays or their shapes) of shardings; ``prefix`` comes before the paths of its leaves."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec_of(name, leaf.shape, config, mesh, layout))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def gather_channels(
+    tree: PyTree, config: ModelConfig, mesh: Mesh, *, dtype: Any = None, prefix: str = "", is_one_layer: bool = False
+) -> PyTree:
+    """Parameters in the training layout, whole along ``channels`` from here on: what FSDP does before a weight is used.
+
+    Under jit. Without it the compiler would rather split the activations the way the weights lie. Gradients go back
+    split: a reduce-scatter and not an all-reduce.
+
+    Args:
+        dtype: of the matrices, cast before they travel; None leaves them as they are.
+        is_one_layer: the leaves of ``blocks`` come without their layer axis.
+    """
+    whole = {what: axes for what, axes in TRAINING.items() if what != "channels"}
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
+        shape = (1, *leaf.shape) if is_one_layer else leaf.shape
+        split, gathered = (spec_of(name, shape, config, mesh, layout) for layout in (TRAINING, whole))
+        if split == gathered:
+            return leaf
+        if is_one_layer:
+            split, gathered = PartitionSpec(*split[1:]), PartitionSpec(*gathered[1:])
+        is_matrix = dtype is not None and "hyper" not in name
+        return _gather(leaf.astype(dtype) if is_matrix else leaf, mesh, split, gathered)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(leaf: jax.Array, mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec) -> jax.Array:
+    return constrain(leaf, mesh, gathered)
+
+
+def _gather_fwd(leaf: jax.Array, mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec) -> tuple[jax.Array, None]:
+    return constrain(leaf, mesh, gathered), None
+
+
+def _gather_bwd(
+    mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec, _: None, grad: jax.Array
+) -> tuple[jax.Array]:
+    return (constrain(grad, mesh, split),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def constrain(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """``x`` under jit, held to lie so; inside ``shard_map`` ``spec`` may name the axes that it leaves automatic."""
+    here = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh if here.empty else here, spec))
+
+
+def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes of a tree, each with its sharding: what ahead-of-time compilation and restoring read."""
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, tree, shardings)
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Bytes that one device holds of a tree of arrays, or of shapes, with shardings."""
+
+    def one(leaf: Any) -> int:
+        size = leaf.dtype.itemsize
+        for length in leaf.sharding.shard_shape(leaf.shape):
+            size *= length
+        return size
+
+    return sum(map(one, jax.tree.leaves(tree)))
