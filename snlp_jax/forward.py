@@ -445,17 +445,23 @@ def layer_problem(
     num_rows = stop - start if isinstance(blocks, list) else jax.tree.leaves(blocks)[0].shape[0]
     settings: dict[str, Any] = {"num_rows": num_rows, "tables": tables, "num_shards": num_shards, "past": past}
     ctx = pad_layers(model.context(ends, blocks, tokens_BT, start, stop, **settings), num_rows)
+    # A sweep compiles the windows of its layers in, so devices can share one only if theirs are alike.
+    windows, shard_len = model.config.windows[start:stop], num_rows // num_shards
+    is_alike = all(window == windows[i % shard_len] for i, window in enumerate(windows))
+    swept = start + shard_len if num_shards > 1 and is_alike else stop
     fns: dict[str, Any]
     if isinstance(stage, Chunkwise):
-        chunk = model.chunk_fns(start, stop, num_nodes, stage.scales, stage.branches, forward_mode=needs_jvp)
-        fns = chunk._asdict()
+        how = ((swept - start) // layers_per_node, stage.scales, stage.branches)
+        fns = model.chunk_fns(start, swept, *how, forward_mode=needs_jvp)._asdict()
     else:
         make_sweep_fn = model.split_sweep_fn if isinstance(stage, FusedSplit) else model.sweep_fn
         fns = {
             "block_fn": model.block_fn(forward_mode=needs_jvp),
-            "sweep_fn": make_sweep_fn(start, stop, forward_mode=needs_jvp),
+            "sweep_fn": make_sweep_fn(start, swept, forward_mode=needs_jvp),
             "residual_map": model.residual_map,
         }
+    if num_shards > 1 and not is_alike:
+        fns["sweep_fn"] = None
     if isinstance(stage, Chunkwise):
         blocks = blocks if isinstance(blocks, list) else _by_chunk(blocks, layers_per_node)
         ctx = _by_chunk(ctx, layers_per_node)

@@ -50,8 +50,8 @@ def solve_sharded(
 
     ``problem.params`` and ``problem.ctx`` are stacks; a stack that the devices do not divide is filled up, and only its
     own layers come back. One that comes with ``problem.real`` comes back whole, the layers that do not count included:
-    to cut them off a sharded trace is an exchange. ``sweep_fn`` is not used, since the devices hold different layers.
-    Trace and aux of the solution stay sharded; its value and tapped states are on every device.
+    to cut them off a sharded trace is an exchange. ``problem.sweep_fn``, where there is one, is that of one device's
+    layers. Trace and aux of the solution stay sharded; its value and tapped states are on every device.
 
     The program holds ``num_iters`` all_gathers, one more for an initial trace other than h0, and no other collective.
     Corrections that run down the depth (Exact, a trust region) go round the devices in every iteration besides.
@@ -142,7 +142,6 @@ def _on_each_device(
             **parts,
             num_layers=num_layers // num_devices,
             real=real,
-            sweep_fn=None,
             axis_name=axis_name,
         )
         return run(here)

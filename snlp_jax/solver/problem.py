@@ -48,7 +48,8 @@ class LayerProblem:
         shared: inputs common to all layers.
         h_in: state entering the first layer; any pytree, no layer axis.
         num_layers: N (on one device's shard, where ``axis_name`` is set).
-        sweep_fn: ``(params, x_L, ctx, shared) -> (y_L, aux_L)``, all layers at once; must equal ``vmap(block_fn)``.
+        sweep_fn: ``(params, x_L, ctx, shared) -> (y_L, aux_L)``, all (local) layers at once; must equal
+            ``vmap(block_fn)``.
         residual_map: ``(params_l, ctx_l, aux_l) -> a_l``, the structured derivative of the layer's skip path: a scalar,
             or matrices [..., R, R] that mix residual streams. None means 1.
         warm_L: a trace from elsewhere, for the ``Warm`` initial trace.
