@@ -24,12 +24,16 @@ def run_entry(main: Callable[[], None]) -> None:
     try:
         enable_compilation_cache()
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (InputError, DivergedError) as error:
+        sys.exit(report(error))
+
+
+def report(error: BaseException) -> int | None:
+    """Print a known error as one line on stderr and return its exit code; None for any other error."""
+    if not isinstance(error, InputError | DivergedError):
+        return None
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, InputError) else 1
 
 
 def enable_compilation_cache() -> None:

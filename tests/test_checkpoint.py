@@ -15,9 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from snlp_jax.config import Config, DataConfig, EvalConfig, OptimConfig, TrainConfig, to_json
+from snlp_jax.config import Config, DataConfig, EvalConfig, MeshConfig, OptimConfig, TrainConfig, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
+from snlp_jax.io.checksum import checksum
 
 L, D, F = 8, 16, 24
 
@@ -104,6 +105,7 @@ def test_round_trip_with_structure_and_data(tmp_path):
         step, state, restored = checkpointer.restore(abstract(make_state()), make_iterator())
     assert step == 2
     assert_bit_equal(state, make_state(2))
+    assert restored.get_state() == {"next_index": 2}, "the same for every number of processes"
     for _ in range(60):  # across the end of an epoch of 25 batches
         np.testing.assert_array_equal(next(restored), next(iterator))
 
@@ -158,6 +160,22 @@ def test_donated_buffers_are_saved_as_they_were(tmp_path):
         step_fn(state)
         _, restored, _ = checkpointer.restore(abstract(make_state()), None)
     assert_bit_equal(restored, expected)
+
+
+@pytest.mark.parametrize("spec", [("layer",), (None, None, "layer"), (None, "layer", None), ()])
+def test_a_checksum_is_the_sum_over_any_division(spec):
+    """Whatever the devices hold, the parts add up to the checksum of the whole, and a changed bit shows."""
+    mesh = layer_mesh(8)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+        array = (100 * jax.random.normal(jax.random.key(0), (8, 16, 24))).astype(dtype)
+        whole = checksum(np.asarray(array), (slice(None),) * 3, array.shape)
+        parts = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec))).addressable_shards
+        held = [part for part in parts if part.replica_id == 0]
+        assert whole == sum(checksum(np.asarray(part.data), part.index, array.shape) for part in held) % 2**64
+        changed = np.array(array)
+        changed.view(np.uint8)[5, 3, 2] ^= 1
+        assert whole != checksum(changed, (slice(None),) * 3, array.shape)
+        assert whole != checksum(np.asarray(array)[::-1], (slice(None),) * 3, array.shape)
 
 
 # -- Which are kept ----------------------------------------------------------------------------------------------------
@@ -235,7 +253,6 @@ BREAKS = {
     "changed metadata": change_a_checksummed_metric,
     "cut metadata": lambda step_dir: (step_dir / "meta" / "metadata").write_text('{"conf'),
     "no metadata": lambda step_dir: shutil.rmtree(step_dir / "meta"),
-    "no data position": lambda step_dir: shutil.rmtree(step_dir / "data"),
     "empty": lambda step_dir: [shutil.rmtree(step_dir), step_dir.mkdir()],
 }
 
@@ -365,7 +382,8 @@ def test_other_config_is_refused_by_name(tmp_path, resume):
 def test_what_a_resumed_run_may_change(tmp_path):
     check_run_dir(tmp_path, to_json(Config()), False)
     train = TrainConfig(log_every=3, eval_every=4, checkpoint_every=5, keep_last=6, sample_every=7, tensorboard=True)
-    changed = to_json(Config(run_dir="x", train=train, eval=EvalConfig(num_windows=3)))
+    mesh = MeshConfig(data=2, layer=3, ring_microbatches=4)
+    changed = to_json(Config(run_dir="x", train=train, mesh=mesh, eval=EvalConfig(num_windows=3)))
     check_run_dir(tmp_path, changed, True)
     assert (tmp_path / "config.json").read_text() == changed
 

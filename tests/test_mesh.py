@@ -205,9 +205,9 @@ def test_a_step_with_a_cache_is_the_end_of_the_whole_pass(config):
 # ---------------------------------------------------------------- training
 
 LOSSES = {
-    "hidden_norm": HiddenNormConfig(weight=0.5, region_sizes=(3, 8), stride=2),
-    "solver_ce": SolverCEConfig(weight=0.5, region_sizes=(6,), num_iters=2, init="batch_forward"),
-    "layer_skip": LayerSkipConfig(weight=0.3, region_sizes=(4,)),
+    "hidden_norm": HiddenNormConfig(weight=0.5, region_sizes=(3,), stride=2),
+    "solver_ce": SolverCEConfig(weight=0.5, region_sizes=(4,)),
+    "layer_skip": LayerSkipConfig(weight=0.3, region_sizes=(2,)),
 }
 EVERY_TERM = LossConfig(**LOSSES)
 
@@ -241,25 +241,37 @@ def value_and_grad(model, loss, mesh, ring_microbatches):
     return jax.jit(run)
 
 
+FOUR = dataclasses.replace(SMALL, num_layers=4)
+FOUR_STREAMS = dataclasses.replace(STREAMS, num_layers=4, num_streams=2)
+SIZES_AND_ITERS = LossConfig(
+    hidden_norm=dataclasses.replace(LOSSES["hidden_norm"], region_sizes=(3, 8)),
+    solver_ce=dataclasses.replace(LOSSES["solver_ce"], region_sizes=(6,), num_iters=2, init="batch_forward"),
+)
 TRAINING_CASES = (
-    (EIGHT, EVERY_TERM, MeshConfig(layer=8)),
-    (EIGHT, EVERY_TERM, MeshConfig(data=2, layer=2, tensor=2, ring_microbatches=4)),
-    (EIGHT, EVERY_TERM, MeshConfig(data=8)),
-    (STREAMS, with_correction("hcn"), MeshConfig(data=2, layer=4, ring_microbatches=2)),
+    (FOUR, EVERY_TERM, MeshConfig(layer=4)),
+    (FOUR, EVERY_TERM, MeshConfig(data=2, layer=2, tensor=2, ring_microbatches=4)),
+    (FOUR, LossConfig(hidden_norm=LOSSES["hidden_norm"]), MeshConfig(data=8)),
+    (
+        FOUR_STREAMS,
+        LossConfig(hidden_norm=with_correction("hcn").hidden_norm),
+        MeshConfig(layer=2, ring_microbatches=2),
+    ),
 )
 MORE_TRAINING_CASES = (
-    (EIGHT, EVERY_TERM, MeshConfig(layer=4, ring_microbatches=8)),
-    (EIGHT, EVERY_TERM, MeshConfig(tensor=2)),
-    (EIGHT, EVERY_TERM, MeshConfig(data=2, tensor=4)),  # two kv heads on four devices
-    (EIGHT, with_correction("jac"), MeshConfig(layer=4)),
-    (EIGHT, with_correction("sid"), MeshConfig(data=2, layer=4)),
-    (EIGHT, with_correction("diag"), MeshConfig(layer=2, tensor=2)),
-    (EIGHT, with_correction("exact"), MeshConfig(layer=2)),
-    (dataclasses.replace(EIGHT, remat=True), EVERY_TERM, MeshConfig(data=4, layer=2, ring_microbatches=2)),
-    (STREAMS, with_correction("hcn"), MeshConfig(data=4, tensor=2)),
-    (DYNAMIC, with_correction("hcn"), MeshConfig(data=2, layer=4)),
-    (VARIANTS["plain"], with_correction("idn", region_sizes=(4,)), MeshConfig(layer=3)),  # tables do not divide: none
-    (dataclasses.replace(SMALL, use_x0_resid=False), with_correction("idn", region_sizes=(4,)), MeshConfig(layer=6)),
+    (EIGHT, SIZES_AND_ITERS, MeshConfig(layer=4, ring_microbatches=8)),
+    (EIGHT, SIZES_AND_ITERS, MeshConfig(data=2, layer=4)),
+    (FOUR, EVERY_TERM, MeshConfig(tensor=2)),
+    (FOUR, EVERY_TERM, MeshConfig(data=2, tensor=4)),  # two kv heads on four devices
+    (FOUR, with_correction("jac"), MeshConfig(layer=4)),
+    (FOUR, with_correction("sid"), MeshConfig(data=2, layer=4)),
+    (FOUR, with_correction("diag"), MeshConfig(layer=2, tensor=2)),
+    (FOUR, with_correction("exact"), MeshConfig(layer=2)),
+    (dataclasses.replace(FOUR, remat=True), EVERY_TERM, MeshConfig(data=4, layer=2, ring_microbatches=2)),
+    (FOUR_STREAMS, with_correction("hcn"), MeshConfig(data=4, tensor=2)),
+    (FOUR_STREAMS, with_correction("hcn"), MeshConfig(data=2, layer=4, ring_microbatches=2)),
+    (dataclasses.replace(DYNAMIC, num_layers=4), with_correction("hcn"), MeshConfig(data=2, layer=4)),
+    (VARIANTS["plain"], with_correction("idn"), MeshConfig(layer=3)),
+    (dataclasses.replace(SMALL, use_x0_resid=False), with_correction("idn"), MeshConfig(layer=6)),  # tables by entries
 )
 
 
@@ -317,7 +329,7 @@ def test_gradients_through_any_schedule_on_a_mesh(config, setting, mesh_config):
 
 
 CONFIG = Config(
-    model=dataclasses.replace(EIGHT, num_heads=4, num_kv_heads=4),
+    model=dataclasses.replace(FOUR, num_heads=4, num_kv_heads=4),
     optim=OptimConfig(warmup_steps=1, max_grad_norm=1.0),
     loss=LossConfig(hidden_norm=LOSSES["hidden_norm"]),
     train=TrainConfig(num_steps=10, batch_size=8, num_microbatches=2),
@@ -335,7 +347,7 @@ def test_steps_on_a_mesh_are_steps_on_one_device():
 
     Not from a fresh initialisation: gradients that are 0 there but for rounding make whole steps of Adam.
     """
-    plan = Plan((("hidden_norm", (3, 8)),))
+    plan = Plan((("hidden_norm", (3,)),))
     rows = [np.asarray(random_tokens(CONFIG.model, batch=8, length=9, seed=seed)) for seed in range(3)]
     results = []
     for mesh_config in (MeshConfig(), MeshConfig(data=2, layer=2, tensor=2, ring_microbatches=2)):

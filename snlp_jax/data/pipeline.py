@@ -106,8 +106,8 @@ def train_iterator(
     """Endless batches ``{'tokens': int32 [batch_size // process_count, seq_len + 1]}`` of shuffled training windows.
 
     Every epoch visits every window once in an order of its own. Batch j of all processes together holds the same
-    windows for every number of processes: process p has rows p, p + process_count, ... The iterator is
-    checkpointed by ``get_state``, ``set_state`` or ``grain.checkpoint``.
+    windows for every number of processes: process p has rows p, p + process_count, ... The iterator's
+    ``get_state`` counts batches, so that any number of processes may ``set_state`` what another number got.
 
     Args:
       batch_size: windows per step over all processes.

@@ -1,8 +1,9 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit; and the rules of a run directory.
 
-A checkpoint is one orbax step directory with four items: ``params``, ``state`` (everything else: optimizer, step),
-``data`` (where the input stood) and ``meta`` (config, metrics and a CRC-32 of every array). Orbax writes into a
-temporary directory and renames it, so a killed save leaves nothing that looks like a checkpoint.
+A checkpoint is one orbax step directory with three items: ``params``, ``state`` (everything else: optimizer, step) and
+``meta`` (config, metrics, where the input stood and a checksum of every array). Nothing in it depends on the devices
+and processes that wrote it. Orbax writes into a temporary directory and renames it, so a killed save leaves nothing
+that looks like a checkpoint.
 """
 
 import json
@@ -10,21 +11,23 @@ import logging
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from snlp_jax.errors import InputError
+from snlp_jax.io.checksum import checksums
 from snlp_jax.io.files import atomic_write, explain_full_disk
 from snlp_jax.io.metrics import FILE_NAME as METRICS_NAME
 from snlp_jax.io.metrics import to_json_value
+from snlp_jax.parallel.processes import tells_of_lost_peer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,7 +43,8 @@ MAY_CHANGE = frozenset(
     | {f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_last", "sample_every")}
     | {f"train.{name}" for name in ("sample_tokens", "tensorboard", "eval_batches")}
 )
-"""Config fields, besides the whole ``eval`` section, a resumed run may change: they do not alter what it learns."""
+MAY_CHANGE_SECTIONS = ("eval.", "mesh.")
+"""Config fields and whole sections that a resumed run may change: they do not alter what it learns."""
 
 
 class _CorruptError(Exception):
@@ -51,7 +55,7 @@ class Checkpointer:
     """The checkpoints of one run: the newest ``keep_last`` and the one of the lowest finite ``val_loss``.
 
     Saving is synchronous: when ``save`` returns the buffers may be donated. Several processes call every method
-    together, on a directory they all see; arrays that a process cannot address whole have no checksum.
+    together, on a directory they all see, and each checks the part of an array that it holds.
     """
 
     def __init__(
@@ -101,11 +105,11 @@ class Checkpointer:
         return _best(self.steps(), self._val_losses)
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """The ``config`` and ``metrics`` saved with a checkpoint, and ``leaves``: path -> [dtype, shape, CRC-32].
+        """The ``config``, ``metrics`` and ``data`` of a checkpoint, and ``leaves``: path -> [dtype, shape, checksum].
 
         Raises whatever a missing or broken file gives.
         """
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = ocp.JsonCheckpointHandler().restore(self._directory / str(step) / "meta")
         if meta.pop("crc32") != _text_crc(meta):
             raise _CorruptError("the checksum of its metadata is wrong")
         return meta
@@ -114,6 +118,8 @@ class Checkpointer:
 
     def save(self, step: int, state: Mapping[str, Tree], data_iterator: Any, metrics: Mapping[str, float]) -> None:
         """Save ``state``, a dict of pytrees with a key "params", and where ``data_iterator`` (grain's, or None) stands.
+
+        Its state, a JSON value, must be the same on all processes: the first one's is written.
 
         A checkpoint whose ``metrics`` lack a finite ``val_loss`` is never the best. A step that is saved already stays
         as it is. Raises InputError when the disk is full; earlier checkpoints are untouched then.
@@ -126,7 +132,8 @@ class Checkpointer:
         meta = {
             "config": self._config,
             "metrics": {name: to_json_value(value) for name, value in metrics.items()},
-            "leaves": _describe(dict(state)),
+            "data": None if data_iterator is None else data_iterator.get_state(),
+            "leaves": _with_checksums(dict(state)),
         }
         items = {
             "params": ocp.args.StandardSave(params),
@@ -134,8 +141,6 @@ class Checkpointer:
         }
         if rest:
             items["state"] = ocp.args.StandardSave(rest)
-        if data_iterator is not None:
-            items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
         self._remember_val_loss(step, meta["metrics"])
         with explain_full_disk(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -164,10 +169,12 @@ class Checkpointer:
 
         def read(step: int) -> tuple[dict[str, Tree], Any]:
             state = self._read(step, dict(abstract_state))
-            if data_iterator is None:
-                return state, None
-            data_args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data_iterator))
-            return state, self._manager.restore(step, args=data_args).data
+            if data_iterator is not None:
+                position = self.metadata(step)["data"]
+                if position is None:
+                    raise _CorruptError("it does not say where the data stood")
+                data_iterator.set_state(position)
+            return state, data_iterator
 
         found = self._newest_good(read)
         return None if found is None else (found[0], *found[1])
@@ -214,19 +221,26 @@ class Checkpointer:
 
     def _read(self, step: int, abstract_state: dict[str, Tree]) -> dict[str, Tree]:
         """One checkpoint's arrays, verified. Raises InputError if the template differs, anything else if it is bad."""
-        leaves = self.metadata(step)["leaves"]
         abstract_state = jax.tree.map(_placed, abstract_state)
-        _check_template(step, abstract_state, leaves)
         params, rest = _split(abstract_state)
-        items = {"params": ocp.args.StandardRestore(params)}
-        if rest:
-            items["state"] = ocp.args.StandardRestore(rest)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        state = {"params": restored.params, **(restored.state if rest else {})}
-        for path, (_, _, crc) in _describe(state).items():
-            if crc is not None and leaves[path][2] is not None and crc != leaves[path][2]:
+        with _read_by_all():
+            meta = self.metadata(step)
+            if "data" not in meta:
+                raise _CorruptError("an older version of snlp_jax wrote it")
+            leaves = meta["leaves"]
+            _check_template(step, abstract_state, leaves)
+            state = {"params": self._read_item(step, "params", params)}
+            if rest:
+                state |= self._read_item(step, "state", rest)
+        for path, (_, _, checksum) in _with_checksums(state).items():
+            if checksum != leaves[path][2]:
                 raise _CorruptError(f"the checksum of {path} is wrong")
         return state
+
+    def _read_item(self, step: int, name: str, template: Tree) -> Tree:
+        """Not by the manager, whose barrier a process that cannot read would leave the others waiting at."""
+        directory = self._directory / str(step) / name
+        return ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(template))
 
     def _set_aside(self, bad_steps: Sequence[int]) -> None:
         if self._read_only or not bad_steps:
@@ -287,18 +301,19 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _describe(state: Mapping[str, Tree]) -> dict[str, list[Any]]:
-    """Path -> [dtype, shape, CRC-32 of the bytes in C order; None where this process cannot address them all]."""
+    """Path -> [dtype, shape]."""
+    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in _named(state).items()}
+
+
+def _named(state: Mapping[str, Tree]) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    return {name: [str(leaf.dtype), list(leaf.shape), _crc(leaf)] for name, leaf in named.items()}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _crc(leaf: Any) -> int | None:
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        return None
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return None
-    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+def _with_checksums(state: Mapping[str, Tree]) -> dict[str, list[Any]]:
+    """Path -> [dtype, shape, checksum]."""
+    sums = checksums(_named(state).values())
+    return {path: [*said, total] for (path, said), total in zip(_describe(state).items(), sums, strict=True)}
 
 
 def _text_crc(meta: Mapping[str, Any]) -> int:
@@ -322,20 +337,33 @@ def _say(leaf: Sequence[Any]) -> str:
     return "nothing" if leaf[0] is None else f"{leaf[0]}{leaf[1]}"
 
 
+@contextmanager
+def _read_by_all() -> Iterator[None]:
+    """What fails to read on one process fails on all, which would otherwise part ways and wait for one another."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(error is not None)).any():
+        error = error or _CorruptError("another process cannot read it")
+    if error is not None:
+        raise error
+
+
 def _attempt(read: Callable[[int], Any], step: int) -> tuple[Any, str]:
-    """What ``read(step)`` gives, and why it is bad: "" if it is good, on every process. InputError passes through."""
+    """What ``read(step)`` gives, and why it is bad: "" if it is good. What is no fault of the checkpoint's passes."""
     value, reason = None, ""
     try:
         value = read(step)
     except InputError:
         raise
     except Exception as error:
+        if jax.process_count() > 1 and tells_of_lost_peer(error):
+            raise
         text = " ".join(str(error).split())
         text = text if isinstance(error, _CorruptError) else f"{type(error).__name__}: {text}"
         reason = text.rstrip(".") if len(text) <= 160 else text[:157] + "..."
-    if jax.process_count() > 1:
-        all_bad = multihost_utils.process_allgather(np.asarray(reason != ""))
-        reason = reason or ("another process cannot read it" if all_bad.any() else "")
     return value, reason
 
 
@@ -346,8 +374,8 @@ def check_run_dir(path: str | Path, config_json: str, resume: bool) -> None:
     """Claim a run directory for this config, before anything else is written. One process of a run calls it.
 
     A new or empty one is created and gets ``config.json``; so does it with ``resume``, which then starts fresh. With
-    ``resume`` a directory that holds a run is taken if every field of its config agrees, save those of ``MAY_CHANGE``
-    and the ``eval`` section, and the config on disk becomes this one. Raises InputError when the directory holds a
+    ``resume`` a directory that holds a run is taken if every field of its config agrees, save ``MAY_CHANGE`` and
+    ``MAY_CHANGE_SECTIONS``, and the config on disk becomes this one. Raises InputError when the directory holds a
     run and ``resume`` is False, holds another config (naming the first field that differs), or cannot be written.
     """
     path = Path(path)
@@ -378,7 +406,7 @@ def _first_difference(config_path: Path, config: Mapping[str, Any]) -> str | Non
         raise InputError(f"{str(config_path)!r} is not a saved config; use another --run-dir.") from error
     ours = _flatten(config)
     for name in [*ours, *saved]:
-        if name in MAY_CHANGE or name.startswith("eval."):
+        if name in MAY_CHANGE or name.startswith(MAY_CHANGE_SECTIONS):
             continue
         theirs, mine = saved.get(name, "nothing"), ours.get(name, "nothing")
         if theirs != mine:

@@ -42,7 +42,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 class MetricsWriter:
-    """Appends to a run's metrics. One process of a run writes them."""
+    """Appends to a run's metrics. One process of a run writes them, the others have a :class:`NoMetricsWriter`."""
 
     def __init__(self, run_dir: str | Path, tensorboard: bool = False) -> None:
         """Open the log of ``run_dir``, which is created if missing.
@@ -100,3 +100,19 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class NoMetricsWriter(MetricsWriter):
+    """Of the processes that do not write."""
+
+    def __init__(self, run_dir: str | Path, tensorboard: bool = False) -> None:
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def truncate_after(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -20,17 +21,19 @@ from snlp_jax.config import Config, to_json
 from snlp_jax.data.pipeline import TokenData, prepare_tokens, train_iterator, val_batches
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab
 from snlp_jax.errors import DivergedError, InputError
-from snlp_jax.forward import split
+from snlp_jax.forward import training_weights
 from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
 from snlp_jax.io.files import atomic_write
-from snlp_jax.io.metrics import MetricsWriter
+from snlp_jax.io.metrics import MetricsWriter, NoMetricsWriter
 from snlp_jax.model import LanguageModel, num_params
-from snlp_jax.solver import Schedule
+from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
+from snlp_jax.parallel.processes import Vote, all_or_none, check_same, is_first
+from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.train.flops import peak_flops, train_flops_per_token
 from snlp_jax.train.loss import Plan, loss_fn, make_plan, start_step
 from snlp_jax.train.optim import make_optimizer
-from snlp_jax.train.step import TrainState, init_state, make_step
+from snlp_jax.train.step import TrainState, abstract_state, make_init, make_step
 from snlp_jax.types import Array
 
 logger = logging.getLogger(__name__)
@@ -43,8 +46,10 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
     """Run (or, with ``resume``, continue) the experiment and return its run directory.
 
     The directory receives config.json, tokenizer.json, metrics.jsonl and checkpoints/. SIGTERM or Ctrl-C saves a
-    checkpoint and returns early. A run that is killed and resumed ends with the same parameters, bit for bit, as an
-    unbroken one wherever the backend's kernels are deterministic: always on CPU; on GPU with
+    checkpoint and returns early. Several processes call this together (snlp_jax/parallel/processes.py) on a directory
+    they all see; the first one writes and speaks for all, and a signal to any of them stops all after the same step.
+    A run that is killed and resumed ends with the same parameters, bit for bit, as an unbroken one on the same mesh
+    wherever the backend's kernels are deterministic: always on CPU; on GPU with
     ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.
 
     Args:
@@ -55,42 +60,52 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
         DivergedError: NaN or infinity in the metrics; names the step, the metrics and the last good checkpoint.
     """
     started = started or time.time()
-    console, run_path, tc = Console(), config.run_path, config.train
+    console, run_path, tc = Console(quiet=not is_first()), config.run_path, config.train
 
     # -- Check: everything that can be wrong is looked at before anything is compiled or written ----------------------
-    model = LanguageModel(config.model)
-    data = prepare_tokens(config.data)
-    check_vocab(data.tokenizer, config.model.vocab_size)
-    batches = train_iterator(data, seq_len=config.model.seq_len, batch_size=tc.batch_size, seed=config.data.seed)
-    held_out = val_batches(
-        data, seq_len=config.model.seq_len, batch_size=tc.batch_size // tc.num_microbatches, num_batches=tc.eval_batches
-    )
-    check_run_dir(run_path, to_json(config), resume)
-    _check_corpus(run_path, data)
-    atomic_write(run_path / "tokenizer.json", data.tokenizer.to_json())
+    with all_or_none():
+        mesh = make_mesh(config.mesh)
+        part, num_parts = data_shard(mesh)
+        model = LanguageModel(config.model)
+        data = prepare_tokens(config.data)
+        check_vocab(data.tokenizer, config.model.vocab_size)
+        seq_len, eval_rows = config.model.seq_len, tc.batch_size // tc.num_microbatches
+        sizes = {"seq_len": seq_len, "batch_size": tc.batch_size, "seed": config.data.seed}
+        batches = train_iterator(data, **sizes, process_index=part, process_count=num_parts)
+        held_out = val_batches(data, seq_len=seq_len, batch_size=eval_rows, num_batches=tc.eval_batches)
+        _check_division(held_out, config, mesh)
+    check_same("config", to_json(config))
+    check_same("corpus", data.content_hash)
+    with all_or_none():
+        if is_first():
+            check_run_dir(run_path, to_json(config), resume)
+            _check_corpus(run_path, data)
+            atomic_write(run_path / "tokenizer.json", data.tokenizer.to_json())
 
     # -- Build --------------------------------------------------------------------------------------------------------
     params = model.abstract_params()
     tokens_per_step = tc.batch_size * config.model.seq_len
     optimizer = make_optimizer(config.optim, params, tc.num_steps, tokens_per_step)
-    init = lambda: init_state(model, optimizer, tc.seed)  # noqa: E731
-    step_fn, eval_fn, sample_fn = make_step(model, optimizer, config), _make_eval(model, config), None
+    abstract = abstract_state(model, optimizer, mesh)
+    step_fn, eval_fn, sample_fn = make_step(model, optimizer, config, mesh), _make_eval(model, config, mesh), None
     console.print(
         f"{config.name}: {num_params(params) / 1e6:.2f} M parameters, {data.train.size / 1e6:.1f} M training tokens, "
-        f"{tc.num_steps} steps of {tokens_per_step} tokens on {jax.devices()[0].device_kind}"
+        f"{tc.num_steps} steps of {tokens_per_step} tokens on {_describe_devices(mesh, config, abstract)}"
     )
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpointer(run_path / "checkpoints", tc.keep_last, config_json=to_json(config))
         )
-        writer = stack.enter_context(MetricsWriter(run_path, tensorboard=tc.tensorboard))
+        with all_or_none():
+            make_writer = MetricsWriter if is_first() else NoMetricsWriter
+            writer = stack.enter_context(make_writer(run_path, tensorboard=tc.tensorboard))
 
         # -- Restore --------------------------------------------------------------------------------------------------
-        restored = checkpoints.restore(jax.eval_shape(init), batches) if resume else None
+        restored = checkpoints.restore(abstract, batches) if resume else None
         first_step = 0
         if restored is None:
-            state: TrainState = jax.jit(init)()
+            state: TrainState = make_init(model, optimizer, tc.seed, mesh)()
         else:
             first_step, state, batches = restored
             console.print(f"resumed from the checkpoint of step {first_step}")
@@ -100,9 +115,9 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
             return run_path
 
         # -- Step -----------------------------------------------------------------------------------------------------
-        stop = stack.enter_context(_stop_on_signal())
+        stop, vote = stack.enter_context(_stop_on_signal()), Vote()
         progress = stack.enter_context(_progress(console))
-        meter = _Meter(config, tokens_per_step)
+        meter = _Meter(config, tokens_per_step, mesh.size)
         task = progress.add_task("train", total=tc.num_steps, completed=first_step, note="compiling")
         pending: tuple[int, dict[str, Array]] | None = None
 
@@ -133,12 +148,12 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
             plan = make_plan(config.loss, step, tc.num_steps, tc.seed)
             tokens = next(batches)["tokens"]
             model.check_tokens(tokens)
-            state, metrics = step_fn(state, tokens, plan=plan)
+            state, metrics = step_fn(state, put_batch(mesh, tokens), plan=plan)
             read_pending()
             pending = step + 1, metrics
 
             done = step + 1
-            is_stopping = stop.requested  # read once: a signal that comes later waits for the next step
+            is_stopping = vote(stop.requested)  # asked once: a signal that comes later waits for the next step
             is_last = done == tc.num_steps or is_stopping
             should_eval = is_last or _is_due(done, tc.eval_every)
             should_sample = _is_due(done, tc.sample_every)
@@ -154,7 +169,7 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
                 console.print(f"step {done}  {text}", highlight=False)
             if should_sample:
                 with meter.paused():
-                    sample_fn = sample_fn or _make_sample(model, config, held_out, data.tokenizer)
+                    sample_fn = sample_fn or _make_sample(model, config, held_out, data.tokenizer, mesh)
                     console.print(sample_fn(state["params"]), style="dim", highlight=False, markup=False)
             if should_save:
                 with meter.paused():
@@ -178,7 +193,35 @@ def _check_corpus(run_path: Path, data: TokenData) -> None:
     atomic_write(path, data.content_hash + "\n")
 
 
-def _make_eval(model: LanguageModel, config: Config) -> Callable[[Any, list[np.ndarray], int], dict[str, float]]:
+def _check_division(held_out: list[np.ndarray], config: Config, mesh: Mesh) -> None:
+    """Training batches are checked with the config; a short held-out split may give smaller ones."""
+    rows, parts = held_out[0].shape[0], mesh.shape["data"] * config.mesh.ring_microbatches
+    if config.train.batch_size // config.train.num_microbatches % parts or rows % parts:
+        raise InputError(
+            f"batches of {config.train.batch_size // config.train.num_microbatches} windows to train and {rows} to "
+            f"evaluate do not divide into {parts} parts (data x ring_microbatches); change the mesh or "
+            "train.batch_size, or give a larger corpus."
+        )
+
+
+def _describe_devices(mesh: Mesh, config: Config, state: TrainState) -> str:
+    kind = jax.devices()[0].device_kind
+    if mesh.size == 1:
+        return kind
+    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    text = f"{mesh.size} x {kind}{processes} ({shape}), {bytes_per_device(state) / 2**20:.1f} MiB of state on each"
+    if mesh.shape["layer"] > 1:
+        text += (
+            f"\nlayers over {mesh.shape['layer']} devices: the sequential pass is a ring with "
+            f"{config.mesh.ring_microbatches} microbatches"
+        )
+    return text
+
+
+def _make_eval(
+    model: LanguageModel, config: Config, mesh: Mesh
+) -> Callable[[Any, list[np.ndarray], int], dict[str, float]]:
     """Held-out means of every part of the loss that has begun, all region sizes included.
 
     ``val_loss``, by which the best checkpoint is chosen, is the whole loss at full weights and appears only once every
@@ -186,15 +229,16 @@ def _make_eval(model: LanguageModel, config: Config) -> Callable[[Any, list[np.n
     """
     terms = config.loss.terms
     weights: dict[str, Array | float] = {name: term.weight for name, term in terms.items()}
+    ring = config.mesh.ring_microbatches
 
     @functools.partial(jax.jit, static_argnames="plan")
     def evaluate(params: Any, tokens: Array, *, plan: Plan) -> dict[str, Array]:
-        return loss_fn(model, params, tokens, config.loss, plan, weights)[1]
+        return loss_fn(model, params, tokens, config.loss, plan, weights, mesh=mesh, ring_microbatches=ring)[1]
 
     def run(params: Any, batches: list[np.ndarray], step: int) -> dict[str, float]:
         begun = [name for name, term in terms.items() if step >= start_step(term, config.train.num_steps)]
         plan = Plan(tuple((name, terms[name].region_sizes) for name in begun))
-        parts = [evaluate(params, tokens, plan=plan) for tokens in batches]
+        parts = [evaluate(params, put_batch(mesh, rows, is_whole=True), plan=plan) for rows in batches]
         means = {f"val_{name}": float(np.mean([part[name] for part in parts])) for name in parts[0]}
         if len(begun) < len(terms):
             del means["val_loss"]
@@ -204,17 +248,20 @@ def _make_eval(model: LanguageModel, config: Config) -> Callable[[Any, list[np.n
 
 
 def _make_sample(
-    model: LanguageModel, config: Config, held_out: list[np.ndarray], tokenizer: Tokenizer
+    model: LanguageModel, config: Config, held_out: list[np.ndarray], tokenizer: Tokenizer, mesh: Mesh
 ) -> Callable[[Any], str]:
     """Greedy continuation of a piece of held-out text by the sequential pass."""
-    prompt = held_out[0][:1, :SAMPLE_PROMPT_LEN]
-    start = np.pad(prompt, ((0, 0), (0, config.train.sample_tokens)))
-    greedy = make_greedy_fn(model, prompt_len=prompt.shape[1], num_tokens=config.train.sample_tokens)
-    schedule = Schedule.of(config.model.num_layers)
+    prompt, num_tokens = held_out[0][:1, :SAMPLE_PROMPT_LEN], config.train.sample_tokens
+    greedy = make_greedy_fn(model, prompt_len=prompt.shape[1], num_tokens=num_tokens, mesh=mesh)
+    # The same text for every part of the batch that the mesh has.
+    start = np.pad(np.repeat(prompt, mesh.shape["data"], axis=0), ((0, 0), (0, num_tokens)))
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def decode(params: Any) -> Array:
+        return greedy(training_weights(model, params, mesh), start)
 
     def sample(params: Any) -> str:
-        new = greedy(split(model, params, schedule), start)
-        return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(np.asarray(new)[0])}"
+        return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(np.asarray(decode(params))[0])}"
 
     return sample
 
@@ -222,9 +269,9 @@ def _make_sample(
 class _Meter:
     """Tokens per second and, where the device's peak is known, model FLOP utilisation, between two readings."""
 
-    def __init__(self, config: Config, tokens_per_step: int):
+    def __init__(self, config: Config, tokens_per_step: int, num_devices: int):
         self._tokens_per_step = tokens_per_step
-        self._flops_per_token = train_flops_per_token(config.model)
+        self._flops_per_token = train_flops_per_token(config.model) / num_devices
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._last: tuple[int, float] | None = None
         self._pause = 0.0
@@ -257,17 +304,24 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
-    """A flag that SIGTERM or Ctrl-C raises; the loop saves and ends after its step. A second signal ends it at once."""
+    """A flag that SIGTERM or Ctrl-C raises; the loop saves and ends after its step.
+
+    A second signal ends it at once, unless it follows within a second: launchers often send one twice.
+    """
     stop = _Stop()
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    first = math.inf
 
     def restore() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def request(*_: object) -> None:
-        stop.requested = True
-        restore()
+    def request(number: int, _: object) -> None:
+        nonlocal first
+        stop.requested, first = True, min(first, time.monotonic())
+        if time.monotonic() > first + 1:
+            restore()
+            signal.raise_signal(number)
 
     for number in previous:
         signal.signal(number, request)
