@@ -1,7 +1,6 @@
 """Where model and solver meet: weights laid out for a schedule, and the forward pass over it."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import KeyValue, Shared
 from snlp_jax.parallel.mesh import over_data
 from snlp_jax.parallel.region import num_padded, pad_layers, real_part, sequential_sharded, solve_sharded
-from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, with_shardings
+from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, spec_of, with_shardings
 from snlp_jax.solver import (
     Calibration,
     Chunkwise,
@@ -161,11 +160,7 @@ def abstract_past(model: LanguageModel, weights: Weights, mesh: Mesh, batch_size
             return None
         num_layers = jax.tree.leaves(blocks)[0].shape[0]
         shape = (num_layers, batch_size, num_tokens, config.num_kv_heads, config.head_dim)
-        axes = ("tensor",) if is_spread else ("layer", "tensor")
-        heads = tuple(axis for axis in axes if mesh.shape[axis] > 1)
-        if config.num_kv_heads % max(math.prod(mesh.shape[axis] for axis in heads), 1):
-            heads = ()
-        spec = PartitionSpec("layer" if is_spread else None, "data", None, heads or None)
+        spec = spec_of("cache", shape, config, mesh, BY_LAYER if is_spread else BY_FEATURE)
         leaf: Any = jax.ShapeDtypeStruct(shape, model.dtype, sharding=NamedSharding(mesh, spec))
         return KeyValue(leaf, leaf)
 

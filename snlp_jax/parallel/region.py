@@ -15,8 +15,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from snlp_jax.solver import Correction, Init, LayerProblem, Solution, sequential, solve
+from snlp_jax.solver.linear import count_rows
 
 PyTree = Any
+
+ROW_AXIS = "data"
+"""Mesh axis over which the rows of a batch are spread."""
 
 
 def num_padded(num_layers: int, num_devices: int) -> int:
@@ -132,6 +136,8 @@ def _on_each_device(
         "calibration": None if calibration is None else calibration.common,
     }
 
+    are_rows_spread = mesh.shape.get(ROW_AXIS, 1) > 1 and count_rows(problem.h_in) % mesh.shape[ROW_AXIS] == 0
+
     def local(by_layer: dict[str, PyTree], everywhere: dict[str, PyTree]) -> Solution:
         parts = by_layer | everywhere
         if calibration is not None:
@@ -143,6 +149,7 @@ def _on_each_device(
             num_layers=num_layers // num_devices,
             real=real,
             axis_name=axis_name,
+            row_axis=ROW_AXIS if are_rows_spread else None,
         )
         return run(here)
 

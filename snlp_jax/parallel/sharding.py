@@ -38,11 +38,13 @@ BY_LAYER: Layout = {
     "heads": ("tensor",),
     "features": ("tensor",),
     "vocabulary": ("layer", "tensor"),
+    "rows": ("data",),
 }
 BY_FEATURE: Layout = {
     "heads": ("layer", "tensor"),
     "features": ("layer", "tensor"),
     "vocabulary": ("layer", "tensor"),
+    "rows": ("data",),
 }
 
 TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -57,8 +59,10 @@ TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"embed/value_gate", ("layers", "", "heads")),
     (r"head/kernel", ("channels", "vocabulary")),
     (r"(embed|head)/.*", ()),
+    (r"cache", ("layers", "rows", "", "heads")),
 )
-"""Pattern of a parameter's path, and what its dimensions count; the first match wins."""
+"""Pattern of an array's name (a parameter's path, or "cache": keys and values of earlier tokens), and what its
+dimensions count; the first match wins."""
 
 
 def spec_of(name: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh, layout: Layout) -> PartitionSpec:

@@ -23,6 +23,7 @@ from snlp_jax.solver.linear import (
     ScalarMap,
     ZeroMap,
     correct,
+    count_rows,
     layer,
     pass_round,
     tell_all,
@@ -56,7 +57,8 @@ class Correction:
         y_L, is_padding_L = self.predict(problem, iteration), problem.is_padding()
         if is_padding_L is not None:
             maps = maps.identity_where(is_padding_L)
-        return correct(maps, y_L, iteration.h_L, iteration.entering, problem.axis_name, taps=taps, packed=packed)
+        exchange: dict[str, Any] = {"row_axis": problem.row_axis, "taps": taps, "packed": packed}
+        return correct(maps, y_L, iteration.h_L, iteration.entering, problem.axis_name, **exchange)
 
     def start(self, problem: LayerProblem, x_L: PyTree) -> PyTree:
         """State that all iterations share, made once at the inputs of the first; () where there is none."""
@@ -335,7 +337,7 @@ class Exact(Correction):
         entered, _, new_L = pass_round(evaluate, start, problem.axis_name)
         new_L, num_layers = layer(new_L, 0), problem.num_layers
         mine = (layer(new_L, -1), tuple(layer(new_L, tap % num_layers) for tap in taps), packed)
-        leaving, told, packed_of_all = tell_all(mine, problem.axis_name)
+        leaving, told, packed_of_all = tell_all(mine, count_rows(entering), problem.axis_name, problem.row_axis)
         tapped = tuple(layer(of_all, tap // num_layers) for of_all, tap in zip(told, taps, strict=True))
         return Corrected(new_L, layer(entered[1], 0), layer(leaving, -1), tapped, packed_of_all)
 

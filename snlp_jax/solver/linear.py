@@ -10,6 +10,7 @@ one ``all_gather``; everything else is local.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec
 
 PyTree = Any
 
@@ -41,6 +42,10 @@ class LinearMap:
         """I for the layers marked by the bool array [N], A for the others."""
         raise NotImplementedError
 
+    def for_rows(self, num_rows: int) -> Self:
+        """One layer's map with a copy for each row (index of the state's first axis), leaves [num_rows, ...]."""
+        raise NotImplementedError
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class ZeroMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         return ScalarMap(is_identity_L.astype(jnp.float32))
 
+    def for_rows(self, num_rows: int) -> Self:
+        return self
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -75,6 +83,9 @@ class IdentityMap(LinearMap):
         return ScalarMap(jnp.full((num_layers,), 1.0 - amount)) if amount else self
 
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
+        return self
+
+    def for_rows(self, num_rows: int) -> Self:
         return self
 
 
@@ -97,6 +108,9 @@ class ScalarMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         return ScalarMap(jnp.where(is_identity_L, 1.0, self.a_L))
 
+    def for_rows(self, num_rows: int) -> Self:
+        return type(self)(_copy_rows(self.a_L, num_rows))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -117,6 +131,9 @@ class DiagonalMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         one = lambda a: jnp.where(_trailing(is_identity_L, a.ndim), 1.0, a)  # noqa: E731
         return DiagonalMap(jax.tree.map(one, self.a_L))
+
+    def for_rows(self, num_rows: int) -> Self:
+        return type(self)(jax.tree.map(lambda a: jnp.broadcast_to(a, (num_rows, *a.shape[1:])), self.a_L))
 
 
 @jax.tree_util.register_dataclass
@@ -142,6 +159,11 @@ class MatrixMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         eye = jnp.eye(self.a_L.shape[-1]).reshape((1,) * (self.a_L.ndim - 2) + self.a_L.shape[-2:])
         return MatrixMap(jnp.where(_trailing(is_identity_L, self.a_L.ndim), eye, self.a_L))
+
+    def for_rows(self, num_rows: int) -> Self:
+        if self.a_L.ndim == 2:  # a state of streams alone: they are its first axis, and no row has any of its own
+            return self
+        return type(self)(jnp.broadcast_to(self.a_L, (num_rows, *self.a_L.shape[1:])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +210,9 @@ class SharedBasisMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         c_L = jnp.where(is_identity_L, 1.0, self.c_L)
         return SharedBasisMap(c_L, jnp.where(_trailing(is_identity_L, 3), 0.0, self.m_LXX), self.basis)
+
+    def for_rows(self, num_rows: int) -> Self:
+        return type(self)(_copy_rows(self.c_L, num_rows), _copy_rows(self.m_LXX, num_rows), self.basis)
 
 
 def mix_streams(a: jax.Array, h: jax.Array) -> jax.Array:
@@ -238,6 +263,7 @@ def correct(
     entering: PyTree,
     axis_name: str | None = None,
     *,
+    row_axis: str | None = None,
     taps: tuple[int, ...] = (),
     packed: PyTree = (),
 ) -> Corrected:
@@ -252,8 +278,10 @@ def correct(
         entering: state that entered the first (local) layer in this evaluation.
         axis_name: mesh axis over which the layers are sharded, inside ``shard_map``. One all_gather of each device's
             affine total (A and d of its layers for a delta of 0 before them) and of its last corrected state.
+        row_axis: see :func:`tell_all`.
         taps: layers of the whole region whose outputs every device wants; they travel in the same exchange.
-        packed: anything small that the devices want to tell each other; it travels there too.
+        packed: anything small that the devices want to tell each other, leaves that lead with the state's first axis;
+            it travels there too.
     """
     r_L = jax.tree.map(jnp.subtract, y_L, h_L)
     products, d_L = affine_scan(maps, r_L)
@@ -265,8 +293,15 @@ def correct(
 
     # With a delta d_in entering the device, output l is new_l + (A_l ... A_1) d_in.
     num_layers = jax.tree.leaves(h_L)[0].shape[0]
-    mine = [layer((products, new_L), tap % num_layers) for tap in taps]
-    totals = tell_all((layer(products, -1), layer(d_L, -1), layer(new_L, -1), mine, packed), axis_name)
+    num_rows = count_rows(entering)
+
+    def mine(index: int) -> tuple[LinearMap, PyTree]:
+        product, new = layer((products, new_L), index)
+        return (product if num_rows == 1 else product.for_rows(num_rows)), new
+
+    product, new = mine(-1)
+    told = (product, layer(d_L, -1), new, [mine(tap % num_layers) for tap in taps], packed)
+    totals = tell_all(told, num_rows, axis_name, row_axis)
 
     d_before, states_before = [zero], [entering]
     for device in range(jax.lax.axis_size(axis_name)):
@@ -322,18 +357,56 @@ def pass_round(
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, here, num_states), ticks)
 
 
-def tell_all(mine: PyTree, axis_name: str) -> PyTree:
-    """What every device of the axis has, leaves [devices, ...], in one all_gather."""
-    flat, unravel = ravel_pytree(mine)
-    return jax.vmap(unravel)(jax.lax.all_gather(flat, axis_name))
+def tell_all(mine: PyTree, num_rows: int, axis_name: str, row_axis: str | None = None) -> PyTree:
+    """What every device of the axis has, leaves [devices, ...], in one all_gather; see :func:`_pack`.
+
+    ``row_axis``: another mesh axis, an automatic one, over which rows are spread. The compiler would collect them all
+    for an all_gather over part of the axes (jax 0.10 to 0.12), so that one is made manual for the exchange.
+    """
+    packed, unpack = _pack(mine, num_rows)
+    gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
+    if row_axis is not None:
+        specs: dict[str, Any] = {"in_specs": PartitionSpec(row_axis), "out_specs": PartitionSpec(None, row_axis)}
+        gather = jax.shard_map(gather, **specs, axis_names={row_axis}, check_vma=False)
+    return unpack(gather(packed))
 
 
-def tell_owned(owned: Sequence[tuple[int, PyTree]], axis_name: str) -> list[PyTree]:
+def tell_owned(owned: Sequence[tuple[int, PyTree]], num_rows: int, axis_name: str) -> list[PyTree]:
     """Of pairs (device, tree) the tree as that device has it, on all devices, in one all_reduce."""
     here = jax.lax.axis_index(axis_name)
     mine = [jax.tree.map(lambda leaf: jnp.where(here == owner, leaf, 0), tree) for owner, tree in owned]  # noqa: B023
-    flat, unravel = ravel_pytree(mine)
-    return unravel(jax.lax.psum(flat, axis_name))
+    packed, unpack = _pack(mine, num_rows)
+    return unpack(jax.lax.psum(packed, axis_name))
+
+
+def count_rows(state: PyTree) -> int:
+    """Length of the axis that all leaves of a state lead with, its batch; 1 where they share none."""
+    sizes = {leaf.shape[0] if leaf.ndim > 1 else 1 for leaf in jax.tree.leaves(state)}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _pack(tree: PyTree, num_rows: int) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    """All leaves side by side, [num_rows, ...], and the way back, past any axes that came to stand before.
+
+    Leaves lead with ``num_rows`` (any leaf may, if that is 1). Rows are kept apart, and not all run together, because a
+    batch that is itself spread over devices then stays where it is.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    dtype = jnp.result_type(*leaves)
+    sizes = [leaf.size // num_rows for leaf in leaves]
+    packed = jnp.concatenate([leaf.astype(dtype).reshape(num_rows, -1) for leaf in leaves], axis=1)
+
+    def unpack(packed: jax.Array) -> PyTree:
+        pieces = jnp.split(packed, list(itertools.accumulate(sizes))[:-1], axis=-1)
+        before = packed.shape[:-2]
+        back = (p.reshape(*before, *leaf.shape).astype(leaf.dtype) for p, leaf in zip(pieces, leaves, strict=True))
+        return jax.tree.unflatten(treedef, list(back))
+
+    return packed, unpack
+
+
+def _copy_rows(a: jax.Array, num_rows: int) -> jax.Array:
+    return jnp.broadcast_to(a, (num_rows, *a.shape))
 
 
 def _trailing(a: jax.Array, ndim: int) -> jax.Array:

@@ -61,6 +61,7 @@ class LayerProblem:
         batch_axes: ``(ctx, shared)`` trees, or prefixes of trees, with the batch axis of every leaf of one layer's
             ``ctx`` and of ``shared``, as ``jax.vmap`` reads its ``in_axes``; only microbatches ask for it.
         axis_name: mesh axis over which the layers are sharded, when the problem lives inside ``shard_map``.
+        row_axis: mesh axis, left automatic there, over which the first axis of the state is spread besides.
     """
 
     block_fn: BlockFn
@@ -78,6 +79,7 @@ class LayerProblem:
     real: tuple[int, int] | None = None
     batch_axes: tuple[PyTree, PyTree] = (None, None)
     axis_name: str | None = None
+    row_axis: str | None = None
 
     def __post_init__(self) -> None:
         if not self.is_unrolled:

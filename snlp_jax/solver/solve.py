@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from snlp_jax.solver.corrections import Correction
 from snlp_jax.solver.init import Guess, Init
-from snlp_jax.solver.linear import Corrected, layer, pass_round, shift, tell_owned
+from snlp_jax.solver.linear import Corrected, count_rows, layer, pass_round, shift, tell_owned
 from snlp_jax.solver.problem import Iteration, LayerProblem
 
 PyTree = Any
@@ -238,7 +238,7 @@ def _ring(
     trace, aux = jax.tree.map(lambda leaf: join(leaf, 1), (trace_M, aux_M))
     owned = [(jax.lax.axis_size(axis_name) - 1, value)]
     owned += [(tap // num_layers, layer(trace, tap % num_layers)) for tap in taps]
-    value, *tapped = tell_owned(owned, axis_name)
+    value, *tapped = tell_owned(owned, count_rows(problem.h_in), axis_name)
     return Solution(value, trace if with_trace else None, aux, {}, tuple(tapped))
 
 
