@@ -17,6 +17,7 @@ from snlp_jax.parallel.mesh import over_data
 from snlp_jax.parallel.region import num_padded, pad_layers, real_part, sequential_sharded, solve_sharded
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, spec_of, with_shardings
 from snlp_jax.solver import (
+    BatchAxes,
     Calibration,
     Chunkwise,
     FusedSplit,
@@ -201,8 +202,8 @@ def arrange(
     weights = split(model, params, schedule, fits, is_ring=num_devices > 1 and sequential == "ring")
     blocks, tables, is_spread = [], [], []
     for segment, stack in zip(weights.segments, weights.blocks, strict=True):
-        in_order = isinstance(segment, SequentialSegment) and sequential == "tensor"
-        spread = num_devices > 1 and not in_order and not isinstance(segment, SkippedSegment)
+        by_feature = isinstance(segment, SequentialSegment) and sequential == "tensor"
+        spread = num_devices > 1 and not by_feature and not isinstance(segment, SkippedSegment)
         num_shards, num_rows = 1, segment.num_layers
         if spread:
             nodes, layers_per_node = _nodes(segment)
@@ -473,7 +474,7 @@ def layer_problem(
         calibration=None if fit is None else dataclasses.replace(fit, layers=pad_layers(fit.layers, num_layers)),
         key=key,
         real=(first, first + num_nodes) if num_layers > num_nodes else None,
-        batch_axes=model.batch_axes(ctx),
+        batch_axes=BatchAxes(*model.batch_axes(ctx, before=int(isinstance(stage, Chunkwise)))),
     )
     if isinstance(segment, ParallelSegment) and segment.init.is_oracle:
         problem = _with_previous_token(problem, mesh)

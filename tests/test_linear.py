@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from snlp_jax.config import MeshConfig
 from snlp_jax.parallel import make_mesh
 from snlp_jax.solver.linear import (
+    Axis,
     Basis,
     Corrected,
     DiagonalMap,
@@ -25,7 +26,6 @@ from snlp_jax.solver.linear import (
     ZeroMap,
     affine_scan,
     correct,
-    count_rows,
     layer,
     shift,
 )
@@ -269,11 +269,8 @@ def over_devices(num_devices, numbers):
     def local(numbers):
         results = {}
         for kind, maps in make_maps(numbers).items():
-            states = states_of(kind, numbers)
-            rows = count_rows(states[2])
-            copies = lambda x: jnp.broadcast_to(x, (rows, *x.shape))  # noqa: E731, B023
-            packed = {"device": copies(jax.lax.axis_index("layer")), "scales": copies(numbers["scalar"])}
-            corrected = correct(maps, *states, "layer", taps=TAPS, packed=packed)
+            packed = {"device": jax.lax.axis_index("layer"), "scales": numbers["scalar"]}
+            corrected = correct(maps, *states_of(kind, numbers), Axis("layer"), taps=TAPS, packed=packed)
             entering = jax.tree.map(lambda leaf: leaf[None], corrected.entering)
             results[kind] = corrected._replace(entering=entering)._asdict()
         return results
@@ -301,7 +298,5 @@ def test_sharded_correct_is_unsharded(num_devices):
         # The state that enters a device's first layer is its neighbour's last one; the first gets the region's input.
         first_rows = jax.tree.map(lambda leaf: leaf[::every], shift(expected[kind]["h_L"], states_of(kind, numbers)[2]))  # noqa: B023
         chex.assert_trees_all_equal(actual["entering"], first_rows)
-        rows = count_rows(states_of(kind, numbers)[2])
-        scales = np.repeat(numbers["scalar"].reshape(num_devices, 1, every), rows, axis=1)
-        devices = np.repeat(np.arange(num_devices)[:, None], rows, axis=1)
-        chex.assert_trees_all_equal(actual["packed"], {"device": devices, "scales": scales})
+        scales = numbers["scalar"].reshape(num_devices, every)
+        chex.assert_trees_all_equal(actual["packed"], {"device": np.arange(num_devices), "scales": scales})

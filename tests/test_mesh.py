@@ -41,8 +41,7 @@ from snlp_jax.parallel import data_shard, make_mesh, put_batch
 from snlp_jax.parallel.sharding import TRAINING, bytes_per_device, shardings_of
 from snlp_jax.solver import Schedule, SequentialSegment, sequential
 from snlp_jax.train.loss import Plan, loss_fn
-from snlp_jax.train.optim import make_optimizer
-from snlp_jax.train.step import abstract_state, make_init, make_step
+from snlp_jax.train.step import abstract_state, make_init, make_step, optimizer_of
 
 LOGITS, LOSS, GRADIENT = 3e-5, 5e-6, 5e-3
 """Relative to the largest entry. Float32 rounding (6e-8 an operation) of sums in another order, grown by eight layers;
@@ -338,7 +337,7 @@ CONFIG = Config(
 
 def parts_of_training(config, mesh):
     model = LanguageModel(config.model)
-    optimizer = make_optimizer(config.optim, model.abstract_params(), config.train.num_steps, 64)
+    optimizer = optimizer_of(model, config, mesh)
     return model, optimizer, make_step(model, optimizer, config, mesh)
 
 
@@ -421,7 +420,7 @@ def test_the_state_is_born_split():
     """No device ever holds a whole parameter: temporary and output bytes of the compiled initialisation."""
     model = LanguageModel(dataclasses.replace(CONFIG.model, embed_dim=128, use_value_embeds=False))
     mesh = make_mesh(MeshConfig(data=2, layer=4))
-    optimizer = make_optimizer(OptimConfig(), model.abstract_params(), 10, 64)
+    optimizer = optimizer_of(model, Config(), mesh)
     state = jax.eval_shape(make_init(model, optimizer, 0, mesh))
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     analysis = make_init(model, optimizer, 0, mesh).lower().compile().memory_analysis()

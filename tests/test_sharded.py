@@ -18,6 +18,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.parallel import make_mesh, sequential_sharded, solve_sharded
 from snlp_jax.parallel.region import num_padded, pad_layers, real_part
 from snlp_jax.solver import (
+    BatchAxes,
     BatchForward,
     Diagonal,
     Exact,
@@ -313,7 +314,7 @@ def test_microbatches_take_their_rows_of_context_and_shared_inputs():
         ctx={"bias": jnp.sin(jnp.arange(4.0 * 6 * 4)).reshape(4, 6, 4), "scale": jnp.arange(4.0)},
         shared={"anchor": jnp.cos(jnp.arange(24.0)).reshape(6, 4)},
         h_in=jnp.linspace(-1, 1, 24).reshape(6, 4),
-        batch_axes=({"bias": 0, "scale": None}, {"anchor": 0}),
+        batch_axes=BatchAxes({"bias": 0, "scale": None}, {"anchor": 0}, 0),
     )
     mesh = make_mesh(MeshConfig(layer=2))
     ring = jax.jit(lambda: sequential_sharded(problem, mesh=mesh, num_microbatches=3).value)()

@@ -200,11 +200,12 @@ class LanguageModel:
         join = lambda part: part[0] if num_shards == 1 else jnp.concatenate(part)  # noqa: E731
         return {name: join(part) for name, part in parts.items()}
 
-    def batch_axes(self, ctx: Context) -> tuple[Context, Shared]:
-        """Batch axis of every leaf of one layer's context and of what all share."""
-        value_embed = None if ctx.value_embed is None else ValueEmbed(0, None)  # type: ignore[arg-type]
-        past = None if ctx.past is None else KeyValue(0, 0)  # type: ignore[arg-type]
-        return Context(None, value_embed, None, past), Shared(0, None, None)  # type: ignore[arg-type]
+    def batch_axes(self, ctx: Context, before: int = 0) -> tuple[Context, Shared, int]:
+        """Batch axis of every leaf of one node's context, of what all share, and of what a node leaves behind; a node
+        that is a chunk of layers has ``before=1`` axis of them."""
+        value_embed = None if ctx.value_embed is None else ValueEmbed(before, None)  # type: ignore[arg-type]
+        past = None if ctx.past is None else KeyValue(before, before)  # type: ignore[arg-type]
+        return Context(None, value_embed, None, past), Shared(0, None, None), before  # type: ignore[arg-type]
 
     def logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
         """``logits_BTV`` float32, soft-capped, cropped to the tokenizer's vocabulary; sums the states' streams."""

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from snlp_jax.solver import Correction, Init, LayerProblem, Solution, sequential, solve
-from snlp_jax.solver.linear import count_rows
+from snlp_jax.solver import BatchAxes, Correction, Init, LayerProblem, Solution, sequential, solve
+from snlp_jax.solver.linear import Axis
 
 PyTree = Any
 
-ROW_AXIS = "data"
+ROWS = "data"
 """Mesh axis over which the rows of a batch are spread."""
 
 
@@ -61,16 +61,15 @@ def solve_sharded(
     Corrections that run down the depth (Exact, a trust region) go round the devices in every iteration besides.
     """
     settings: dict[str, Any] = {"num_iters": num_iters, "init": init, "tolerance": tolerance, "taps": taps}
-    over_layers, on_all = PartitionSpec(axis_name), PartitionSpec()
     stats = {"residual_norm": PartitionSpec(None, axis_name)} if with_stats else {}
     if tolerance > 0:
-        stats |= {"num_iters": on_all, "sequence_iters": on_all}
+        stats |= {"num_iters": PartitionSpec(), "sequence_iters": PartitionSpec(_rows_axis(problem, mesh))}
     solution = _on_each_device(
         problem,
         mesh,
         axis_name,
         lambda here: solve(here, correction, **settings, with_stats=with_stats),
-        Solution(on_all, over_layers, over_layers, stats, on_all),  # type: ignore[arg-type]
+        stats,
     )
     return solution if problem.real else real_part(solution, (0, problem.num_layers))
 
@@ -90,14 +89,13 @@ def sequential_sharded(
     The program holds ``num_microbatches + n - 2`` collective-permutes of a microbatch's state and one all-reduce of the
     value and the taps, and no other collective.
     """
-    over_layers, on_all = PartitionSpec(axis_name), PartitionSpec()
     settings: dict[str, Any] = {"with_trace": with_trace, "with_aux": with_aux, "taps": taps}
     solution = _on_each_device(
         problem,
         mesh,
         axis_name,
         lambda here: sequential(here, **settings, num_microbatches=num_microbatches),
-        Solution(on_all, over_layers, over_layers, {}, on_all),  # type: ignore[arg-type]
+        {},
     )
     return solution if problem.real else real_part(solution, (0, problem.num_layers))
 
@@ -111,54 +109,76 @@ def real_part(solution: Solution, real: tuple[int, int]) -> Solution:
     return solution._replace(trace=pick(solution.trace), aux=pick(solution.aux), stats=stats)
 
 
+def _rows_axis(problem: LayerProblem, mesh: Mesh) -> str | None:
+    """The mesh axis over which the batch is spread, if it is and the problem says what has a batch axis."""
+    if problem.batch_axes is None or mesh.shape.get(ROWS, 1) == 1:
+        return None
+    rows = {leaf.shape[0] for leaf in jax.tree.leaves(problem.h_in)}
+    return ROWS if all(count % mesh.shape[ROWS] == 0 for count in rows) else None
+
+
 def _on_each_device(
     problem: LayerProblem,
     mesh: Mesh,
     axis_name: str,
     run: Callable[[LayerProblem], Solution],
-    out_specs: Solution,
+    stats: dict[str, PartitionSpec],
 ) -> Solution:
-    """``run`` on the layers of every device of the axis."""
+    """``run`` on the layers, and the rows of the batch, of every device. Other axes of the mesh stay automatic."""
     num_devices, calibration = mesh.shape[axis_name], problem.calibration
     num_layers = num_padded(problem.num_layers, num_devices)
     real = problem.real or ((0, problem.num_layers) if num_layers > problem.num_layers else None)
-    by_layer = {
-        "params": problem.params,
-        "ctx": problem.ctx,
-        "warm_L": problem.warm_L,
-        "calibration": None if calibration is None else calibration.layers,
+    rows = _rows_axis(problem, mesh)
+    ctx_axes, shared_axes, aux_axis = (rows and problem.batch_axes) or BatchAxes(None, None, 0)
+    by_layer, on_all = PartitionSpec(axis_name), PartitionSpec()
+    state, trace = PartitionSpec(rows), PartitionSpec(axis_name, rows) if rows else by_layer
+    aux = PartitionSpec(axis_name, *(None,) * aux_axis, rows) if rows else by_layer
+    arrays = {
+        "params": (problem.params, by_layer),
+        "ctx": (problem.ctx, _specs(problem.ctx, ctx_axes, rows, axis_name)),
+        "warm_L": (problem.warm_L, trace),
+        "layers": (None if calibration is None else calibration.layers, by_layer),
+        "place": (jnp.arange(num_devices), by_layer),
+        "shared": (problem.shared, _specs(problem.shared, shared_axes, rows)),
+        "h_in": (problem.h_in, state),
+        "anchor": (problem.anchor, state),
+        "key": (problem.key, on_all),
+        "common": (None if calibration is None else calibration.common, on_all),
+        "rows_place": (jnp.arange(mesh.shape[rows]) if rows else None, state),
     }
-    everywhere = {
-        "shared": problem.shared,
-        "h_in": problem.h_in,
-        "anchor": problem.anchor,
-        "key": problem.key,
-        "calibration": None if calibration is None else calibration.common,
-    }
+    for name in ("params", "ctx", "warm_L", "layers"):
+        arrays[name] = pad_layers(arrays[name][0], num_layers), arrays[name][1]
 
-    are_rows_spread = mesh.shape.get(ROW_AXIS, 1) > 1 and count_rows(problem.h_in) % mesh.shape[ROW_AXIS] == 0
-
-    def local(by_layer: dict[str, PyTree], everywhere: dict[str, PyTree]) -> Solution:
-        parts = by_layer | everywhere
+    def local(parts: dict[str, PyTree]) -> Solution:
+        layers, common, place, rows_place = (parts.pop(name) for name in ("layers", "common", "place", "rows_place"))
         if calibration is not None:
-            both = {"layers": by_layer["calibration"], "common": everywhere["calibration"]}
-            parts["calibration"] = dataclasses.replace(calibration, **both)
-        here = dataclasses.replace(
-            problem,
-            **parts,
-            num_layers=num_layers // num_devices,
-            real=real,
-            axis_name=axis_name,
-            row_axis=ROW_AXIS if are_rows_spread else None,
-        )
-        return run(here)
+            parts["calibration"] = dataclasses.replace(calibration, layers=layers, common=common)
+        axis = Axis(axis_name, place[0], rows, rows_place[0] if rows else None)
+        size = num_layers // num_devices
+        solution = run(dataclasses.replace(problem, **parts, num_layers=size, real=real, axis=axis))
+        if rows and "residual_norm" in solution.stats:  # a mean over tokens
+            mean = jax.lax.pmean(solution.stats["residual_norm"], rows)
+            solution = solution._replace(stats=solution.stats | {"residual_norm": mean})
+        return solution
 
     run_everywhere = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(axis_name), PartitionSpec()),
-        out_specs=out_specs,
-        axis_names={axis_name},
+        in_specs=({name: spec for name, (_, spec) in arrays.items()},),
+        out_specs=Solution(state, trace, aux, stats, state),  # type: ignore[arg-type]
+        # Axes of one device are manual too: kernels that the compiler cannot split run where no axis is automatic.
+        axis_names={axis_name, *filter(None, [rows]), *(name for name, size in mesh.shape.items() if size == 1)},
         check_vma=False,  # an all_gather's result is not tracked as replicated
     )
-    return run_everywhere(pad_layers(by_layer, num_layers), everywhere)
+    return run_everywhere({name: tree for name, (tree, _) in arrays.items()})
+
+
+def _specs(tree: PyTree, axes: PyTree, rows: str | None, *before: str) -> PyTree:
+    """Specs of leaves whose batch axes are ``axes`` (after the axes ``before``), as ``LayerProblem.batch_axes`` has
+    them."""
+
+    def one(axis: int | None, part: PyTree) -> PyTree:
+        spec = PartitionSpec(*before) if axis is None else PartitionSpec(*before, *(None,) * axis, rows)
+        return jax.tree.map(lambda _: spec, part)
+
+    return jax.tree.map(one, axes, tree, is_leaf=lambda axis: axis is None)

@@ -32,6 +32,7 @@ TRAINING: Layout = {
     "vocabulary": ("layer", "tensor"),
     "channels": ("data",),
     "entries": ("layer",),
+    "stacked": ("layer", "data"),
 }
 BY_LAYER: Layout = {
     "layers": ("layer",),
@@ -60,9 +61,10 @@ TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"head/kernel", ("channels", "vocabulary")),
     (r"(embed|head)/.*", ()),
     (r"cache", ("layers", "rows", "", "heads")),
+    (r"muon", ("stacked",)),
 )
-"""Pattern of an array's name (a parameter's path, or "cache": keys and values of earlier tokens), and what its
-dimensions count; the first match wins."""
+"""Pattern of an array's name (a parameter's path; "cache", keys and values of earlier tokens; "muon", matrices while
+they are orthogonalised), and what its dimensions count; the first match wins."""
 
 
 def spec_of(name: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh, layout: Layout) -> PartitionSpec:
@@ -151,6 +153,18 @@ def constrain(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     """``x`` under jit, held to lie so; inside ``shard_map`` ``spec`` may name the axes that it leaves automatic."""
     here = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh if here.empty else here, spec))
+
+
+def spread_matrices(tree: PyTree, config: ModelConfig, mesh: Mesh) -> PyTree:
+    """Stacked matrices [L, m, n] under jit, each whole along ``data``: with as many layers as places every product of
+    a Newton-Schulz iteration is then local (but along ``tensor``, which the compiler may keep as it finds it)."""
+
+    def one(x: jax.Array) -> jax.Array:
+        spec = spec_of("muon", x.shape, config, mesh, TRAINING) or PartitionSpec(None)
+        rest = PartitionSpec.UNCONSTRAINED if mesh.shape["tensor"] > 1 else None
+        return constrain(x, mesh, PartitionSpec(*spec, rest, rest))
+
+    return jax.tree.map(one, tree)
 
 
 def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -11,12 +11,13 @@ from snlp_jax.solver.corrections import (
     ScaledIdentity,
 )
 from snlp_jax.solver.init import BatchForward, Guess, Init, PrefixState, Warm
-from snlp_jax.solver.problem import Iteration, LayerProblem
+from snlp_jax.solver.problem import BatchAxes, Iteration, LayerProblem
 from snlp_jax.solver.schedule import ParallelSegment, Schedule, Segment, SequentialSegment, SkippedSegment
 from snlp_jax.solver.solve import Solution, relative_norm, safe_norm, sequential, solve
 from snlp_jax.solver.stages import Chunkwise, FusedSplit, PerLayer, Stage
 
 __all__ = [
+    "BatchAxes",
     "BatchForward",
     "Calibrated",
     "CalibratedInit",

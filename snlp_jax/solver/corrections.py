@@ -23,7 +23,6 @@ from snlp_jax.solver.linear import (
     ScalarMap,
     ZeroMap,
     correct,
-    count_rows,
     layer,
     pass_round,
     tell_all,
@@ -57,8 +56,7 @@ class Correction:
         y_L, is_padding_L = self.predict(problem, iteration), problem.is_padding()
         if is_padding_L is not None:
             maps = maps.identity_where(is_padding_L)
-        exchange: dict[str, Any] = {"row_axis": problem.row_axis, "taps": taps, "packed": packed}
-        return correct(maps, y_L, iteration.h_L, iteration.entering, problem.axis_name, **exchange)
+        return correct(maps, y_L, iteration.h_L, iteration.entering, problem.axis, taps=taps, packed=packed)
 
     def start(self, problem: LayerProblem, x_L: PyTree) -> PyTree:
         """State that all iterations share, made once at the inputs of the first; () where there is none."""
@@ -141,9 +139,9 @@ class Trusting(Correction):
 
         scan = lambda variance, _: jax.lax.scan(step, variance, (a_L, problem.is_padding()))  # noqa: E731
         nothing = jnp.zeros_like(a_L[0])
-        if problem.axis_name is None:
+        if problem.axis is None:
             return scan(nothing, 0)[1]
-        return layer(pass_round(scan, nothing[None], problem.axis_name)[2], 0)
+        return layer(pass_round(scan, nothing[None], problem.axis)[2], 0)
 
 
 @dataclass(frozen=True)
@@ -245,10 +243,14 @@ class Diagonal(Trusting):
         leaves, tree = jax.tree.flatten(like_L)
 
         def one(position: int, leaf: jax.Array) -> jax.Array:
-            keys_L = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-                jax.random.fold_in(key, position), problem.indices()
+            fold_each = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+            keys = fold_each(jax.random.fold_in(key, position), problem.indices())
+            shape = leaf.shape[1:]
+            if shape:  # a key for each row as well, the same wherever it lies
+                keys, shape = jax.vmap(fold_each, in_axes=(0, None))(keys, problem.row_indices(shape[0])), shape[1:]
+            return jax.vmap(lambda key: jax.random.rademacher(key, shape, leaf.dtype))(keys.reshape(-1)).reshape(
+                leaf.shape
             )
-            return jax.vmap(lambda key: jax.random.rademacher(key, leaf.shape[1:], leaf.dtype))(keys_L)
 
         return jax.tree.unflatten(tree, [one(position, leaf) for position, leaf in enumerate(leaves)])
 
@@ -323,7 +325,7 @@ class Exact(Correction):
             return d, jax.tree.map(lambda *leaves: jnp.stack(leaves), *news)
 
         d = jax.tree.map(jnp.zeros_like, entering)
-        if problem.axis_name is None:
+        if problem.axis is None:
             new_L = substitute_all(d)[1]
             tapped = tuple(layer(new_L, tap) for tap in taps)
             return Corrected(new_L, entering, layer(new_L, -1), tapped, jax.tree.map(lambda leaf: leaf[None], packed))
@@ -334,10 +336,10 @@ class Exact(Correction):
             return (d, layer(new_L, -1)), new_L
 
         start = jax.tree.map(lambda leaf: leaf[None], (d, problem.h_in))
-        entered, _, new_L = pass_round(evaluate, start, problem.axis_name)
+        entered, _, new_L = pass_round(evaluate, start, problem.axis)
         new_L, num_layers = layer(new_L, 0), problem.num_layers
         mine = (layer(new_L, -1), tuple(layer(new_L, tap % num_layers) for tap in taps), packed)
-        leaving, told, packed_of_all = tell_all(mine, count_rows(entering), problem.axis_name, problem.row_axis)
+        leaving, told, packed_of_all = tell_all(mine, problem.axis)
         tapped = tuple(layer(of_all, tap // num_layers) for of_all, tap in zip(told, taps, strict=True))
         return Corrected(new_L, layer(entered[1], 0), layer(leaving, -1), tapped, packed_of_all)
 

@@ -116,7 +116,7 @@ def contraction(
 
 def _linearized(problem: LayerProblem, trace: PyTree) -> tuple[Callable[[PyTree], PyTree], PyTree, PyTree, PyTree]:
     """``v_L -> J_l v_l`` for all layers at once, their inputs, outputs and what they leave behind."""
-    if problem.axis_name is not None:
+    if problem.axis is not None:
         raise ValueError("diagnostics of layers that are sharded over a mesh axis are not available.")
     x_L = shift(trace, problem.h_in)
     y_L, jvp, aux_L = jax.linearize(problem.sweep, x_L, has_aux=True)

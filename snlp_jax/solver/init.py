@@ -83,5 +83,5 @@ def _guess(problem: LayerProblem, h_L: PyTree) -> Guess:
     Layers that do not count hold the region's input, which those before the region pass on.
     """
     h_L = problem.pass_on(PrefixState()(problem).h_L, h_L)
-    corrected = correct(ZeroMap(), h_L, h_L, problem.h_in, problem.axis_name, row_axis=problem.row_axis)
+    corrected = correct(ZeroMap(), h_L, h_L, problem.h_in, problem.axis)
     return Guess(corrected.h_L, corrected.entering)

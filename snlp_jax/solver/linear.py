@@ -10,7 +10,6 @@ one ``all_gather``; everything else is local.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,33 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.flatten_util import ravel_pytree
 
 PyTree = Any
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The mesh axis over which layers are sharded, within ``shard_map``.
+
+    Places are handed in and not asked for where they are needed: the TPU's compiler cannot tell them within a loop of a
+    program that leaves another axis automatic (jax 0.10 to 0.12).
+    """
+
+    name: str
+    index: jax.Array | None = None
+    """This device's place on it, int32; None asks for it."""
+    rows_name: str | None = None
+    """Mesh axis over which the first axis of the state (a batch) is spread, if it is."""
+    rows_index: jax.Array | None = None
+
+    @property
+    def size(self) -> int:
+        return jax.lax.axis_size(self.name)
+
+    @property
+    def here(self) -> jax.Array:
+        return jax.lax.axis_index(self.name) if self.index is None else self.index
 
 
 class LinearMap:
@@ -42,10 +65,6 @@ class LinearMap:
         """I for the layers marked by the bool array [N], A for the others."""
         raise NotImplementedError
 
-    def for_rows(self, num_rows: int) -> Self:
-        """One layer's map with a copy for each row (index of the state's first axis), leaves [num_rows, ...]."""
-        raise NotImplementedError
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -64,9 +83,6 @@ class ZeroMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         return ScalarMap(is_identity_L.astype(jnp.float32))
 
-    def for_rows(self, num_rows: int) -> Self:
-        return self
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -83,9 +99,6 @@ class IdentityMap(LinearMap):
         return ScalarMap(jnp.full((num_layers,), 1.0 - amount)) if amount else self
 
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
-        return self
-
-    def for_rows(self, num_rows: int) -> Self:
         return self
 
 
@@ -108,9 +121,6 @@ class ScalarMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         return ScalarMap(jnp.where(is_identity_L, 1.0, self.a_L))
 
-    def for_rows(self, num_rows: int) -> Self:
-        return type(self)(_copy_rows(self.a_L, num_rows))
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -131,9 +141,6 @@ class DiagonalMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         one = lambda a: jnp.where(_trailing(is_identity_L, a.ndim), 1.0, a)  # noqa: E731
         return DiagonalMap(jax.tree.map(one, self.a_L))
-
-    def for_rows(self, num_rows: int) -> Self:
-        return type(self)(jax.tree.map(lambda a: jnp.broadcast_to(a, (num_rows, *a.shape[1:])), self.a_L))
 
 
 @jax.tree_util.register_dataclass
@@ -159,11 +166,6 @@ class MatrixMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         eye = jnp.eye(self.a_L.shape[-1]).reshape((1,) * (self.a_L.ndim - 2) + self.a_L.shape[-2:])
         return MatrixMap(jnp.where(_trailing(is_identity_L, self.a_L.ndim), eye, self.a_L))
-
-    def for_rows(self, num_rows: int) -> Self:
-        if self.a_L.ndim == 2:  # a state of streams alone: they are its first axis, and no row has any of its own
-            return self
-        return type(self)(jnp.broadcast_to(self.a_L, (num_rows, *self.a_L.shape[1:])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,9 +212,6 @@ class SharedBasisMap(LinearMap):
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         c_L = jnp.where(is_identity_L, 1.0, self.c_L)
         return SharedBasisMap(c_L, jnp.where(_trailing(is_identity_L, 3), 0.0, self.m_LXX), self.basis)
-
-    def for_rows(self, num_rows: int) -> Self:
-        return type(self)(_copy_rows(self.c_L, num_rows), _copy_rows(self.m_LXX, num_rows), self.basis)
 
 
 def mix_streams(a: jax.Array, h: jax.Array) -> jax.Array:
@@ -261,9 +260,8 @@ def correct(
     y_L: PyTree,
     h_L: PyTree,
     entering: PyTree,
-    axis_name: str | None = None,
+    axis: Axis | None = None,
     *,
-    row_axis: str | None = None,
     taps: tuple[int, ...] = (),
     packed: PyTree = (),
 ) -> Corrected:
@@ -276,43 +274,33 @@ def correct(
         y_L: evaluations f_l(h_{l-1}).
         h_L: trace before the correction.
         entering: state that entered the first (local) layer in this evaluation.
-        axis_name: mesh axis over which the layers are sharded, inside ``shard_map``. One all_gather of each device's
+        axis: mesh axis over which the layers are sharded, inside ``shard_map``. One all_gather of each device's
             affine total (A and d of its layers for a delta of 0 before them) and of its last corrected state.
-        row_axis: see :func:`tell_all`.
         taps: layers of the whole region whose outputs every device wants; they travel in the same exchange.
-        packed: anything small that the devices want to tell each other, leaves that lead with the state's first axis;
-            it travels there too.
+        packed: anything small that the devices want to tell each other; it travels there too.
     """
     r_L = jax.tree.map(jnp.subtract, y_L, h_L)
     products, d_L = affine_scan(maps, r_L)
     zero = jax.tree.map(jnp.zeros_like, entering)
     new_L = jax.tree.map(jnp.add, y_L, maps.apply(shift(d_L, zero)))
-    if axis_name is None:
+    if axis is None:
         alone = jax.tree.map(lambda leaf: leaf[None], packed)
         return Corrected(new_L, entering, layer(new_L, -1), tuple(layer(new_L, tap) for tap in taps), alone)
 
     # With a delta d_in entering the device, output l is new_l + (A_l ... A_1) d_in.
     num_layers = jax.tree.leaves(h_L)[0].shape[0]
-    num_rows = count_rows(entering)
-
-    def mine(index: int) -> tuple[LinearMap, PyTree]:
-        product, new = layer((products, new_L), index)
-        return (product if num_rows == 1 else product.for_rows(num_rows)), new
-
-    product, new = mine(-1)
-    told = (product, layer(d_L, -1), new, [mine(tap % num_layers) for tap in taps], packed)
-    totals = tell_all(told, num_rows, axis_name, row_axis)
+    mine = [layer((products, new_L), tap % num_layers) for tap in taps]
+    totals = tell_all((layer(products, -1), layer(d_L, -1), layer(new_L, -1), mine, packed), axis)
 
     d_before, states_before = [zero], [entering]
-    for device in range(jax.lax.axis_size(axis_name)):
+    for device in range(axis.size):
         product, d_total, state, *_ = layer(totals, device)
         moved = product.apply(d_before[-1])
         states_before.append(jax.tree.map(jnp.add, state, moved))
         d_before.append(jax.tree.map(jnp.add, d_total, moved))
-    here = jax.lax.axis_index(axis_name)
-    d_in = _select(d_before[:-1], here)
+    d_in = _select(d_before[:-1], axis.here)
     # Device 0 keeps the region's input; the others take their neighbour's last state.
-    new_entering = _select(states_before[:-1], here)
+    new_entering = _select(states_before[:-1], axis.here)
     d_L = jax.tree.map(jnp.add, products.apply(_broadcast_layers(d_in, d_L)), d_L)
     new_L = jax.tree.map(jnp.add, y_L, maps.apply(shift(d_L, d_in)))
     tapped = []
@@ -324,7 +312,7 @@ def correct(
 
 
 def pass_round(
-    evaluate: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]], states_M: PyTree, axis_name: str
+    evaluate: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]], states_M: PyTree, axis: Axis
 ) -> tuple[PyTree, PyTree, PyTree]:
     """M states go through the devices of an axis one after another, like parts on a conveyor.
 
@@ -338,7 +326,7 @@ def pass_round(
     Returns:
         What entered this device, what left it and what it kept, leaves [M, ...].
     """
-    here, num_devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    here, num_devices = axis.here, axis.size
     num_states = jax.tree.leaves(states_M)[0].shape[0]
     neighbours = [(device, device + 1) for device in range(num_devices - 1)]
 
@@ -347,7 +335,7 @@ def pass_round(
         return new, (state, new, kept)
 
     def move_and_work(state: PyTree, tick: jax.Array) -> tuple[PyTree, PyTree]:
-        received = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis_name, neighbours), state)
+        received = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis.name, neighbours), state)
         fresh = layer(states_M, jnp.minimum(tick, num_states - 1))
         return work(jax.tree.map(lambda new, old: jnp.where(here == 0, new, old), fresh, received), tick)
 
@@ -357,56 +345,21 @@ def pass_round(
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, here, num_states), ticks)
 
 
-def tell_all(mine: PyTree, num_rows: int, axis_name: str, row_axis: str | None = None) -> PyTree:
-    """What every device of the axis has, leaves [devices, ...], in one all_gather; see :func:`_pack`.
+def tell_all(mine: PyTree, axis: Axis) -> PyTree:
+    """What every device of the axis has, leaves [devices, ...], in one all_gather.
 
-    ``row_axis``: another mesh axis, an automatic one, over which rows are spread. The compiler would collect them all
-    for an all_gather over part of the axes (jax 0.10 to 0.12), so that one is made manual for the exchange.
+    Filled up to a multiple of 128 numbers: of other sizes the TPU's compiler makes an all-reduce of all devices' parts.
     """
-    packed, unpack = _pack(mine, num_rows)
-    gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
-    if row_axis is not None:
-        specs: dict[str, Any] = {"in_specs": PartitionSpec(row_axis), "out_specs": PartitionSpec(None, row_axis)}
-        gather = jax.shard_map(gather, **specs, axis_names={row_axis}, check_vma=False)
-    return unpack(gather(packed))
+    flat, unravel = ravel_pytree(mine)
+    told = jax.lax.all_gather(jnp.pad(flat, (0, -flat.size % 128)), axis.name)
+    return jax.vmap(unravel)(told[:, : flat.size])
 
 
-def tell_owned(owned: Sequence[tuple[int, PyTree]], num_rows: int, axis_name: str) -> list[PyTree]:
+def tell_owned(owned: Sequence[tuple[int, PyTree]], axis: Axis) -> list[PyTree]:
     """Of pairs (device, tree) the tree as that device has it, on all devices, in one all_reduce."""
-    here = jax.lax.axis_index(axis_name)
-    mine = [jax.tree.map(lambda leaf: jnp.where(here == owner, leaf, 0), tree) for owner, tree in owned]  # noqa: B023
-    packed, unpack = _pack(mine, num_rows)
-    return unpack(jax.lax.psum(packed, axis_name))
-
-
-def count_rows(state: PyTree) -> int:
-    """Length of the axis that all leaves of a state lead with, its batch; 1 where they share none."""
-    sizes = {leaf.shape[0] if leaf.ndim > 1 else 1 for leaf in jax.tree.leaves(state)}
-    return sizes.pop() if len(sizes) == 1 else 1
-
-
-def _pack(tree: PyTree, num_rows: int) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-    """All leaves side by side, [num_rows, ...], and the way back, past any axes that came to stand before.
-
-    Leaves lead with ``num_rows`` (any leaf may, if that is 1). Rows are kept apart, and not all run together, because a
-    batch that is itself spread over devices then stays where it is.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    dtype = jnp.result_type(*leaves)
-    sizes = [leaf.size // num_rows for leaf in leaves]
-    packed = jnp.concatenate([leaf.astype(dtype).reshape(num_rows, -1) for leaf in leaves], axis=1)
-
-    def unpack(packed: jax.Array) -> PyTree:
-        pieces = jnp.split(packed, list(itertools.accumulate(sizes))[:-1], axis=-1)
-        before = packed.shape[:-2]
-        back = (p.reshape(*before, *leaf.shape).astype(leaf.dtype) for p, leaf in zip(pieces, leaves, strict=True))
-        return jax.tree.unflatten(treedef, list(back))
-
-    return packed, unpack
-
-
-def _copy_rows(a: jax.Array, num_rows: int) -> jax.Array:
-    return jnp.broadcast_to(a, (num_rows, *a.shape))
+    mine = [jax.tree.map(lambda leaf: jnp.where(axis.here == owner, leaf, 0), tree) for owner, tree in owned]  # noqa: B023
+    flat, unravel = ravel_pytree(mine)
+    return unravel(jax.lax.psum(flat, axis.name))
 
 
 def _trailing(a: jax.Array, ndim: int) -> jax.Array:

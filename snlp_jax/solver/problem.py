@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from snlp_jax.solver.linear import layer
+from snlp_jax.solver.linear import Axis, layer
 
 PyTree = Any
 BlockFn = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -37,6 +37,17 @@ class Iteration(NamedTuple):
     """State that entered the first layer."""
 
 
+class BatchAxes(NamedTuple):
+    """Trees, or prefixes of trees, with the batch axis of every leaf (None: it has none), as ``jax.vmap`` reads its
+    ``in_axes``."""
+
+    ctx: PyTree
+    """Of one layer's context."""
+    shared: PyTree
+    aux: int
+    """Of all leaves that one layer leaves behind."""
+
+
 @dataclass(frozen=True)
 class LayerProblem:
     """N layers in a row and the state that enters the first.
@@ -47,7 +58,7 @@ class LayerProblem:
         ctx: leaves [N, ...], per-layer inputs that are not parameters.
         shared: inputs common to all layers.
         h_in: state entering the first layer; any pytree, no layer axis.
-        num_layers: N (on one device's shard, where ``axis_name`` is set).
+        num_layers: N (on one device's shard, where ``axis`` is set).
         sweep_fn: ``(params, x_L, ctx, shared) -> (y_L, aux_L)``, all (local) layers at once; must equal
             ``vmap(block_fn)``.
         residual_map: ``(params_l, ctx_l, aux_l) -> a_l``, the structured derivative of the layer's skip path: a scalar,
@@ -58,10 +69,9 @@ class LayerProblem:
         key: PRNG key of stochastic corrections; None means a fixed one.
         real: ``(first, stop)`` of the layers that count, of all layers of the sharded axis; the others pass their input
             on, since they fill up the devices or belong to another region. None means all.
-        batch_axes: ``(ctx, shared)`` trees, or prefixes of trees, with the batch axis of every leaf of one layer's
-            ``ctx`` and of ``shared``, as ``jax.vmap`` reads its ``in_axes``; only microbatches ask for it.
-        axis_name: mesh axis over which the layers are sharded, when the problem lives inside ``shard_map``.
-        row_axis: mesh axis, left automatic there, over which the first axis of the state is spread besides.
+        batch_axes: where the batch stands that every leaf of the state leads with; None where nothing asks for it:
+            microbatches do, and a batch that is spread over devices.
+        axis: mesh axis over which the layers are sharded, when the problem lives inside ``shard_map``.
     """
 
     block_fn: BlockFn
@@ -77,9 +87,8 @@ class LayerProblem:
     calibration: PyTree = None
     key: jax.Array | None = None
     real: tuple[int, int] | None = None
-    batch_axes: tuple[PyTree, PyTree] = (None, None)
-    axis_name: str | None = None
-    row_axis: str | None = None
+    batch_axes: BatchAxes | None = None
+    axis: Axis | None = None
 
     def __post_init__(self) -> None:
         if not self.is_unrolled:
@@ -95,8 +104,13 @@ class LayerProblem:
 
     def indices(self) -> jax.Array:
         """[N] positions of the (local) layers in the whole region, counted from its first layer that counts."""
-        first = 0 if self.axis_name is None else self.num_layers * jax.lax.axis_index(self.axis_name)
+        first = 0 if self.axis is None else self.num_layers * self.axis.here
         return first + jnp.arange(self.num_layers) - (self.real[0] if self.real else 0)
+
+    def row_indices(self, num_rows: int) -> jax.Array:
+        """[num_rows] positions of the (local) rows of a state in the whole batch."""
+        spread = self.axis is not None and self.axis.rows_index is not None
+        return (num_rows * self.axis.rows_index if spread else 0) + jnp.arange(num_rows)  # type: ignore[union-attr]
 
     def is_padding(self) -> jax.Array | None:
         """[N] whether a layer passes its input on; None where none does."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from snlp_jax.solver.corrections import Correction
 from snlp_jax.solver.init import Guess, Init
-from snlp_jax.solver.linear import Corrected, count_rows, layer, pass_round, shift, tell_owned
-from snlp_jax.solver.problem import Iteration, LayerProblem
+from snlp_jax.solver.linear import Corrected, layer, pass_round, shift, tell_owned
+from snlp_jax.solver.problem import BatchAxes, Iteration, LayerProblem
 
 PyTree = Any
 
@@ -111,8 +111,14 @@ def _solve_adaptively(
         corrected = correction(problem, it, state, taps=taps, packed=ratio_LB.max(0))
         return corrected, it.aux_L, measure(it), corrected.packed.max(0)
 
+    def on_any_device(is_active: jax.Array) -> jax.Array:
+        """Devices with other rows of the batch go on together."""
+        if problem.axis is None or problem.axis.rows_name is None:
+            return is_active
+        return jax.lax.pmax(is_active.astype(jnp.int32), problem.axis.rows_name) > 0
+
     def advance(carry: tuple) -> tuple:
-        index, guess, kept, _, stats, iters_B, active_B = carry
+        index, guess, kept, _, stats, iters_B, active_B, _ = carry
         corrected, aux_L, measured, ratio_B = step(index, guess)
         freeze = lambda new, old, axis: jax.tree.map(  # noqa: E731
             lambda n, o: jnp.where(_along_batch(active_B, n, axis), n, o), new, old
@@ -120,7 +126,8 @@ def _solve_adaptively(
         guess = Guess(freeze(corrected.h_L, guess.h_L, 1), freeze(corrected.entering, guess.entering, 0))
         kept = freeze((corrected.leaving, corrected.tapped), kept, 0)
         stats = {name: stats[name].at[index].set(value) for name, value in measured.items()}
-        return index + 1, guess, kept, aux_L, stats, iters_B + active_B, active_B & ~(ratio_B < tolerance)
+        still_B = active_B & ~(ratio_B < tolerance)
+        return index + 1, guess, kept, aux_L, stats, iters_B + active_B, still_B, on_any_device(still_B.any())
 
     first = jnp.zeros((), jnp.int32)
     corrected, aux_L, measured, _ = jax.eval_shape(step, first, guess)
@@ -133,9 +140,10 @@ def _solve_adaptively(
         {name: jnp.full((num_iters, *value.shape), jnp.nan) for name, value in measured.items()},
         jnp.zeros((batch_size,), jnp.int32),
         jnp.ones((batch_size,), bool),
+        jnp.ones((), bool),
     )
-    made, guess, (leaving, tapped), aux_L, stats, iters_B, _ = jax.lax.while_loop(
-        lambda carry: (carry[0] < num_iters) & carry[-1].any(), advance, carry
+    made, guess, (leaving, tapped), aux_L, stats, iters_B, *_ = jax.lax.while_loop(
+        lambda carry: (carry[0] < num_iters) & carry[-1], advance, carry
     )
     return Solution(leaving, guess.h_L, aux_L, stats | {"num_iters": made, "sequence_iters": iters_B}, tapped)
 
@@ -157,12 +165,12 @@ def sequential(
 
     Args:
         taps: layers whose outputs are wanted in ``Solution.tapped``.
-        num_microbatches: M, of a sharded pass; divides the batch. ``aux`` leaves then lead with [N, B].
+        num_microbatches: M, of a sharded pass; divides the batch; needs ``problem.batch_axes``.
 
     Raises:
         ValueError: microbatches of a pass that is not sharded, or that do not divide the batch.
     """
-    if problem.axis_name is not None:
+    if problem.axis is not None:
         return _ring(problem, with_trace, with_aux, taps, num_microbatches)
     if num_microbatches > 1:
         raise ValueError("microbatches are for a sequential pass over sharded layers.")
@@ -196,9 +204,9 @@ def _ring(
     problem: LayerProblem, with_trace: bool, with_aux: bool, taps: tuple[int, ...], num_microbatches: int
 ) -> Solution:
     """:func:`sequential` over sharded layers."""
-    axis_name, num_layers = problem.axis_name, problem.num_layers
-    assert axis_name is not None
-    ctx_axes, shared_axes = problem.batch_axes
+    axis, num_layers = problem.axis, problem.num_layers
+    assert axis is not None
+    ctx_axes, shared_axes, aux_axis = problem.batch_axes or BatchAxes(None, None, 0)
     M = num_microbatches
 
     def parts(leaf: jax.Array, axis: int) -> jax.Array:
@@ -233,12 +241,13 @@ def _ring(
         return value, (trace, aux)
 
     states_M = jax.tree.map(lambda leaf: parts(leaf, 0), problem.h_in)
-    _, left_M, (trace_M, aux_M) = pass_round(evaluate, states_M, axis_name)
+    _, left_M, (trace_M, aux_M) = pass_round(evaluate, states_M, axis)
     value = jax.tree.map(lambda leaf: join(leaf, 0), left_M)
-    trace, aux = jax.tree.map(lambda leaf: join(leaf, 1), (trace_M, aux_M))
-    owned = [(jax.lax.axis_size(axis_name) - 1, value)]
+    trace = jax.tree.map(lambda leaf: join(leaf, 1), trace_M)
+    aux = jax.tree.map(lambda leaf: join(leaf, 1 + aux_axis), aux_M)
+    owned = [(axis.size - 1, value)]
     owned += [(tap // num_layers, layer(trace, tap % num_layers)) for tap in taps]
-    value, *tapped = tell_owned(owned, count_rows(problem.h_in), axis_name)
+    value, *tapped = tell_owned(owned, axis)
     return Solution(value, trace if with_trace else None, aux, {}, tuple(tapped))
 
 

@@ -1,23 +1,13 @@
 """Floating-point operations of training, and the peaks of known devices, for model FLOP utilisation."""
 
 from snlp_jax.config import ModelConfig
-
-PEAK_BF16_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
-"""Dense bfloat16 operations per second of one device, from the makers' data sheets, by the start of its kind."""
+from snlp_jax.parallel.chips import chip_of
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of a device, None where it is not known."""
-    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if device_kind.startswith(name)), None)
+    """Dense bfloat16 operations per second of a device by its data sheet, None where it is not known."""
+    chip = chip_of(device_kind)
+    return None if chip is None else chip.bf16_flops
 
 
 def train_flops_per_token(config: ModelConfig) -> float:

@@ -32,8 +32,7 @@ from snlp_jax.parallel.processes import Vote, all_or_none, check_same, is_first
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.train.flops import peak_flops, train_flops_per_token
 from snlp_jax.train.loss import Plan, loss_fn, make_plan, start_step
-from snlp_jax.train.optim import make_optimizer
-from snlp_jax.train.step import TrainState, abstract_state, make_init, make_step
+from snlp_jax.train.step import TrainState, abstract_state, make_init, make_step, optimizer_of
 from snlp_jax.types import Array
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
     # -- Build --------------------------------------------------------------------------------------------------------
     params = model.abstract_params()
     tokens_per_step = tc.batch_size * config.model.seq_len
-    optimizer = make_optimizer(config.optim, params, tc.num_steps, tokens_per_step)
+    optimizer = optimizer_of(model, config, mesh)
     abstract = abstract_state(model, optimizer, mesh)
     step_fn, eval_fn, sample_fn = make_step(model, optimizer, config, mesh), _make_eval(model, config, mesh), None
     console.print(

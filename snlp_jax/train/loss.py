@@ -109,8 +109,11 @@ def loss_fn(
     ring = mesh if mesh is not None and mesh.shape["layer"] > 1 else None
     if mesh is not None and mesh.shape["data"] > 1:
         gather = functools.partial(gather_channels, config=model.config, mesh=mesh, dtype=model.dtype)
-        model = model.fetching(functools.partial(gather, prefix="blocks/", is_one_layer=True))
-        params = gather({"embed": params["embed"], "head": params["head"]}) | {"blocks": params["blocks"]}
+        if ring is None:  # a layer at a time, where it is read
+            model = model.fetching(functools.partial(gather, prefix="blocks/", is_one_layer=True))
+            params = gather({"embed": params["embed"], "head": params["head"]}) | {"blocks": params["blocks"]}
+        else:  # a device's layers once: in a ring it reads them again for every microbatch
+            params = gather(params)
     x0_BTD = over_data(mesh, model.embed(params, inputs_BT))
     shared = model.shared(x0_BTD)
     h_in = model.expand(x0_BTD)

@@ -6,6 +6,7 @@ to Adam and two-dimensional embeddings to Muon.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,11 @@ def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedul
 
 
 def make_optimizer(
-    config: OptimConfig, params: Params, num_steps: int, tokens_per_step: int
+    config: OptimConfig,
+    params: Params,
+    num_steps: int,
+    tokens_per_step: int,
+    spread: Callable[[Params], Params] = lambda matrices: matrices,
 ) -> optax.GradientTransformation:
     """The optimizer of a whole parameter tree (arrays or their shapes), by groups, with the schedule built in.
 
@@ -126,6 +131,8 @@ def make_optimizer(
     update of a ``[fan_in, fan_out]`` matrix scaled by ``sqrt(max(1, fan_out / fan_in))``. It departs from the published
     runs in having no variance normalisation (NorMuon), plain instead of cautious weight decay without a cosine,
     a momentum that stays at 0.95, bias-corrected averages, and float32 throughout the iteration.
+
+    ``spread`` is applied to what Muon reads and gives: on a mesh it lays whole matrices on different devices.
 
     Raises ValueError for a leaf without a group.
     """
@@ -146,7 +153,7 @@ def make_optimizer(
     def scaled(rate: float) -> optax.Schedule:
         return lambda count: rate * config.lr_scale * schedule(count)
 
-    transforms = {"matrix": _muon(scaled(config.matrix_lr * batch_factor), config.matrix_weight_decay)}
+    transforms = {"matrix": _muon(scaled(config.matrix_lr * batch_factor), config.matrix_weight_decay, spread)}
     for label, group in ADAM_GROUPS.items():
         rate = rates[label]
         rate *= width_factor if group.scales_with_width else 1.0
@@ -159,7 +166,9 @@ def make_optimizer(
     )
 
 
-def _muon(learning_rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+def _muon(
+    learning_rate: optax.Schedule, weight_decay: float, spread: Callable[[Params], Params]
+) -> optax.GradientTransformation:
     """Muon for a tree whose leaves are all stacks ``[L, fan_in, fan_out]``, the rest masked out."""
 
     def dimensions(updates: Params) -> Any:
@@ -168,10 +177,16 @@ def _muon(learning_rate: optax.Schedule, weight_decay: float) -> optax.GradientT
     def scale_by_shape(updates: Params, _: Params) -> Params:
         return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
 
+    muon = optax.contrib.scale_by_muon(
+        ns_coeffs=POLAR_EXPRESS, beta=MUON_BETA, nesterov=True, weight_dimension_numbers=dimensions
+    )
+
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        updates, state = muon.update(spread(updates), state._replace(mu=spread(state.mu)), params)
+        return spread(updates), state
+
     return optax.chain(
-        optax.contrib.scale_by_muon(
-            ns_coeffs=POLAR_EXPRESS, beta=MUON_BETA, nesterov=True, weight_dimension_numbers=dimensions
-        ),
+        optax.GradientTransformation(muon.init, update),
         optax.stateless(scale_by_shape),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),

@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from snlp_jax.config import Config
 from snlp_jax.model import LanguageModel
-from snlp_jax.parallel.sharding import TRAINING, shardings_of, with_shardings
+from snlp_jax.parallel.sharding import TRAINING, shardings_of, spread_matrices, with_shardings
 from snlp_jax.train.loss import Plan, loss_fn, term_weight
+from snlp_jax.train.optim import make_optimizer
 from snlp_jax.types import Array
 
 TrainState = dict[str, Any]
@@ -24,6 +25,15 @@ def init_state(model: LanguageModel, optimizer: optax.GradientTransformation, se
     """Fresh parameters, optimizer state and step 0. Jit it."""
     params = model.init(jax.random.key(seed))
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def optimizer_of(model: LanguageModel, config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """The optimizer of a training run, on the mesh that holds its parameters."""
+    tokens_per_step = config.train.batch_size * config.model.seq_len
+    settings: dict[str, Any] = {}
+    if mesh is not None and mesh.size > 1:
+        settings["spread"] = functools.partial(spread_matrices, config=model.config, mesh=mesh)
+    return make_optimizer(config.optim, model.abstract_params(), config.train.num_steps, tokens_per_step, **settings)
 
 
 def abstract_state(
