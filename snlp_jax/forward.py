@@ -13,7 +13,7 @@ from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import KeyValue, Shared
-from snlp_jax.parallel.mesh import over_data
+from snlp_jax.parallel.mesh import kernels_on, over_data
 from snlp_jax.parallel.region import num_padded, pad_layers, real_part, sequential_sharded, solve_sharded
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, spec_of, with_shardings
 from snlp_jax.solver import (
@@ -369,8 +369,9 @@ def run_segments(
             h_mid = h_mid if mid is None else h
             continue
         its_mesh = mesh if is_spread else None
+        here = model.adapted(kernels=kernels_on(mesh, is_spread=is_spread))
         problem = layer_problem(
-            *(model, weights.ends, blocks, tokens_BT, shared, segment, h, fit), mesh=its_mesh, tables=tables, past=kv
+            *(here, weights.ends, blocks, tokens_BT, shared, segment, h, fit), mesh=its_mesh, tables=tables, past=kv
         )
         if isinstance(segment, ParallelSegment):
             solution, tapped = _solve_region(problem, segment, mid, its_mesh, with_stats)

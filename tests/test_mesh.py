@@ -38,6 +38,7 @@ from snlp_jax.forward import (
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import data_shard, make_mesh, put_batch
+from snlp_jax.parallel.mesh import kernels_on
 from snlp_jax.parallel.sharding import TRAINING, bytes_per_device, shardings_of
 from snlp_jax.solver import Schedule, SequentialSegment, sequential
 from snlp_jax.train.loss import Plan, loss_fn
@@ -464,3 +465,16 @@ def test_a_model_for_another_backend():
     """What is compiled ahead of time takes that backend's dtype."""
     assert LanguageModel(ModelConfig(), backend="tpu").dtype == jnp.bfloat16
     assert LanguageModel(ModelConfig()).backend == jax.default_backend()
+
+
+def test_attention_kernels_on_a_mesh():
+    """Where the compiler may not split them they are left out, and an explicit wish for one is refused."""
+    split, whole = make_mesh(MeshConfig(layer=4, tensor=2)), make_mesh(MeshConfig(data=2, layer=4))
+    assert kernels_on(split, is_spread=True) == () and kernels_on(whole, is_spread=False) == ()
+    assert kernels_on(whole, is_spread=True) == ("cudnn", "splash")
+    assert kernels_on(make_mesh(MeshConfig(data=8)), is_spread=False) == ("cudnn",)
+    config = dataclasses.replace(SMALL, embed_dim=512, num_heads=4)
+    choose = lambda config, kernels: LanguageModel(config, "tpu").adapted(kernels=kernels)._attention(128)  # noqa: E731
+    assert choose(config, ("cudnn", "splash")) == "splash" and choose(config, ("cudnn",)) == "xla"
+    with pytest.raises(InputError, match="model.attention 'splash' does not run over this mesh; use 'auto' or 'xla'"):
+        choose(dataclasses.replace(config, attention="splash"), ())

@@ -5,8 +5,8 @@ maths; only plain jax transforms touch them. The model hands out pieces of the s
 ``context``); ``snlp_jax/forward.py`` joins them with a solver.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Collection
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -61,15 +61,14 @@ class Head(nnx.Module):
 class LanguageModel:
     """Pure functions of ``(params, inputs)`` for one :class:`ModelConfig`; holds no arrays.
 
-    ``backend`` is what they are compiled for ("cpu", "gpu", "tpu"), where that is not what jax runs on. ``fetch`` is
-    applied to one layer's parameters wherever its maths reads them: what is split over devices can be gathered there.
+    ``backend`` is what they are compiled for ("cpu", "gpu", "tpu"), where that is not what jax runs on.
     """
 
-    def __init__(
-        self, config: ModelConfig, backend: str | None = None, fetch: Callable[[PyTree], PyTree] = lambda params: params
-    ):
+    def __init__(self, config: ModelConfig, backend: str | None = None):
         self.config = config
-        self._backend, self._fetch = backend, fetch
+        self._backend = backend
+        self._fetch: Callable[[PyTree], PyTree] = lambda params: params
+        self._kernels_here: Collection[Implementation] = get_args(Implementation)
         block = nnx.eval_shape(lambda: Block(config, 0, rngs=nnx.Rngs(0)))
         self._block_graph = nnx.graphdef(block)
 
@@ -91,9 +90,22 @@ class LanguageModel:
         """Shapes and dtypes of :meth:`init`'s result, without computing it."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def fetching(self, fetch: Callable[[PyTree], PyTree]) -> "LanguageModel":
-        """The same model with another ``fetch``."""
-        return LanguageModel(self.config, self._backend, fetch)
+    def adapted(
+        self,
+        *,
+        fetch: Callable[[PyTree], PyTree] | None = None,
+        kernels: Collection[Implementation] | None = None,
+    ) -> "LanguageModel":
+        """The same model for programs over several devices.
+
+        Args:
+            fetch: applied to one layer's parameters wherever its maths reads them: what is split can be gathered there.
+            kernels: attention kernels that run there besides XLA's own; others are replaced by that under ``auto``.
+        """
+        model = LanguageModel(self.config, self._backend)
+        model._fetch = fetch or self._fetch
+        model._kernels_here = self._kernels_here if kernels is None else ("xla", *kernels)
+        return model
 
     @property
     def backend(self) -> str:
@@ -360,13 +372,22 @@ class LanguageModel:
         return lambda seq_len: "xla" if forward_mode else self._attention(seq_len)
 
     def _attention(self, seq_len: int) -> Implementation:
-        return choose_implementation(
+        """
+        Raises:
+            InputError: the config asks for a kernel that does not run here.
+        """
+        kernel = choose_implementation(
             self.config.attention,
             backend=self.backend,
             dtype=self.dtype,
             seq_len=seq_len,
             head_dim=self.config.head_dim,
         )
+        if kernel in self._kernels_here:
+            return kernel
+        if self.config.attention != "auto":
+            raise InputError(f"model.attention {kernel!r} does not run over this mesh; use 'auto' or 'xla'.")
+        return "xla"
 
 
 def num_params(params: Params) -> int:

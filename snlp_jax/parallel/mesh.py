@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -75,6 +75,14 @@ def over_data(mesh: Mesh | None, x: jax.Array) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def kernels_on(mesh: Mesh | None, *, is_spread: bool) -> tuple[Literal["cudnn", "splash"], ...]:
+    """Hand-written attention kernels that run over a mesh: where no axis of several devices is left to the compiler,
+    that is, where layers are spread and ``tensor`` is 1; cuDNN's also where only the batch is spread."""
+    if mesh is None or mesh.size == 1 or (is_spread and mesh.shape["tensor"] == 1):
+        return ("cudnn", "splash")
+    return ("cudnn",) if mesh.shape["data"] == mesh.size else ()
 
 
 def _is_mine(mesh: Mesh) -> np.ndarray:

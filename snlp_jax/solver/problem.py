@@ -109,8 +109,8 @@ class LayerProblem:
 
     def row_indices(self, num_rows: int) -> jax.Array:
         """[num_rows] positions of the (local) rows of a state in the whole batch."""
-        spread = self.axis is not None and self.axis.rows_index is not None
-        return (num_rows * self.axis.rows_index if spread else 0) + jnp.arange(num_rows)  # type: ignore[union-attr]
+        place = None if self.axis is None else self.axis.rows_index
+        return (0 if place is None else num_rows * place) + jnp.arange(num_rows)
 
     def is_padding(self) -> jax.Array | None:
         """[N] whether a layer passes its input on; None where none does."""

@@ -28,6 +28,7 @@ from snlp_jax.forward import layer_problem, run_in_order
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import CORRECTIONS, INITS
 from snlp_jax.parallel import over_data, solve_sharded
+from snlp_jax.parallel.mesh import kernels_on
 from snlp_jax.parallel.sharding import gather_channels
 from snlp_jax.solver import (
     Correction,
@@ -107,10 +108,11 @@ def loss_fn(
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     L, mid = model.config.num_layers, model.config.mid_layer
     ring = mesh if mesh is not None and mesh.shape["layer"] > 1 else None
+    model = model.adapted(kernels=kernels_on(mesh, is_spread=ring is not None))
     if mesh is not None and mesh.shape["data"] > 1:
         gather = functools.partial(gather_channels, config=model.config, mesh=mesh, dtype=model.dtype)
         if ring is None:  # a layer at a time, where it is read
-            model = model.fetching(functools.partial(gather, prefix="blocks/", is_one_layer=True))
+            model = model.adapted(fetch=functools.partial(gather, prefix="blocks/", is_one_layer=True))
             params = gather({"embed": params["embed"], "head": params["head"]}) | {"blocks": params["blocks"]}
         else:  # a device's layers once: in a ring it reads them again for every microbatch
             params = gather(params)
