@@ -2,6 +2,7 @@
 # make test   the default test suite          make slow    the tests marked slow
 # make lint   ruff, check only                make format  ruff, rewriting
 # make types  mypy                            make clean-venv
+# make aot    compile for TPUs and GPUs that are not here, in an environment of its own
 #
 # Each target first builds .venv when it is missing or when pyproject.toml or constraints.txt changed.
 # Choose the interpreter with PY=python3.12, the accelerator with JAX=cpu|cuda13|tpu, and pass options with ARGS=...
@@ -22,7 +23,7 @@ endif
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed-$(JAX)
 
-.PHONY: demo test slow lint format types venv clean-venv
+.PHONY: demo test slow lint format types aot venv clean-venv
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -46,10 +47,14 @@ format: $(STAMP)
 types: $(STAMP)
 	$(PYTHON) -m mypy
 
+# The compilers of both accelerators beside this jax: libtpu, and the CUDA plugin without CUDA.
+aot: .venv-aot/.installed
+	.venv-aot/bin/python -m pytest tests/test_aot.py $(ARGS)
+
 venv: $(STAMP)
 
 clean-venv:
-	rm -rf .venv
+	rm -rf .venv .venv-aot
 
 # A stamp of another JAX means that .venv holds another accelerator's plugin: start over rather than mix them.
 # uv is several times faster than pip; where it cannot be had, pip installs the same versions.
@@ -68,4 +73,12 @@ $(STAMP): pyproject.toml constraints.txt
 	   .venv/bin/uv pip install -q --python $(PYTHON) -e '.[$(EXTRAS)]' -c constraints.txt; } || { \
 	    echo "uv did not do it; trying pip" >&2; \
 	    $(PYTHON) -m pip install -q -e '.[$(EXTRAS)]' -c constraints.txt; }
+	@touch $@
+
+.venv-aot/.installed: $(STAMP)
+	$(PYTHON) -m venv --clear .venv-aot
+	@echo "installing into .venv-aot: snlp-jax[test,tpu] and the CUDA plugin"
+	@.venv-aot/bin/python -m pip install -q -e '.[test,tpu]' -c constraints.txt
+	@version=$$(.venv-aot/bin/python -c 'from importlib.metadata import version; print(version("jaxlib"))'); \
+	    .venv-aot/bin/python -m pip install -q --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	@touch $@

@@ -33,7 +33,8 @@ from rich.table import Table
 
 from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import Weights, forward, layer_problem, prepare, split, with_schedule
+from snlp_jax.forward import forward, layer_problem
+from snlp_jax.layout import Weights, prepare, split, with_schedule
 from snlp_jax.linearize import fit_init
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import from_nanochat, nanochat_config, to_nanochat

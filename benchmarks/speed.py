@@ -36,9 +36,10 @@ from rich.table import Column, Table
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.weights import prepare_all
-from snlp_jax.forward import Weights, forward
+from snlp_jax.forward import forward
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import git_commit
+from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import Schedule, SequentialSegment

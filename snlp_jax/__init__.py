@@ -2,7 +2,8 @@
 
 from snlp_jax.config import Config, ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward, prepare
+from snlp_jax.forward import forward
+from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import LayerProblem, Schedule, sequential, solve

@@ -12,7 +12,8 @@ import pytest
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward, split
+from snlp_jax.forward import forward
+from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import from_nanochat, nanochat_config, to_nanochat
 from snlp_jax.solver import Schedule

@@ -29,7 +29,8 @@ from tiny_run import MODEL
 
 from snlp_jax.errors import InputError
 from snlp_jax.eval.diagnose import diagnose, parallel_regions
-from snlp_jax.forward import forward, split
+from snlp_jax.forward import forward
+from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import Diagonal, PrefixState, sequential, solve

@@ -26,9 +26,10 @@ from snlp_jax.eval.fidelity import greedy_matches
 from snlp_jax.eval.frontier import pareto_front
 from snlp_jax.eval.perplexity import change_by_position, paired_interval, perplexity, relative_change, token_nll
 from snlp_jax.eval.report import Report
-from snlp_jax.forward import forward, split
+from snlp_jax.forward import forward
 from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.checkpoint import Checkpointer
+from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.train.loop import train

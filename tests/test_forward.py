@@ -10,7 +10,8 @@ import pytest
 from problems import SMALL, VARIANTS, random_params, random_tokens, relative_error
 
 from snlp_jax.errors import InputError
-from snlp_jax.forward import Weights, forward, layer_problem, prepare, split
+from snlp_jax.forward import forward, layer_problem
+from snlp_jax.layout import Weights, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import (

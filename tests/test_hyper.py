@@ -11,7 +11,8 @@ from flax import nnx
 from problems import PLAIN, SMALL, VARIANTS, all_sequential, random_params, random_tokens, relative_error
 
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward, split
+from snlp_jax.forward import forward
+from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.hyper import DYNAMIC_OFF_DIAGONAL, Wiring, dynamic_maps, mix, sinkhorn
 from snlp_jax.model.layers import RMS_EPS

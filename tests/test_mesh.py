@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import count_collectives
 from jax.sharding import PartitionSpec as P
 from problems import SMALL, VARIANTS, random_params, random_tokens, relative_error
 
@@ -24,20 +23,12 @@ from snlp_jax.config import (
     TrainConfig,
 )
 from snlp_jax.errors import InputError
-from snlp_jax.forward import (
-    Past,
-    abstract_past,
-    abstract_weights,
-    arrange,
-    forward,
-    in_order,
-    layer_problem,
-    prepare,
-    split,
-)
+from snlp_jax.forward import forward, layer_problem
+from snlp_jax.layout import Past, abstract_past, abstract_weights, arrange, in_order, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import data_shard, make_mesh, put_batch
+from snlp_jax.parallel.hlo import count_collectives
 from snlp_jax.parallel.mesh import kernels_on
 from snlp_jax.parallel.sharding import TRAINING, bytes_per_device, shardings_of
 from snlp_jax.solver import Schedule, SequentialSegment, sequential

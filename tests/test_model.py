@@ -12,7 +12,8 @@ from problems import PLAIN, SMALL, VARIANTS, all_sequential, random_params, rand
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward, split
+from snlp_jax.forward import forward
+from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel, attention, num_params
 from snlp_jax.model.attention import attend, attend_any, choose_implementation
 from snlp_jax.model.layers import RMS_EPS, rms_norm, rotary_table, rotate

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import count_collectives
 from jax.sharding import NamedSharding, PartitionSpec
 from problems import nonlinear, posed, relative_error, true_trace
 
 from snlp_jax.config import MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.parallel import make_mesh, sequential_sharded, solve_sharded
+from snlp_jax.parallel.hlo import count_collectives
 from snlp_jax.parallel.region import num_padded, pad_layers, real_part
 from snlp_jax.solver import (
     BatchAxes,

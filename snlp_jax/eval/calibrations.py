@@ -20,7 +20,8 @@ import numpy as np
 
 from snlp_jax.data.pipeline import TokenData, WindowSource
 from snlp_jax.errors import InputError
-from snlp_jax.forward import Weights, cut_before, layer_problem, run_segments, split
+from snlp_jax.forward import layer_problem, run_segments
+from snlp_jax.layout import Weights, cut_before, split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared

@@ -24,9 +24,9 @@ from snlp_jax.eval.perplexity import BOOTSTRAP_SEED, change_by_position, paired_
 from snlp_jax.eval.report import Report, SettingResult
 from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
-from snlp_jax.forward import Weights, check_mesh, check_schedule
 from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.provenance import circumstances
+from snlp_jax.layout import Weights, check_mesh, check_schedule
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from snlp_jax.eval.perplexity import token_nll
-from snlp_jax.forward import Weights, forward
+from snlp_jax.forward import forward
+from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import Solution
 from snlp_jax.types import Array

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from snlp_jax.eval.weights import prepare_all
-from snlp_jax.forward import Spread, Weights, forward
+from snlp_jax.forward import forward
+from snlp_jax.layout import Spread, Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params

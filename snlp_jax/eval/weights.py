@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from snlp_jax.forward import Layout, Spread, Weights, check_mesh, prepare, with_schedule
+from snlp_jax.layout import Layout, Spread, Weights, check_mesh, prepare, with_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import Calibration, ParallelSegment, Schedule, Segment
 from snlp_jax.types import Params

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from snlp_jax.forward import Weights, forward
+from snlp_jax.forward import forward
+from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.types import Array
 

@@ -21,11 +21,11 @@ from snlp_jax.config import Config, to_json
 from snlp_jax.data.pipeline import TokenData, prepare_tokens, train_iterator, val_batches
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab
 from snlp_jax.errors import DivergedError, InputError
-from snlp_jax.forward import training_weights
 from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.metrics import MetricsWriter, NoMetricsWriter
+from snlp_jax.layout import training_weights
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
 from snlp_jax.parallel.processes import Vote, all_or_none, check_same, is_first

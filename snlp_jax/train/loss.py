@@ -96,7 +96,9 @@ def loss_fn(
     """The loss (scalar, float32) and the unweighted parts it is made of.
 
     On a mesh with a layer axis no weight moves along it: the sequential pass goes round the devices, and a region's
-    iterations run on the whole stack, whose other layers pass their input on.
+    iterations run on the whole stack, whose other layers pass their input on. Along a data axis weights are gathered
+    where they are used: a layer at a time in the sequential pass, unless that is a ring, which would gather them again
+    for every microbatch; all of them at once in a region, which reads them all at once.
 
     Args:
         tokens_BT1: [B, T + 1]; the first T are inputs, the last T targets.
@@ -108,14 +110,18 @@ def loss_fn(
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     L, mid = model.config.num_layers, model.config.mid_layer
     ring = mesh if mesh is not None and mesh.shape["layer"] > 1 else None
-    model = model.adapted(kernels=kernels_on(mesh, is_spread=ring is not None))
+    region_mesh = mesh if mesh is not None and mesh.shape["layer"] * mesh.shape["data"] > 1 else None
+    gather = lambda tree, **how: tree  # noqa: E731
     if mesh is not None and mesh.shape["data"] > 1:
         gather = functools.partial(gather_channels, config=model.config, mesh=mesh, dtype=model.dtype)
-        if ring is None:  # a layer at a time, where it is read
-            model = model.adapted(fetch=functools.partial(gather, prefix="blocks/", is_one_layer=True))
-            params = gather({"embed": params["embed"], "head": params["head"]}) | {"blocks": params["blocks"]}
-        else:  # a device's layers once: in a ring it reads them again for every microbatch
-            params = gather(params)
+    params = gather({"embed": params["embed"], "head": params["head"]}) | {"blocks": params["blocks"]}
+    if ring is not None:
+        params["blocks"] = gather(params["blocks"], prefix="blocks/")
+    in_order = model.adapted(
+        fetch=None if ring is not None else functools.partial(gather, prefix="blocks/", is_one_layer=True),
+        kernels=kernels_on(mesh, is_spread=ring is not None),
+    )
+    at_once = model.adapted(kernels=kernels_on(mesh, is_spread=region_mesh is not None))
     x0_BTD = over_data(mesh, model.embed(params, inputs_BT))
     shared = model.shared(x0_BTD)
     h_in = model.expand(x0_BTD)
@@ -127,15 +133,19 @@ def loss_fn(
     def problem(segment: SequentialSegment | ParallelSegment, h_start: Array) -> LayerProblem:
         first, stop = (segment.start, segment.stop) if ring is None else (0, L)
         blocks = jax.tree.map(lambda leaf: leaf[first:stop], params["blocks"]) if ring is None else params["blocks"]
-        settings: dict[str, Any] = {"key": key, "mesh": ring, "stack": (first, stop)}
-        return layer_problem(model, params, blocks, inputs_BT, shared, segment, h_start, **settings)
+        here, its_mesh = in_order, ring
+        if isinstance(segment, ParallelSegment):
+            here, its_mesh = at_once, region_mesh
+            blocks = gather(blocks, prefix="blocks/") if ring is None else blocks
+        settings: dict[str, Any] = {"key": key, "mesh": its_mesh, "stack": (first, stop)}
+        return layer_problem(here, params, blocks, inputs_BT, shared, segment, h_start, **settings)
 
     def run(region: ParallelSegment, h_start: Array, taps: tuple[int, ...] = ()) -> Solution:
         """The region's solution; ``taps`` are layers of the model."""
         posed, rows = problem(region, h_start), tuple(tap - first_row(region) for tap in taps)
         settings: dict[str, Any] = {"num_iters": region.num_iters, "init": region.init, "taps": rows}
-        if ring is not None:
-            return solve_sharded(posed, region.correction, mesh=ring, **settings)
+        if region_mesh is not None:
+            return solve_sharded(posed, region.correction, mesh=region_mesh, **settings)
         return solve(posed, region.correction, **settings)
 
     whole = SequentialSegment(0, L)
