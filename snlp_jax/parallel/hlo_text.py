@@ -87,7 +87,7 @@ def parse_module(text: str) -> Module:
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":  # a kernel's settings may close a brace at the start of a line too
             current = None
         elif current is not None and (instruction := _parse_instruction(line)):
             current[instruction.name] = instruction
