@@ -10,7 +10,7 @@ every iteration, and the norms of the layers' Jacobians. Flags that are not give
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,7 +26,7 @@ class Args:
     """The one of the lowest validation loss, or the newest."""
     diagnose: bool = False
     """Instead of quality and cost: where each setting's regions err, and how strongly their layers amplify it."""
-    eval: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
+    eval: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from problems import random_params
 from tiny_run import MODEL, tiny
 
@@ -200,6 +201,13 @@ def test_sharded_regions_are_measured(model: LanguageModel, params: dict, batche
         spread = evaluate(model, params, batches, settings).results[1]
         assert spread.ppl == pytest.approx(alone.ppl, rel=1e-5)
         assert spread.timing is None and spread.speedup is None
+
+
+def test_every_field_is_a_flag_of_the_script() -> None:
+    args = runpy.run_path(str(ROOT / "eval.py"))["Args"]
+    flags = ["runs/x", "--solvers", "seq", "--sequential", "ring", "--mesh.layer", "4", "--mesh.data", "2"]
+    parsed = tyro.cli(args, args=flags).eval
+    assert parsed == EvalConfig(solvers=("seq",), sequential="ring", mesh=MeshConfig(layer=4, data=2))
 
 
 SCRIPT_SOLVERS = ["idn:n=2,k=1", "cal:n=2,k=1,init=cal,fit=mine", "idn:n=3,tol=0.5", "idn:n=2,k=1,init=warm"]
