@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -204,9 +205,11 @@ def test_sharded_regions_are_measured(model: LanguageModel, params: dict, batche
 
 
 def test_every_field_is_a_flag_of_the_script() -> None:
-    args = runpy.run_path(str(ROOT / "eval.py"))["Args"]
+    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
+    script = sys.modules["eval_script"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
     flags = ["runs/x", "--solvers", "seq", "--sequential", "ring", "--mesh.layer", "4", "--mesh.data", "2"]
-    parsed = tyro.cli(args, args=flags).eval
+    parsed = tyro.cli(script.Args, args=flags).eval
     assert parsed == EvalConfig(solvers=("seq",), sequential="ring", mesh=MeshConfig(layer=4, data=2))
 
 
