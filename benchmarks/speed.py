@@ -197,7 +197,8 @@ def make_arms(model: LanguageModel, settings: tuple[str, ...], layouts: tuple[La
         segments = stacks[setting].segments
         is_list = [layout == "list" or (layout == "mixed" and isinstance(s, SequentialSegment)) for s in segments]
         blocks = tuple((lists if use else stacks)[setting].blocks[index] for index, use in enumerate(is_list))
-        return Arm(setting, layout, schedules[setting], Weights(ends, blocks, (None,) * len(segments), segments))
+        weights = dataclasses.replace(stacks[setting], ends=ends, blocks=blocks)
+        return Arm(setting, layout, schedules[setting], weights)
 
     wanted: list[tuple[str, Layout]] = [("seq", "stack"), ("seq", "list")]
     wanted += [(setting, layout) for layout in layouts for setting in settings]

@@ -58,12 +58,12 @@ FORWARD_CASES = (
     (EIGHT, MeshConfig(layer=4), "ring", "seq"),
     (EIGHT, MeshConfig(data=2, layer=2, tensor=2), "tensor", "idn:n=4,k=1,stage=2xF2"),
     (EIGHT, MeshConfig(layer=2), "ring", "exact:n=4,k=2"),
-    (EIGHT, MeshConfig(layer=2, tensor=2), "ring", "diag:2-6,k=2"),
     (STREAMS, MeshConfig(data=2, layer=4), "tensor", "hcn:n=4,k=2"),
     (STREAMS, MeshConfig(layer=2), "ring", "hcn:n=6,k=1,stage=3xF2,init=batch_forward"),
     (DYNAMIC, MeshConfig(layer=4), "ring", "hcn:n=4,k=2"),
 )
 MORE_FORWARD_CASES = (
+    (EIGHT, MeshConfig(layer=2, tensor=2), "ring", "diag:2-6,k=2"),
     (EIGHT, MeshConfig(layer=4), "tensor", "jac:n=6,k=3"),
     (EIGHT, MeshConfig(layer=8), "ring", "sid:n=5,k=2,trust=0.5"),
     (EIGHT, MeshConfig(tensor=2), "tensor", "sid:n=6,k=2"),
@@ -99,11 +99,9 @@ def test_logits_on_a_mesh_are_those_of_one_device(config, mesh_config, sequentia
     expected = run(None)(prepare(model, params, schedule, num_tokens=1, layout="stack"), tokens)
     weights = prepare(model, params, schedule, num_tokens=1, mesh=mesh, sequential=sequential)
     actual = run(mesh)(weights, put_batch(mesh, np.asarray(tokens), is_whole=True))
-    # The Jacobians and probes of diag and exact amplify rounding: products of eight of them.
-    tolerance = 10 * LOGITS if setting.startswith(("diag", "exact")) else LOGITS
-    assert_close(actual[:3], expected[:3], tolerance)
+    assert_close(actual[:3], expected[:3], LOGITS)
     for one, other in zip(actual.solutions, expected.solutions, strict=True):
-        assert_close(one.trace, other.trace, tolerance)
+        assert_close(one.trace, other.trace, LOGITS)
         np.testing.assert_allclose(one.stats["residual_norm"], other.stats["residual_norm"], rtol=1e-3, atol=1e-5)
 
 
@@ -120,7 +118,7 @@ WIDE = dataclasses.replace(EIGHT, embed_dim=64, num_heads=8, num_kv_heads=8)
 """Heads that eight devices divide."""
 
 
-@pytest.mark.parametrize("past", (0, 16))
+@pytest.mark.parametrize("past", (0, pytest.param(16, marks=pytest.mark.slow)))
 def test_how_often_the_devices_talk(past):
     """K exchanges a region, one more for another guess than h0; two all-reduces a layer split by features; n - 1 moves
     of a ring and one all-reduce of its states; the embedding's rows and the logits."""
@@ -164,7 +162,12 @@ def test_a_region_can_be_run_in_order_over_the_same_arrays():
 
 
 @pytest.mark.parametrize(
-    "config", (EIGHT, dataclasses.replace(STREAMS, window_pattern="L"), VARIANTS["plain"]), ids=("all", "mhc", "plain")
+    "config",
+    (
+        pytest.param(EIGHT, id="everything"),
+        pytest.param(dataclasses.replace(STREAMS, window_pattern="L"), id="mhc", marks=pytest.mark.slow),
+        pytest.param(VARIANTS["plain"], id="plain", marks=pytest.mark.slow),
+    ),
 )
 def test_a_step_with_a_cache_is_the_end_of_the_whole_pass(config):
     """Keys and values of S tokens, exact ones, and the last of these tokens for the smear: what follows is as if the
@@ -242,13 +245,9 @@ TRAINING_CASES = (
     (FOUR, EVERY_TERM, MeshConfig(layer=4)),
     (FOUR, EVERY_TERM, MeshConfig(data=2, layer=2, tensor=2, ring_microbatches=4)),
     (FOUR, LossConfig(hidden_norm=LOSSES["hidden_norm"]), MeshConfig(data=8)),
-    (
-        FOUR_STREAMS,
-        LossConfig(hidden_norm=with_correction("hcn").hidden_norm),
-        MeshConfig(layer=2, ring_microbatches=2),
-    ),
 )
 MORE_TRAINING_CASES = (
+    (FOUR_STREAMS, with_correction("hcn"), MeshConfig(layer=2, ring_microbatches=2)),
     (EIGHT, SIZES_AND_ITERS, MeshConfig(layer=4, ring_microbatches=8)),
     (EIGHT, SIZES_AND_ITERS, MeshConfig(data=2, layer=4)),
     (FOUR, EVERY_TERM, MeshConfig(tensor=2)),
@@ -333,6 +332,7 @@ def parts_of_training(config, mesh):
     return model, optimizer, make_step(model, optimizer, config, mesh)
 
 
+@pytest.mark.slow
 def test_steps_on_a_mesh_are_steps_on_one_device():
     """Optimizer, clipping and accumulated gradients included: parameters after three steps.
 
