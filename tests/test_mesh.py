@@ -314,8 +314,11 @@ def test_gradients_through_any_schedule_on_a_mesh(config, setting, mesh_config):
 
     gradient = lambda mesh, tokens: jax.jit(jax.grad(functools.partial(loss, mesh)))(params, tokens)  # noqa: E731
     expected = gradient(None, tokens)
-    assert_close(gradient(mesh, put_batch(mesh, np.asarray(tokens), is_whole=True)), expected, GRADIENT)
-    assert all(float(jnp.abs(leaf).max()) > 1e-3 for leaf in jax.tree.leaves(expected))
+    actual = gradient(mesh, put_batch(mesh, np.asarray(tokens), is_whole=True))
+    floor = 1e-6 * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        # Maps that one fused step does not reach have a gradient of 0 but for rounding.
+        assert float(jnp.abs(one - other).max()) < GRADIENT * float(jnp.abs(other).max()) + floor
 
 
 CONFIG = Config(

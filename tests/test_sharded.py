@@ -267,7 +267,7 @@ def test_corrections_that_run_down_the_depth_go_round_the_devices(num_devices, n
         # The delta and the state before it go round in every iteration, or the variance (once, where it is always one).
         moves = 2 * (num_devices - 1) * (2 if isinstance(correction, Exact) else 1)
         assert set(collectives) == {"all-gather", "collective-permute"}
-        assert collectives["collective-permute"] <= moves and collectives["all-gather"] <= 2
+        assert collectives["collective-permute"] <= moves and collectives["all-gather"] <= 3
 
 
 # ---------------------------------------------------------------- the sequential pass in a ring
