@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from snlp_jax.config import MeshConfig
 from snlp_jax.errors import InputError
+from snlp_jax.parallel.sharding import constrain
 
 AXES = ("data", "layer", "tensor")
 
@@ -72,9 +73,7 @@ def put_batch(mesh: Mesh | None, rows: np.ndarray, *, is_whole: bool = False) ->
 
 def over_data(mesh: Mesh | None, x: jax.Array) -> jax.Array:
     """``x`` [B, ...] under jit, held to be spread over ``data`` by its batch and whole otherwise."""
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data")))
+    return x if mesh is None else constrain(x, mesh, PartitionSpec("data"))
 
 
 def kernels_on(mesh: Mesh | None, *, is_spread: bool) -> tuple[Literal["cudnn", "splash"], ...]:

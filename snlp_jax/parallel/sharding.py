@@ -12,6 +12,7 @@ none leaves the array whole along it (heads that the devices do not divide, say)
 """
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,9 +82,7 @@ def spec_of(name: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh, la
             # Heads move as a whole: a kv head with the query heads that read it.
             units = config.num_kv_heads if what == "heads" else size
             for axis in layout.get(what, ()):
-                parts = mesh.shape[axis]
-                for other in axes:
-                    parts *= mesh.shape[other]
+                parts = math.prod(mesh.shape[taken] for taken in (*axes, axis))
                 if axis not in used and mesh.shape[axis] > 1 and units % parts == 0:
                     axes += (axis,)
                     used.add(axis)
@@ -177,9 +176,6 @@ def bytes_per_device(tree: PyTree) -> int:
     """Bytes that one device holds of a tree of arrays, or of shapes, with shardings."""
 
     def one(leaf: Any) -> int:
-        size = leaf.dtype.itemsize
-        for length in leaf.sharding.shard_shape(leaf.shape):
-            size *= length
-        return size
+        return leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
 
     return sum(map(one, jax.tree.leaves(tree)))
