@@ -79,10 +79,14 @@ def save_some(directory, val_losses, keep_last=3):
     return iterator
 
 
-def array_file(step_dir, item="params"):
+def data_files(step_dir, item):
+    """What holds arrays, and trees of where they lie: some of an earlier state of the tree, which nobody reads."""
+    return [file for file in (step_dir / item).rglob("d/*") if file.is_file()]
+
+
+def array_file(step_dir):
     """The file with most of the array data."""
-    files = [file for file in (step_dir / item).rglob("d/*") if file.is_file()]
-    return max(files, key=lambda file: file.stat().st_size)
+    return max(data_files(step_dir, "params"), key=lambda file: file.stat().st_size)
 
 
 # -- Round trips -------------------------------------------------------------------------------------------------------
@@ -223,9 +227,9 @@ def flip_a_byte(step_dir):
     file.write_bytes(data)
 
 
-def cut_array_file(step_dir):
-    file = array_file(step_dir, "state")
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+def cut_array_files(step_dir):
+    for file in data_files(step_dir, "state"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def delete_array_file(step_dir):
@@ -247,7 +251,7 @@ def change_a_checksummed_metric(step_dir):
 
 BREAKS = {
     "flipped byte": flip_a_byte,
-    "cut array file": cut_array_file,
+    "cut array files": cut_array_files,
     "deleted array file": delete_array_file,
     "other arrays": swap_arrays,
     "changed metadata": change_a_checksummed_metric,
