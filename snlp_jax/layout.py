@@ -3,18 +3,16 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.block import KeyValue
 from snlp_jax.parallel.region import num_padded, pad_layers
-from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, spec_of, with_shardings
+from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, with_shardings
 from snlp_jax.solver import (
     Calibration,
     Chunkwise,
@@ -28,7 +26,7 @@ from snlp_jax.solver import (
     SkippedSegment,
 )
 from snlp_jax.solver.calibrated import check_calibration
-from snlp_jax.types import Array, Params, PyTree
+from snlp_jax.types import Params, PyTree
 
 Layout = Literal["auto", "stack", "list"]
 Spread = Literal["tensor", "ring"]
@@ -64,15 +62,6 @@ class Weights:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-class Past(NamedTuple):
-    """What a cached forward pass knows of the S tokens before."""
-
-    previous_B1: Array
-    """The last of them."""
-    kv: tuple[KeyValue | None, ...]
-    """Keys and values [n, B, S, K, H] of every segment's stack; None for layers that are left out."""
-
-
 def prepare(
     model: LanguageModel,
     params: Params,
@@ -101,7 +90,12 @@ def prepare(
     if mesh is not None:
         weights = arrange(model, model.cast(params), schedule, mesh, sequential, fits)
         return jax.device_put(weights, weights_shardings(model, weights, mesh))
-    weights = split(model, model.cast(params), schedule, fits)  # not jitted: what needs no cast is not copied
+    # Not jitted: what needs no cast is not copied.
+    return _lay_out(model, split(model, model.cast(params), schedule, fits), num_tokens, layout)
+
+
+def _lay_out(model: LanguageModel, weights: Weights, num_tokens: int, layout: Layout) -> Weights:
+    """Stacks or lists, see :func:`prepare`."""
     on_cpu = model.backend == "cpu"
 
     def lay_out(segment: Segment, blocks: PyTree) -> PyTree:
@@ -124,24 +118,6 @@ def abstract_weights(model: LanguageModel, schedule: Schedule, mesh: Mesh, seque
     lay_out = lambda params: arrange(model, model.cast(params), schedule, mesh, sequential)  # noqa: E731
     weights = jax.eval_shape(lay_out, model.abstract_params())
     return with_shardings(weights, weights_shardings(model, weights, mesh))
-
-
-def abstract_past(model: LanguageModel, weights: Weights, mesh: Mesh, batch_size: int, num_tokens: int) -> Past:
-    """The cache of ``num_tokens`` earlier tokens as shapes with shardings: each segment's lies as its layers do."""
-    config = model.config
-
-    def one(blocks: PyTree, is_spread: bool) -> KeyValue | None:
-        if blocks is None:
-            return None
-        num_layers = jax.tree.leaves(blocks)[0].shape[0]
-        shape = (num_layers, batch_size, num_tokens, config.num_kv_heads, config.head_dim)
-        spec = spec_of("cache", shape, config, mesh, BY_LAYER if is_spread else BY_FEATURE)
-        leaf: Any = jax.ShapeDtypeStruct(shape, model.dtype, sharding=NamedSharding(mesh, spec))
-        return KeyValue(leaf, leaf)
-
-    by_row = NamedSharding(mesh, PartitionSpec("data"))
-    previous_B1: Any = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=by_row)
-    return Past(previous_B1, tuple(map(one, weights.blocks, weights.is_spread)))
 
 
 def weights_shardings(model: LanguageModel, weights: Weights, mesh: Mesh) -> Weights:
@@ -202,10 +178,39 @@ def training_weights(model: LanguageModel, params: Params, mesh: Mesh | None) ->
 
 
 def in_order(weights: Weights) -> Weights:
-    """The same arrays, every region evaluated in order: the exact pass that checks a draft or fills a cache."""
+    """The same arrays, every region evaluated in order: the exact pass that fills a cache."""
     to_order = lambda segment: SequentialSegment(segment.start, segment.stop)  # noqa: E731
     segments = [to_order(s) if isinstance(s, ParallelSegment) else s for s in weights.segments]
     return dataclasses.replace(weights, segments=tuple(segments), fits=(None,) * len(segments))
+
+
+def verifier(
+    model: LanguageModel,
+    params: Params,
+    weights: Weights,
+    *,
+    layout: Layout = "auto",
+    mesh: Mesh | None = None,
+    sequential: Spread = "tensor",
+) -> Weights:
+    """The exact pass over all layers that checks what ``weights`` draft, cut where they are cut.
+
+    Arrays that both passes read in the same form are shared. On a CPU a region is a stack to the drafter and a list to
+    the verifier, and is held twice. On a mesh regions stay where they are and are passed round the devices.
+    """
+    segments = tuple(SequentialSegment(segment.start, segment.stop) for segment in weights.segments)
+    schedule = Schedule(model.config.num_layers, segments)
+    if mesh is None:
+        exact = _lay_out(model, _cut(model, model.cast(params), segments, is_ring=False), 1, layout)
+    else:
+        exact = arrange(model, model.cast(params), schedule, mesh, sequential)
+    shared: dict[str, list[PyTree]] = {"blocks": [], "tables": [], "is_spread": []}
+    for index, (mine, its) in enumerate(zip(weights.blocks, exact.blocks, strict=True)):
+        is_shared = mine is not None and isinstance(mine, list) == isinstance(its, list)
+        for name, taken in shared.items():
+            taken.append(getattr(weights if is_shared else exact, name)[index])
+    exact = dataclasses.replace(exact, ends=weights.ends, **{name: tuple(taken) for name, taken in shared.items()})
+    return exact if mesh is None else jax.device_put(exact, weights_shardings(model, exact, mesh))
 
 
 def check_mesh(schedule: Schedule, mesh: Mesh) -> None:
@@ -254,7 +259,10 @@ def split(
             what the region reads.
     """
     segments = schedule.segments if is_ring else _cut_after(schedule.segments, model.config.mid_layer)
+    return with_schedule(model, _cut(model, params, segments, is_ring=is_ring), schedule, fits)
 
+
+def _cut(model: LanguageModel, params: Params, segments: tuple[Segment, ...], *, is_ring: bool) -> Weights:
     def take(segment: Segment) -> PyTree:
         if isinstance(segment, SkippedSegment):
             return None
@@ -262,8 +270,7 @@ def split(
 
     ends = {"embed": params["embed"], "head": params["head"]}
     none, here = (None,) * len(segments), (is_ring,) * len(segments)
-    without_fits = Weights(ends, tuple(map(take, segments)), none, none, segments, here)
-    return with_schedule(model, without_fits, schedule, fits)
+    return Weights(ends, tuple(map(take, segments)), none, none, segments, here)
 
 
 def with_schedule(
@@ -322,8 +329,8 @@ def by_chunk(tree: PyTree, layers_per_chunk: int) -> PyTree:
 def _cut_after(segments: Sequence[Segment], layer: int) -> tuple[Segment, ...]:
     cut: list[Segment] = []
     for segment in segments:
-        if isinstance(segment, SequentialSegment) and segment.start <= layer < segment.stop - 1:
-            cut += [SequentialSegment(segment.start, layer + 1), SequentialSegment(layer + 1, segment.stop)]
+        if not isinstance(segment, ParallelSegment) and segment.start <= layer < segment.stop - 1:
+            cut += [type(segment)(segment.start, layer + 1), type(segment)(layer + 1, segment.stop)]
         else:
             cut.append(segment)
     return tuple(cut)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from problems import SMALL, VARIANTS, random_params, random_tokens, relative_error
 
+from snlp_jax.cache import Past, abstract_past, fill, plan_rings
 from snlp_jax.config import (
     Config,
     HiddenNormConfig,
@@ -24,7 +25,7 @@ from snlp_jax.config import (
 )
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward, layer_problem
-from snlp_jax.layout import Past, abstract_past, abstract_weights, arrange, in_order, prepare, split
+from snlp_jax.layout import abstract_weights, arrange, in_order, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import data_shard, make_mesh, put_batch
@@ -184,15 +185,20 @@ def test_a_step_with_a_cache_is_the_end_of_the_whole_pass(config):
         return sequential(problem, with_aux=True).aux.kv
 
     kv = jax.tree.map(lambda leaf: leaf[:, :, :S], cache(params, tokens))
+    length_B = jnp.full((len(tokens),), S)
     expected = jax.jit(lambda w, t: forward(model, w, t).logits_BTV)(split(model, params, Schedule.of(L)), tokens)
     n = L // 2
     mesh = make_mesh(MeshConfig(layer=2))
     for setting, its_mesh in (("seq", None), (f"idn:n={n},k={n}", None), (f"idn:n={n},k={n}", mesh)):
         schedule = parse_schedule(setting, L)
         weights = prepare(model, params, schedule, num_tokens=1, layout="stack", mesh=its_mesh)
-        cut = tuple(jax.tree.map(lambda leaf, s=s: leaf[s.start : s.stop], kv) for s in weights.segments)
+        plans = plan_rings(model, weights, capacity=11, block=3)
+        pairs = zip(plans, weights.segments, strict=True)
+        rings = tuple(
+            fill(plan, jax.tree.map(lambda leaf, s=s: leaf[s.start : s.stop], kv), length_B) for plan, s in pairs
+        )
         run = jax.jit(lambda w, t, p, mesh=its_mesh: forward(model, w, t, past=p, mesh=mesh).logits_BTV)
-        step = run(weights, tokens[:, S:], Past(tokens[:, S - 1 : S], cut))
+        step = run(weights, tokens[:, S:], Past(tokens[:, S - 1 : S], length_B, rings))
         assert_close(step, expected[:, S:], LOGITS)
 
 

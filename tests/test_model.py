@@ -145,7 +145,7 @@ def test_rms_norm_and_rotary_are_their_formulas():
     x = draw(0, 1, 5, 2, 6)
     expected = x / np.sqrt(np.mean(np.square(np.asarray(x, np.float64)), -1, keepdims=True) + RMS_EPS)
     np.testing.assert_allclose(rms_norm(x), expected, rtol=2e-6)  # a few float32 operations
-    cos, sin = rotary_table(5, 6, 100.0)
+    cos, sin = rotary_table(jnp.arange(5), 6, 100.0)
     rotated = np.asarray(rotate(x, cos, sin))
     for t, i in np.ndindex(5, 3):
         angle = t * 100.0 ** (-2 * i / 6)

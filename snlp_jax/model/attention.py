@@ -6,7 +6,7 @@ Key s is visible from query t iff ``t - window <= s <= t``.
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,36 +123,51 @@ def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array) -> Ar
 
 def _xla_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, offset: int) -> Array:
     """Attention of queries at positions ``offset`` and on to keys at positions 0 and on."""
-    return attend_pieces(q_BTNH, ((k_BSKH, v_BSKH),), window, offset)
+    queries, keys = offset + jnp.arange(q_BTNH.shape[1]), jnp.arange(k_BSKH.shape[1])
+    piece = Piece(jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2), keys[None])
+    return attend_pieces(q_BTNH, queries[None], (piece,), window)
 
 
-def attend_pieces(
-    q_BTNH: Array, pieces: Sequence[tuple[Array, Array]], window: int | Array, offset: int | None = None
-) -> Array:
-    """Attention to keys and values in several pieces [B, S, K, H], one after another in position, on the XLA path.
+class Piece(NamedTuple):
+    """Some keys and values, heads before positions: a product with them then moves nothing about."""
 
-    Nothing of them is copied: scores are joined, keys and values are not. ``offset`` is the position of the first
-    query, counted from the first key; None means that the queries are the last T positions.
+    key_BKSH: Array
+    value_BKSH: Array
+    position_BS: Array
+    """Below 0 for a slot that holds nothing. The first axis may be 1 where all rows are alike."""
+
+
+def attend_pieces(q_BTNH: Array, position_BT: Array, pieces: Sequence[Piece], window: int | Array) -> Array:
+    """Attention to keys and values that lie in several pieces, in any order, on the XLA path.
+
+    Nothing of them is copied: scores are joined, keys and values are not.
     """
     B, T, N, H = q_BTNH.shape
-    K, lengths = pieces[0][0].shape[2], [k_BSKH.shape[1] for k_BSKH, _ in pieces]
+    K, lengths = pieces[0].key_BKSH.shape[1], [piece.key_BKSH.shape[2] for piece in pieces]
     G, S = N // K, sum(lengths)
     # Heads before positions, and the G queries of a kv head along its positions: plain batched matrix products.
     q_BKXH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
-    to_heads = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = [product("BKXH,BKSH->BKXS", q_BKXH, to_heads(k_BSKH)) * H**-0.5 for k_BSKH, _ in pieces]
-    scores_BKXS = scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1)
-    positions_T = (S - T if offset is None else offset) + jnp.arange(T)
-    distance_TS = positions_T[:, None] - jnp.arange(S)[None, :]
-    visible_TS = (distance_TS >= 0) & (distance_TS <= window)
-    masked = jnp.where(visible_TS[None, None, None], scores_BKXS.reshape(B, K, G, T, S), -jnp.inf)
-    dtype = pieces[0][1].dtype
+    join = lambda parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)  # noqa: E731
+    scores_BKXS = join([product("BKXH,BKSH->BKXS", q_BKXH, piece.key_BKSH) * H**-0.5 for piece in pieces])
+    key_position_BS = join([piece.position_BS for piece in pieces])
+    distance_BTS = position_BT[:, :, None] - key_position_BS[:, None, :]
+    visible_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (key_position_BS[:, None, :] >= 0)
+    masked = jnp.where(visible_BTS[:, None, None], scores_BKXS.reshape(B, K, G, T, S), -jnp.inf)
+    dtype = pieces[0].value_BKSH.dtype
     weights_BKXS = jax.nn.softmax(masked, axis=-1).astype(dtype).reshape(B, K, G * T, S)
     weights = jnp.split(weights_BKXS, list(itertools.accumulate(lengths))[:-1], axis=-1)
-    outs = (product("BKXS,BKSH->BKXH", w, to_heads(v_BSKH)) for w, (_, v_BSKH) in zip(weights, pieces, strict=True))
+    outs = (product("BKXS,BKSH->BKXH", w, piece.value_BKSH) for w, piece in zip(weights, pieces, strict=True))
     out_BKXH = functools.reduce(jnp.add, outs)
     return jnp.moveaxis(out_BKXH.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H).astype(dtype)
+
+
+def slot_positions(length_B: Array, num_slots: int) -> Array:
+    """[B, S] position of the token in each slot of a ring that holds the last of ``length_B`` tokens; below 0 where
+    there is none. Position p lies in slot p mod S, so slot s holds the last position before the length with that
+    remainder: what was written at positions from ``length_B`` on is taken for tokens that are S older."""
+    last_B1 = length_B[:, None] - 1
+    return last_B1 - (last_B1 - jnp.arange(num_slots)[None]) % num_slots
 
 
 def _splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int) -> Array:

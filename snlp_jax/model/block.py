@@ -8,6 +8,7 @@ the layer-batched sweep can group attention by window without touching the weigh
 ``attend``, ``after`` (output projection and MLP).
 """
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -36,8 +37,8 @@ class Context(NamedTuple):
     """Zero for the layers of a stack that have none; None where no layer of the stack has any."""
     hyper: LayerMaps | None
     """Static maps between residual streams; None for other models."""
-    past: "KeyValue | None" = None
-    """Keys and values [B, S, K, H] of the S tokens before these; None where these are the first."""
+    past: "Ring | None" = None
+    """Keys and values of the tokens before these; None where these are the first."""
 
 
 class Shared(NamedTuple):
@@ -45,7 +46,13 @@ class Shared(NamedTuple):
 
     x0_BTD: Array
     cos_TH: Array
+    """[T, H/2], or [B, T, H/2] where every row has its own positions."""
     sin_TH: Array
+    first_B: Array | None = None
+    """Position of each row's first token, which is the number of tokens before; None where these are the first."""
+    past: "Rings | None" = None
+    """Keys and values of the tokens before, of all layers that are evaluated at once, where their windows differ; else
+    they are in each layer's context."""
 
 
 class KeyValue(NamedTuple):
@@ -53,6 +60,32 @@ class KeyValue(NamedTuple):
 
     key_BTKH: Array
     value_BTKH: Array
+
+
+class Ring(NamedTuple):
+    """Keys and values of a layer's last S tokens: position p lies in slot p mod S (``snlp_jax/cache.py``)."""
+
+    key_BKSH: Array
+    value_BKSH: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rings:
+    """The rings of consecutive layers, those of equal size stacked: leaves of ``groups`` are [n, B, K, S, H]."""
+
+    groups: tuple[Ring, ...]
+    members: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
+    """Layers of each group, in order, counted from the first of these."""
+
+    @property
+    def num_layers(self) -> int:
+        return sum(map(len, self.members))
+
+    def layer(self, index: int) -> Ring:
+        """One layer's ring; of a group of one nothing is copied."""
+        group, members = next((g, m) for g, m in zip(self.groups, self.members, strict=True) if index in m)
+        return jax.tree.map(lambda leaf: leaf[members.index(index)], group)
 
 
 class BlockAux(NamedTuple):

@@ -34,17 +34,17 @@ def project(x: Array, kernel: Array, dtype: Any) -> Array:
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def rotary_table(num_positions: int, head_dim: int, base: float) -> tuple[Array, Array]:
-    """Cosines and sines, each [T, H/2], of positions 0 to ``num_positions - 1``."""
+def rotary_table(positions: Array, head_dim: int, base: float) -> tuple[Array, Array]:
+    """Cosines and sines of positions [..., T], each [..., T, H/2]."""
     inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = jnp.arange(num_positions, dtype=jnp.float32)[:, None] * inverse[None, :]
+    angles = positions.astype(jnp.float32)[..., None] * inverse.reshape(*(1,) * positions.ndim, -1)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTNH: Array, cos_TH: Array, sin_TH: Array) -> Array:
-    """Rotary embedding; a pair is channel i and channel i + H/2."""
+    """Rotary embedding; a pair is channel i and channel i + H/2. The table is [T, H/2], or [B, T, H/2]."""
     x1, x2 = jnp.split(x_BTNH, 2, axis=-1)
-    cos, sin = cos_TH[None, :, None, :], sin_TH[None, :, None, :]
+    cos, sin = (table.reshape(-1, *table.shape[-2:])[:, :, None] for table in (cos_TH, sin_TH))
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
 
 

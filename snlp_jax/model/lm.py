@@ -15,7 +15,7 @@ from flax import nnx
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model.attention import Implementation, choose_implementation
-from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Shared, ValueEmbed
+from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
 from snlp_jax.model.hyper import LayerMaps, static_maps
 from snlp_jax.model.layers import GATE_INPUT, SMEAR_INPUT, project, rms_norm, rotary_table, uniform
 from snlp_jax.model.nodes import (
@@ -150,20 +150,28 @@ class LanguageModel:
             return x0_BTD
         return jnp.broadcast_to(x0_BTD[..., None, :], (*x0_BTD.shape[:-1], R, x0_BTD.shape[-1]))
 
-    def shared(self, x0_BTD: Array, first: int = 0) -> Shared:
-        """What all layers read, for tokens at positions ``first`` and on.
+    def shared(self, x0_BTD: Array, first_B: Array | None = None) -> Shared:
+        """What all layers read, for tokens at positions 0 and on, or in row b at positions ``first_B[b]`` and on.
 
         Raises:
-            InputError: the sequence is longer than the rotary table.
+            InputError: the sequence is longer than the rotary embedding reaches.
         """
-        num_positions = first + x0_BTD.shape[1]
-        if num_positions > self.config.max_context:
+        self.check_context(x0_BTD.shape[1])
+        position_T = jnp.arange(x0_BTD.shape[1])
+        positions = position_T if first_B is None else first_B[:, None] + position_T[None]
+        return Shared(x0_BTD, *rotary_table(positions, self.config.head_dim, self.config.rope_base), first_B)
+
+    def check_context(self, num_tokens: int) -> None:
+        """Refuse sequences that are longer than the rotary embedding reaches.
+
+        Raises:
+            InputError: names both lengths.
+        """
+        if num_tokens > self.config.max_context:
             raise InputError(
-                f"{num_positions} tokens exceed the rotary table of {self.config.max_context}; "
+                f"{num_tokens} tokens exceed the rotary table of {self.config.max_context}; "
                 "shorten the input or raise model.rotary_multiple."
             )
-        cos, sin = rotary_table(num_positions, self.config.head_dim, self.config.rope_base)
-        return Shared(x0_BTD, cos[first:], sin[first:])
 
     def context(
         self,
@@ -176,7 +184,6 @@ class LanguageModel:
         num_rows: int = 0,
         tables: PyTree = None,
         num_shards: int = 1,
-        past: KeyValue | None = None,
     ) -> Context:
         """Context of layers ``start`` to ``stop - 1``, leaves [stop - start, ...]; one gather for all their tables.
 
@@ -187,12 +194,11 @@ class LanguageModel:
             tables: value embeddings as :meth:`value_tables` gives them; those in ``params`` where there are none.
             num_shards: equal parts of the stack that lie on different devices: each part's rows are gathered from its
                 own tables.
-            past: keys and values [stop - start, B, S, K, H] of the S tokens before, of all layers.
         """
         num_rows = num_rows or stop - start
         windows = jnp.asarray(self.config.windows[start:stop], jnp.int32)
         value_embed = self._value_embed(params, tokens_BT, start, stop, tables, num_shards, num_rows // num_shards)
-        return Context(windows, value_embed, self._static_maps(blocks, stop - start), past)
+        return Context(windows, value_embed, self._static_maps(blocks, stop - start))
 
     def value_tables(self, params: Params, start: int, stop: int, num_shards: int, num_rows: int) -> PyTree:
         """Value embeddings of layers ``start`` to ``stop - 1``, laid out for a stack of ``num_rows`` layers in
@@ -212,12 +218,13 @@ class LanguageModel:
         join = lambda part: part[0] if num_shards == 1 else jnp.concatenate(part)  # noqa: E731
         return {name: join(part) for name, part in parts.items()}
 
-    def batch_axes(self, ctx: Context, before: int = 0) -> tuple[Context, Shared, int]:
+    def batch_axes(self, ctx: Context, shared: Shared, before: int = 0) -> tuple[Context, Shared, int]:
         """Batch axis of every leaf of one node's context, of what all share, and of what a node leaves behind; a node
         that is a chunk of layers has ``before=1`` axis of them."""
-        value_embed = None if ctx.value_embed is None else ValueEmbed(before, None)  # type: ignore[arg-type]
-        past = None if ctx.past is None else KeyValue(before, before)  # type: ignore[arg-type]
-        return Context(None, value_embed, None, past), Shared(0, None, None), before  # type: ignore[arg-type]
+        value_embed: Any = None if ctx.value_embed is None else ValueEmbed(before, None)  # type: ignore[arg-type]
+        past: Any = None if ctx.past is None else Ring(before, before)  # type: ignore[arg-type]
+        own: Any = None if shared.first_B is None else 0
+        return Context(None, value_embed, None, past), Shared(0, own, own, own), before  # type: ignore[arg-type]
 
     def logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
         """``logits_BTV`` float32, soft-capped, cropped to the tokenizer's vocabulary; sums the states' streams."""
@@ -241,6 +248,11 @@ class LanguageModel:
     def sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> NodeFn:
         """All of layers ``start`` to ``stop - 1`` at once; equals ``vmap(block_fn)``."""
         return self._layer_fns(start, stop, forward_mode).sweep_fn
+
+    @property
+    def refresh_fn(self) -> NodeFn:
+        """Of layers evaluated at once, their keys and values alone, as what they leave behind."""
+        return self._layer_fns(0, 0, False).refresh_fn
 
     @property
     def residual_map(self) -> Callable[[PyTree, Context, BlockAux], Array]:

@@ -21,10 +21,18 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.model.attention import Implementation, attend_any, attend_by_window, attend_pieces
-from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Shared
+from snlp_jax.model.attention import (
+    Implementation,
+    Piece,
+    attend_any,
+    attend_by_window,
+    attend_pieces,
+    slot_positions,
+)
+from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Ring, Shared
 from snlp_jax.model.hyper import BranchMaps, LayerMaps, join, residual_path
 from snlp_jax.model.layers import project, rms_norm
 from snlp_jax.types import Array, PyTree
@@ -46,6 +54,8 @@ class NodeFns(NamedTuple):
     """All nodes at once, every argument but the last leading with the node axis; equals ``vmap(block_fn)``."""
     residual_map: Callable[[PyTree, Context, BlockAux], Array]
     """``(params, ctx, aux)`` of a node -> derivative of its skip path."""
+    refresh_fn: NodeFn
+    """All nodes' keys and values at inputs h_L, as what they leave behind; nothing else is computed."""
 
 
 class Node(Protocol):
@@ -54,7 +64,7 @@ class Node(Protocol):
     def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Array, KeyValue]:
         """``(what after needs, queries, keys and values)``."""
 
-    def attend(self, q: Array, kv: KeyValue, ctx: Context, kernel: Implementation) -> Array:
+    def attend(self, q: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
         """Attention output of this node alone."""
 
     def after(self, params: PyTree, carry: Any, out: Array, ctx: Context) -> tuple[Array, Array | None]:
@@ -75,9 +85,9 @@ class LayerNode:
     def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Array, KeyValue]:
         return self.merge(params).before(h, ctx, shared, self.dtype)
 
-    def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, kernel: Implementation) -> Array:
-        if ctx.past is not None:
-            return attend_cached(q_BTNH, kv, ctx.past, ctx.window)
+    def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
+        if shared.first_B is not None:
+            return attend_cached(q_BTNH, kv, _own(ctx), ctx.window, shared)
         windows = tuple(sorted(set(self.config.windows)))
         return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel)
 
@@ -127,9 +137,9 @@ class ChunkNode:
         q_MBTNH, kv = jax.vmap(lambda p, x, c: self.merge(p).project(x, c, shared, self.dtype))(params, x_MBTD, ctx)
         return carry, q_MBTNH, kv
 
-    def attend(self, q_MBTNH: Array, kv: KeyValue, ctx: Context, kernel: Implementation) -> Array:
-        if ctx.past is not None:
-            return jax.vmap(attend_cached)(q_MBTNH, kv, ctx.past, ctx.window)
+    def attend(self, q_MBTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
+        if shared.first_B is not None:
+            return jax.vmap(attend_cached, in_axes=(0, 0, 0, 0, None))(q_MBTNH, kv, _own(ctx), ctx.window, shared)
         if self.windows is not None:
             return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel)
         choices = tuple(sorted(set(self.config.windows)))
@@ -188,9 +198,19 @@ class ChunkNode:
         return join(mean(hyper.attn), mean(hyper.mlp))
 
 
-def attend_cached(q_BTNH: Array, kv: KeyValue, past: KeyValue, window: Array) -> Array:
+def _own(ctx: Context) -> Ring:
+    if ctx.past is None:
+        raise ValueError("a layer that is evaluated alone needs its earlier tokens in its context.")
+    return ctx.past
+
+
+def attend_cached(q_BTNH: Array, kv: KeyValue, past: Ring, window: Array | int, shared: Shared) -> Array:
     """Attention to the tokens before and to those at hand; the two sets of keys are read where they lie."""
-    return attend_pieces(q_BTNH, (past, kv), window)
+    assert shared.first_B is not None
+    position_BT = shared.first_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
+    earlier = Piece(*past, slot_positions(shared.first_B, past.key_BKSH.shape[-2]))
+    now = Piece(jnp.swapaxes(kv.key_BTKH, 1, 2), jnp.swapaxes(kv.value_BTKH, 1, 2), position_BT)
+    return attend_pieces(q_BTNH, position_BT, (earlier, now), window)
 
 
 def _products_after(scale_M: Array) -> Array:
@@ -218,13 +238,13 @@ def node_fns(
     @maybe_remat
     def block(params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry, q, kv = node.before(params, h, ctx, shared)
-        new, skip_BTRR = node.after(params, carry, node.attend(q, kv, ctx, choose_kernel(h.shape[1])), ctx)
+        new, skip_BTRR = node.after(params, carry, node.attend(q, kv, ctx, shared, choose_kernel(h.shape[1])), ctx)
         return new, BlockAux(kv, skip_BTRR)
 
     @maybe_remat
     def batched(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry_L, q, kv = jax.vmap(node.before, in_axes=(0, 0, 0, None))(params, h_L, ctx, shared)
-        out = _attend_all(q, kv, ctx, windows, choose_kernel(h_L.shape[2]))
+        out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]))
         new_L, skip_LBTRR = jax.vmap(node.after)(params, carry_L, out, ctx)
         return new_L, BlockAux(kv, skip_LBTRR)
 
@@ -233,7 +253,11 @@ def node_fns(
             return jax.lax.map(lambda row: block(*row, shared), (params, h_L, ctx))
         return batched(params, h_L, ctx, shared)
 
-    return NodeFns(block, sweep, node.residual_map)
+    def refresh(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
+        _, _, kv = jax.vmap(node.before, in_axes=(0, 0, 0, None))(params, h_L, ctx, shared)
+        return h_L, BlockAux(kv, None)
+
+    return NodeFns(block, sweep, node.residual_map, refresh)
 
 
 def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKernel, *, remat: bool) -> NodeFn:
@@ -246,20 +270,34 @@ def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKe
 
     def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry, q, kv = chunk.before(params, h_L[0], ctx, shared)
-        out = _attend_all(q, kv, ctx, windows, choose_kernel(h_L.shape[2]))
+        out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]))
         new_L, _ = jax.vmap(node.after, in_axes=(0, None, 0, 0))(params, carry, out, ctx)
         return new_L, BlockAux(kv, None)
 
     return jax.checkpoint(sweep) if remat else sweep
 
 
-def _attend_all(q: Array, kv: KeyValue, ctx: Context, windows: Sequence[int], kernel: Implementation) -> Array:
+def _attend_all(
+    q: Array, kv: KeyValue, ctx: Context, shared: Shared, windows: Sequence[int], kernel: Implementation
+) -> Array:
     """Attention of all layers; the axes before [B, T, heads, H] are layers, or chunks and their layers."""
     if ctx.past is not None:
         attend = attend_cached
         for _ in q.shape[:-4]:
-            attend = jax.vmap(attend)
-        return attend(q, kv, ctx.past, ctx.window)
-    flat = lambda x: x.reshape(len(windows), *x.shape[-4:])  # noqa: E731
-    out_LBTNH = attend_by_window(flat(q), flat(kv.key_BTKH), flat(kv.value_BTKH), windows, kernel)
+            attend = jax.vmap(attend, in_axes=(0, 0, 0, 0, None))
+        return attend(q, kv, ctx.past, ctx.window, shared)
+    flat = lambda x: x.reshape(-1, *x.shape[-4:])  # noqa: E731
+    q_LBTNH, kv_L = flat(q), KeyValue(flat(kv.key_BTKH), flat(kv.value_BTKH))
+    if shared.past is not None:
+        attend_group = jax.vmap(attend_cached, in_axes=(0, 0, 0, 0, None))
+        order = [index for members in shared.past.members for index in members]
+        outs = []
+        for ring, members in zip(shared.past.groups, shared.past.members, strict=True):
+            rows = np.asarray(members)
+            window_L = jnp.asarray([windows[index] for index in members])
+            its_q, its_kv = jax.tree.map(lambda x, rows=rows: x[rows], (q_LBTNH, kv_L))
+            outs.append(attend_group(its_q, its_kv, ring, window_L, shared))
+        out_LBTNH = jnp.concatenate(outs)[np.argsort(order)]
+    else:
+        out_LBTNH = attend_by_window(q_LBTNH, *kv_L, windows, kernel)
     return out_LBTNH.reshape(*q.shape[:-4], *out_LBTNH.shape[1:])

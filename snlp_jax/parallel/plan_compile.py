@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from snlp_jax.cache import abstract_past
 from snlp_jax.config import Config, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
-from snlp_jax.layout import Spread, Weights, abstract_past, abstract_weights
+from snlp_jax.layout import Spread, Weights, abstract_weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.chips import Chip, Slice
 from snlp_jax.parallel.hlo import Program, read_program

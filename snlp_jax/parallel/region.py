@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from snlp_jax.solver import BatchAxes, Correction, Init, LayerProblem, Solution, sequential, solve
+from snlp_jax.solver import BatchAxes, Correction, Init, Kept, LayerProblem, Solution, sequential, solve
 from snlp_jax.solver.linear import Axis
 
 PyTree = Any
@@ -48,6 +48,7 @@ def solve_sharded(
     tolerance: float = 0.0,
     taps: tuple[int, ...] = (),
     with_stats: bool = False,
+    kept: Kept = "last",
     axis_name: str = "layer",
 ) -> Solution:
     """:func:`snlp_jax.solver.solve` over a layer axis that is sharded over ``mesh`` axis ``axis_name``.
@@ -61,6 +62,7 @@ def solve_sharded(
     Corrections that run down the depth (Exact, a trust region) go round the devices in every iteration besides.
     """
     settings: dict[str, Any] = {"num_iters": num_iters, "init": init, "tolerance": tolerance, "taps": taps}
+    settings |= {"kept": kept}
     stats = {"residual_norm": PartitionSpec(None, axis_name)} if with_stats else {}
     if tolerance > 0:
         stats |= {"num_iters": PartitionSpec(), "sequence_iters": PartitionSpec(_rows_axis(problem, mesh))}
@@ -136,6 +138,13 @@ def _on_each_device(
     arrays = {
         "params": (problem.params, by_layer),
         "ctx": (problem.ctx, _specs(problem.ctx, ctx_axes, rows, axis_name)),
+        "evaluations": (
+            problem.evaluations,
+            tuple(
+                (_specs(ctx, ctx_axes, rows, axis_name), _specs(shared, shared_axes, rows))
+                for ctx, shared in problem.evaluations
+            ),
+        ),
         "warm_L": (problem.warm_L, trace),
         "layers": (None if calibration is None else calibration.layers, by_layer),
         "place": (jnp.arange(num_devices), by_layer),

@@ -61,7 +61,7 @@ TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"embed/value_gate", ("layers", "", "heads")),
     (r"head/kernel", ("channels", "vocabulary")),
     (r"(embed|head)/.*", ()),
-    (r"cache", ("layers", "rows", "", "heads")),
+    (r"cache", ("layers", "rows", "heads")),
     (r"muon", ("stacked",)),
 )
 """Pattern of an array's name (a parameter's path; "cache", keys and values of earlier tokens; "muon", matrices while

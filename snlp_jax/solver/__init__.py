@@ -13,7 +13,7 @@ from snlp_jax.solver.corrections import (
 from snlp_jax.solver.init import BatchForward, Guess, Init, PrefixState, Warm
 from snlp_jax.solver.problem import BatchAxes, Iteration, LayerProblem
 from snlp_jax.solver.schedule import ParallelSegment, Schedule, Segment, SequentialSegment, SkippedSegment
-from snlp_jax.solver.solve import Solution, relative_norm, safe_norm, sequential, solve
+from snlp_jax.solver.solve import Kept, Solution, relative_norm, safe_norm, sequential, solve
 from snlp_jax.solver.stages import Chunkwise, FusedSplit, PerLayer, Stage
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Init",
     "Iteration",
     "Jacobi",
+    "Kept",
     "LayerProblem",
     "ParallelSegment",
     "PerLayer",

@@ -17,6 +17,8 @@ class Guess(NamedTuple):
 
     h_L: PyTree
     entering: PyTree
+    aux_L: PyTree = None
+    """What the layers left behind, where the guess is an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class BatchForward(Init):
         return 1
 
     def __call__(self, problem: LayerProblem) -> Guess:
-        h_L, entering = PrefixState()(problem)
-        return _guess(problem, problem.sweep(h_L)[0])
+        y_L, aux_L = problem.sweep(PrefixState()(problem).h_L)
+        return _guess(problem, y_L)._replace(aux_L=aux_L)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ the layer axis (or are lists with one entry a layer), ``shared`` is the same for
 leaves behind (keys and values, statistics). The trace h = (h_1 .. h_N) solves ``h_l = f_l(h_{l-1})``.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class LayerProblem:
     Attributes:
         block_fn: one layer; must be differentiable in forward mode where a correction asks for that.
         params: leaves [N, ...], or a list of N trees (unrolled; what a CPU prefers for long sequences).
-        ctx: leaves [N, ...], per-layer inputs that are not parameters.
+        ctx: per-layer inputs that are not parameters: leaves [N, ...], or a list of N trees where params are one.
         shared: inputs common to all layers.
         h_in: state entering the first layer; any pytree, no layer axis.
         num_layers: N (on one device's shard, where ``axis`` is set).
@@ -72,6 +73,8 @@ class LayerProblem:
         batch_axes: where the batch stands that every leaf of the state leads with; None where nothing asks for it:
             microbatches do, and a batch that is spread over devices.
         axis: mesh axis over which the layers are sharded, when the problem lives inside ``shard_map``.
+        refresh_fn: as ``sweep_fn``, where what layers leave behind is wanted alone and an evaluation is more than that.
+        evaluations: ``(ctx, shared)`` of every evaluation, that of the initial trace included, where they differ.
     """
 
     block_fn: BlockFn
@@ -89,10 +92,19 @@ class LayerProblem:
     real: tuple[int, int] | None = None
     batch_axes: BatchAxes | None = None
     axis: Axis | None = None
+    refresh_fn: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
+    evaluations: tuple[tuple[PyTree, PyTree], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.is_unrolled:
             chex.assert_tree_shape_prefix((self.params, self.ctx), (self.num_layers,))
+
+    def at(self, evaluation: int) -> "LayerProblem":
+        """The problem as its evaluation of that number, the initial trace's included, reads it."""
+        if not self.evaluations:
+            return self
+        ctx, shared = self.evaluations[evaluation]
+        return dataclasses.replace(self, ctx=ctx, shared=shared, evaluations=())
 
     @property
     def is_unrolled(self) -> bool:
@@ -100,7 +112,8 @@ class LayerProblem:
 
     def layer(self, index: int) -> tuple[PyTree, PyTree]:
         """``(params_l, ctx_l)`` of one layer."""
-        return self.params[index] if self.is_unrolled else layer(self.params, index), layer(self.ctx, index)
+        pick = lambda tree: tree[index] if isinstance(tree, list) else layer(tree, index)  # noqa: E731
+        return pick(self.params), pick(self.ctx)
 
     def indices(self) -> jax.Array:
         """[N] positions of the (local) layers in the whole region, counted from its first layer that counts."""
@@ -147,6 +160,12 @@ class LayerProblem:
             rows = (self.residual_map(*self.layer(i), layer(aux_L, i)) for i in range(self.num_layers))
             return jnp.stack(list(rows))
         return jax.vmap(self.residual_map)(self.params, self.ctx, aux_L)
+
+    def refresh(self, x_L: PyTree) -> PyTree:
+        """What the layers leave behind at inputs ``x_L``, where that is cheaper than an evaluation."""
+        if self.refresh_fn is None:
+            return self.sweep(x_L)[1]
+        return self.refresh_fn(self.params, x_L, self.ctx, self.shared)[1]
 
     def _block_args(self, index: int, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         params, ctx = self.layer(index)

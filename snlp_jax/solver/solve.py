@@ -2,7 +2,7 @@
 where a tolerance is given, until every sequence's residual is small."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from snlp_jax.solver.linear import Corrected, layer, pass_round, shift, tell_own
 from snlp_jax.solver.problem import BatchAxes, Iteration, LayerProblem
 
 PyTree = Any
+Kept = Literal["last", "refreshed", "every"]
+"""Of which evaluation ``Solution.aux`` is: the last one (free); one more at the corrected trace, as far as aux needs
+it; or every one, the initial trace's included, in a tuple."""
 
 
 class Solution(NamedTuple):
@@ -23,7 +26,7 @@ class Solution(NamedTuple):
     trace: PyTree
     """Outputs of all layers, leaves [N, ...]; None where it was not asked for."""
     aux: PyTree
-    """What each layer left behind in the last evaluation, leaves [N, ...]; None where it was not asked for."""
+    """What each layer left behind, leaves [N, ...]; None where it was not asked for. See ``Kept``."""
     stats: dict[str, jax.Array]
     """On request ``residual_norm`` [num_iters, N]: mean over tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||, before each
     correction. With a tolerance also ``num_iters``, the iterations made (those not made are NaN in residual_norm), and
@@ -41,6 +44,7 @@ def solve(
     tolerance: float = 0.0,
     taps: tuple[int, ...] = (),
     with_stats: bool = False,
+    kept: Kept = "last",
 ) -> Solution:
     """Solve ``h_l = f_l(h_{l-1})`` for all layers with ``num_iters`` parallel iterations.
 
@@ -54,35 +58,62 @@ def solve(
             inference only: a ``lax.while_loop`` has no reverse mode. Sharded, the residual travels with the totals.
         taps: layers whose outputs are wanted in ``Solution.tapped`` (on every device, where the layers are sharded).
 
+        kept: which evaluation's aux is wanted.
+
     Raises:
-        ValueError: ``num_iters`` < 1, or a tolerance for a state whose leaves share no batch axis.
+        ValueError: ``num_iters`` < 1, a tolerance for a state whose leaves share no batch axis, or a tolerance where
+            every evaluation reads its own context.
     """
     if num_iters < 1:
         raise ValueError(f"num_iters is {num_iters}; a parallel region needs at least one iteration.")
-    guess = init(problem)
-    state = correction.start(problem, shift(guess.h_L, guess.entering))
+    if tolerance > 0 and (kept == "every" or problem.evaluations):
+        raise ValueError("with a tolerance the number of evaluations is not known, so none can have its own context.")
+    guess = init(problem.at(0))
+    aux_of_guess = [] if guess.aux_L is None else [guess.aux_L]
+    guess = guess._replace(aux_L=None)
+    state = correction.start(problem.at(0), shift(guess.h_L, guess.entering))
 
-    def evaluate(index: jax.Array | int, guess: Guess) -> Iteration:
+    def evaluate(index: jax.Array | int, guess: Guess, problem: LayerProblem = problem) -> Iteration:
         x_L = shift(guess.h_L, guess.entering)
         return Iteration(index, x_L, *problem.sweep(x_L), guess.h_L, guess.entering)
+
+    def refreshed(h_L: PyTree, entering: PyTree, aux_L: PyTree) -> PyTree:
+        return problem.refresh(shift(h_L, entering)) if kept == "refreshed" else aux_L
 
     def measure(it: Iteration) -> dict[str, jax.Array]:
         return {"residual_norm": relative_norm(it.y_L, it.h_L)} if with_stats else {}
 
     if tolerance > 0:
-        return _solve_adaptively(problem, correction, state, guess, evaluate, measure, num_iters, tolerance, taps)
+        solution, entering = _solve_adaptively(
+            problem, correction, state, guess, evaluate, measure, num_iters, tolerance, taps
+        )
+        return solution._replace(aux=refreshed(solution.trace, entering, solution.aux))
 
     def body(guess: Guess, index: jax.Array) -> tuple[Guess, dict[str, jax.Array]]:
         it = evaluate(index, guess)
         corrected = correction(problem, it, state)
         return Guess(corrected.h_L, corrected.entering), measure(it)
 
+    if kept == "every" or problem.evaluations:
+        aux_of_all, early = list(aux_of_guess), []
+        for index in range(num_iters):
+            here = problem.at(init.num_evals + index)
+            last = evaluate(index, guess, here)
+            corrected = correction(here, last, state, taps=taps if index == num_iters - 1 else ())
+            guess = Guess(corrected.h_L, corrected.entering)
+            aux_of_all.append(last.aux_L)
+            early.append(measure(last))
+        stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *early)
+        aux = tuple(aux_of_all) if kept == "every" else refreshed(*guess[:2], last.aux_L)
+        return Solution(corrected.leaving, corrected.h_L, aux, stats, corrected.tapped)
+
     # All iterations but the last share one compiled body; only the last one's aux and value are wanted.
     guess, early_stats = jax.lax.scan(body, guess, jnp.arange(num_iters - 1), unroll=num_iters <= 4)
     last = evaluate(num_iters - 1, guess)
     corrected = correction(problem, last, state, taps=taps)
     stats = {name: jnp.concatenate([early_stats[name], value[None]]) for name, value in measure(last).items()}
-    return Solution(corrected.leaving, corrected.h_L, last.aux_L, stats, corrected.tapped)
+    aux_L = refreshed(corrected.h_L, corrected.entering, last.aux_L)
+    return Solution(corrected.leaving, corrected.h_L, aux_L, stats, corrected.tapped)
 
 
 def _solve_adaptively(
@@ -95,8 +126,8 @@ def _solve_adaptively(
     num_iters: int,
     tolerance: float,
     taps: tuple[int, ...],
-) -> Solution:
-    """The loop of :func:`solve` with a tolerance."""
+) -> tuple[Solution, PyTree]:
+    """The loop of :func:`solve` with a tolerance, and the state that enters the first (local) layer."""
     batch_sizes = {leaf.shape[0] if leaf.ndim > 1 else 1 for leaf in jax.tree.leaves(problem.h_in)}
     if len(batch_sizes) != 1:
         raise ValueError(f"a tolerance needs a state whose leaves share a batch axis; these lead with {batch_sizes}.")
@@ -145,7 +176,8 @@ def _solve_adaptively(
     made, guess, (leaving, tapped), aux_L, stats, iters_B, *_ = jax.lax.while_loop(
         lambda carry: (carry[0] < num_iters) & carry[-1], advance, carry
     )
-    return Solution(leaving, guess.h_L, aux_L, stats | {"num_iters": made, "sequence_iters": iters_B}, tapped)
+    stats |= {"num_iters": made, "sequence_iters": iters_B}
+    return Solution(leaving, guess.h_L, aux_L, stats, tapped), guess.entering
 
 
 def sequential(

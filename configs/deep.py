@@ -1,0 +1,26 @@
+"""Twice the demo's depth: the model on which decoding is measured, trained for regions of 18 and of all 24 layers.
+
+Command:   python train.py configs/deep.py && python -m snlp_jax.infer runs/deep --prompt "def main(" --solver idn:n=18,k=1
+Hardware:  two CPU cores, 3 GB of memory. Time: about fifty minutes of training on a quiet machine.
+Expected:  docs/results.md, "Decoding".
+"""
+
+import dataclasses
+from pathlib import Path
+
+from snlp_jax.config import load_config
+
+demo = load_config(Path(__file__).with_name("demo.py"))
+config = dataclasses.replace(
+    demo,
+    name="deep",
+    model=dataclasses.replace(demo.model, num_layers=24, embed_dim=192, num_heads=6, num_kv_heads=6),
+    loss=dataclasses.replace(
+        demo.loss,
+        solver_ce=dataclasses.replace(
+            demo.loss.solver_ce, weight=0.5, region_sizes=(18, 24), sample_region=True, start_fraction=0.5
+        ),
+    ),
+    train=dataclasses.replace(demo.train, num_steps=1000, sample_every=0),
+    eval=dataclasses.replace(demo.eval, solvers=("idn:n=18,k=1", "idn:n=24,k=1", "idn:n=18,k=2", "idn:n=24,k=2")),
+)

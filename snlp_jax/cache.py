@@ -1,0 +1,139 @@
+"""Keys and values of earlier tokens: rings that are as long as their layer's window, not as the text.
+
+A layer of window w reads the last w tokens before those at hand. Its ring has ``S = min(w, capacity) + block`` slots,
+where ``block`` is the most tokens that are written at once; position p lies in slot ``p mod S``. What a draft wrote and
+a verification rejected lies at positions from the row's length on, and so do the slots it took: they are taken for
+tokens S older, which are out of the window. Nothing has to be undone but the length.
+
+Every row of a batch has its own length, so prompts and accepted drafts may differ.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from snlp_jax.layout import Weights
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.attention import slot_positions
+from snlp_jax.model.block import KeyValue, Ring, Rings
+from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
+from snlp_jax.solver import Exact, ParallelSegment
+from snlp_jax.types import Array
+
+FEW_WRITES = 16
+"""Tokens (batch x length) up to which each is written by itself: in place, where a scatter on a CPU is a loop."""
+
+
+class Past(NamedTuple):
+    """What a cached forward pass knows of the tokens before."""
+
+    previous_B1: Array
+    """The last of them, which the smear mixes into the next."""
+    length_B: Array
+    """How many there are."""
+    rings: "tuple[Rings | tuple[Rings, ...] | None, ...]"
+    """Of every segment's layers; one of each evaluation where every evaluation reads its own; None for layers that are
+    left out."""
+    warm: tuple[Array | None, ...] = ()
+    """Trace [n, B, 1, D] of the last token, of segments whose guess it is."""
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """How the rings of a segment's layers are laid out: slots and layers of every group (see ``Rings``)."""
+
+    sizes: tuple[int, ...]
+    members: tuple[tuple[int, ...], ...]
+
+
+def plan_rings(model: LanguageModel, weights: Weights, capacity: int, block: int) -> tuple[RingPlan | None, ...]:
+    """The rings of every segment, for texts of up to ``capacity`` tokens and up to ``block`` written at once.
+
+    Layers in a list have a ring each. Those in a stack share one array where their sizes agree, and are grouped by size
+    where not; but over devices, and for a correction that takes them one by one, all are as long as the longest.
+    """
+    plans: list[RingPlan | None] = []
+    for segment, blocks, is_spread in zip(weights.segments, weights.blocks, weights.is_spread, strict=True):
+        if blocks is None:
+            plans.append(None)
+            continue
+        windows = model.config.windows[segment.start : segment.stop]
+        sizes = [min(window, capacity) + block for window in windows]
+        if isinstance(blocks, list):
+            plans.append(RingPlan(tuple(sizes), tuple((index,) for index in range(len(sizes)))))
+            continue
+        one_by_one = isinstance(segment, ParallelSegment) and isinstance(segment.correction, Exact)
+        if is_spread or one_by_one or len(set(sizes)) == 1:
+            num_rows = jax.tree.leaves(blocks)[0].shape[0]
+            plans.append(RingPlan((max(sizes),), (tuple(range(num_rows)),)))
+            continue
+        groups = {size: tuple(i for i, own in enumerate(sizes) if own == size) for size in sorted(set(sizes))}
+        plans.append(RingPlan(tuple(groups), tuple(groups.values())))
+    return tuple(plans)
+
+
+def fill(plan: RingPlan, kv: KeyValue, length_B: Array) -> Rings:
+    """Rings that hold the last of each row's first ``length_B`` tokens, of keys and values [n, B, T, K, H]."""
+
+    def of_group(size: int, members: tuple[int, ...]) -> Ring:
+        index_BS = jnp.clip(slot_positions(length_B, size), 0, kv.key_BTKH.shape[2] - 1)
+        take = jax.vmap(lambda x_nTKH, index_S: jnp.swapaxes(x_nTKH[:, index_S], 1, 2), in_axes=(1, 0), out_axes=1)
+        return Ring(*(take(_rows(leaf, members), index_BS) for leaf in kv))
+
+    return Rings(tuple(map(of_group, plan.sizes, plan.members)), plan.members)
+
+
+def append(rings: Rings, kv: KeyValue, length_B: Array) -> Rings:
+    """The rings with the keys and values [n, B, T, K, H] of T more tokens after ``length_B``; in place where the
+    caller donates them. T is at most the ``block`` that they were planned for."""
+
+    def of_group(ring: Ring, members: tuple[int, ...]) -> Ring:
+        return Ring(*(_write(old, _rows(new, members), length_B) for old, new in zip(ring, kv, strict=True)))
+
+    return Rings(tuple(map(of_group, rings.groups, rings.members)), rings.members)
+
+
+def abstract_past(model: LanguageModel, weights: Weights, mesh: Mesh, batch_size: int, num_tokens: int) -> Past:
+    """The past of a text of ``num_tokens`` tokens as shapes with shardings: each segment's lies as its layers do."""
+    config = model.config
+
+    def one(plan: RingPlan | None, is_spread: bool) -> Rings | None:
+        if plan is None:
+            return None
+
+        def group(size: int, members: tuple[int, ...]) -> Ring:
+            shape = (len(members), batch_size, config.num_kv_heads, size, config.head_dim)
+            spec = spec_of("cache", shape, config, mesh, BY_LAYER if is_spread else BY_FEATURE)
+            leaf: Any = jax.ShapeDtypeStruct(shape, model.dtype, sharding=NamedSharding(mesh, spec))
+            return Ring(leaf, leaf)
+
+        return Rings(tuple(map(group, plan.sizes, plan.members)), plan.members)
+
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    previous_B1: Any = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=by_row)
+    length_B: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=by_row)
+    plans = plan_rings(model, weights, num_tokens, 1)
+    return Past(previous_B1, length_B, tuple(map(one, plans, weights.is_spread)))
+
+
+def _rows(leaf: Array, members: Sequence[int]) -> Array:
+    return leaf if len(members) == leaf.shape[0] else leaf[np.asarray(members)]
+
+
+def _write(ring_nBKSH: Array, new_nBTKH: Array, length_B: Array) -> Array:
+    B, T = new_nBTKH.shape[1:3]
+    num_slots = ring_nBKSH.shape[3]
+    slot_BT = (length_B[:, None] + jnp.arange(T)[None]) % num_slots
+    if B * T <= FEW_WRITES:
+        for row in range(B):
+            for t in range(T):
+                token = jnp.swapaxes(new_nBTKH[:, row : row + 1, t : t + 1], 2, 3)
+                ring_nBKSH = jax.lax.dynamic_update_slice(ring_nBKSH, token, (0, row, 0, slot_BT[row, t], 0))
+        return ring_nBKSH
+    write = lambda ring, new, slot_T: ring.at[:, :, slot_T].set(jnp.swapaxes(new, 1, 2))  # noqa: E731
+    return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(ring_nBKSH, new_nBTKH, slot_BT)

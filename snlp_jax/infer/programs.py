@@ -1,0 +1,301 @@
+"""The compiled parts of decoding: prefill, plain steps and speculative rounds, as functions of (weights, state).
+
+A row's text lies in ``tokens_BS``; its first ``length_B`` tokens are in the cache and the one after them, the newest,
+is not yet. A plain step evaluates the newest token and draws the next. A speculative round drafts up to G tokens with
+one set of weights, which read and write the same cache, then evaluates the newest token and all drafts with the exact
+ones and keeps what :func:`snlp_jax.infer.sampling.accept` says. Both loops run on the device until every row is done or
+a given number of steps is made.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from snlp_jax.cache import Past, RingPlan, append, fill
+from snlp_jax.forward import Left, States, run_segments
+from snlp_jax.infer.sampling import Features, Rows, accept, distribution, draw, seen_in, seen_with_drafts
+from snlp_jax.layout import Weights
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.block import Rings
+from snlp_jax.solver import Kept, ParallelSegment
+from snlp_jax.types import Array
+
+
+class Counts(NamedTuple):
+    """What has happened so far, over all rows; int32 scalars."""
+
+    steps: Array
+    """Plain steps and speculative rounds."""
+    tokens: Array
+    iterations: Array
+    """Solver iterations of rows that were not done, over all steps and regions that stop by a tolerance."""
+    tested: Array
+    """Drafts that were compared: the accepted ones and the first rejected one of each round."""
+    accepted: Array
+
+
+class State(NamedTuple):
+    """A batch of texts in the making."""
+
+    tokens_BS: Array
+    """What stands behind a row's newest token is scratch."""
+    log_probs_BS: Array
+    """Of every generated token, under the model itself: before temperature, filters and penalties."""
+    length_B: Array
+    target_B: Array
+    """Tokens that the finished text may have."""
+    is_active_B: Array
+    stop_BX: Array
+    """Token ids that end a row, filled up with -1."""
+    seen_BV: Array | None
+    """Tokens of the text, the newest included, where a repetition penalty asks for them."""
+    rows: Rows
+    rings: "tuple[Rings | tuple[Rings, ...] | None, ...]"
+    warm: tuple[Array | None, ...]
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Builds the functions; see the module."""
+
+    model: LanguageModel
+    features: Features
+    plans: tuple[RingPlan | None, ...]
+    kept: Kept
+    mesh: Mesh | None = None
+
+    def prefill(
+        self,
+        weights: Weights,
+        prompt_BP: Array,
+        length_B: Array,
+        target_B: Array,
+        stop_BX: Array,
+        rows: Rows,
+        *,
+        num_slots: int,
+        warm_segments: tuple[int, ...] = (),
+    ) -> State:
+        """Evaluate the prompts, filled up to one length behind their ends, and draw every row's first token.
+
+        Args:
+            num_slots: length S of ``tokens_BS``.
+            warm_segments: segments whose trace of the last token is the guess for the next.
+        """
+        B, P = prompt_BP.shape
+        states = self._run(weights, prompt_BP, traced=warm_segments)
+        last_B = length_B - 1
+        logits_BV = self._logits(weights, _pick(states.h_last, last_B), _pick(states.h_mid, last_B))[:, 0]
+        seen_BV = None
+        if self.features.penalizes:
+            is_token_BP = jnp.arange(P)[None] < length_B[:, None]
+            seen_BV = seen_in(prompt_BP, is_token_BP, logits_BV.shape[-1])
+        rings = tuple(
+            None if plan is None or left is None else _fill(plan, left.kv, length_B)
+            for plan, left in zip(self.plans, states.left, strict=True)
+        )
+        traces = [left.trace if left and index in warm_segments else None for index, left in enumerate(states.left)]
+        zero = jnp.zeros((), jnp.int32)
+        state = State(
+            tokens_BS=jnp.zeros((B, num_slots), jnp.int32).at[:, :P].set(prompt_BP[:, :num_slots]),
+            log_probs_BS=jnp.zeros((B, num_slots)),
+            length_B=last_B,
+            target_B=target_B,
+            is_active_B=length_B < target_B,
+            stop_BX=stop_BX,
+            seen_BV=seen_BV,
+            rows=rows,
+            rings=rings,
+            warm=tuple(None if trace is None else _pick(trace, last_B, axis=2) for trace in traces),
+            counts=Counts(zero, zero, zero, zero, zero),
+        )
+        return self._take(state, logits_BV)
+
+    def decode(self, weights: Weights, state: State, num_steps: Array) -> State:
+        """Plain steps."""
+
+        def step(state: State) -> State:
+            states = self._evaluate(weights, state, state.length_B, 1)
+            logits_BV = self._logits(weights, states.h_last, states.h_mid)[:, 0]
+            state = self._remember(state, states, state.length_B)
+            return self._take(state, logits_BV, _iterations(states, state.is_active_B))
+
+        return _repeat(step, state, num_steps)
+
+    def speculate(
+        self, drafter: Weights, exact: Weights, state: State, num_rounds: Array, draft_len: Array, *, max_draft: int
+    ) -> State:
+        """Rounds of ``draft_len`` <= ``max_draft`` drafts and one verification of ``max_draft + 1`` tokens."""
+        return _repeat(lambda state: self._round(drafter, exact, state, draft_len, max_draft), state, num_rounds)
+
+    def _round(self, drafter: Weights, exact: Weights, state: State, draft_len: Array, max_draft: int) -> State:
+        B, V = state.tokens_BS.shape[0], self.model.config.vocab_size
+        row_B, samples = jnp.arange(B), self.features.samples
+        draft_log_probs_BGV = jnp.zeros((B, max_draft, V)) if samples else None
+
+        def draft(index: Array, carry: tuple) -> tuple:
+            state, log_probs_BGV, seen_BV = carry
+            states = self._evaluate(drafter, state, state.length_B + index, 1)
+            logits_BTV = self._logits(drafter, states.h_last, states.h_mid)
+            seen_BTV = None if seen_BV is None else seen_BV[:, None]
+            log_probs_BV = distribution(logits_BTV, seen_BTV, state.rows, self.features)[:, 0]
+            position_B = state.length_B + index + 1
+            token_B = draw(log_probs_BV, state.rows, position_B, self.features)
+            if log_probs_BGV is not None:
+                log_probs_BGV = jax.lax.dynamic_update_index_in_dim(log_probs_BGV, log_probs_BV, index, 1)
+            if seen_BV is not None:
+                seen_BV = seen_BV.at[row_B, token_B].set(True)
+            state = self._remember(state, states, state.length_B + index)
+            counts = state.counts._replace(iterations=state.counts.iterations + _iterations(states, state.is_active_B))
+            tokens_BS = state.tokens_BS.at[row_B, position_B].set(token_B)
+            return state._replace(tokens_BS=tokens_BS, counts=counts), log_probs_BGV, seen_BV
+
+        carry = (state, draft_log_probs_BGV, state.seen_BV)
+        state, draft_log_probs_BGV, _ = jax.lax.fori_loop(0, draft_len, draft, carry)
+        start_B, X = state.length_B, max_draft + 1
+        block_BX = _slices(state.tokens_BS, start_B, X)
+        states = self._evaluate(exact, state, start_B, X)
+        logits_BXV = self._logits(exact, states.h_last, states.h_mid)
+        seen_BXV = None if state.seen_BV is None else seen_with_drafts(state.seen_BV, block_BX)
+        target_BXV = distribution(logits_BXV, seen_BXV, state.rows, self.features)
+        drafts_BG = block_BX[:, 1:]
+        found = accept(
+            *(drafts_BG, draft_len, draft_log_probs_BGV, target_BXV, state.rows, start_B + 1), features=self.features
+        )
+        # The new tokens: accepted drafts, then the one after them; cut behind a stop token and at the row's end.
+        index_X = jnp.arange(X)[None]
+        shifted_BX = jnp.concatenate([drafts_BG, jnp.zeros((B, 1), jnp.int32)], axis=1)
+        new_BX = jnp.where(index_X == found.count_B[:, None], found.next_B[:, None], shifted_BX)
+        is_stop_BX = (new_BX[:, :, None] == state.stop_BX[:, None]).any(-1)
+        before_stop_B = jnp.where(is_stop_BX, index_X, X).min(-1)
+        room_B = state.target_B - start_B - 1
+        num_new_B = jnp.minimum(jnp.minimum(found.count_B, before_stop_B) + 1, room_B)
+        num_new_B = jnp.where(state.is_active_B, num_new_B, 0)
+
+        is_new_BX = index_X < num_new_B[:, None]
+        log_probs_BX = _log_prob_of(logits_BXV, new_BX)
+        state = self._remember(state, states, start_B, last_B=jnp.maximum(num_new_B - 1, 0))
+        active_B = state.is_active_B
+        counts = state.counts._replace(
+            tested=state.counts.tested + jnp.where(active_B, jnp.minimum(found.count_B + 1, draft_len), 0).sum(),
+            accepted=state.counts.accepted + jnp.where(active_B, found.count_B, 0).sum(),
+            tokens=state.counts.tokens + num_new_B.sum(),
+            steps=state.counts.steps + 1,
+        )
+        seen_BV = state.seen_BV
+        if seen_BV is not None:
+            seen_BV = seen_BV | seen_in(new_BX, is_new_BX, V)
+        return state._replace(
+            tokens_BS=_put(state.tokens_BS, new_BX, is_new_BX, start_B + 1),
+            log_probs_BS=_put(state.log_probs_BS, log_probs_BX, is_new_BX, start_B + 1),
+            length_B=start_B + num_new_B,
+            is_active_B=active_B & (num_new_B < room_B) & (before_stop_B >= num_new_B),
+            seen_BV=seen_BV,
+            counts=counts,
+        )
+
+    # -- Pieces --------------------------------------------------------------------------------------------------------
+
+    def _run(self, weights: Weights, tokens_BT: Array, **settings: Any) -> States:
+        return run_segments(self.model, weights, tokens_BT, mesh=self.mesh, kept=self.kept, **settings)
+
+    def _evaluate(self, weights: Weights, state: State, length_B: Array, num_tokens: int) -> States:
+        """The tokens after the first ``length_B``."""
+        tokens_BX = _slices(state.tokens_BS, length_B - 1, num_tokens + 1)
+        past = Past(tokens_BX[:, :1], length_B, state.rings, state.warm)
+        traced = tuple(index for index, warm in enumerate(state.warm) if warm is not None)
+        return self._run(weights, tokens_BX[:, 1:], past=past, traced=traced)
+
+    def _logits(self, weights: Weights, h_last: Array, h_mid: Array) -> Array:
+        return self.model.logits(weights.ends, h_last, h_mid)
+
+    def _remember(self, state: State, states: States, length_B: Array, last_B: Array | None = None) -> State:
+        """Write what the evaluated tokens leave behind; ``last_B``: index of the last that stays, where it is not 0."""
+
+        def write(rings: Any, left: Left | None) -> Any:
+            if left is None:
+                return rings
+            if isinstance(rings, Rings):
+                return append(rings, left.kv, length_B)
+            return tuple(append(own, kv, length_B) for own, kv in zip(rings, left.kv, strict=True))
+
+        def guess(warm: Array | None, left: Left | None) -> Array | None:
+            if warm is None or left is None or left.trace is None:
+                return warm
+            return left.trace if last_B is None else _pick(left.trace, last_B, axis=2)
+
+        return state._replace(
+            rings=tuple(map(write, state.rings, states.left)), warm=tuple(map(guess, state.warm, states.left))
+        )
+
+    def _take(self, state: State, logits_BV: Array, iterations: Array | int = 0) -> State:
+        """Draw the token after the newest one and make it the newest."""
+        active_B, position_B = state.is_active_B, state.length_B + 1
+        seen_BTV = None if state.seen_BV is None else state.seen_BV[:, None]
+        log_probs_BV = distribution(logits_BV[:, None], seen_BTV, state.rows, self.features)[:, 0]
+        token_B = draw(log_probs_BV, state.rows, position_B, self.features)
+        is_stop_B = (token_B[:, None] == state.stop_BX).any(-1)
+        seen_BV = state.seen_BV
+        if seen_BV is not None:
+            seen_BV = seen_BV | seen_in(token_B[:, None], active_B[:, None], logits_BV.shape[-1])
+        counts = state.counts._replace(
+            steps=state.counts.steps + 1,
+            tokens=state.counts.tokens + active_B.sum(),
+            iterations=state.counts.iterations + iterations,
+        )
+        log_prob_B1, one = _log_prob_of(logits_BV[:, None], token_B[:, None]), active_B[:, None]
+        return state._replace(
+            tokens_BS=_put(state.tokens_BS, token_B[:, None], one, position_B),
+            log_probs_BS=_put(state.log_probs_BS, log_prob_B1, one, position_B),
+            length_B=state.length_B + active_B,
+            is_active_B=active_B & (position_B + 1 < state.target_B) & ~is_stop_B,
+            seen_BV=seen_BV,
+            counts=counts,
+        )
+
+
+def _repeat(step: Callable[[State], State], state: State, num_steps: Array) -> State:
+    last = state.counts.steps + num_steps
+    return jax.lax.while_loop(lambda state: state.is_active_B.any() & (state.counts.steps < last), step, state)
+
+
+def _fill(plan: RingPlan, kv: Any, length_B: Array) -> Any:
+    """Of one evaluation, or of several in a tuple."""
+    return tuple(fill(plan, own, length_B) for own in kv) if type(kv) is tuple else fill(plan, kv, length_B)
+
+
+def _iterations(states: States, is_active_B: Array) -> Array:
+    counted = [solution.stats["sequence_iters"] for solution in states.solutions if "sequence_iters" in solution.stats]
+    return sum((jnp.where(is_active_B, iters_B, 0).sum() for iters_B in counted), jnp.zeros((), jnp.int32))
+
+
+def _pick(x: Array, index_B: Array, axis: int = 1) -> Array:
+    """[.., B, 1, ..]: of each row the entry ``index_B`` of ``axis``, which stands behind the batch."""
+    one = lambda row, index: jax.lax.dynamic_slice_in_dim(row, index, 1, axis - 1)  # noqa: E731
+    return jax.vmap(one, in_axes=(axis - 1, 0), out_axes=axis - 1)(x, index_B)
+
+
+def _slices(x_BS: Array, start_B: Array, size: int) -> Array:
+    return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))(x_BS, start_B)
+
+
+def _put(x_BS: Array, new_BX: Array, is_new_BX: Array, start_B: Array) -> Array:
+    """``new_BX`` at ``start_B`` and on, where ``is_new_BX``."""
+    index_BX = jnp.where(is_new_BX, start_B[:, None] + jnp.arange(new_BX.shape[1])[None], x_BS.shape[1])
+    return x_BS.at[jnp.arange(len(x_BS))[:, None], index_BX].set(new_BX, mode="drop")
+
+
+def _log_prob_of(logits_BTV: Array, tokens_BT: Array) -> Array:
+    chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[:, :, None], axis=-1)[:, :, 0]
+    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+def warm_segments(weights: Weights) -> tuple[int, ...]:
+    """Segments whose guess is the trace of the token before."""
+    pairs = enumerate(weights.segments)
+    return tuple(i for i, segment in pairs if isinstance(segment, ParallelSegment) and segment.init.is_oracle)

@@ -1,0 +1,174 @@
+"""Text that appears while its tokens are still being made."""
+
+import functools
+from collections.abc import Sequence
+
+from snlp_jax.data.tokenizer import Tokenizer
+from snlp_jax.errors import InputError
+
+BROKEN = "\ufffd"
+"""What decoders write for a UTF-8 character that is wrong, or not complete yet."""
+CONTEXT = 4
+"""Tokens decoded again before a new one. Each has a byte at least and a UTF-8 character four at most, so that a decoder
+that starts here and one that started earlier agree on where the last character begins."""
+
+
+class TextStream:
+    """Joined pushes and ``finish`` = ``tokenizer.decode(all tokens)``, cut before the first stop string.
+
+    The first stop string is the one complete first, and the longest of those complete at the same character. A token is
+    decoded together with a few before it, since leading spaces and split characters depend on them: O(1) decoder work
+    a token, amortised. The equality needs a decoder that changes only the end of its text when a token comes:
+    the last, incomplete character (bytes, byte-level BPE), or a run of byte tokens (byte fallback, where one wrong byte
+    spoils its whole run; such a run is held back until it ends).
+
+    Args:
+      stop_strings: the text ends before any of them.
+
+    Raises:
+      InputError: a stop string is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+        if isinstance(stop_strings, str) or not all(stop_strings):
+            raise InputError(
+                f"stop strings {stop_strings!r} must be a list of texts, none of them empty; leave it out."
+            )
+        self._tokenizer = tokenizer
+        self._kinds = _kinds_of(tokenizer)
+        self._stop_strings = tuple(stop_strings)
+        self._window: list[int] = []  # the tokens still decoded,
+        self._counts: list[int] = []  # how many had come with each of them,
+        self._num_final = 0  # and how many characters of their text are final
+        self._tail = ""  # final text that may be the start of a stop string
+        self._parts: list[str] = []
+        self._num_tokens = 0
+        self._is_stopped = False
+        self._is_finished = False
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string was found; tokens pushed later are ignored."""
+        return self._is_stopped
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the text needs: all, or those up to and including the one that completed the stop string."""
+        return self._num_tokens
+
+    @property
+    def text(self) -> str:
+        """All text given out so far."""
+        return "".join(self._parts)
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens make final: no half characters, no possible start of a stop string."""
+        if self._is_finished:
+            raise ValueError("the text is finished; start a new TextStream")
+        start = len(self._parts)
+        for token in tokens:
+            if self._is_stopped:
+                break
+            self._push_one(int(token))
+        return "".join(self._parts[start:])
+
+    def finish(self) -> str:
+        """What was held back, incomplete characters as U+FFFD; the last call."""
+        start = len(self._parts)
+        if not (self._is_finished or self._is_stopped):
+            text = self._tokenizer.decode(self._window)
+            self._advance(text, len(text))
+            if not self._is_stopped:
+                self._parts.append(self._tail)
+        self._is_finished = True
+        return "".join(self._parts[start:])
+
+    def _push_one(self, token: int) -> None:
+        self._num_tokens += 1
+        if not self._kinds.has_text(token):
+            return
+        self._window.append(token)
+        self._counts.append(self._num_tokens)
+        if self._kinds.is_open(token):
+            return
+        text = self._tokenizer.decode(self._window)
+        num_held = text.endswith(BROKEN)
+        self._advance(text, len(text) - num_held)
+        if len(self._window) >= 2 * CONTEXT:
+            del self._window[:-CONTEXT], self._counts[:-CONTEXT]
+            self._num_final = len(self._tokenizer.decode(self._window)) - num_held
+
+    def _advance(self, text: str, num_final: int) -> None:
+        """Gives out the window's ``text`` up to ``num_final`` as far as stop strings allow."""
+        start = self._num_final - len(self._tail)  # of the tail, in the window's text; it may lie before it
+        self._tail += text[self._num_final : num_final]
+        self._num_final = max(self._num_final, num_final)
+        found = [(begin + len(stop), begin) for stop in self._stop_strings if (begin := self._tail.find(stop)) >= 0]
+        if found:
+            end, begin = min(found)
+            self._is_stopped = True
+            self._num_tokens = self._count_at(text[: start + end])
+            num_given = begin
+        else:
+            num_given = len(self._tail) - self._num_undecided()
+        self._parts.append(self._tail[:num_given])
+        self._tail = self._tail[num_given:]
+
+    def _num_undecided(self) -> int:
+        """Length of the longest end of the tail with which a stop string begins."""
+        return max(
+            (n for stop in self._stop_strings for n in range(1, len(stop)) if self._tail.endswith(stop[:n])), default=0
+        )
+
+    def _count_at(self, text: str) -> int:
+        """Number of tokens with which the window's text first begins with ``text``."""
+        for i, count in enumerate(self._counts):
+            if self._tokenizer.decode(self._window[: i + 1]).startswith(text):
+                return count
+        return self._num_tokens
+
+
+class _Kinds:
+    """What a token does to the text around it, found out by decoding it twice in a row.
+
+    Twice, because many decoders drop a space at the start of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decode = tokenizer.decode
+        self._byte = self._spoiling_byte(tokenizer)
+        self._has_text: dict[int, bool] = {}
+        self._is_open: dict[int, bool] = {}
+
+    def has_text(self, token: int) -> bool:
+        """False for special tokens and for ids that the tokenizer does not know."""
+        if token not in self._has_text:
+            self._has_text[token] = self._decode([token, token]) != ""
+        return self._has_text[token]
+
+    def is_open(self, token: int) -> bool:
+        """Whether a byte that follows can change this token's own text: a byte token of byte fallback."""
+        if self._byte is None:
+            return False
+        if token not in self._is_open:
+            text = self._decode([token, token])
+            after = self._decode([token, token, self._byte])
+            self._is_open[token] = text.endswith(BROKEN) or not after.startswith(text)
+        return self._is_open[token]
+
+    @staticmethod
+    def _spoiling_byte(tokenizer: Tokenizer) -> int | None:
+        """A token that undoes the text before it: a UTF-8 continuation byte where the tokenizer has byte fallback."""
+        rare = "\U0010ffff"  # a noncharacter, in nobody's vocabulary
+        try:
+            ids = tokenizer.encode(rare).tolist()
+        except Exception:  # the library raises bare Exception for a text without tokens: then there are no bytes
+            return None
+        text = tokenizer.decode(ids)
+        if rare not in text or tokenizer.decode([*ids, ids[-1]]).startswith(text):
+            return None
+        return ids[-1]
+
+
+_kinds_of = functools.lru_cache(maxsize=4)(_Kinds)
+"""One for each tokenizer, so that every token is looked at once, not once a text."""
