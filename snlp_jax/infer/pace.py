@@ -27,11 +27,13 @@ class Pace:
     s(g) = v + c g seconds are its cost, and p those of a plain step. All are estimated with exponential forgetting:
     a = accepted / tested drafts; k = accepted drafts over those that independent ones of rate a would have given (1
     if they are); v and c by least squares over the lengths measured, through (0, p) while there is only one; p is the
-    mean of plain steps. No length is chosen without measurement: plain, the middle length, plain, an outer length. While
-    drafting pays, plain and a second length are measured again at growing distances. While it does not, the best length
-    is tried again after pauses that double, each long enough to keep the whole loss, the start included, under
-    ``MAX_LOSS`` of the time that plain decoding would have taken. The rows of a batch decode in step, so the rate of
-    one row decides for all. The choice depends on nothing but the reports.
+    mean of plain steps. The rows of a batch decode in step, so the rate of one row decides for all. The choice depends
+    on nothing but the reports.
+
+    The first chunks measure: plain, the middle length, plain, an outer length. While drafting pays, plain and a second
+    length are measured again at growing distances. While it does not, the best length is tried again (in turn with a
+    second one, if that could pay were the line less steep), after pauses that double up to 16 times the first, and
+    only when the whole loss, the first chunks included, stays under ``MAX_LOSS`` of plain decoding's time.
 
     Speculative decoding's E(g) and its optimum: Leviathan et al., "Fast Inference from Transformers via Speculative
     Decoding", 2023, section 3.
@@ -48,7 +50,9 @@ class Pace:
         if max_draft < 0:
             raise InputError(f"max_draft={max_draft} must not be negative; use 0 for plain decoding.")
         if fixed is not None and not 0 <= fixed <= max_draft:
-            raise InputError(f"a fixed draft length of {fixed} does not fit max_draft={max_draft}; use 0 to {max_draft}.")
+            raise InputError(
+                f"a fixed draft length of {fixed} does not fit max_draft={max_draft}; use 0 to {max_draft}."
+            )
         self._max_draft = max_draft
         self._fixed = fixed
         self._accepted = _Mean()  # per tested draft
@@ -64,7 +68,7 @@ class Pace:
         self._last_draft = 0
         self._pause = 0.0  # plain steps before the next trial, and those since the last
         self._paused = 0.0
-        # While drafting pays: other lengths were measured so long ago, for so long, and the next time waits so often that.
+        # While drafting pays: since another length was measured, for how long it was, and how often that is to wait.
         self._unmeasured_seconds = 0.0
         self._measured_seconds = 0.0
         self._gap = 8
@@ -117,9 +121,7 @@ class Pace:
             return best
         return other if self._was_plain_measured and other != best else 0
 
-    def report(
-        self, draft_len: int, seconds: float, rounds: int, tested: int, accepted: int, tokens: int
-    ) -> None:
+    def report(self, draft_len: int, seconds: float, rounds: int, tested: int, accepted: int, tokens: int) -> None:
         """Tells what a chunk took.
 
         Args:
@@ -160,10 +162,10 @@ class Pace:
         self._last_draft = draft_len
         expected = self.round_seconds(draft_len)
         if expected is not None and seconds < FASTEST * expected:
-            self._lost *= seconds / expected  # as far as it is known now
             self._line = _Line()
+            self._lost = self._pause = 0.0  # the machine's fault
         elif expected is not None:  # the second one is expected from one length only
-            seconds = min(seconds, (2 if self._num_drafted == 2 else SLOWEST) * expected)
+            seconds = min(seconds, (2.0 if self._num_drafted == 2 else SLOWEST) * expected)
         self._line.add(draft_len, seconds)
         a = self._accepted.value
         if a is not None and abs(accepted - a * tested) > SURPRISE * math.sqrt(tested * a * (1 - a) + 1):
@@ -184,7 +186,8 @@ class Pace:
         lost = rounds * seconds / self._plain - steps
         self._lost = max(self._lost + lost, 0.0)  # what was gained once does not pay for later trials
         least, most = max(lost, 0.0) / MAX_LOSS, max(lost / MAX_LOSS, steps) * 16
-        self._pause = 0.0 if pays else min(max(2 * self._pause, least, steps), most)
+        longer = 2 * self._pause if self._num_drafted > 2 else 0.0
+        self._pause = 0.0 if pays else min(max(longer, least, steps), most)
 
     def _schedule(self, draft_len: int, before: int, seconds: float, rounds: int) -> None:
         """Remembers when a length other than the best was last measured."""
@@ -218,7 +221,9 @@ class Pace:
     def _could_pay(self, best: int, other: int) -> bool:
         """Whether ``other`` would pay at the cost of the shorter of the two: the line may be too steep."""
         seconds = self.round_seconds(min(best, other))
-        return None not in (seconds, self._plain) and self.round_tokens(other) * self._plain > seconds
+        if self._plain is None or seconds is None:
+            return False
+        return self.round_tokens(other) * self._plain > seconds
 
     def _may_try(self, draft_len: int) -> bool:
         seconds = self.round_seconds(draft_len)

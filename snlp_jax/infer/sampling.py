@@ -1,7 +1,8 @@
 """Logits to tokens inside a compiled decoding loop, for a batch whose rows have different requests.
 
-All noise comes from (seed, position, purpose), so that a request gives the same text in any batch and any row as far
-as the logits do. Drafts have the axes G (drafts of a block) and X = G + 1 (the current token and the drafts).
+All noise comes from (seed, position, purpose): equal logits and equal draft lengths give a request the same text in any
+batch and any row. Other draft lengths change a sampled text, not its law. Drafts have the axes
+G (drafts of a block) and X = G + 1 (the current token and the drafts).
 """
 
 from collections.abc import Sequence

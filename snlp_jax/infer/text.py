@@ -35,7 +35,7 @@ class TextStream:
                 f"stop strings {stop_strings!r} must be a list of texts, none of them empty; leave it out."
             )
         self._tokenizer = tokenizer
-        self._kinds = _kinds_of(tokenizer)
+        self._kinds = _kinds_of(tokenizer)  # type: ignore[arg-type]  # a Protocol does not say that it hashes
         self._stop_strings = tuple(stop_strings)
         self._window: list[int] = []  # the tokens still decoded,
         self._counts: list[int] = []  # how many had come with each of them,
