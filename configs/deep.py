@@ -8,7 +8,7 @@ Expected:  docs/results.md, "Decoding".
 import dataclasses
 from pathlib import Path
 
-from snlp_jax.config import load_config
+from snlp_jax.config import LayerSkipConfig, load_config
 
 demo = load_config(Path(__file__).with_name("demo.py"))
 config = dataclasses.replace(
@@ -20,6 +20,8 @@ config = dataclasses.replace(
         solver_ce=dataclasses.replace(
             demo.loss.solver_ce, weight=0.5, region_sizes=(18, 24), sample_region=True, start_fraction=0.5
         ),
+        # For a drafter of five layers, skip:4-23: on a CPU, where a draft costs what it reads, the cheapest one.
+        layer_skip=LayerSkipConfig(weight=1.0, region_sizes=(20,), start_fraction=0.3),
     ),
     train=dataclasses.replace(demo.train, num_steps=1000, sample_every=0),
     eval=dataclasses.replace(demo.eval, solvers=("idn:n=18,k=1", "idn:n=24,k=1", "idn:n=18,k=2", "idn:n=24,k=2")),

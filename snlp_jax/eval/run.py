@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from snlp_jax.config import Config, from_json
 from snlp_jax.data.pipeline import TokenData, prepare_tokens, val_batches
-from snlp_jax.data.tokenizer import check_vocab
+from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibration
 from snlp_jax.eval.evaluate import evaluate, parse_settings
@@ -67,7 +67,7 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     settings = parse_settings(config.model, config.eval)
     specs = [parse_calibration(text, config.model.num_layers) for text in config.eval.calibrations]
     model = LanguageModel(config.model)
-    step, params = _read_params(run_dir, model, which)
+    step, params = read_params(run_dir, model, which)
     data = _read_data(run_dir, config)
     for spec in specs:
         _note(f"fitted calibration {spec.name!r} in {fit_to_run(run_dir, model, params, data, spec)[1]}.")
@@ -87,7 +87,8 @@ def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report
     return dataclasses.replace(report, info=run.about | {"config": dataclasses.asdict(config)} | report.info)
 
 
-def _read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int, Params]:
+def read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int, Params]:
+    """Step and parameters of a run's checkpoint; for ``which`` and errors see :func:`open_run`."""
     with Checkpointer(run_dir / CHECKPOINT_NAME, read_only=True) as checkpointer:
         if which == "best" and checkpointer.best_step is None:
             if checkpointer.latest_step is not None:
@@ -96,17 +97,27 @@ def _read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int
         return checkpointer.restore_params(model.abstract_params(), which)
 
 
-def _read_data(run_dir: Path, config: Config) -> TokenData:
-    """The corpus in the tokens of the run, even where it has changed since and would give another tokenizer."""
+def read_tokenizer(run_dir: Path) -> Tokenizer:
+    """The tokenizer that a run saved.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
     path = run_dir / TOKENIZER_NAME
     if not path.is_file():
         raise InputError(
             f"run directory {str(run_dir)!r} holds no {TOKENIZER_NAME}; name one that training has written."
         )
+    return load_tokenizer_json(path.read_text(encoding="utf-8"))
+
+
+def _read_data(run_dir: Path, config: Config) -> TokenData:
+    """The corpus in the tokens of the run, even where it has changed since and would give another tokenizer."""
+    tokenizer = read_tokenizer(run_dir)
     data = prepare_tokens(config.data)
-    if data.tokenizer.to_json() != path.read_text(encoding="utf-8"):
+    if data.tokenizer.to_json() != tokenizer.to_json():
         _note("the corpus gives another tokenizer than it did in training; taking the run's own.")
-        data = prepare_tokens(dataclasses.replace(config.data, tokenizer=str(path)))
+        data = prepare_tokens(dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME)))
     check_vocab(data.tokenizer, config.model.vocab_size)
     return data
 

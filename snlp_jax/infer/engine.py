@@ -110,7 +110,8 @@ class Engine:
         draft_len: drafts a round; None adapts the number to what acceptance and costs are measured, down to plain
             decoding.
         max_draft: most drafts a round, compiled in: the verification evaluates one token more.
-        layout, mesh, sequential, fits: see :func:`snlp_jax.layout.prepare`.
+        layout: "stack" scans over layers in order, "list" unrolls them; "auto" scans where all windows are alike.
+        mesh, sequential, fits: see :func:`snlp_jax.layout.prepare`.
         tokenizer: for text, stop strings and nothing else.
 
     Raises:
@@ -134,11 +135,13 @@ class Engine:
         tokenizer: Tokenizer | None = None,
     ):
         schedule = schedule or Schedule.of(model.config.num_layers)
-        check_rule(schedule, rule)
-        if draft is not None:
-            _check_draft(schedule, rule, draft, draft_len, max_draft)
+        check_settings(schedule, rule, draft, draft_len, max_draft)
         self.model, self.schedule, self.draft, self.rule, self.mesh = model, schedule, draft, rule, mesh
         self.draft_len, self.max_draft, self.tokenizer = draft_len, max_draft if draft else 0, tokenizer
+        # One token at a time a scan over a stack is as fast as unrolled layers and compiles several times faster; but
+        # it cannot go through layers whose rings differ.
+        if layout == "auto" and len(set(model.config.windows)) == 1:
+            layout = "stack"
         settings: dict[str, Any] = {"num_tokens": 1, "layout": layout, "mesh": mesh, "sequential": sequential}
         self.weights = prepare(model, params, draft or schedule, fits=fits, **settings)
         """Of plain steps, or of the drafter."""
@@ -391,12 +394,20 @@ class Engine:
         return completions
 
 
-def check_rule(schedule: Schedule, rule: CacheRule) -> None:
-    """Refuse what has no invariant.
+def check_settings(
+    schedule: Schedule, rule: CacheRule, draft: Schedule | None, draft_len: int | None, max_draft: int
+) -> None:
+    """Refuse what has no invariant or no meaning; the arguments are those of :class:`Engine`.
 
     Raises:
-        InputError: names the part of the schedule and the rule that would do.
+        InputError: names the setting and what would do.
     """
+    _check_rule(schedule, rule)
+    if draft is not None:
+        _check_draft(schedule, rule, draft, draft_len, max_draft)
+
+
+def _check_rule(schedule: Schedule, rule: CacheRule) -> None:
     if rule not in get_args(CacheRule):
         raise InputError(f"unknown cache rule {rule!r}; choose one of {', '.join(get_args(CacheRule))}.")
     for region in schedule.regions:

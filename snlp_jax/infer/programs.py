@@ -122,8 +122,8 @@ class Programs:
         def step(state: State) -> State:
             states = self._evaluate(weights, state, state.length_B, 1)
             logits_BV = self._logits(weights, states.h_last, states.h_mid)[:, 0]
-            state = self._remember(state, states, state.length_B)
-            return self._take(state, logits_BV, _iterations(states, state.is_active_B))
+            new = self._take(state, logits_BV, _iterations(states, state.is_active_B))
+            return self._remember(new, states, _after(new.tokens_BS, state.length_B))
 
         return _repeat(step, state, num_steps)
 
@@ -150,7 +150,7 @@ class Programs:
                 log_probs_BGV = jax.lax.dynamic_update_index_in_dim(log_probs_BGV, log_probs_BV, index, 1)
             if seen_BV is not None:
                 seen_BV = seen_BV.at[row_B, token_B].set(True)
-            state = self._remember(state, states, state.length_B + index)
+            state = self._remember(state, states, _after(token_B[:, None], state.length_B + index))
             counts = state.counts._replace(iterations=state.counts.iterations + _iterations(states, state.is_active_B))
             tokens_BS = state.tokens_BS.at[row_B, position_B].set(token_B)
             return state._replace(tokens_BS=tokens_BS, counts=counts), log_probs_BGV, seen_BV
@@ -179,7 +179,8 @@ class Programs:
 
         is_new_BX = index_X < num_new_B[:, None]
         log_probs_BX = _log_prob_of(logits_BXV, new_BX)
-        state = self._remember(state, states, start_B, last_B=jnp.maximum(num_new_B - 1, 0))
+        last_B = jnp.maximum(num_new_B - 1, 0)
+        state = self._remember(state, states, _after(found.next_B[:, None], start_B), last_B)
         active_B = state.is_active_B
         counts = state.counts._replace(
             tested=state.counts.tested + jnp.where(active_B, jnp.minimum(found.count_B + 1, draft_len), 0).sum(),
@@ -257,6 +258,15 @@ class Programs:
             seen_BV=seen_BV,
             counts=counts,
         )
+
+
+def _after(tokens_BX: Array, length_B: Array) -> Array:
+    """``length_B``, not known before the tokens are: token ids are never negative, but the compiler cannot know.
+
+    What is written there is then written after everything has been read that led to the tokens, and so in place; else
+    XLA copies every ring in every step.
+    """
+    return length_B + jnp.minimum(tokens_BX.min(-1), 0)
 
 
 def _repeat(step: Callable[[State], State], state: State, num_steps: Array) -> State:

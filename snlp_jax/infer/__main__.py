@@ -1,0 +1,188 @@
+"""Continue text with a trained model.
+
+    python -m snlp_jax.infer runs/demo --prompt "def main("
+    python -m snlp_jax.infer runs/demo --prompt "import " "class A:" --solver idn:n=8,k=2 --temperature 0.8
+    python -m snlp_jax.infer runs/demo --speculate idn:n=8,k=1
+
+Text appears as it is made; a line with speed, acceptance of drafts and solver iterations goes to stderr. Without a
+prompt each line that is typed (or piped in) is one. Several prompts are one batch. Settings are written as in
+snlp_jax/notation.py.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from snlp_jax.config import MeshConfig
+from snlp_jax.entry import run_entry
+from snlp_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from snlp_jax.infer.engine import Engine, Request
+
+
+@dataclass(frozen=True)
+class Args:
+    run_dir: tyro.conf.Positional[Path]
+    """What training wrote."""
+    prompt: tuple[str, ...] = ()
+    checkpoint: Literal["best", "last"] = "best"
+    """The one of the lowest validation loss, or the newest."""
+    solver: str = "seq"
+    """How a token is decoded, for example idn:n=8,k=2; the sequential pass by default."""
+    rule: Literal["last_eval", "refreshed", "per_iteration"] = "last_eval"
+    """What the cache keeps of a parallel region: of the last evaluation, of the corrected trace, or of every
+    evaluation, which alone equals the solver on the whole text where its iterations do not end at the sequential pass."""
+    speculate: str = ""
+    """Draft with this setting and verify with the sequential pass: the same text, faster where drafts are good."""
+    draft_len: int = 0
+    """Drafts a round; 0 adapts the number to acceptance and costs, down to none."""
+    max_draft: int = 8
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """Of the first prompt; the others count on."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the text, and are not part of it."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices over which layers and prompts are spread."""
+    sequential: Literal["tensor", "ring"] = "tensor"
+    """How layers in order lie on the devices of the layer axis, as in eval.py."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, prog="python -m snlp_jax.infer", description=__doc__)
+
+    from snlp_jax.infer.engine import Engine  # after --help: it imports jax
+
+    engine = open_engine(args)
+    assert isinstance(engine, Engine)
+    if args.prompt:
+        generate(engine, args, args.prompt)
+        return
+    for line in _lines():
+        try:
+            generate(engine, args, (line,))
+        except InputError as error:  # a prompt that is too long should not end the session
+            print(f"error: {error}", file=sys.stderr)
+
+
+def open_engine(args: Args) -> "Engine":
+    """The run's model behind the engine that the flags ask for.
+
+    Raises:
+        InputError: see :class:`snlp_jax.infer.engine.Engine` and :func:`snlp_jax.eval.run.open_run`.
+    """
+    from snlp_jax.eval.calibrations import load_fits
+    from snlp_jax.eval.run import read_config, read_params, read_tokenizer
+    from snlp_jax.infer.engine import Engine, check_settings
+    from snlp_jax.layout import check_schedule
+    from snlp_jax.model import LanguageModel
+    from snlp_jax.notation import parse_schedule
+    from snlp_jax.parallel.mesh import make_mesh
+
+    config = read_config(args.run_dir)
+    num_layers = config.model.num_layers
+    schedule = parse_schedule(args.solver, num_layers)
+    draft = parse_schedule(args.speculate, num_layers) if args.speculate else None
+    # Mistakes are told before anything is read.
+    sampling_of(args)
+    check_settings(schedule, args.rule, draft, args.draft_len or None, args.max_draft)
+    for each in filter(None, (schedule, draft)):
+        check_schedule(config.model, each)
+    mesh = make_mesh(args.mesh) if args.mesh != MeshConfig() else None
+    model, tokenizer = LanguageModel(config.model), read_tokenizer(args.run_dir)
+    _, params = read_params(args.run_dir, model, args.checkpoint)
+    return Engine(
+        model,
+        params,
+        schedule,
+        rule=args.rule,
+        draft=draft,
+        draft_len=args.draft_len or None,
+        max_draft=args.max_draft,
+        mesh=mesh,
+        sequential=args.sequential,
+        fits=load_fits(args.run_dir, params, [each for each in (schedule, draft) if each]),
+        tokenizer=tokenizer,
+    )
+
+
+def sampling_of(args: Args, row: int = 0):  # noqa: ANN201
+    """The :class:`Sampling` of a prompt."""
+    from snlp_jax.infer.sampling import Sampling
+
+    return Sampling(
+        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, (args.seed + row) % 2**32
+    )
+
+
+def requests_of(engine: "Engine", args: Args, prompts: tuple[str, ...]) -> list["Request"]:
+    from snlp_jax.infer.engine import Request
+
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    return [
+        Request(
+            # A text begins with the separator, which is how training has shown it.
+            [tokenizer.bos_id, *map(int, tokenizer.encode(prompt))],
+            args.max_new_tokens,
+            sampling_of(args, row),
+            stop_tokens=(tokenizer.bos_id,),
+            stop_strings=args.stop,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def generate(engine: "Engine", args: Args, prompts: tuple[str, ...]) -> None:
+    """Print the continuations; one prompt's as it comes, several one after another when all are done."""
+    requests = requests_of(engine, args, prompts)
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        engine.generate(requests, on_tokens=lambda _, __, text: print(text, end="", flush=True))
+        print()
+    else:
+        for prompt, done in zip(prompts, engine.generate(requests), strict=True):
+            print(f"{prompt}{done.text}\n{'-' * 40}")
+    print(closing_line(engine), file=sys.stderr)
+
+
+def closing_line(engine: "Engine") -> str:
+    found = engine.statistics
+    assert found is not None
+    parts = [f"{found.new_tokens} tokens", f"{found.tokens_per_second:.0f} tokens/s"]
+    if engine.draft is not None:
+        share = "none drafted" if found.acceptance is None else f"acceptance {found.acceptance:.0%}"
+        parts.append(f"{share}, {found.steps} passes of all layers")
+    if any(region.tolerance > 0 for region in engine.schedule.regions):
+        parts.append(f"{found.iterations / max(found.new_tokens - 1, 1):.2f} iterations a token")
+    if found.compile_seconds > 0.05:
+        parts.append(f"besides {found.compile_seconds:.1f} s of compilation")
+    return "[" + ", ".join(parts) + "]"
+
+
+def _lines() -> Iterator[str]:
+    """Prompts from the terminal until Ctrl-D, or from a pipe; empty lines are passed over."""
+    is_terminal = sys.stdin.isatty()
+    while True:
+        if is_terminal:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if text := line.rstrip("\n"):
+            yield text
+
+
+if __name__ == "__main__":
+    run_entry(main)
