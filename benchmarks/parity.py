@@ -11,61 +11,47 @@ Exit code: 0 all within tolerance, 1 an array is not, 2 a file could not be read
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
+import operator
 import re
 import sys
-import unittest.mock as mock
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from golden import GivenProbes, Golden
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward, layer_problem
-from snlp_jax.layout import Weights, prepare, split, with_schedule
-from snlp_jax.linearize import fit_init
-from snlp_jax.model import LanguageModel
-from snlp_jax.model.convert import from_nanochat, nanochat_config, to_nanochat
+from snlp_jax.forward import layer_problem
 from snlp_jax.notation import DIAGONAL_MODES
 from snlp_jax.solver import (
     BatchForward,
-    Calibration,
     Chunkwise,
     Correction,
-    Diagonal,
     Exact,
     FusedSplit,
     HyperConnection,
     Identity,
     Init,
     Jacobi,
-    LayerProblem,
     ParallelSegment,
     PerLayer,
     PrefixState,
     Preheat,
     ScaledIdentity,
     Schedule,
-    SequentialSegment,
     Stage,
     Warm,
     safe_norm,
-    sequential,
     solve,
 )
-from snlp_jax.train.loss import Plan, loss_fn
 from snlp_jax.types import Array, Params
 
 LOGITS_TOLERANCE = 3e-5
@@ -82,211 +68,8 @@ PREHEAT_TOLERANCE = 1e-3
 """Of the fitted map and bias, relative to the largest entry: float32 least squares on 128 tokens."""
 TIE_MARGIN = 2 * LOGITS_TOLERANCE
 """Greedy tokens may differ from where the two best logits are closer than this."""
-REG_WEIGHT = 0.5
-"""Weight of the auxiliary losses in every golden file."""
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
-"""Of the large programs: each runs a few times only, so compiling takes the time."""
 
-REG_VECTORS = "diag_reg/z"
-"""Random vectors of the diagonal regularizer, one for each region size."""
 INITS: dict[str, Init] = {"h0": PrefixState(), "batch_fwd": BatchForward(), "preheat": Preheat()}
-
-
-# ---- a golden file, and what this library computes of it -------------------------------------------------------------
-
-
-class Golden:
-    """One golden file and the model in it. Programs are compiled once for all arrays that need them."""
-
-    def __init__(self, path: Path):
-        """Raises InputError: the file is not a golden file; one sentence says why."""
-        if not path.is_file():
-            raise InputError("there is no such file.")
-        try:
-            with np.load(path) as file:
-                self.arrays: Mapping[str, np.ndarray] = {name: file[name] for name in file.files}
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError("not a readable .npz file.") from error
-        for name in ("config", "meta", "idx", "targets", "pos", "hid_pos"):
-            if name not in self.arrays:
-                raise InputError(f"not a golden file: it lacks the array {name!r}.")
-        try:
-            self.config: dict[str, Any] = json.loads(str(self.arrays["config"]))
-            self.meta: dict[str, Any] = json.loads(str(self.arrays["meta"]))
-        except json.JSONDecodeError as error:
-            raise InputError(f"not a golden file: its config or meta is not JSON ({error}).") from error
-        try:
-            self.num_layers: int = self.config["n_layer"]
-            self.has_mhc: bool = self.config["use_mhc"]
-            self.has_value_embeds: bool = not self.config["no_ve"]
-            self.windows_matter: bool = self.meta["windows_matter"]
-            self.reg_sizes: tuple[int, ...] = tuple(self.meta["reg_npars"])
-            self.reg_stride: int = self.meta["stride"]
-        except KeyError as error:
-            raise InputError(f"not a golden file: its config or meta lacks the field {error}.") from error
-        model_config = dataclasses.replace(nanochat_config(self.config), compute_dtype="float32")
-        weights = {name.removeprefix("w/"): array for name, array in self.arrays.items() if name.startswith("w/")}
-        self.model = LanguageModel(model_config)
-        self.params: Params = from_nanochat(weights, model_config)
-        self.tokens_BT = jnp.asarray(self.arrays["idx"])
-        self.fits: dict[str, Calibration] = {}
-        if "preheat/U" in self.arrays:
-            names = {"preheat_u": "U", "preheat_v": "V", "preheat_intercept": "bias"}
-            fitted = {ours: jnp.asarray(self.arrays[f"preheat/{name}"]) for ours, name in names.items()}
-            for n in range(1, self.num_layers + 1):
-                self.fits[str(n)] = Calibration({name: leaf[-n:] for name, leaf in fitted.items()}, {})
-        self.solutions: dict[ParallelSegment, tuple[np.ndarray, np.ndarray]] = {}
-        self._loss_fns: dict[tuple, Callable[..., tuple[Array, Params]]] = {}
-
-    def at_pos(self, array: np.ndarray) -> np.ndarray:
-        """The stored positions of logits or states [..., T, D]."""
-        return np.take(array, self.arrays["pos"], axis=-2)
-
-    @cached_property
-    def logits_BTV(self) -> np.ndarray:
-        """Of the sequential pass."""
-        weights = split(self.model, self.params, Schedule.of(self.num_layers))
-        return np.asarray(jax.jit(lambda weights: forward(self.model, weights, self.tokens_BT).logits_BTV)(weights))
-
-    @cached_property
-    def states(self) -> tuple[np.ndarray, np.ndarray]:
-        """x0 [B, T, D] and the outputs of all layers [L, B, T, D] in the sequential pass."""
-
-        @jax.jit
-        def compute(params: Params) -> tuple[Array, Array]:
-            x0_BTD = self.model.embed(params, self.tokens_BT)
-            segment = SequentialSegment(0, self.num_layers)
-            shared = self.model.shared(x0_BTD)
-            h_in = self.model.expand(x0_BTD)
-            problem = layer_problem(self.model, params, params["blocks"], self.tokens_BT, shared, segment, h_in)
-            return x0_BTD, sequential(problem, with_trace=True).trace
-
-        return jax.tree.map(np.asarray, compute(self.params))
-
-    @cached_property
-    def preheat(self) -> dict[str, np.ndarray]:
-        """U, V [L, D, r] and bias [L, D] of the map from the embedding to every layer's output."""
-        tokens_BT = jnp.asarray(self.arrays["preheat/calib_tokens"])
-        segment, every = SequentialSegment(0, self.num_layers), 4
-
-        @jax.jit
-        def compute(params: Params) -> tuple[Array, Array]:
-            x0_BTD = self.model.embed(params, tokens_BT)
-            shared = self.model.shared(x0_BTD)
-            problem = layer_problem(self.model, params, params["blocks"], tokens_BT, shared, segment, x0_BTD)
-            return x0_BTD[:, ::every], sequential(problem, with_trace=True).trace[:, :, ::every]
-
-        x0_BTD, h_LBTD = compute(self.params)
-        # Layers that have these outputs whatever they read: the chain that the fit sees as text.
-        problem = LayerProblem(
-            lambda h_BTD, x, ctx, shared: (h_BTD, ()), h_LBTD, None, None, x0_BTD, self.num_layers, anchor=x0_BTD
-        )
-        layers = fit_init([problem], Preheat(), rank=self.arrays["preheat/U"].shape[-1], ridge=0.0)
-        return {name: layers[f"preheat_{ours}"] for name, ours in (("U", "u"), ("V", "v"), ("bias", "intercept"))}
-
-    def solve(self, regions: Iterable[ParallelSegment]) -> None:
-        """Fill ``solutions``: logits [B, T, V] and states [n, B, T, D] of every region; each ends the model.
-
-        Compiling takes the time here, so one program does all regions of a size: the layers before them and their
-        common iterations are one computation to the compiler.
-        """
-        by_start: dict[int, list[Schedule]] = {}
-        for region in dict.fromkeys(regions):
-            by_start.setdefault(region.start, []).append(Schedule.of(self.num_layers, region))
-        for schedules in by_start.values():
-            # The layers before the region unrolled, those of the region stacked: the layout for a single token.
-            weights = prepare(self.model, self.params, schedules[0], num_tokens=1, fits=self.fits)
-
-            def compute(weights: Weights, fits: dict, schedules: list = schedules) -> list[tuple[Array, Array]]:
-                replaced = (with_schedule(self.model, weights, schedule, fits) for schedule in schedules)
-                outputs = [forward(self.model, its_weights, self.tokens_BT) for its_weights in replaced]
-                return [(output.logits_BTV, output.solutions[0].trace) for output in outputs]
-
-            results = jax.tree.map(np.asarray, jax.jit(compute, compiler_options=COMPILER_OPTIONS)(weights, self.fits))
-            self.solutions.update(zip([schedule.segments[-1] for schedule in schedules], results, strict=True))
-
-    def loss(self, case: str) -> tuple[float, dict[str, np.ndarray]]:
-        """Loss and gradients, by the authors' names, of a case.
-
-        ``plain``; ``idn_s3_d0_warm0.25`` (``s`` is the stride, ``d1`` detaches the target, ``warm`` is the share of the
-        weight that its warm-up has reached; ``idn_s0`` is the layer-skip control, ``mhc_s0`` compares the last layer);
-        ``diag_fd_ds2`` (the last layer after one Diagonal correction with the file's vectors, estimated every second
-        layer; entries from finite differences are clipped there, those from a VJP are not). Cases that differ in
-        traced weights only share a program.
-        """
-        match = re.fullmatch(
-            r"(?P<kind>idn|mhc|diag)(_s(?P<stride>\d+))?(_d(?P<detach>[01]))?(_warm(?P<warm>[\d.]+))?"
-            r"(_(?P<mode>fd|vjp)_ds(?P<every>\d+))?",
-            case,
-        )
-        sizes, weights = self.reg_sizes, {"hidden_norm": 0.0, "layer_skip": 0.0}
-        detach, stride = False, self.reg_stride
-        given: GivenProbes | None = None
-        if match:
-            is_skip = match["kind"] == "idn" and match["stride"] == "0"
-            weights["layer_skip" if is_skip else "hidden_norm"] = REG_WEIGHT * float(match["warm"] or 1)
-            detach = match["kind"] == "diag" or match["detach"] == "1"
-            if match["stride"] not in (None, "0", str(self.reg_stride)):
-                raise InputError(f"the loss {case!r} has a stride other than 0 and {self.reg_stride}.")
-            if match["kind"] == "diag" or (match["kind"] == "mhc" and match["stride"] == "0"):
-                stride = self.num_layers  # the last layer alone
-            if match["kind"] == "diag":
-                limit = 2.0 if match["mode"] == "fd" else np.inf
-                options: dict[str, Any] = {"mode": DIAGONAL_MODES[match["mode"]], "limit": limit, "detach": True}
-                options["stride"] = int(match["every"])
-                given = GivenProbes(**options, vectors=REG_VECTORS, golden=self)
-        program = detach, stride, given
-        if program not in self._loss_fns:
-            tokens_BT1 = jnp.concatenate([self.tokens_BT, self.arrays["targets"][:, -1:]], axis=1)
-            correction = "hcn" if self.has_mhc else "idn"
-            config = LossConfig(
-                hidden_norm=HiddenNormConfig(
-                    REG_WEIGHT, sizes, correction=correction, stride=stride, detach_target=detach
-                ),
-                layer_skip=LayerSkipConfig(REG_WEIGHT, sizes, detach_target=detach),
-            )
-            plan = Plan((("hidden_norm", sizes), ("layer_skip", sizes)))
-
-            def compute(params: Params, weights: dict[str, float]) -> Array:
-                return loss_fn(self.model, params, tokens_BT1, config, plan, weights)[0]
-
-            self._loss_fns[program] = jax.jit(jax.value_and_grad(compute), compiler_options=COMPILER_OPTIONS)
-        use_given = mock.patch("snlp_jax.train.loss.make_correction", lambda _: given)
-        with use_given if given else contextlib.nullcontext():
-            loss, gradients = self._loss_fns[program](self.params, weights)
-        return float(loss), to_nanochat(gradients, self.model.config)
-
-    def greedy(self, prompt: np.ndarray, num_tokens: int) -> np.ndarray:
-        """Free-running greedy continuation without a cache; causality makes the padding invisible."""
-        weights = split(self.model, self.params, Schedule.of(self.num_layers))
-
-        @jax.jit
-        def next_token(weights: Weights, tokens_1T: Array, length: int) -> Array:
-            return jnp.argmax(forward(self.model, weights, tokens_1T).logits_BTV[0, length - 1])
-
-        tokens_1T = np.zeros((1, len(prompt) + num_tokens), np.int32)
-        tokens_1T[0, : len(prompt)] = prompt
-        for length in range(len(prompt), tokens_1T.shape[1]):
-            tokens_1T[0, length] = next_token(weights, tokens_1T, length)
-        return tokens_1T[0, len(prompt) :]
-
-
-@dataclasses.dataclass(frozen=True)
-class GivenProbes(Diagonal):
-    """The Diagonal correction with the random vectors of a golden file."""
-
-    vectors: str = ""
-    """Array that holds them: [iteration, layer, ...], or [region size, ...] where all layers share one."""
-    golden: Golden | None = None
-
-    def probe(self, problem: LayerProblem, index: Array | int, number: int, like_L: Array) -> Array:
-        assert self.golden is not None
-        z = jnp.asarray(self.golden.arrays[self.vectors], like_L.dtype)
-        if self.vectors == REG_VECTORS:
-            return jnp.broadcast_to(z[self.golden.reg_sizes.index(problem.num_layers)][None], like_L.shape)
-        if like_L.ndim > 4:  # the authors' streams ride in the batch axis, the stream the faster
-            z = jnp.moveaxis(z.reshape(*z.shape[:2], -1, like_L.shape[3], *z.shape[-2:]), 3, 4)
-        return z[index]
 
 
 # ---- families of arrays: what to compute, and its distance from the array -------------------------------------------
@@ -456,12 +239,28 @@ def preheat_error(golden: Golden, task: Task) -> float:
     return absolute_error(*maps) / float(np.abs(maps[1]).max())
 
 
-def greedy_error(golden: Golden, task: Task) -> float:
+def text_error(golden: Golden, task: Task) -> float:
     """Number of wrong tokens; none where the first that differs is a tie of the two best logits."""
     expected = golden.arrays[task.key]
-    differs = golden.greedy(golden.arrays["gen/prompt"], len(expected)) != expected
+    differs = golden.continuation(*_drafter(golden, task)) != expected
     is_tie = differs.any() and golden.arrays["gen/margin"][differs.argmax()] <= TIE_MARGIN
     return 0.0 if is_tie else float(differs.sum())
+
+
+def counts_error(golden: Golden, task: Task) -> float:
+    """Number of rounds with another count."""
+    expected, got = golden.arrays[task.key].tolist(), golden.accept_counts(*_drafter(golden, task))
+    return float(sum(map(operator.ne, expected, got)) + abs(len(expected) - len(got)))
+
+
+def _drafter(golden: Golden, task: Task) -> tuple[Schedule, int] | tuple[()]:
+    """The drafter that the array's name tells of, if it does, and its drafts a round."""
+    if "n" not in task.groups:
+        return ()
+    n, K, B = (int(task.groups[name] or 0) for name in "nKB")
+    correction = HyperConnection() if golden.has_mhc else Identity()
+    num_layers = golden.num_layers
+    return Schedule.of(num_layers, ParallelSegment(num_layers - n, num_layers, K, correction)), B
 
 
 N_K = r"n(?P<n>\d+)_K(?P<K>\d+)"
@@ -516,7 +315,9 @@ FAMILIES = (
     Family("loss", rf"loss/{CASE}", LOSS_TOLERANCE, loss_error),
     Family("gradient norms", rf"grad/{CASE}/(?P<what>global_norm|param_norms)", GRAD_TOLERANCE, grad_norm_error),
     Family("gradient entries", rf"grad/{CASE}/(?P<name>.+)", GRAD_TOLERANCE, grad_entry_error),
-    Family("greedy tokens", r"gen/greedy", 0.0, greedy_error),
+    Family("greedy text", r"gen/greedy", 0.0, text_error),
+    Family("speculative text", rf"spec/{N_K}_B(?P<B>\d+)_tokens", 0.0, text_error),
+    Family("accepted drafts", rf"spec/{N_K}_B(?P<B>\d+)_accept_counts", 0.0, counts_error),
 )
 """The first family that matches an array compares it."""
 
@@ -540,6 +341,7 @@ class Exclusion:
 
 
 BY_DESIGN = (
+    Exclusion(r"spec/.+_stats", "sums of the counts that miss the last round"),
     Exclusion(
         r"(idn_loop|hybrid_jacobi)/.+",
         "without layers before the region its first layer reads the last layer's state",
@@ -553,7 +355,7 @@ BY_DESIGN = (
         "every iteration evaluates the layers at the region's input, whatever the trace: not Newton",
     ),
     Exclusion(
-        r"idn_(batched|batched_warm|states|error)/.+",
+        r"idn_(batched|batched_warm|states|error)/.+|spec/.+_accept_counts",
         "the authors' parallel layers ignore the sliding windows; ref/, where there is one, is compared",
         lambda golden, key: golden.windows_matter,
     ),
@@ -568,10 +370,7 @@ BY_DESIGN = (
         lambda golden, key: f"ref/{key}" in golden.arrays,
     ),
 )
-NOT_YET = (
-    Exclusion(r"(loss|grad)/mtp.+", "multi-token-prediction heads"),
-    Exclusion(r"spec/.+", "self-speculative decoding"),
-)
+NOT_YET = (Exclusion(r"(loss|grad)/mtp.+", "multi-token-prediction heads"),)
 
 
 def exclusion(golden: Golden, key: str, table: tuple[Exclusion, ...]) -> str | None:

@@ -59,8 +59,8 @@ SHAPES = {"demo": ModelConfig(), "d32s": _d32(640), "d1024": _d32(1024), "d2048"
 
 
 @dataclass(frozen=True)
-class Args:
-    """Time the forward pass, sequential against layer-parallel."""
+class ShapeArgs:
+    """Which model: shared by the benchmarks that make one up."""
 
     shape: Literal["auto", "demo", "d32s", "d1024", "d2048"] = "auto"
     """auto: demo on a CPU, d32s elsewhere. The six flags below replace single fields of it."""
@@ -70,6 +70,12 @@ class Args:
     vocab_size: int | None = None
     seq_len: int | None = None
     window_pattern: str | None = None
+
+
+@dataclass(frozen=True)
+class Args(ShapeArgs):
+    """Time the forward pass, sequential against layer-parallel."""
+
     lengths: tuple[int, ...] = ()
     """Tokens of a sequence; empty: 1 64 256 on a CPU, 1 128 2048 elsewhere."""
     batches: tuple[int, ...] = (1,)
@@ -110,7 +116,7 @@ class Arm:
 def main(args: Args) -> dict[str, Any]:
     """Measure everything and return what the JSON file holds. The file is rewritten after each cell."""
     began, on_cpu = time.perf_counter(), jax.default_backend() == "cpu"
-    config = _shape(args)
+    config = made_up(args)
     settings = args.solvers or default_settings(config.num_layers)
     for setting in settings:
         parse_schedule(setting, config.num_layers)  # a mistake is told before anything is measured
@@ -119,10 +125,8 @@ def main(args: Args) -> dict[str, Any]:
     dtypes = args.dtypes or (("float32",) if on_cpu else ("bfloat16",))
     lengths = args.lengths or ((1, 64, 256) if on_cpu else (1, 128, 2048))
     cells = list(itertools.product(dtypes, args.batches, lengths))
-    report = _header(config, args, calls)
-    name = re.sub(r"[^a-z0-9]+", "-", report["device"]["kind"].lower()).strip("-")
-    out = Path(args.out or ROOT / f"benchmarks/results/speed_{name}_{report['date']}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    report = header(config, dataclasses.asdict(args) | {"calls": calls, "out": ""})
+    out = out_path(args.out, "speed", report)
     console, model, arms = Console(width=None if sys.stdout.isatty() else 140), None, []
     for index, (dtype, batch, length) in enumerate(cells):
         if model is None or model.config.compute_dtype != dtype:
@@ -296,7 +300,8 @@ def measure_limits(dtype: Any, on_cpu: bool) -> dict[str, float]:
     }
 
 
-def _shape(args: Args) -> ModelConfig:
+def made_up(args: ShapeArgs) -> ModelConfig:
+    """The model that the flags describe."""
     name = ("demo" if jax.default_backend() == "cpu" else "d32s") if args.shape == "auto" else args.shape
     names = ("num_layers", "embed_dim", "num_heads", "vocab_size", "seq_len", "window_pattern")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -305,7 +310,8 @@ def _shape(args: Args) -> ModelConfig:
     return dataclasses.replace(SHAPES[name], **given)
 
 
-def _header(config: ModelConfig, args: Args, calls: int) -> dict[str, Any]:
+def header(config: ModelConfig, args: dict[str, Any]) -> dict[str, Any]:
+    """What every report opens with, and its empty lists."""
     device = jax.devices()[0]
     machine = {"backend": device.platform, "machine": platform.machine(), "num_cores": os.cpu_count()}
     return {
@@ -314,10 +320,18 @@ def _header(config: ModelConfig, args: Args, calls: int) -> dict[str, Any]:
         "device": {"kind": device.device_kind} | machine,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "model": dataclasses.asdict(config),
-        "args": dataclasses.asdict(args) | {"calls": calls, "out": ""},
+        "args": args,
         "load_average": {"start": os.getloadavg()[0]},
         "limits": {},
     } | {name: [] for name in ("cells", "skipped", "failed")}
+
+
+def out_path(given: str, benchmark: str, report: dict[str, Any]) -> Path:
+    """``given``, or benchmarks/results/BENCHMARK_DEVICE_DATE.json; its folder exists then."""
+    name = re.sub(r"[^a-z0-9]+", "-", report["device"]["kind"].lower()).strip("-")
+    out = Path(given or ROOT / f"benchmarks/results/{benchmark}_{name}_{report['date']}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def _table(cell: dict[str, Any]) -> Table:
