@@ -1,1 +1,6 @@
-"""Generation."""
+"""Decoding: requests in, tokens out."""
+
+from snlp_jax.infer.engine import CacheRule, Completion, Engine, Request, Statistics
+from snlp_jax.infer.sampling import Sampling
+
+__all__ = ["CacheRule", "Completion", "Engine", "Request", "Sampling", "Statistics"]
