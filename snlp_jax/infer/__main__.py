@@ -36,7 +36,7 @@ class Args:
     """How a token is decoded, for example idn:n=8,k=2; the sequential pass by default."""
     rule: Literal["last_eval", "refreshed", "per_iteration"] = "last_eval"
     """What the cache keeps of a parallel region: of the last evaluation, of the corrected trace, or of every
-    evaluation, which alone equals the solver on the whole text where its iterations do not end at the sequential pass."""
+    evaluation: the solver on the whole text, however few its iterations."""
     speculate: str = ""
     """Draft with this setting and verify with the sequential pass: the same text, faster where drafts are good."""
     draft_len: int = 0

@@ -303,7 +303,7 @@ class Engine:
             spec = PartitionSpec("layer" if is_spread else None)
             return jax.tree.map(lambda _: NamedSharding(mesh, spec), tree)
 
-        spread = self.weights.is_spread
+        spread = self.exact.is_spread  # the drafter may leave layers out
         by_row = jax.tree.map(self._by_row, state._replace(rings=(), warm=()))
         rings = tuple(map(of_segment, state.rings, spread))
         return by_row._replace(rings=rings, warm=tuple(map(of_trace, state.warm, spread)))

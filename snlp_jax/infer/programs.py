@@ -122,7 +122,7 @@ class Programs:
         def step(state: State) -> State:
             states = self._evaluate(weights, state, state.length_B, 1)
             logits_BV = self._logits(weights, states.h_last, states.h_mid)[:, 0]
-            new = self._take(state, logits_BV, _iterations(states, state.is_active_B))
+            new = self._take(self._count(state, states), logits_BV)
             return self._remember(new, states, _after(new.tokens_BS, state.length_B))
 
         return _repeat(step, state, num_steps)
@@ -131,74 +131,59 @@ class Programs:
         self, drafter: Weights, exact: Weights, state: State, num_rounds: Array, draft_len: Array, *, max_draft: int
     ) -> State:
         """Rounds of ``draft_len`` <= ``max_draft`` drafts and one verification of ``max_draft + 1`` tokens."""
-        return _repeat(lambda state: self._round(drafter, exact, state, draft_len, max_draft), state, num_rounds)
 
-    def _round(self, drafter: Weights, exact: Weights, state: State, draft_len: Array, max_draft: int) -> State:
+        def one_round(state: State) -> State:
+            state, log_probs_BGV = self._draft(drafter, state, draft_len, max_draft)
+            return self._verify(exact, state, log_probs_BGV, draft_len, max_draft)
+
+        return _repeat(one_round, state, num_rounds)
+
+    def _draft(self, drafter: Weights, state: State, draft_len: Array, max_draft: int) -> tuple[State, Array | None]:
+        """Write drafts behind the newest token, which stays the newest; and the laws they were drawn from."""
         B, V = state.tokens_BS.shape[0], self.model.config.vocab_size
-        row_B, samples = jnp.arange(B), self.features.samples
-        draft_log_probs_BGV = jnp.zeros((B, max_draft, V)) if samples else None
+        row_B = jnp.arange(B)
 
-        def draft(index: Array, carry: tuple) -> tuple:
+        def one(index: Array, carry: tuple) -> tuple:
             state, log_probs_BGV, seen_BV = carry
-            states = self._evaluate(drafter, state, state.length_B + index, 1)
-            logits_BTV = self._logits(drafter, states.h_last, states.h_mid)
-            seen_BTV = None if seen_BV is None else seen_BV[:, None]
-            log_probs_BV = distribution(logits_BTV, seen_BTV, state.rows, self.features)[:, 0]
-            position_B = state.length_B + index + 1
-            token_B = draw(log_probs_BV, state.rows, position_B, self.features)
+            length_B = state.length_B + index
+            states = self._evaluate(drafter, state, length_B, 1)
+            logits_BV = self._logits(drafter, states.h_last, states.h_mid)[:, 0]
+            log_probs_BV, token_B = self._draw(logits_BV, seen_BV, state.rows, length_B + 1)
             if log_probs_BGV is not None:
                 log_probs_BGV = jax.lax.dynamic_update_index_in_dim(log_probs_BGV, log_probs_BV, index, 1)
             if seen_BV is not None:
                 seen_BV = seen_BV.at[row_B, token_B].set(True)
-            state = self._remember(state, states, _after(token_B[:, None], state.length_B + index))
-            counts = state.counts._replace(iterations=state.counts.iterations + _iterations(states, state.is_active_B))
-            tokens_BS = state.tokens_BS.at[row_B, position_B].set(token_B)
-            return state._replace(tokens_BS=tokens_BS, counts=counts), log_probs_BGV, seen_BV
+            state = self._remember(self._count(state, states), states, _after(token_B[:, None], length_B))
+            tokens_BS = state.tokens_BS.at[row_B, length_B + 1].set(token_B)
+            return state._replace(tokens_BS=tokens_BS), log_probs_BGV, seen_BV
 
-        carry = (state, draft_log_probs_BGV, state.seen_BV)
-        state, draft_log_probs_BGV, _ = jax.lax.fori_loop(0, draft_len, draft, carry)
-        start_B, X = state.length_B, max_draft + 1
+        log_probs_BGV = jnp.zeros((B, max_draft, V)) if self.features.samples else None
+        state, log_probs_BGV, _ = jax.lax.fori_loop(0, draft_len, one, (state, log_probs_BGV, state.seen_BV))
+        return state, log_probs_BGV
+
+    def _verify(
+        self, exact: Weights, state: State, draft_log_probs_BGV: Array | None, draft_len: Array, max_draft: int
+    ) -> State:
+        """Keep the drafts that the exact pass accepts, and the token after them."""
+        start_B, is_active_B, X = state.length_B, state.is_active_B, max_draft + 1
         block_BX = _slices(state.tokens_BS, start_B, X)
         states = self._evaluate(exact, state, start_B, X)
         logits_BXV = self._logits(exact, states.h_last, states.h_mid)
         seen_BXV = None if state.seen_BV is None else seen_with_drafts(state.seen_BV, block_BX)
         target_BXV = distribution(logits_BXV, seen_BXV, state.rows, self.features)
         drafts_BG = block_BX[:, 1:]
-        found = accept(
-            *(drafts_BG, draft_len, draft_log_probs_BGV, target_BXV, state.rows, start_B + 1), features=self.features
+        laws = (draft_log_probs_BGV, target_BXV)
+        count_B, next_B = accept(drafts_BG, draft_len, *laws, state.rows, start_B + 1, self.features)
+        shifted_BX = jnp.concatenate([drafts_BG, next_B[:, None]], axis=1)
+        new_BX = jnp.where(jnp.arange(X)[None] == count_B[:, None], next_B[:, None], shifted_BX)
+        new = self._extend(state, new_BX, count_B + 1, logits_BXV)
+        tested_B = jnp.where(is_active_B, jnp.minimum(count_B + 1, draft_len), 0)
+        accepted_B = jnp.where(is_active_B, count_B, 0)
+        counts = new.counts._replace(
+            tested=new.counts.tested + tested_B.sum(), accepted=new.counts.accepted + accepted_B.sum()
         )
-        # The new tokens: accepted drafts, then the one after them; cut behind a stop token and at the row's end.
-        index_X = jnp.arange(X)[None]
-        shifted_BX = jnp.concatenate([drafts_BG, jnp.zeros((B, 1), jnp.int32)], axis=1)
-        new_BX = jnp.where(index_X == found.count_B[:, None], found.next_B[:, None], shifted_BX)
-        is_stop_BX = (new_BX[:, :, None] == state.stop_BX[:, None]).any(-1)
-        before_stop_B = jnp.where(is_stop_BX, index_X, X).min(-1)
-        room_B = state.target_B - start_B - 1
-        num_new_B = jnp.minimum(jnp.minimum(found.count_B, before_stop_B) + 1, room_B)
-        num_new_B = jnp.where(state.is_active_B, num_new_B, 0)
-
-        is_new_BX = index_X < num_new_B[:, None]
-        log_probs_BX = _log_prob_of(logits_BXV, new_BX)
-        last_B = jnp.maximum(num_new_B - 1, 0)
-        state = self._remember(state, states, _after(found.next_B[:, None], start_B), last_B)
-        active_B = state.is_active_B
-        counts = state.counts._replace(
-            tested=state.counts.tested + jnp.where(active_B, jnp.minimum(found.count_B + 1, draft_len), 0).sum(),
-            accepted=state.counts.accepted + jnp.where(active_B, found.count_B, 0).sum(),
-            tokens=state.counts.tokens + num_new_B.sum(),
-            steps=state.counts.steps + 1,
-        )
-        seen_BV = state.seen_BV
-        if seen_BV is not None:
-            seen_BV = seen_BV | seen_in(new_BX, is_new_BX, V)
-        return state._replace(
-            tokens_BS=_put(state.tokens_BS, new_BX, is_new_BX, start_B + 1),
-            log_probs_BS=_put(state.log_probs_BS, log_probs_BX, is_new_BX, start_B + 1),
-            length_B=start_B + num_new_B,
-            is_active_B=active_B & (num_new_B < room_B) & (before_stop_B >= num_new_B),
-            seen_BV=seen_BV,
-            counts=counts,
-        )
+        last_B = jnp.maximum(new.length_B - start_B - 1, 0)
+        return self._remember(new._replace(counts=counts), states, _after(next_B[:, None], start_B), last_B)
 
     # -- Pieces --------------------------------------------------------------------------------------------------------
 
@@ -234,29 +219,43 @@ class Programs:
             rings=tuple(map(write, state.rings, states.left)), warm=tuple(map(guess, state.warm, states.left))
         )
 
-    def _take(self, state: State, logits_BV: Array, iterations: Array | int = 0) -> State:
+    def _count(self, state: State, states: States) -> State:
+        """Add the iterations that an evaluation took."""
+        stats = [solution.stats for solution in states.solutions if "sequence_iters" in solution.stats]
+        made = sum((jnp.where(state.is_active_B, its["sequence_iters"], 0).sum() for its in stats), jnp.int32(0))
+        return state._replace(counts=state.counts._replace(iterations=state.counts.iterations + made))
+
+    def _draw(self, logits_BV: Array, seen_BV: Array | None, rows: Rows, position_B: Array) -> tuple[Array, Array]:
+        """The law of the next token and a token drawn from it."""
+        seen_BTV = None if seen_BV is None else seen_BV[:, None]
+        log_probs_BV = distribution(logits_BV[:, None], seen_BTV, rows, self.features)[:, 0]
+        return log_probs_BV, draw(log_probs_BV, rows, position_B, self.features)
+
+    def _take(self, state: State, logits_BV: Array) -> State:
         """Draw the token after the newest one and make it the newest."""
-        active_B, position_B = state.is_active_B, state.length_B + 1
-        seen_BTV = None if state.seen_BV is None else state.seen_BV[:, None]
-        log_probs_BV = distribution(logits_BV[:, None], seen_BTV, state.rows, self.features)[:, 0]
-        token_B = draw(log_probs_BV, state.rows, position_B, self.features)
-        is_stop_B = (token_B[:, None] == state.stop_BX).any(-1)
+        _, token_B = self._draw(logits_BV, state.seen_BV, state.rows, state.length_B + 1)
+        return self._extend(state, token_B[:, None], jnp.ones_like(token_B), logits_BV[:, None])
+
+    def _extend(self, state: State, new_BX: Array, num_new_B: Array, logits_BXV: Array) -> State:
+        """Put the first ``num_new_B`` tokens behind the newest one of active rows, up to a stop token or the end."""
+        start_B, index_X, X = state.length_B + 1, jnp.arange(new_BX.shape[1])[None], new_BX.shape[1]
+        is_stop_BX = (new_BX[:, :, None] == state.stop_BX[:, None]).any(-1)
+        before_stop_B = jnp.where(is_stop_BX, index_X, X).min(-1)
+        room_B = state.target_B - start_B
+        num_new_B = jnp.minimum(jnp.minimum(num_new_B, before_stop_B + 1), room_B)
+        num_new_B = jnp.where(state.is_active_B, num_new_B, 0)
+        is_new_BX = index_X < num_new_B[:, None]
         seen_BV = state.seen_BV
         if seen_BV is not None:
-            seen_BV = seen_BV | seen_in(token_B[:, None], active_B[:, None], logits_BV.shape[-1])
-        counts = state.counts._replace(
-            steps=state.counts.steps + 1,
-            tokens=state.counts.tokens + active_B.sum(),
-            iterations=state.counts.iterations + iterations,
-        )
-        log_prob_B1, one = _log_prob_of(logits_BV[:, None], token_B[:, None]), active_B[:, None]
+            seen_BV = seen_BV | seen_in(new_BX, is_new_BX, logits_BXV.shape[-1])
+        steps, tokens = state.counts.steps + 1, state.counts.tokens + num_new_B.sum()
         return state._replace(
-            tokens_BS=_put(state.tokens_BS, token_B[:, None], one, position_B),
-            log_probs_BS=_put(state.log_probs_BS, log_prob_B1, one, position_B),
-            length_B=state.length_B + active_B,
-            is_active_B=active_B & (position_B + 1 < state.target_B) & ~is_stop_B,
+            tokens_BS=_put(state.tokens_BS, new_BX, is_new_BX, start_B),
+            log_probs_BS=_put(state.log_probs_BS, _log_prob_of(logits_BXV, new_BX), is_new_BX, start_B),
+            length_B=state.length_B + num_new_B,
+            is_active_B=state.is_active_B & (num_new_B < room_B) & (before_stop_B >= num_new_B),
             seen_BV=seen_BV,
-            counts=counts,
+            counts=state.counts._replace(steps=steps, tokens=tokens),
         )
 
 
@@ -277,11 +276,6 @@ def _repeat(step: Callable[[State], State], state: State, num_steps: Array) -> S
 def _fill(plan: RingPlan, kv: Any, length_B: Array) -> Any:
     """Of one evaluation, or of several in a tuple."""
     return tuple(fill(plan, own, length_B) for own in kv) if type(kv) is tuple else fill(plan, kv, length_B)
-
-
-def _iterations(states: States, is_active_B: Array) -> Array:
-    counted = [solution.stats["sequence_iters"] for solution in states.solutions if "sequence_iters" in solution.stats]
-    return sum((jnp.where(is_active_B, iters_B, 0).sum() for iters_B in counted), jnp.zeros((), jnp.int32))
 
 
 def _pick(x: Array, index_B: Array, axis: int = 1) -> Array:
