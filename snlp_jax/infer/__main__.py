@@ -13,16 +13,21 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
 from snlp_jax.config import MeshConfig
 from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.eval.calibrations import load_fits
+from snlp_jax.eval.run import read_config, read_params, read_tokenizer
+from snlp_jax.infer.engine import CacheRule, Engine, Request, check_settings
+from snlp_jax.infer.sampling import Sampling
+from snlp_jax.layout import Spread, check_schedule
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
+from snlp_jax.parallel.mesh import make_mesh
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Args:
     """The one of the lowest validation loss, or the newest."""
     solver: str = "seq"
     """How a token is decoded, for example idn:n=8,k=2; the sequential pass by default."""
-    rule: Literal["last_eval", "refreshed", "per_iteration"] = "last_eval"
+    rule: CacheRule = "last_eval"
     """What the cache keeps of a parallel region: of the last evaluation, of the corrected trace, or of every
     evaluation: the solver on the whole text, however few its iterations."""
     speculate: str = ""
@@ -55,17 +60,13 @@ class Args:
     """Texts that end the text, and are not part of it."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices over which layers and prompts are spread."""
-    sequential: Literal["tensor", "ring"] = "tensor"
+    sequential: Spread = "tensor"
     """How layers in order lie on the devices of the layer axis, as in eval.py."""
 
 
 def main() -> None:
     args = tyro.cli(Args, prog="python -m snlp_jax.infer", description=__doc__)
-
-    from snlp_jax.infer.engine import Engine  # after --help: it imports jax
-
     engine = open_engine(args)
-    assert isinstance(engine, Engine)
     if args.prompt:
         generate(engine, args, args.prompt)
         return
@@ -76,20 +77,12 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
-def open_engine(args: Args) -> "Engine":
+def open_engine(args: Args) -> Engine:
     """The run's model behind the engine that the flags ask for.
 
     Raises:
         InputError: see :class:`snlp_jax.infer.engine.Engine` and :func:`snlp_jax.eval.run.open_run`.
     """
-    from snlp_jax.eval.calibrations import load_fits
-    from snlp_jax.eval.run import read_config, read_params, read_tokenizer
-    from snlp_jax.infer.engine import Engine, check_settings
-    from snlp_jax.layout import check_schedule
-    from snlp_jax.model import LanguageModel
-    from snlp_jax.notation import parse_schedule
-    from snlp_jax.parallel.mesh import make_mesh
-
     config = read_config(args.run_dir)
     num_layers = config.model.num_layers
     schedule = parse_schedule(args.solver, num_layers)
@@ -117,18 +110,13 @@ def open_engine(args: Args) -> "Engine":
     )
 
 
-def sampling_of(args: Args, row: int = 0):  # noqa: ANN201
-    """The :class:`Sampling` of a prompt."""
-    from snlp_jax.infer.sampling import Sampling
-
+def sampling_of(args: Args, row: int = 0) -> Sampling:
     return Sampling(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, (args.seed + row) % 2**32
     )
 
 
-def requests_of(engine: "Engine", args: Args, prompts: tuple[str, ...]) -> list["Request"]:
-    from snlp_jax.infer.engine import Request
-
+def requests_of(engine: Engine, args: Args, prompts: tuple[str, ...]) -> list[Request]:
     tokenizer = engine.tokenizer
     assert tokenizer is not None
     return [
@@ -144,7 +132,7 @@ def requests_of(engine: "Engine", args: Args, prompts: tuple[str, ...]) -> list[
     ]
 
 
-def generate(engine: "Engine", args: Args, prompts: tuple[str, ...]) -> None:
+def generate(engine: Engine, args: Args, prompts: tuple[str, ...]) -> None:
     """Print the continuations; one prompt's as it comes, several one after another when all are done."""
     requests = requests_of(engine, args, prompts)
     if len(prompts) == 1:
@@ -157,7 +145,7 @@ def generate(engine: "Engine", args: Args, prompts: tuple[str, ...]) -> None:
     print(closing_line(engine), file=sys.stderr)
 
 
-def closing_line(engine: "Engine") -> str:
+def closing_line(engine: Engine) -> str:
     found = engine.statistics
     assert found is not None
     parts = [f"{found.new_tokens} tokens", f"{found.tokens_per_second:.0f} tokens/s"]
