@@ -23,11 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden import GivenProbes, Golden
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.golden import GivenProbes, Golden
 from snlp_jax.errors import InputError
 from snlp_jax.forward import layer_problem
 from snlp_jax.notation import DIAGONAL_MODES
