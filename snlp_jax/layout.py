@@ -148,8 +148,13 @@ def arrange(
         InputError: see :func:`check_mesh` and :func:`split`.
     """
     check_mesh(schedule, mesh)
+    is_ring = mesh.shape["layer"] > 1 and sequential == "ring"
+    return _spread(model, params, split(model, params, schedule, fits, is_ring=is_ring), mesh, sequential)
+
+
+def _spread(model: LanguageModel, params: Params, weights: Weights, mesh: Mesh, sequential: Spread) -> Weights:
+    """Weights that are cut already, see :func:`arrange`."""
     num_devices = mesh.shape["layer"]
-    weights = split(model, params, schedule, fits, is_ring=num_devices > 1 and sequential == "ring")
     blocks, tables, is_spread = [], [], []
     for segment, stack in zip(weights.segments, weights.blocks, strict=True):
         if isinstance(segment, ParallelSegment):
@@ -199,11 +204,9 @@ def verifier(
     the verifier, and is held twice. On a mesh regions stay where they are and are passed round the devices.
     """
     segments = tuple(SequentialSegment(segment.start, segment.stop) for segment in weights.segments)
-    schedule = Schedule(model.config.num_layers, segments)
-    if mesh is None:
-        exact = _lay_out(model, _cut(model, model.cast(params), segments, is_ring=False), 1, layout)
-    else:
-        exact = arrange(model, model.cast(params), schedule, mesh, sequential)
+    params = model.cast(params)
+    exact = _cut(model, params, segments, is_ring=False)
+    exact = _lay_out(model, exact, 1, layout) if mesh is None else _spread(model, params, exact, mesh, sequential)
     shared: dict[str, list[PyTree]] = {"blocks": [], "tables": [], "is_spread": []}
     for index, (mine, its) in enumerate(zip(weights.blocks, exact.blocks, strict=True)):
         is_shared = mine is not None and isinstance(mine, list) == isinstance(its, list)

@@ -1,145 +1,199 @@
 """Decoding with a cache: what comes out is what the whole forward pass says of the same text."""
 
 import dataclasses
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import SMALL, VARIANTS, random_params
+from decoding import (
+    NEW,
+    PROMPTS,
+    ROUNDING,
+    TINY,
+    assert_is_the_whole_pass,
+    assert_log_probs,
+    calm_params,
+    logits_after,
+    model_of,
+    requests_of,
+)
+from problems import SMALL, VARIANTS, random_tokens
 
+from snlp_jax.cache import fill, plan_rings
+from snlp_jax.config import MeshConfig
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward
+from snlp_jax.eval.calibrations import region_problems
 from snlp_jax.infer.engine import CacheRule, Engine, Request
 from snlp_jax.infer.sampling import Sampling
-from snlp_jax.layout import split
+from snlp_jax.layout import prepare
+from snlp_jax.linearize import fit_calibration
 from snlp_jax.model import LanguageModel
+from snlp_jax.model.block import KeyValue
 from snlp_jax.notation import parse_schedule
+from snlp_jax.parallel import make_mesh
 
-LOG_PROBS = {"rtol": 0, "atol": 3e-5}
-"""Logits of up to 15 in float32: two programs that add up in another order differ by 1.5e-5 each."""
-TIE = 1e-4
-"""Greedy tokens are compared where the two best logits are further apart than this."""
-PROMPTS = (3, 11, 7)
-"""Lengths; the short window is 4."""
-LENGTH = 48
-"""Of the padded texts that the reference reads: longer than the long window of 32."""
-NEW = 35
+ALIKE = dataclasses.replace(TINY, window_pattern="L")
+"""One window: a scan over a stack."""
 
 
-def requests_of(config, new=NEW, seed=3, lengths=PROMPTS, **settings):
-    rng = np.random.default_rng(seed)
-    prompts = [rng.integers(0, config.vocab_size, length).tolist() for length in lengths]
-    return [Request(prompt, new, **settings) for prompt in prompts]
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow, id="-".join(str(value) for value in values))
 
 
-def full_logits(model, params, schedule, texts):
-    """Logits [B, LENGTH, V] of the whole pass over texts that are filled up behind their ends."""
-    tokens = np.zeros((len(texts), LENGTH), np.int32)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)] = text
-    run = jax.jit(lambda weights, tokens: forward(model, weights, tokens).logits_BTV)
-    return np.asarray(run(split(model, params, schedule), jnp.asarray(tokens)))
+def run(config, setting, requests=None, **settings):
+    """The engine, the requests and what it makes of them."""
+    model, params, _ = model_of(config)
+    engine = Engine(model, settings.pop("params", params), parse_schedule(setting, config.num_layers), **settings)
+    requests = requests or requests_of(config)
+    return engine, requests, engine.generate(requests)
 
 
-def assert_is_what_the_full_pass_says(model, params, schedule, requests, completions):
-    """Every token is the likeliest after those before it, and its log-probability the full pass's."""
-    texts = [[*request.tokens, *done.tokens] for request, done in zip(requests, completions, strict=True)]
-    logits = full_logits(model, params, schedule, texts)
-    for row, (request, done) in enumerate(zip(requests, completions, strict=True)):
-        assert len(done.tokens) == request.max_new_tokens
-        start = len(request.tokens)
-        after = logits[row, start - 1 : start - 1 + len(done.tokens)]
-        best = np.sort(after, axis=-1)[:, -2:]
-        clear = best[:, 1] - best[:, 0] > TIE
-        assert clear.mean() > 0.9
-        np.testing.assert_array_equal(after.argmax(-1)[clear], np.asarray(done.tokens)[clear])
-        log_probs = after - np.asarray(jax.nn.logsumexp(jnp.asarray(after), axis=-1))[:, None]
-        expected = log_probs[np.arange(len(done.tokens)), done.tokens]
-        np.testing.assert_allclose(done.log_probs, expected, **LOG_PROBS)
+# ---------------------------------------------------------------- the sequential pass
 
 
-def run_both(config, setting, **settings):
-    """The engine's completions under a setting, and what is needed to check them."""
-    model = LanguageModel(config)
-    params = random_params(model)
-    schedule = parse_schedule(setting, config.num_layers)
-    requests = requests_of(config)
-    engine = Engine(model, params, schedule, **settings)
-    return model, params, schedule, requests, engine.generate(requests)
+def test_sequential_decoding_is_the_whole_pass():
+    """Also where prompts and texts are longer than all windows: each ring is gone round at least three times."""
+    _, requests, completions = run(TINY, "seq")
+    assert min(PROMPTS) + NEW > 3 * (max(TINY.windows) + 1) and max(PROMPTS) > max(TINY.windows) + 1
+    assert_is_the_whole_pass(TINY, "seq", requests, completions)
 
 
+def test_a_scan_over_layers_of_one_window_is_the_whole_pass():
+    engine, requests, completions = run(ALIKE, "seq")
+    assert not any(isinstance(blocks, list) for blocks in engine.weights.blocks)
+    assert_is_the_whole_pass(ALIKE, "seq", requests, completions)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "everything" else pytest.mark.slow) for name in VARIANTS]
+    "name, layout",
+    [(name, "list") for name in VARIANTS] + [(name, "stack") for name in ("no_smear_no_mid", "hyper_dynamic")],
 )
-@pytest.mark.parametrize("layout", ("auto", pytest.param("stack", marks=pytest.mark.slow)))
-def test_sequential_decoding_is_the_full_pass(name, layout):
-    found = run_both(VARIANTS[name], "seq", layout=layout)
-    assert_is_what_the_full_pass_says(*found)
+def test_sequential_decoding_of_every_kind_of_model_is_the_whole_pass(name, layout):
+    """Lists and stacks; stacks of different windows have rings in groups."""
+    _, requests, completions = run(VARIANTS[name], "seq", layout=layout)
+    assert_is_the_whole_pass(VARIANTS[name], "seq", requests, completions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ("seq", "idn:n=2,k=2"))
+def test_bfloat16_decodes_what_its_whole_pass_says(setting):
+    """Products in bfloat16, keys and values too; both programs round to 2**-9 and add up in another order."""
+    config = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    engine, requests, completions = run(config, setting)
+    assert LanguageModel(config).dtype == jnp.bfloat16
+    state, _ = engine._prefill(requests)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.rings)} == {jnp.dtype("bfloat16")}
+    all_logits = logits_after(config, "seq", requests, completions)
+    assert_log_probs(all_logits, completions, atol=0.15)
+    for logits, done in zip(all_logits, completions, strict=True):  # the likeliest up to that rounding
+        assert (logits.max(-1) - logits[np.arange(NEW), done.tokens] < 0.15).all()
 
 
 # ---------------------------------------------------------------- cache rules
 
-WHOLE = ("idn:n=4,k=4", "sid:2-5,k=3,init=batch_forward", "idn:n=4,k=4,init=warm", "diag:n=4,k=4", "exact:n=6,k=1")
-STREAM = ("hcn:n=4,k=4", "idn:n=4,k=4,init=warm")
-ADAPTIVE = "idn:n=4,tol=1e-7"
+AS_MANY = (
+    "idn:n=2,k=2",
+    "idn:n=4,k=4",
+    "jac:n=3,k=3",
+    "sid:1-4,k=3,init=batch_forward",
+    "idn:n=4,k=4,init=warm",
+    "diag:n=3,k=3",
+    "exact:n=4,k=4",
+    "idn:n=4,tol=1e-7",
+)
+HYPER = tuple(name for name in VARIANTS if "hyper" in name)
 
 
 @pytest.mark.parametrize("rule", ("last_eval", "refreshed"))
 @pytest.mark.parametrize(
-    "config, setting",
-    [pytest.param(SMALL, WHOLE[0], id=WHOLE[0])]
-    + [pytest.param(SMALL, s, id=s, marks=pytest.mark.slow) for s in (*WHOLE[1:], ADAPTIVE)]
-    + [
-        pytest.param(VARIANTS[v], s, id=f"{v}-{s}", marks=pytest.mark.slow)
-        for v in VARIANTS
-        if "hyper" in v
-        for s in STREAM
-    ],
+    "name, setting",
+    [(None, AS_MANY[0])]
+    + [slow(None, setting) for setting in AS_MANY[1:]]
+    + [slow(name, setting) for name in HYPER for setting in ("hcn:n=4,k=4", "idn:n=4,k=4,init=warm")],
 )
-def test_as_many_iterations_as_layers_are_sequential(config, setting, rule):
+def test_as_many_iterations_as_layers_are_sequential(name, setting, rule):
     """Whatever the cache keeps of the last evaluation or of the corrected trace, it is the exact one."""
-    model, params, _, requests, completions = run_both(config, setting, rule=rule)
-    assert_is_what_the_full_pass_says(model, params, parse_schedule("seq", config.num_layers), requests, completions)
+    config = VARIANTS[name] if name else TINY
+    _, requests, completions = run(config, setting, rule=rule)
+    assert_is_the_whole_pass(config, "seq", requests, completions)
 
 
 TOKEN_LOCAL = (
+    "sid:n=2,k=1,init=batch_forward",
+    "sid:n=3,k=2,init=batch_forward",
     "idn:n=4,k=2",
     "jac:n=4,k=1",
-    "sid:n=4,k=3,init=batch_forward",
-    "idn:1-3,k=1+idn:3-6,k=2",
+    "idn:0-2,k=1+idn:2-4,k=2",
     "idn:n=4,k=1,stage=2xF2",
     "idn:n=4,k=2,stage=2xF2",
     "idn:n=4,k=1,stage=split",
     "idn:n=4,k=2,trust=0.5",
-    "idn:n=2,k=1+skip:1-3",
+    "idn:n=2,k=1+skip:1-2",
 )
 
 
 @pytest.mark.parametrize(
-    "config, setting",
-    [pytest.param(SMALL, TOKEN_LOCAL[2], id=TOKEN_LOCAL[2])]
-    + [pytest.param(SMALL, s, id=s, marks=pytest.mark.slow) for s in TOKEN_LOCAL if s != TOKEN_LOCAL[2]]
-    + [
-        pytest.param(VARIANTS[v], f"hcn:n=4,k={k}", id=f"{v}-{k}", marks=pytest.mark.slow)
-        for v in VARIANTS
-        if "hyper" in v
-        for k in (1, 2)
-    ],
+    "name, setting",
+    [(None, TOKEN_LOCAL[0])]
+    + [slow(None, setting) for setting in TOKEN_LOCAL[1:]]
+    + [slow(name, f"hcn:n=4,k={k}") for name in HYPER for k in (1, 2)],
 )
-def test_a_cache_of_each_evaluation_is_the_solver_on_the_whole_text(config, setting):
-    found = run_both(config, setting, rule="per_iteration")
-    assert_is_what_the_full_pass_says(*found)
+def test_a_cache_of_each_evaluation_is_the_solver_on_the_whole_text(name, setting):
+    config = VARIANTS[name] if name else TINY
+    _, requests, completions = run(config, setting, rule="per_iteration")
+    assert_is_the_whole_pass(config, setting, requests, completions)
 
 
 @pytest.mark.slow
 def test_rules_differ_where_they_may():
     """At K < N: else the tests above would not tell one rule from another."""
-    texts = [run_both(SMALL, "idn:n=4,k=2", rule=rule)[-1] for rule in CacheRule.__args__]
-    for one in range(3):
-        for other in range(one):
-            assert [done.log_probs for done in texts[one]] != [done.log_probs for done in texts[other]]
+    texts = [run(TINY, "idn:n=4,k=2", rule=rule)[-1] for rule in CacheRule.__args__]
+    for one, other in itertools.combinations(texts, 2):
+        assert [done.log_probs for done in one] != [done.log_probs for done in other]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, setting, rule, reference",
+    (
+        ("channel", "cal:n=3,k=1,init=cal,fit=mine", "per_iteration", None),
+        ("basis", "cal:n=3,k=2,init=cal,fit=mine", "per_iteration", None),
+        ("channel", "cal:n=3,k=3,fit=mine", "last_eval", "seq"),
+        ("basis", "cal:n=3,k=3,init=cal,fit=mine", "refreshed", "seq"),
+    ),
+)
+def test_fitted_surrogates_and_guesses_decode_under_every_rule(kind, setting, rule, reference):
+    model, params, _ = model_of(TINY)
+    schedule = parse_schedule(setting, TINY.num_layers)
+    (region,) = schedule.regions
+    windows = np.asarray(random_tokens(TINY, batch=32, length=17))
+    problems = region_problems(model, params, region, windows)
+    how = {"num_iters": region.num_iters, "kind": kind, "rank": 4, "init": region.init, "init_rank": 4}
+    fits = {"mine": fit_calibration(problems, **how)}
+    _, requests, completions = run(TINY, setting, rule=rule, fits=fits)
+    fitted = {"fits": fits} if reference is None else {}
+    assert_is_the_whole_pass(TINY, reference or setting, requests, completions, **fitted)
+
+
+@pytest.mark.slow
+def test_iterations_are_counted_for_every_token():
+    """One where anything is good enough, as many as layers where nothing is; the text is that of k = these. The first
+    token of every row comes out of the prefill."""
+    config = dataclasses.replace(TINY, use_x0_resid=False)
+    calm = calm_params(0.01, config)  # residuals far below one half
+    fixed = {k: run(config, f"idn:n=3,k={k}", params=calm)[-1] for k in (1, 3)}
+    counts = []
+    for tolerance in ("0.5", "1e-3", "1e-5", "1e-30"):
+        engine, _, completions = run(config, f"idn:n=3,tol={tolerance}", params=calm)
+        counts.append(engine.statistics.iterations / (len(PROMPTS) * (NEW - 1)))
+        if counts[-1] in fixed:
+            assert [done.tokens for done in completions] == [done.tokens for done in fixed[counts[-1]]]
+    assert counts[0] == 1 and counts[-1] == 3 and counts == sorted(counts) and len(set(counts)) > 2, counts
 
 
 @pytest.mark.parametrize(
@@ -159,66 +213,105 @@ def test_rules_without_an_invariant_are_refused(setting, rule, named):
         Engine(LanguageModel(SMALL), {}, parse_schedule(setting, SMALL.num_layers), rule=rule)
 
 
-# ---------------------------------------------------------------- speculation
+# ---------------------------------------------------------------- memory and devices
 
-DRAFTERS = ("idn:n=6,k=1", "idn:n=4,k=1,init=warm", "exit:3", "skip:2-5", "pairs:n=6", "idn:n=4,k=1,stage=2xF2")
+
+@pytest.mark.parametrize("layout", ("list", "stack"))
+def test_memory_follows_the_windows(layout):
+    """For a text of 1000 tokens a layer holds its window and the tokens at hand, not the text."""
+    model, params, _ = model_of(SMALL)
+    assert set(SMALL.windows) == {4, 32}
+    weights = prepare(model, params, parse_schedule("idn:n=2,k=1", 6), num_tokens=1, layout=layout)
+    length_B, num_bytes = jnp.zeros(3, jnp.int32), 0
+    for segment, plan in zip(weights.segments, plan_rings(model, weights, capacity=1000, block=5), strict=True):
+        leaf = jax.ShapeDtypeStruct((segment.num_layers, 3, 1000, SMALL.num_kv_heads, SMALL.head_dim), jnp.float32)
+        rings = jax.eval_shape(lambda kv, plan=plan: fill(plan, kv, length_B), KeyValue(leaf, leaf))
+        num_bytes += sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(rings.groups))
+    token = 2 * 4 * 3 * SMALL.num_kv_heads * SMALL.head_dim  # keys and values in float32 for three rows
+    assert num_bytes == token * sum(window + 5 for window in SMALL.windows)
+
+
+MESHES = {"2": MeshConfig(layer=2), "2x2": MeshConfig(data=2, layer=2), "tensor": MeshConfig(tensor=2)}
+PLACES = (("2", "tensor"), ("2", "ring"), ("2x2", "ring"), ("tensor", "tensor"))
+ON_MESHES = (
+    # setting, rule, drafter; ring or tensor
+    ("seq", "last_eval", None),
+    ("idn:n=2,k=2", "last_eval", None),
+    ("idn:n=3,k=3", "refreshed", None),  # a layer of zero weights fills up the devices
+    ("idn:n=4,k=4,init=warm", "last_eval", None),
+    ("idn:n=3,k=1", "per_iteration", None),
+    ("seq", "last_eval", "exit:3"),
+    ("seq", "last_eval", "idn:n=3,k=1"),
+    ("seq", "last_eval", "idn:n=4,k=1,stage=2xF2"),
+)
 
 
 @pytest.mark.parametrize(
-    "drafter", [pytest.param(d, marks=() if d == "skip:2-5" else pytest.mark.slow) for d in DRAFTERS]
+    "mesh, sequential, setting, rule, drafter",
+    [
+        case if case == ("2", "ring", "idn:n=2,k=2", "last_eval", None) else slow(*case)
+        for case in ((*place, *case) for place in PLACES for case in ON_MESHES)
+    ],
 )
-def test_speculation_gives_the_sequential_text(drafter):
-    """Also where rings turn round: drafts and rejections cross the end of every window."""
-    model = LanguageModel(SMALL)
-    params, requests = random_params(model), requests_of(SMALL)
-    draft = parse_schedule(drafter, SMALL.num_layers)
-    for draft_len in (3, None):
-        engine = Engine(model, params, draft=draft, draft_len=draft_len, max_draft=3)
-        completions = engine.generate(requests)
-        assert_is_what_the_full_pass_says(model, params, parse_schedule("seq", 6), requests, completions)
-        statistics = engine.statistics
-        assert statistics.new_tokens == sum(request.max_new_tokens for request in requests)
-        assert 0 <= statistics.accepted <= statistics.tested
+def test_devices_together_give_the_text_of_one(mesh, sequential, setting, rule, drafter):
+    """Also where the verifier has layers that the drafter leaves out: their cache lies with them."""
+    how = {"mesh": make_mesh(MESHES[mesh]), "sequential": sequential, "rule": rule}
+    if drafter:
+        how |= {"draft": parse_schedule(drafter, TINY.num_layers), "draft_len": 2, "max_draft": 2}
+    engine, requests, completions = run(TINY, setting, **how)
+    assert_is_the_whole_pass(TINY, setting if rule == "per_iteration" else "seq", requests, completions)
+    if drafter is None:
+        return
+    state, _ = engine._prefill(requests)
+    for is_spread, rings in zip(engine.exact.is_spread, state.rings, strict=True):
+        for leaf in jax.tree.leaves(rings):
+            assert (leaf.sharding.shard_shape(leaf.shape)[0] < leaf.shape[0]) == (is_spread and mesh != "tensor")
 
 
-def test_a_perfect_drafter_is_always_right():
-    model = LanguageModel(SMALL)
-    engine = Engine(model, random_params(model), draft=parse_schedule("idn:n=4,k=4", 6), draft_len=2, max_draft=3)
-    requests = requests_of(SMALL, new=10, lengths=(5, 5))
-    engine.generate(requests)
-    assert engine.statistics.acceptance == 1.0
-    # The prefill gives the first token, each round three more.
-    assert engine.statistics.steps == 1 + 3
+@pytest.mark.slow
+def test_an_adaptive_drafter_on_a_mesh_gives_the_text_of_one_device():
+    how = {"draft": parse_schedule("exit:3", TINY.num_layers), "max_draft": 3}
+    _, requests, completions = run(TINY, "seq", mesh=make_mesh(MESHES["2x2"]), sequential="ring", **how)
+    assert_is_the_whole_pass(TINY, "seq", requests, completions)
 
 
-@pytest.mark.parametrize("draft", (None, "skip:2-5"))
-def test_sampled_text_depends_on_the_request_alone(draft):
-    """Not on the other requests of the batch, their number, their lengths or its place among them."""
-    model = LanguageModel(SMALL)
-    settings = {"draft": parse_schedule(draft, 6), "draft_len": 2, "max_draft": 3} if draft else {}
-    engine = Engine(model, random_params(model), **settings)
-    sampling = Sampling(temperature=0.8, top_k=20, repetition_penalty=1.2, seed=5)
-    one = Request([1, 2, 3], 12, sampling)
-    others = requests_of(SMALL, new=9, sampling=Sampling(temperature=1.0, seed=1))
-    alone = engine.generate([one])[0]
-    among = engine.generate([*others, one])[-1]
-    assert alone.tokens == among.tokens
-    assert engine.generate([dataclasses.replace(one, sampling=dataclasses.replace(sampling, seed=6))])[0].tokens != (
-        alone.tokens
-    )
+def test_rows_that_a_mesh_cannot_share_are_refused():
+    model, params, _ = model_of(TINY)
+    engine = Engine(model, params, mesh=make_mesh(MeshConfig(data=2)))
+    with pytest.raises(InputError, match="3 requests do not divide over the mesh's 2 parts"):
+        engine.generate([Request([1])] * 3)
 
 
 # ---------------------------------------------------------------- requests
 
+CHOSEN = Sampling(temperature=0.8, top_k=20, repetition_penalty=1.2, seed=5)
+
+
+@pytest.mark.parametrize("others", (3, pytest.param(0, marks=pytest.mark.slow)))
+def test_sampled_text_depends_on_the_request_alone(others):
+    """Not on the other requests of the batch, their lengths, their number or its place among them; its
+    log-probabilities are the model's own, whatever the temperature, the filters and the penalty make of them."""
+    one = Request([1, 2, 3], 12, CHOSEN)
+    some = requests_of(TINY, new=9, lengths=(3, 11, 7), sampling=Sampling(temperature=1.0, top_p=0.9, seed=1))
+    engine, requests, among = run(TINY, "seq", [*some, one])
+    assert_log_probs(logits_after(TINY, "seq", requests, among), among)
+    beside = requests_of(TINY, new=12, lengths=(2, 5, 14), seed=4, sampling=Sampling(0.5, repetition_penalty=1.1))
+    again = engine.generate([one, *beside[:others]])[0]
+    assert again.tokens == among[-1].tokens
+    np.testing.assert_allclose(again.log_probs, among[-1].log_probs, rtol=0, atol=ROUNDING)
+    other_seed = dataclasses.replace(one, sampling=dataclasses.replace(CHOSEN, seed=6))
+    assert engine.generate([other_seed, *beside[:others]])[0].tokens != among[-1].tokens
+
 
 def test_stops_streams_and_buckets():
     """Stop tokens and strings end a row and only that row, where they stand; requests of a bucket compile once."""
-    config = dataclasses.replace(SMALL, vocab_size=257)
-    model = LanguageModel(config)
-    engine = Engine(model, random_params(model), tokenizer=ByteTokenizer())
+    config = dataclasses.replace(ALIKE, vocab_size=257, num_layers=2)
+    model, params, _ = model_of(config)
+    engine = Engine(model, params, tokenizer=ByteTokenizer())
     prompts = [[104, 105], [72, 101, 108, 108, 111]]
     plain = engine.generate([Request(prompt, 20) for prompt in prompts])
     compiled = len(engine._programs)
+    assert compiled == 2 and engine.statistics.compile_seconds > 0
 
     stop = plain[0].tokens[6]
     first = plain[0].tokens.index(stop)
@@ -226,7 +319,7 @@ def test_stops_streams_and_buckets():
     assert stopped[0].tokens == plain[0].tokens[:first] and stopped[0].finish == "stop"
     assert stopped[1].tokens == plain[1].tokens[:18] and stopped[1].finish == "length"
     assert len(stopped[0].log_probs) == first
-    assert len(engine._programs) == compiled
+    assert len(engine._programs) == compiled and engine.statistics.compile_seconds == 0
 
     got = {0: ([], ""), 1: ([], "")}
     pieces = [0, 0]
@@ -247,12 +340,19 @@ def test_stops_streams_and_buckets():
     assert pieces[0] > 1
     assert len(engine._programs) == compiled
 
+    first_tokens = engine.generate([Request(prompts[0], 1), Request(prompts[1], 20, stop_tokens=(plain[1].tokens[0],))])
+    assert first_tokens[0].tokens == plain[0].tokens[:1] and first_tokens[0].finish == "length"
+    assert first_tokens[1].tokens == [] and first_tokens[1].finish == "stop" and first_tokens[1].text == ""
+    assert engine.statistics.steps == 1  # the prefill's
+
 
 @pytest.mark.parametrize(
     "request_, named",
     [
         (None, "there are no requests"),
         (Request([]), "the prompt is empty"),
+        (Request([[1, 2], [3, 4]]), "flat sequence"),
+        (Request([0.5]), "flat sequence"),
         (Request([3, 99999]), "99999"),
         (Request([-1]), "-1"),
         (Request([1], max_new_tokens=0), "max_new_tokens is 0"),
@@ -261,23 +361,21 @@ def test_stops_streams_and_buckets():
     ],
 )
 def test_bad_requests_are_one_sentence(request_, named):
-    engine = Engine(model := LanguageModel(SMALL), random_params(model))
+    model, params, _ = model_of(SMALL)
+    engine = Engine(model, params)
     with pytest.raises(InputError, match=named) as caught:
         engine.generate([] if request_ is None else [request_])
     assert "\n" not in str(caught.value) and not engine._programs
 
 
-@pytest.mark.parametrize(
-    "settings, named",
-    [
-        ({"schedule": "idn:n=2", "draft": "exit:3"}, "not both"),
-        ({"draft": "seq"}, "saves nothing"),
-        ({"draft": "exit:3", "rule": "refreshed"}, "leave it out"),
-        ({"draft": "exit:3", "draft_len": 9}, "draft length of 9 lies outside 1 to 8"),
-        ({"draft": "exit:3", "max_draft": 0}, "max_draft is 0"),
-    ],
-)
-def test_drafters_without_a_meaning_are_refused(settings, named):
-    settings = {k: parse_schedule(v, 6) if k in ("schedule", "draft") else v for k, v in settings.items()}
-    with pytest.raises(InputError, match=named):
-        Engine(LanguageModel(SMALL), {}, **settings)
+@pytest.mark.slow
+def test_a_text_may_be_as_long_as_the_rotary_embedding():
+    """The last position is the longest context's; LENGTH of the reference is not reached, so two engines are compared:
+    one decodes the whole text, one its last tokens after a prompt."""
+    longest = TINY.max_context
+    engine, _, whole = run(TINY, "seq", [Request([1, 2, 3], longest - 3)])
+    prompt = [1, 2, 3, *whole[0].tokens[:-20]]
+    again = engine.generate([Request(prompt, 20)])[0]
+    assert len(whole[0].tokens) == longest - 3
+    assert again.tokens == whole[0].tokens[-20:]
+    np.testing.assert_allclose(again.log_probs, whole[0].log_probs[-20:], atol=1e-4)  # rounding of other sums

@@ -137,6 +137,7 @@ def requests_of(engine: Engine, args: Args, prompts: tuple[str, ...]) -> list[Re
 def generate(engine: Engine, args: Args, prompts: tuple[str, ...]) -> None:
     """Print the continuations; one prompt's as it comes, several one after another when all are done."""
     requests = requests_of(engine, args, prompts)
+    engine.check(requests)  # before anything is printed
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         engine.generate(requests, on_tokens=lambda _, __, text: print(text, end="", flush=True))

@@ -169,7 +169,7 @@ class Engine:
             InputError: no request, an empty prompt, a token outside the vocabulary, more tokens than the rotary
                 embedding reaches, no tokens asked for, a stop string without a tokenizer. Nothing is compiled before.
         """
-        self._check(requests)
+        self.check(requests)
         self._compile_seconds = 0.0
         streams = [TextStream(self.tokenizer, request.stop_strings) for request in requests] if self.tokenizer else None
         began = time.perf_counter()
@@ -310,7 +310,8 @@ class Engine:
 
     # -- Requests ------------------------------------------------------------------------------------------------------
 
-    def _check(self, requests: Sequence[Request]) -> None:
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise the InputError that :meth:`generate` would, without compiling anything."""
         if not requests:
             raise InputError("there are no requests; give at least one.")
         for number, request in enumerate(requests):

@@ -54,7 +54,8 @@ def solve(
     Args:
         tolerance: above 0 a sequence (index of the state's first axis) stops after the first iteration that finds
             ``max over its layers and tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||`` below it, and keeps its trace, so
-            its result does not depend on the others of the batch; ``num_iters`` is the most that is made. For
+            its result does not depend on the others of the batch (what it leaves behind neither, where
+            ``problem.batch_axes`` says how that lies); ``num_iters`` is the most that is made. For
             inference only: a ``lax.while_loop`` has no reverse mode. Sharded, the residual travels with the totals.
         taps: layers whose outputs are wanted in ``Solution.tapped`` (on every device, where the layers are sharded).
 
@@ -149,13 +150,15 @@ def _solve_adaptively(
         return jax.lax.pmax(is_active.astype(jnp.int32), problem.axis.rows_name) > 0
 
     def advance(carry: tuple) -> tuple:
-        index, guess, kept, _, stats, iters_B, active_B, _ = carry
+        index, guess, kept, old_aux_L, stats, iters_B, active_B, _ = carry
         corrected, aux_L, measured, ratio_B = step(index, guess)
         freeze = lambda new, old, axis: jax.tree.map(  # noqa: E731
             lambda n, o: jnp.where(_along_batch(active_B, n, axis), n, o), new, old
         )
         guess = Guess(freeze(corrected.h_L, guess.h_L, 1), freeze(corrected.entering, guess.entering, 0))
         kept = freeze((corrected.leaving, corrected.tapped), kept, 0)
+        if problem.batch_axes is not None:
+            aux_L = freeze(aux_L, old_aux_L, 1 + problem.batch_axes.aux)
         stats = {name: stats[name].at[index].set(value) for name, value in measured.items()}
         still_B = active_B & ~(ratio_B < tolerance)
         return index + 1, guess, kept, aux_L, stats, iters_B + active_B, still_B, on_any_device(still_B.any())

@@ -1,0 +1,193 @@
+"""python -m snlp_jax.infer: prompts in, text out, and one sentence for every mistake."""
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from problems import random_params
+from tiny_run import MODEL, tiny
+
+from snlp_jax.config import to_json
+from snlp_jax.data.tokenizer import ByteTokenizer
+from snlp_jax.entry import run_entry
+from snlp_jax.infer.__main__ import main
+from snlp_jax.io.checkpoint import Checkpointer
+from snlp_jax.model import LanguageModel
+from snlp_jax.train.loop import train
+
+ROOT = Path(__file__).parent.parent
+CLOSING = r"\[\d+ tokens, \d+ tokens/s[^\n]*\]\n"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """What training leaves behind, of random weights."""
+    path = tmp_path_factory.mktemp("infer") / "run"
+    config = tiny(path)
+    path.mkdir()
+    (path / "config.json").write_text(to_json(config))
+    (path / "tokenizer.json").write_text(ByteTokenizer().to_json())
+    with Checkpointer(path / "checkpoints", config_json=to_json(config)) as checkpointer:
+        checkpointer.save(3, {"params": random_params(LanguageModel(MODEL))}, None, {"val_loss": 1.0})
+    return path
+
+
+@pytest.fixture
+def infer(run_dir, monkeypatch, capfd):
+    """``(flags, stdin) -> (exit code, stdout, stderr)`` of the script in this process."""
+    monkeypatch.setattr("snlp_jax.entry.enable_compilation_cache", lambda: None)
+
+    def call(*flags, stdin="", run=run_dir):
+        monkeypatch.setattr(sys, "argv", ["infer", str(run), *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        try:
+            run_entry(main)
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+def text_after(prompt, out):
+    """The continuation of the only prompt."""
+    assert out.startswith(prompt) and out.endswith("\n")
+    return out[len(prompt) : -1]
+
+
+def test_a_prompt_is_continued(infer):
+    code, out, err = infer("--prompt", "layer ", "--max-new-tokens", 12)
+    assert code == 0
+    assert text_after("layer ", out)
+    assert re.fullmatch(CLOSING, err), err
+    assert err.startswith("[12 tokens")
+
+
+MISTAKES = (
+    (("--solver", "newton:n=2"), "solver setting 'newton:n=2'"),
+    (("--solver", "hcn:n=2"), "hcn needs residual streams"),
+    (("--speculate", "idn:n=9,k=1"), "idn:n=9,k=1"),
+    (("--speculate", "seq"), "a drafter that is the sequential pass itself saves nothing"),
+    (("--solver", "idn:n=2", "--speculate", "exit:2"), "give a solver setting or a drafter, not both"),
+    (("--solver", "idn:n=2,init=warm", "--rule", "per_iteration"), "leave out init=warm"),
+    (("--solver", "idn:n=4,k=1,stage=2xF2"), "cache rule 'last_eval' has no exact limit for fused layers"),
+    (("--speculate", "exit:2", "--draft-len", "9"), "a draft length of 9 lies outside 1 to 8"),
+    (("--speculate", "exit:2", "--draft-len", "-1"), "a draft length of -1 lies outside 1 to 8"),
+    (("--speculate", "exit:2", "--max-draft", "0"), "max_draft is 0"),
+    (("--temperature", "-1"), "temperature -1.0 is neither 0 nor in"),
+    (("--temperature", "nan"), "temperature nan is neither 0 nor in"),
+    (("--top-p", "0"), "top_p 0.0 lies outside (0, 1]"),
+    (("--max-new-tokens", "0"), "max_new_tokens is 0"),
+    (("--max-new-tokens", "154"), "a prompt of 7 and 154 new tokens are 161, more than the rotary embedding's 160"),
+    (("--stop", ""), "stop strings ('',)"),
+    (("--mesh.layer", "16"), "a mesh of"),
+    (("--solver", "cal:n=2,k=1,fit=mine"), "there is no calibration 'mine'"),
+)
+
+
+@pytest.mark.parametrize("flags, sentence", MISTAKES, ids=lambda part: " ".join(part) if type(part) is tuple else "")
+def test_mistakes_are_one_sentence(infer, flags, sentence):
+    code, out, err = infer("--prompt", "layer ", *flags)
+    assert code == 2
+    assert sentence in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_missing_run_is_named(infer, tmp_path):
+    code, _, err = infer("--prompt", "layer ", run=tmp_path / "nowhere")
+    assert code == 2 and err.startswith("error: ") and "nowhere" in err and err.count("\n") == 1
+    code, _, err = infer("--prompt", "layer ", run=tmp_path)
+    assert code == 2 and "holds no config.json" in err
+
+
+# ---------------------------------------------------------------- what takes more programs
+
+
+@pytest.mark.slow
+def test_settings_that_are_exact_give_the_same_text(infer):
+    flags = ("--prompt", "layer ", "--max-new-tokens", 30)
+    _, out, _ = infer(*flags)
+    for more in (
+        ("--solver", "idn:n=3,k=3"),
+        ("--solver", "idn:n=3,k=3", "--rule", "refreshed"),
+        ("--solver", "exact:n=4,k=4"),
+        ("--solver", "idn:n=2,tol=1e-9"),
+        ("--speculate", "exit:2"),
+        ("--speculate", "idn:n=2,k=1", "--draft-len", 3),
+        ("--speculate", "idn:n=4,k=1,stage=2xF2", "--max-draft", 2),
+        ("--mesh.layer", 2, "--sequential", "ring"),
+        ("--checkpoint", "last"),
+    ):
+        code, same, err = infer(*flags, *more)
+        assert (code, same) == (0, out), more
+        closing = err.splitlines()[-1] + "\n"
+        assert re.fullmatch(CLOSING, closing)
+        assert ("passes of all layers" in closing) == ("--speculate" in more)
+        assert ("iterations a token" in closing) == ("tol" in str(more))
+    assert infer(*flags, "--solver", "idn:n=4,k=1")[1] != out
+
+
+@pytest.mark.slow
+def test_several_prompts_are_a_batch(infer):
+    prompts, flags = ("layer ", "x", "newton and more "), ("--max-new-tokens", 9)
+    code, out, err = infer("--prompt", *prompts, *flags)
+    assert code == 0 and err.startswith("[27 tokens")
+    *parts, rest = out.split("\n" + "-" * 40 + "\n")
+    assert rest == "" and len(parts) == 3
+    for prompt, part in zip(prompts, parts, strict=True):
+        assert infer("--prompt", prompt, *flags)[1] == part + "\n"
+
+
+@pytest.mark.slow
+def test_lines_of_a_pipe_are_prompts(infer):
+    """Empty ones are passed over; one that is too long is a sentence and not the end."""
+    flags = ("--max-new-tokens", 9)
+    code, out, err = infer(*flags, stdin=f"layer \n\n{'x' * 160}\ntrace")
+    assert code == 0
+    assert out == infer("--prompt", "layer ", *flags)[1] + infer("--prompt", "trace", *flags)[1]
+    closings = [line for line in err.splitlines() if line.startswith("[")]
+    assert len(closings) == 2 and sum(line.startswith("error: a prompt of 161") for line in err.splitlines()) == 1
+    assert infer(*flags, stdin="") == (0, "", "")
+
+
+@pytest.mark.slow
+def test_stop_strings_end_the_text(infer):
+    flags = ("--prompt", "layer ", "--max-new-tokens", 30)
+    whole = text_after("layer ", infer(*flags)[1])
+    stop = whole[4:6]
+    assert text_after("layer ", infer(*flags, "--stop", "never", stop)[1]) == whole[: whole.index(stop)]
+
+
+@pytest.mark.slow
+def test_sampling_follows_its_seed(infer):
+    sampling = ("--max-new-tokens", 20, "--temperature", 0.9, "--top-k", 50, "--repetition-penalty", 1.1)
+    run = lambda *flags: infer(*flags, *sampling)[1]  # noqa: E731
+    one = run("--prompt", "layer ", "--seed", 7)
+    assert one == run("--prompt", "layer ", "--seed", 7)
+    assert one != run("--prompt", "layer ", "--seed", 8)
+    # The second prompt of a batch has the next seed.
+    assert run("--prompt", "layer ", "layer ", "--seed", 6).split("\n" + "-" * 40 + "\n")[1] == one[:-1]
+    speculative = ("--prompt", "layer ", "--seed", 7, "--speculate", "exit:2", "--draft-len", 2)
+    assert run(*speculative) == run(*speculative)
+
+
+@pytest.mark.slow
+def test_a_trained_run_speaks_from_the_command_line(tmp_path):
+    config = tiny(tmp_path / "run", num_steps=6)
+    train(config)
+    command = [sys.executable, "-m", "snlp_jax.infer", config.run_dir]
+
+    def call(*flags, **settings):
+        return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, **settings)
+
+    done = call("--prompt", "layer ", "--max-new-tokens", "8", "--solver", "idn:n=2,k=1")
+    assert done.returncode == 0 and done.stdout.startswith("layer ") and re.fullmatch(CLOSING, done.stderr)
+    piped = call("--max-new-tokens", "8", "--solver", "idn:n=2,k=1", input="layer \n")
+    assert piped.stdout == done.stdout
+    bad = call("--prompt", "layer ", "--solver", "nothing")
+    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
