@@ -69,7 +69,7 @@ class Args(ShapeArgs):
     """Settings in the notation of snlp_jax/notation.py; auto: IDN over the last 3/4, K = 1 and 2, and over 1/4."""
     drafters: tuple[str, ...] = ("auto",)
     """The same; auto: IDN over the last 3/4, K = 1, and the first half of the layers."""
-    draft_lens: tuple[int, ...] = (0, 2, 4, 8)
+    draft_lens: tuple[int, ...] = (0, 1, 3, 7)
     """Drafts a round; 0 adapts the number."""
     layouts: tuple[Layout, ...] = ("auto",)
     """Of solvers and speculation; the sequential engines are always a stack and a list."""
@@ -181,8 +181,7 @@ class Arm:
             self.engine.pace.rounds.clear()
         text_BT = np.asarray([completion.tokens for completion in self.engine.generate(requests)])
         found = self.engine.statistics
-        # A pace of fixed length is told nothing; the prefill counts as a step.
-        fixed = Counter({self.draft_len or 0: found.steps - 1})
+        fixed = Counter({self.draft_len or 0: found.steps})  # a pace of fixed length is told nothing
         rounds = Counter(self.engine.pace.rounds) if self.draft_len == 0 else fixed
         return Run(found.decode_seconds / (text_BT.shape[1] - 1), found, text_BT, rounds)
 

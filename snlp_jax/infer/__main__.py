@@ -46,7 +46,8 @@ class Args:
     """Draft with this setting and verify with the sequential pass: the same text, faster where drafts are good."""
     draft_len: int = 0
     """Drafts a round; 0 adapts the number to acceptance and costs, down to none."""
-    max_draft: int = 8
+    max_draft: int | None = None
+    """Most drafts a round; by default the draft length, or 8 where it adapts."""
     max_new_tokens: int = 128
     temperature: float = 0.0
     """0 takes the likeliest token."""
@@ -93,7 +94,9 @@ def open_engine(args: Args) -> Engine:
     for each in filter(None, (schedule, draft)):
         check_schedule(config.model, each)
     if args.mesh.ring_microbatches != 1:
-        raise InputError(f"mesh.ring_microbatches is {args.mesh.ring_microbatches}, but only training cuts its batches.")
+        raise InputError(
+            f"mesh.ring_microbatches is {args.mesh.ring_microbatches}, but only training cuts its batches."
+        )
     mesh = make_mesh(args.mesh) if args.mesh != MeshConfig() else None
     model, tokenizer = LanguageModel(config.model), read_tokenizer(args.run_dir)
     _, params = read_params(args.run_dir, model, args.checkpoint)
@@ -113,9 +116,8 @@ def open_engine(args: Args) -> Engine:
 
 
 def sampling_of(args: Args, row: int = 0) -> Sampling:
-    return Sampling(
-        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, (args.seed + row) % 2**32
-    )
+    penalty, seed = args.repetition_penalty, args.seed + row
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, penalty, seed)
 
 
 def requests_of(engine: Engine, args: Args, prompts: tuple[str, ...]) -> list[Request]:

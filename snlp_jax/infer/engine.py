@@ -36,6 +36,7 @@ from snlp_jax.types import Params
 
 CacheRule = Literal["last_eval", "refreshed", "per_iteration"]
 KEPT: dict[CacheRule, Kept] = {"last_eval": "last", "refreshed": "refreshed", "per_iteration": "every"}
+MAX_DRAFT = 8
 CHUNK = 16
 """Steps between two looks of the host where somebody waits for the text, a stop string or the draft length."""
 
@@ -109,7 +110,8 @@ class Engine:
         draft: speculate with this schedule as the drafter; ``schedule`` must then be sequential.
         draft_len: drafts a round; None adapts the number to what acceptance and costs are measured, down to plain
             decoding.
-        max_draft: most drafts a round, compiled in: the verification evaluates one token more.
+        max_draft: most drafts a round, compiled in: the verification evaluates one token more. By default the draft
+            length, or 8 where that adapts.
         layout: "stack" scans over layers in order, "list" unrolls them; "auto" scans where all windows are alike.
         mesh, sequential, fits: see :func:`snlp_jax.layout.prepare`.
         tokenizer: for text, stop strings and nothing else.
@@ -127,7 +129,7 @@ class Engine:
         rule: CacheRule = "last_eval",
         draft: Schedule | None = None,
         draft_len: int | None = None,
-        max_draft: int = 8,
+        max_draft: int | None = None,
         layout: Layout = "auto",
         mesh: Mesh | None = None,
         sequential: Spread = "tensor",
@@ -136,8 +138,9 @@ class Engine:
     ):
         schedule = schedule or Schedule.of(model.config.num_layers)
         check_settings(schedule, rule, draft, draft_len, max_draft)
+        most = MAX_DRAFT if draft_len is None else draft_len
         self.model, self.schedule, self.draft, self.rule, self.mesh = model, schedule, draft, rule, mesh
-        self.draft_len, self.max_draft, self.tokenizer = draft_len, max_draft if draft else 0, tokenizer
+        self.draft_len, self.max_draft, self.tokenizer = draft_len, (max_draft or most) if draft else 0, tokenizer
         # One token at a time a scan over a stack is as fast as unrolled layers and compiles several times faster; but
         # it cannot go through layers whose rings differ.
         if layout == "auto" and len(set(model.config.windows)) == 1:
@@ -151,7 +154,7 @@ class Engine:
             else verifier(model, params, self.weights, layout=layout, mesh=mesh, sequential=sequential)
         )
         """Of plain steps and verification where there is a drafter."""
-        self.pace = Pace(max_draft, draft_len) if draft else None
+        self.pace = Pace(self.max_draft, draft_len) if draft else None
         self.statistics: Statistics | None = None
         self._programs: dict[Any, Any] = {}
         self._compile_seconds = 0.0
@@ -396,7 +399,7 @@ class Engine:
 
 
 def check_settings(
-    schedule: Schedule, rule: CacheRule, draft: Schedule | None, draft_len: int | None, max_draft: int
+    schedule: Schedule, rule: CacheRule, draft: Schedule | None, draft_len: int | None, max_draft: int | None
 ) -> None:
     """Refuse what has no invariant or no meaning; the arguments are those of :class:`Engine`.
 
@@ -433,17 +436,21 @@ def _check_rule(schedule: Schedule, rule: CacheRule) -> None:
             )
 
 
-def _check_draft(schedule: Schedule, rule: CacheRule, draft: Schedule, draft_len: int | None, max_draft: int) -> None:
+def _check_draft(
+    schedule: Schedule, rule: CacheRule, draft: Schedule, draft_len: int | None, max_draft: int | None
+) -> None:
     if not schedule.is_sequential:
         raise InputError("speculation verifies with the sequential pass; give a solver setting or a drafter, not both.")
     if rule != "last_eval":
         raise InputError(f"a drafter reads the exact cache, so cache rule {rule!r} means nothing; leave it out.")
     if draft.is_sequential and not any(isinstance(segment, SkippedSegment) for segment in draft.segments):
         raise InputError("a drafter that is the sequential pass itself saves nothing; give another setting.")
-    if max_draft < 1:
+    if max_draft is not None and max_draft < 1:
         raise InputError(f"max_draft is {max_draft}; it must be at least 1.")
-    if draft_len is not None and not 1 <= draft_len <= max_draft:
-        raise InputError(f"a draft length of {draft_len} lies outside 1 to {max_draft}.")
+    if draft_len is not None and draft_len < 1:
+        raise InputError(f"the draft length is {draft_len}; it must be at least 1.")
+    if draft_len is not None and max_draft is not None and draft_len > max_draft:
+        raise InputError(f"a draft length of {draft_len} exceeds max_draft {max_draft}; change one.")
 
 
 def _read(counts: Counts) -> dict[str, int]:

@@ -112,7 +112,7 @@ class Programs:
             rows=rows,
             rings=rings,
             warm=tuple(None if trace is None else _pick(trace, last_B, axis=2) for trace in traces),
-            counts=Counts(zero, zero, zero, zero, zero),
+            counts=Counts(zero - 1, zero, zero, zero, zero),  # the prefill is no step
         )
         return self._take(state, logits_BV)
 

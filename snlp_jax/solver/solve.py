@@ -54,11 +54,10 @@ def solve(
     Args:
         tolerance: above 0 a sequence (index of the state's first axis) stops after the first iteration that finds
             ``max over its layers and tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||`` below it, and keeps its trace, so
-            its result does not depend on the others of the batch (what it leaves behind neither, where
-            ``problem.batch_axes`` says how that lies); ``num_iters`` is the most that is made. For
-            inference only: a ``lax.while_loop`` has no reverse mode. Sharded, the residual travels with the totals.
+            its result does not depend on the others of the batch, nor, where ``problem.batch_axes`` says how it lies,
+            what it leaves behind; ``num_iters`` is the most that is made. For inference only: a ``lax.while_loop`` has
+            no reverse mode. Sharded, the residual travels with the totals.
         taps: layers whose outputs are wanted in ``Solution.tapped`` (on every device, where the layers are sharded).
-
         kept: which evaluation's aux is wanted.
 
     Raises:
