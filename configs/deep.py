@@ -1,6 +1,6 @@
 """Twice the demo's depth: the model on which decoding is measured, trained for regions of 18 and of all 24 layers.
 
-Command:   python train.py configs/deep.py && python -m snlp_jax.infer runs/deep --prompt "def main(" --solver idn:n=18,k=1
+Command:   python train.py configs/deep.py && python benchmarks/decode.py runs/deep --draft-lens 0 1 2 3 4
 Hardware:  two CPU cores, 3 GB of memory. Time: about fifty minutes of training on a quiet machine.
 Expected:  docs/results.md, "Decoding".
 """

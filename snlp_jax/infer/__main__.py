@@ -94,9 +94,7 @@ def open_engine(args: Args) -> Engine:
     for each in filter(None, (schedule, draft)):
         check_schedule(config.model, each)
     if args.mesh.ring_microbatches != 1:
-        raise InputError(
-            f"mesh.ring_microbatches is {args.mesh.ring_microbatches}, but only training cuts its batches."
-        )
+        raise InputError("mesh.ring_microbatches is for training, which alone cuts its batches; leave it out.")
     mesh = make_mesh(args.mesh) if args.mesh != MeshConfig() else None
     model, tokenizer = LanguageModel(config.model), read_tokenizer(args.run_dir)
     _, params = read_params(args.run_dir, model, args.checkpoint)
