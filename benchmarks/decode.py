@@ -4,10 +4,10 @@
     python benchmarks/decode.py runs/demo --solvers idn:n=8,k=2 --drafters idn:n=8,k=1 exit:6
     python benchmarks/decode.py --shape d2048 --batches 1 --contexts 512 --drafters
 
-Every arm is ``Engine.generate``, greedy, on the same prompts, its weights cast and laid out beforehand; the arms of a
-cell (batch, context) run round robin after a warm-up that compiles. The fair twin is the faster of two sequential
-engines, over a stack and over a list; a ratio is the twin's time of the same round over the arm's. Solvers keep their
-cache by the rule last_eval. Adaptive speculation begins with what its warm-up has measured.
+Every arm is ``Engine.generate``, greedy, its weights cast and laid out beforehand; the arms of a cell (batch, context)
+run round robin after a warm-up that compiles, every round on other prompts. The fair twin is the faster of two
+sequential engines, over a stack and over a list; a ratio is the twin's time of the same round over the arm's. Solvers
+keep their cache by the rule last_eval. Adaptive speculation begins with what its warm-up has measured.
 
 Bytes of a token: layer weights as often as the layer is evaluated (at most, where a region stops by a tolerance) and
 the head, once a step whatever the batch, and of every row the keys and values that the layers' windows show. Of
@@ -212,12 +212,13 @@ def main(args: Args) -> dict[str, Any]:
         where, share = {"batch": batch, "context": context}, args.time_budget / len(cells)
         deadline = began + share * (index + 1)
         if data is None:
-            prompt_BT = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context))
+            prompts = [np.random.default_rng(0).integers(0, config.vocab_size, (batch, context))]
         else:
-            windows = val_batches(data, seq_len=context, batch_size=batch, num_batches=1)[0]
-            prompt_BT = np.resize(windows[:, :-1], (batch, context))  # again from the start where the text is short
-        requests = [Request(prompt.tolist(), args.new_tokens) for prompt in prompt_BT]
-        alive = []
+            windows = val_batches(data, seq_len=context, batch_size=batch, num_batches=args.repeats)
+            # Again from the start where the text is short.
+            prompts = [np.resize(window[:, :-1], (batch, context)) for window in windows]
+        by_round = [[Request(prompt.tolist(), args.new_tokens) for prompt in prompt_BT] for prompt_BT in prompts]
+        requests, alive = by_round[0], []
         for arm in arms:
             arm.engine.widths.clear()
         for arm in arms:
@@ -229,7 +230,11 @@ def main(args: Args) -> dict[str, Any]:
                 alive.append(arm)
             except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that refuses the shape
                 report["failed"].append(where | arm.name | {"error": str(error).splitlines()[0][:300]})
-        round_robin(alive, args.repeats, deadline, lambda arm: arm.runs.append(arm.generate(requests)))  # noqa: B023
+
+        def measure(arm: Arm, index: int, by_round: list[list[Request]] = by_round) -> None:
+            arm.runs.append(arm.generate(by_round[index % len(by_round)]))
+
+        round_robin(alive, args.repeats, deadline, measure)
         twin = min((arm for arm in alive if arm.setting == "seq"), key=median_seconds, default=None)
         summary = Summary(config, batch, context, report["limits"][dtype]["copy_bytes_per_s"], twin, data is not None)
         cell = where | {"twin": twin.layout if twin else None, "arms": [summary.row(arm) for arm in alive]}
@@ -298,13 +303,13 @@ def longest(draft_lens: Sequence[int]) -> int:
     return max(draft_lens, default=0) or 8
 
 
-def round_robin(things: Sequence[T], repeats: int, deadline: float, measure: Callable[[T], None]) -> None:
-    """Rounds over all things, every second one backwards; at least five, however late it is."""
+def round_robin(things: Sequence[T], repeats: int, deadline: float, measure: Callable[[T, int], None]) -> None:
+    """Rounds over all things, counted from 0, every second one backwards; at least five, however late it is."""
     for index in range(repeats):
         if index >= 5 and time.perf_counter() > deadline:
             return
         for thing in things[:: -1 if index % 2 else 1]:
-            measure(thing)
+            measure(thing, index)
 
 
 def median_seconds(arm: Arm) -> float:
@@ -331,7 +336,7 @@ class Summary:
         row |= {"prefill_ms": 1e3 * float(np.median([run.statistics.prefill_seconds for run in runs]))}
         row |= {"compile_s": arm.compile_s}
         if self.twin is not None:
-            row |= _text(runs, self.twin.runs[-1].text_BT)
+            row |= _text(runs, self.twin.runs)
         if any(region.tolerance > 0 for region in arm.engine.schedule.regions):
             iterations = sum(run.statistics.iterations for run in runs)
             row["iterations_per_token"] = iterations / (len(runs) * num_steps * self.batch)
@@ -361,9 +366,9 @@ class Summary:
         return sum(count * (of(exact, g + 1) + (g * of(own, 1) if g else 0)) for g, count in run.rounds.items())
 
 
-def _text(runs: list[Run], reference_BT: np.ndarray) -> dict[str, Any]:
-    """Of the worst run: share of equal tokens, rows that differ from the reference, the first token that does."""
-    differs_BT = max((run.text_BT != reference_BT for run in runs), key=lambda differs_BT: differs_BT.sum())
+def _text(runs: list[Run], reference: list[Run]) -> dict[str, Any]:
+    """Of all rounds: share of equal tokens, rows that differ from the reference, the first token that does."""
+    differs_BT = np.concatenate([own.text_BT != its.text_BT for own, its in zip(runs, reference, strict=True)])
     first = int(differs_BT.any(axis=0).argmax()) if differs_BT.any() else None
     same, rows = 1 - float(differs_BT.mean()), int(differs_BT.any(axis=1).sum())
     return {"equal_tokens": same, "rows_different": rows, "first_difference": first}
@@ -405,7 +410,7 @@ def measure_costs(
             for length in sorted({0, (width + 1) // 2, width}):
                 jobs[who, width, length] = run, both, state, (steps, jnp.int32(length))
 
-    def measure(key: Any) -> None:
+    def measure(key: Any, _: int) -> None:
         run, before, state, after = jobs[key]
         state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # the program takes it
         made, began = int(state.counts.steps), time.perf_counter()

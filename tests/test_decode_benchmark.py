@@ -90,7 +90,7 @@ def test_row_of_a_trained_model():
     assert (row["ratio_lower"], row["ratio"], row["ratio_upper"]) == (3.0, 4.0, 4.0)
     assert row["acceptance"] == 0.75 and row["tokens_per_round"] == 2 and row["tokens_per_s"] == 2
     assert (row["rows_different"], row["first_difference"]) == (1, 7)
-    assert row["equal_tokens"] == pytest.approx(1 - 4 / 22)
+    assert row["equal_tokens"] == pytest.approx(1 - 4 / 66)
     of = lambda setting, length: step_bytes(CONFIG, parse_schedule(setting, 4), 2, length, 3 + 5)  # noqa: E731
     assert row["bytes_per_token"] == (of("seq", 1) + 4 * (of("seq", 3) + 2 * of("exit:2", 1))) / 10
     assert row["fraction_of_copy"] == pytest.approx(row["bytes_per_token"] / 100)
