@@ -32,6 +32,7 @@ def saved(tmp_path_factory):
     return report
 
 
+@pytest.mark.slow
 def test_report_is_whole(saved):
     assert {"date", "commit", "device", "versions", "model", "args", "load_average", "elapsed_s"} <= set(saved)
     assert saved["skipped"] == [] and saved["failed"] == [] and saved["limits"]["float32"]["copy_bytes_per_s"] > 0
@@ -47,6 +48,7 @@ def test_report_is_whole(saved):
     assert compiled == [{"prefill", "decode"}] * 3 + [{"prefill", "decode", "speculate 1"}, set()]
 
 
+@pytest.mark.slow
 def test_twin_is_the_faster_sequential_engine(saved):
     (cell,) = saved["cells"]
     times = {arm["layout"]: arm["ms_per_token"] for arm in cell["arms"] if arm["setting"] == "seq"}
@@ -57,12 +59,14 @@ def test_twin_is_the_faster_sequential_engine(saved):
         assert arm["rounds"] == {"0": 5}  # of six tokens the first comes out of the prefill
 
 
+@pytest.mark.slow
 def test_exact_arms_give_the_twins_text(saved):
     # K = N is sequential, and greedy speculation verifies: rounding aside, which these margins are far above.
     for arm in saved["cells"][0]["arms"]:
         assert (arm["equal_tokens"], arm["rows_different"], arm["first_difference"]) == (1, 0, None)
 
 
+@pytest.mark.slow
 def test_random_weights_have_costs_but_no_acceptance(saved):
     (cell,) = saved["cells"]
     for arm in cell["arms"][3:]:

@@ -233,6 +233,7 @@ def test_bad_calibrations(tmp_path: Path, model: LanguageModel, params: dict, te
         fit_to_run(tmp_path, model, params, data, parse_calibration(text, 4))
 
 
+@pytest.mark.slow
 def test_trained_run_is_evaluated_by_the_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -186,6 +186,7 @@ def params_on(config: Config, mesh: MeshConfig) -> dict:
         return jax.tree.map(np.asarray, checkpoints.restore_params(wanted, config.train.num_steps)[1])
 
 
+@pytest.mark.slow
 def test_a_process_whose_peer_never_comes_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "TIMEOUT", 1)
     process = start(tiny(tmp_path / "run"), tmp_path, 1, free_address())

@@ -321,6 +321,7 @@ def assert_same_end(unbroken: Config, tmp_path: Path, kill_at: list[int], xla_fl
     assert steps == list(range(1, unbroken.train.num_steps + 1)), "each step is recorded once"
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     config = tiny(tmp_path / "unbroken", num_steps=60, checkpoint_every=7, eval_every=30)
     assert_same_end(config, tmp_path, [20])
