@@ -17,8 +17,6 @@ class Guess(NamedTuple):
 
     h_L: PyTree
     entering: PyTree
-    aux_L: PyTree = None
-    """What the layers left behind, where the guess is an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,10 @@ class Init:
 
     def __call__(self, problem: LayerProblem) -> Guess:
         raise NotImplementedError
+
+    def with_aux(self, problem: LayerProblem) -> tuple[Guess, PyTree]:
+        """The guess, and what the layers left behind where it took an evaluation, else None."""
+        return self(problem), None
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ class BatchForward(Init):
         return 1
 
     def __call__(self, problem: LayerProblem) -> Guess:
+        return self.with_aux(problem)[0]
+
+    def with_aux(self, problem: LayerProblem) -> tuple[Guess, PyTree]:
         y_L, aux_L = problem.sweep(PrefixState()(problem).h_L)
-        return _guess(problem, y_L)._replace(aux_L=aux_L)
+        return _guess(problem, y_L), aux_L
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,7 @@ def solve(
         raise ValueError(f"num_iters is {num_iters}; a parallel region needs at least one iteration.")
     if tolerance > 0 and (kept == "every" or problem.evaluations):
         raise ValueError("with a tolerance the number of evaluations is not known, so none can have its own context.")
-    guess = init(problem.at(0))
-    aux_of_guess = [] if guess.aux_L is None else [guess.aux_L]
-    guess = guess._replace(aux_L=None)
+    guess, aux_of_guess = init.with_aux(problem.at(0))
     state = correction.start(problem.at(0), shift(guess.h_L, guess.entering))
 
     def evaluate(index: jax.Array | int, guess: Guess, problem: LayerProblem = problem) -> Iteration:
@@ -95,7 +93,7 @@ def solve(
         return Guess(corrected.h_L, corrected.entering), measure(it)
 
     if kept == "every" or problem.evaluations:
-        aux_of_all, early = list(aux_of_guess), []
+        aux_of_all, early = [] if aux_of_guess is None else [aux_of_guess], []
         for index in range(num_iters):
             here = problem.at(init.num_evals + index)
             last = evaluate(index, guess, here)
