@@ -193,6 +193,7 @@ def test_default_grid_and_bad_settings(model: LanguageModel, params: dict, batch
             evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=solvers, mesh=mesh))
 
 
+@pytest.mark.slow
 def test_sharded_regions_are_measured(model: LanguageModel, params: dict, batches: list[np.ndarray]) -> None:
     config = dataclasses.replace(SETTINGS, solvers=("idn:n=4,k=2",), greedy_tokens=0, timing_repeats=0)
     alone = evaluate(model, params, batches, config).results[1]

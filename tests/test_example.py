@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE, PAGE = ROOT / "examples" / "own_stack.py", ROOT / "docs" / "own_stack.md"
 
 
+@pytest.mark.slow
 def test_own_stack(capsys):
     """Every correction is exact after as many iterations as layers; a calibrated one is the best before that."""
     assert len(EXAMPLE.read_text().splitlines()) < 60

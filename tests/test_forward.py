@@ -170,7 +170,10 @@ def test_theorems_of_every_variant(variant, stage):
 # ---------------------------------------------------------------- stages
 
 
-@pytest.mark.parametrize("variant", ("everything", "no_x0_resid", "hyper_static"))
+@pytest.mark.parametrize(
+    "variant",
+    ("everything", *(pytest.param(name, marks=pytest.mark.slow) for name in ("no_x0_resid", "hyper_static"))),
+)
 def test_chunks_of_one_layer_are_single_layers(variant):
     """C = N, M = 1, with either choice of scalars; and K = C iterations of larger chunks settle the fused model."""
     model = LanguageModel(VARIANTS[variant])

@@ -273,7 +273,10 @@ MORE_TRAINING_CASES = (
 
 @pytest.mark.parametrize(
     "config, loss, mesh_config",
-    (*TRAINING_CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in MORE_TRAINING_CASES)),
+    (
+        TRAINING_CASES[0],
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (*TRAINING_CASES[1:], *MORE_TRAINING_CASES)),
+    ),
 )
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(config, loss, mesh_config):
     model, mesh = LanguageModel(config), make_mesh(mesh_config)
@@ -294,10 +297,11 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(config, loss, mesh
 @pytest.mark.parametrize(
     "config, setting, mesh_config",
     (
-        (
+        pytest.param(
             dataclasses.replace(SMALL, num_layers=4),
             "idn:n=4,k=2,stage=2xF2,mid=input,init=batch_forward",
             MeshConfig(data=2, layer=2),
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             dataclasses.replace(SMALL, num_layers=4), "sid:n=3,k=2", MeshConfig(layer=2), marks=pytest.mark.slow

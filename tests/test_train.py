@@ -71,7 +71,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name == "all" else pytest.mark.slow) for name in VARIANTS]
+)
 def test_fresh_initialisation_is_finite(variant: str) -> None:
     """Without x0 the solver's trace equals the target exactly, where a plain norm has the gradient 0/0."""
     model = LanguageModel(dataclasses.replace(MODEL, **VARIANTS[variant]))
@@ -120,6 +122,7 @@ def test_terms_mean_what_they_say() -> None:
     assert float(metrics["layer_skip"]) > 0.05
 
 
+@pytest.mark.slow
 def test_every_correction_can_be_trained_for() -> None:
     """On a region of one layer every correction is that layer; on larger ones each has a distance of its own, and the
     random vectors of the Diagonal correction follow the key."""
@@ -150,6 +153,7 @@ def test_every_correction_can_be_trained_for() -> None:
     assert run(MODEL, "diag", 3, diagonal_stride=3)[0] != distances["diag", 0]
 
 
+@pytest.mark.slow
 def test_detached_target_stops_the_gradient() -> None:
     """What is detached is the target: the gradient of the same value differs."""
     model = LanguageModel(MODEL)
