@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import jax
+import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE, PAGE = ROOT / "examples" / "own_stack.py", ROOT / "docs" / "own_stack.md"
