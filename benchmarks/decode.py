@@ -43,8 +43,9 @@ from snlp_jax.config import EvalConfig, ModelConfig
 from snlp_jax.data.pipeline import val_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run, read_config
-from snlp_jax.infer.engine import Engine, Request, Statistics, check_settings
+from snlp_jax.infer.engine import Engine, Request, Statistics
 from snlp_jax.infer.pace import Pace
+from snlp_jax.infer.rules import check_settings
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import Layout, check_schedule
 from snlp_jax.model import LanguageModel

@@ -27,7 +27,8 @@ from snlp_jax.config import MeshConfig
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import region_problems
-from snlp_jax.infer.engine import CacheRule, Engine, Request
+from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import prepare
 from snlp_jax.linearize import fit_calibration

@@ -22,7 +22,8 @@ from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.run import read_config, read_params, read_tokenizer
-from snlp_jax.infer.engine import CacheRule, Engine, Request, check_settings
+from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.infer.rules import CacheRule, check_settings
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import Spread, check_schedule
 from snlp_jax.model import LanguageModel
