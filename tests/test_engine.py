@@ -304,6 +304,19 @@ def test_sampled_text_depends_on_the_request_alone(others):
     assert engine.generate([other_seed, *beside[:others]])[0].tokens != among[-1].tokens
 
 
+@pytest.mark.slow
+def test_a_tolerance_leaves_a_row_its_own_cache():
+    """A row that stops early keeps the keys and values of its own last evaluation, however long others go on."""
+    config = dataclasses.replace(TINY, use_x0_resid=False)
+    one, others = Request([1, 2, 3], 24), requests_of(TINY, new=24, lengths=(3, 11, 7))
+    engine, _, among = run(config, "idn:n=3,tol=0.1", [*others, one], params=calm_params(0.1, config))
+    most = 3 * 4 * 23
+    assert 0.4 * most < engine.statistics.iterations < 0.9 * most, "rows stop at different iterations"
+    alone = engine.generate([one])[0]
+    assert alone.tokens == among[-1].tokens
+    np.testing.assert_allclose(alone.log_probs, among[-1].log_probs, rtol=0, atol=ROUNDING)
+
+
 def test_stops_streams_and_buckets():
     """Stop tokens and strings end a row and only that row, where they stand; requests of a bucket compile once."""
     config = dataclasses.replace(ALIKE, vocab_size=257, num_layers=2)
