@@ -53,6 +53,7 @@ class Output(NamedTuple):
     h_mid: Array
     solutions: tuple[Solution, ...]
     left: tuple[Left | None, ...]
+    """See :class:`States`."""
 
 
 class States(NamedTuple):

@@ -200,8 +200,8 @@ def verifier(
 ) -> Weights:
     """The exact pass over all layers that checks what ``weights`` draft, cut where they are cut.
 
-    Arrays that both passes read in the same form are shared. On a CPU a region is a stack to the drafter and a list to
-    the verifier, and is held twice. On a mesh regions stay where they are and are passed round the devices.
+    Arrays that both passes read in the same form are shared. Where layers in order are lists and regions are stacks
+    (layout ``auto`` on a CPU), regions are held twice. On a mesh they stay where they are and are passed round.
     """
     segments = tuple(SequentialSegment(segment.start, segment.stop) for segment in weights.segments)
     params = model.cast(params)

@@ -36,6 +36,7 @@ from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
 MAX_DRAFT = 8
+"""Most drafts a round where their number adapts and nothing else is asked for."""
 CHUNK = 16
 """Steps between two looks of the host where somebody waits for the text, a stop string or the draft length."""
 
@@ -229,9 +230,8 @@ class Engine:
         """Some steps: as many as there are, or as the host waits for."""
         if self.pace is None:
             steps = jnp.int32(CHUNK if is_watched else np.iinfo(np.int32).max // 2)
-            return self._compiled(programs, "decode", (self.weights, state, steps), donate=1)(
-                self.weights, state, steps
-            )
+            plain = (self.weights, state, steps)
+            return self._compiled(programs, "decode", plain, donate=1)(*plain)
         draft_len = self.pace.next()
         is_adaptive = self.draft_len is None
         steps = jnp.int32(CHUNK if is_watched or is_adaptive else np.iinfo(np.int32).max // 2)
@@ -274,7 +274,7 @@ class Engine:
             donated = () if donate is None else (donate,)
             out: Any = None
             if self.mesh is not None:
-                out = self._shardings(programs, jax.eval_shape(run, *arguments))
+                out = self._shardings(jax.eval_shape(run, *arguments))
             self._programs[key] = jax.jit(run, donate_argnums=donated, out_shardings=out).lower(*arguments).compile()
             self._compile_seconds += time.perf_counter() - began
         return self._programs[key]
@@ -291,7 +291,7 @@ class Engine:
         is_divisible = leaf.ndim > 0 and leaf.shape[0] % self.mesh.shape["data"] == 0
         return NamedSharding(self.mesh, PartitionSpec("data") if is_divisible else PartitionSpec())
 
-    def _shardings(self, programs: Programs, state: State) -> State:
+    def _shardings(self, state: State) -> State:
         """Where a state lies: the cache with its layers, the rest by rows."""
         mesh, config = self.mesh, self.model.config
         assert mesh is not None

@@ -102,7 +102,7 @@ class Programs:
         traces = [left.trace if left and index in warm_segments else None for index, left in enumerate(states.left)]
         zero = jnp.zeros((), jnp.int32)
         state = State(
-            tokens_BS=jnp.zeros((B, num_slots), jnp.int32).at[:, :P].set(prompt_BP[:, :num_slots]),
+            tokens_BS=jnp.zeros((B, num_slots), jnp.int32).at[:, :P].set(prompt_BP),
             log_probs_BS=jnp.zeros((B, num_slots)),
             length_B=last_B,
             target_B=target_B,
