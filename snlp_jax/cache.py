@@ -50,6 +50,11 @@ class RingPlan:
     sizes: tuple[int, ...]
     members: tuple[tuple[int, ...], ...]
 
+    @property
+    def num_slots(self) -> int:
+        """Of all layers together."""
+        return sum(size * len(members) for size, members in zip(self.sizes, self.members, strict=True))
+
 
 def plan_rings(model: LanguageModel, weights: Weights, capacity: int, block: int) -> tuple[RingPlan | None, ...]:
     """The rings of every segment, for texts of up to ``capacity`` tokens and up to ``block`` written at once.

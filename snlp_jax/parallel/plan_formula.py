@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from snlp_jax.cache import plan_rings
 from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.hlo import Op, Program
@@ -58,17 +59,18 @@ def _ops(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_chip
     streams = state * max(config.num_streams, 1)
     per_layer, per_sweep, at_ends = KERNELS[model.backend]
     is_decode = work.kind == "decode"
-    for segment, blocks, is_spread in zip(weights.segments, weights.blocks, weights.is_spread, strict=True):
+    plans = plan_rings(model, weights, work.context, T) if is_decode else (None,) * len(weights.segments)
+    for segment, blocks, plan, is_spread in zip(weights.segments, weights.blocks, plans, weights.is_spread, strict=True):
         if isinstance(segment, SkippedSegment):
             continue
         rows = jax.tree.leaves(blocks)[0].shape[0]
         heads, width = _parts(blocks["attn"]["out"], 1), _parts(blocks["mlp"]["up"], 2)
         tapped = segment.start <= config.mid_layer < segment.stop
-        num_keys = work.context + T if is_decode else T
         local_rows = rows // num_shards if is_spread else rows
-        cached = work.context * config.num_kv_heads * config.head_dim if is_decode else 0
-        size = bytes_per_device(blocks) + 2 * B * local_rows * cached * jnp.dtype(model.dtype).itemsize // heads
-        attention = 4.0 * B * T * num_keys * config.num_heads * config.head_dim // heads * local_rows
+        num_slots = plan.num_slots * local_rows // rows if plan else 0
+        cached = num_slots * config.num_kv_heads * config.head_dim
+        size = bytes_per_device(blocks) + 2 * B * cached * jnp.dtype(model.dtype).itemsize // heads
+        attention = 4.0 * B * T * (num_slots + local_rows * T) * config.num_heads * config.head_dim // heads
         flops = 2.0 * B * T * _matrix_entries(blocks) + attention
         if isinstance(segment, ParallelSegment):
             sweeps = segment.num_iters + segment.init.num_evals
