@@ -60,7 +60,8 @@ def _ops(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_chip
     per_layer, per_sweep, at_ends = KERNELS[model.backend]
     is_decode = work.kind == "decode"
     plans = plan_rings(model, weights, work.context, T) if is_decode else (None,) * len(weights.segments)
-    for segment, blocks, plan, is_spread in zip(weights.segments, weights.blocks, plans, weights.is_spread, strict=True):
+    held = zip(weights.segments, weights.blocks, plans, weights.is_spread, strict=True)
+    for segment, blocks, plan, is_spread in held:
         if isinstance(segment, SkippedSegment):
             continue
         rows = jax.tree.leaves(blocks)[0].shape[0]
