@@ -1,0 +1,44 @@
+"""Every knob of the project: frozen dataclasses, checked when made, saved as JSON, overridden from the command line.
+
+A config file is a Python file that binds ``config = Config(...)``; ``python train.py FILE --field.sub value`` overrides
+single fields. Fields are whole words; a count of zero or a weight of zero switches a feature off.
+"""
+
+from snlp_jax.config.data import DataConfig
+from snlp_jax.config.evaluate import EvalConfig
+from snlp_jax.config.experiment import Config
+from snlp_jax.config.loss import (
+    CorrectionName,
+    HiddenNormConfig,
+    InitName,
+    LayerSkipConfig,
+    LossConfig,
+    LossTerm,
+    SolverCEConfig,
+    SolverTerm,
+)
+from snlp_jax.config.mesh import MeshConfig
+from snlp_jax.config.model import ModelConfig
+from snlp_jax.config.serialize import from_json, load_config, to_json
+from snlp_jax.config.train import OptimConfig, TrainConfig
+
+__all__ = [
+    "Config",
+    "CorrectionName",
+    "DataConfig",
+    "EvalConfig",
+    "HiddenNormConfig",
+    "InitName",
+    "LayerSkipConfig",
+    "LossConfig",
+    "LossTerm",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "SolverCEConfig",
+    "SolverTerm",
+    "TrainConfig",
+    "from_json",
+    "load_config",
+    "to_json",
+]

@@ -1,0 +1,46 @@
+"""Knobs of an evaluation."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from snlp_jax.config.check import require
+from snlp_jax.config.mesh import MeshConfig
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What eval.py measures; each field is also a flag of eval.py."""
+
+    solvers: tuple[str, ...] = ()
+    """Solver settings beside the sequential pass, in the notation of snlp_jax/notation.py."""
+    calibrations: tuple[str, ...] = ()
+    """Calibrations to fit on training text before the evaluation, which settings then name by ``fit=``; written as in
+    snlp_jax/eval/calibrations.py. They are saved beside the checkpoint, where later evaluations find them."""
+    num_windows: int = 64
+    """Held-out windows of ``seq_len`` tokens."""
+    batch_size: int = 8
+    num_bootstrap: int = 2000
+    greedy_prompts: int = 8
+    greedy_prompt_len: int = 64
+    greedy_tokens: int = 64
+    """0 leaves out the free-running comparison."""
+    timing_batch: int = 1
+    timing_len: int = 0
+    """Tokens of the timed forward; 0 means the model's ``seq_len``."""
+    timing_repeats: int = 20
+    """0 leaves out the timing."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices over which the batch and the layers of each parallel region are spread."""
+    sequential: Literal["tensor", "ring"] = "tensor"
+    """How layers outside of the regions lie on the devices of the layer axis: split by heads and features, two
+    exchanges a layer; or whole, the state going round, one exchange a device."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_windows", "batch_size", "num_bootstrap", "timing_batch"):
+            require(getattr(self, name) >= 1, f"eval.{name} is {getattr(self, name)}; it must be at least 1.")
+        require(
+            self.mesh.ring_microbatches == 1,
+            f"eval.mesh.ring_microbatches is {self.mesh.ring_microbatches}, but only training cuts its batches; set 1.",
+        )
+        for name in ("greedy_prompts", "greedy_prompt_len", "greedy_tokens", "timing_len", "timing_repeats"):
+            require(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}; it must be 0 or more.")

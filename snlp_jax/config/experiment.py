@@ -1,0 +1,69 @@
+"""One experiment: all of its knobs, and what has to fit between them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snlp_jax.config.check import require
+from snlp_jax.config.data import DataConfig
+from snlp_jax.config.evaluate import EvalConfig
+from snlp_jax.config.loss import LossConfig
+from snlp_jax.config.mesh import MeshConfig
+from snlp_jax.config.model import ModelConfig
+from snlp_jax.config.train import OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str = "run"
+    run_dir: str = ""
+    """Where the run writes; empty means runs/NAME."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Of training."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for name, term in self.loss.terms.items():
+            worst = max(term.region_sizes)
+            require(
+                worst <= self.model.num_layers,
+                f"loss.{name}.region_sizes holds {worst}, but the model has {self.model.num_layers} layers.",
+            )
+            correction, has_streams = getattr(term, "correction", None), self.model.num_streams > 0
+            require(
+                correction not in (("sid",) if has_streams else ("hcn",)),
+                f"loss.{name}.correction {correction!r} does not fit model.num_streams {self.model.num_streams}: "
+                "hcn is for models with residual streams, sid for those without.",
+            )
+
+        _check_mesh(self)
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+
+def _check_mesh(config: Config) -> None:
+    """Refuse a mesh that the training state and its batches cannot be divided over."""
+    mesh, micro = config.mesh, config.train.batch_size // config.train.num_microbatches
+    require(
+        config.model.num_layers % mesh.layer == 0,
+        f"model.num_layers {config.model.num_layers} is not a multiple of mesh.layer {mesh.layer}; change one.",
+    )
+    ring = mesh.ring_microbatches
+    require(
+        mesh.layer > 1 or ring == 1,
+        f"mesh.ring_microbatches is {ring}, but with mesh.layer 1 there is no ring; use train.num_microbatches.",
+    )
+    parts = max(mesh.data, 1) * ring
+    require(
+        micro % parts == 0,
+        f"a batch of {micro} (train.batch_size / train.num_microbatches) is not a multiple of {parts} "
+        "(mesh.data x mesh.ring_microbatches); change one.",
+    )

@@ -1,0 +1,70 @@
+"""Configs to JSON and back, and from config files."""
+
+import dataclasses
+import json
+import runpy
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from snlp_jax.config.check import require
+from snlp_jax.config.experiment import Config
+from snlp_jax.errors import InputError
+
+
+def to_json(config: Any) -> str:
+    """The config as indented JSON; ``from_json(to_json(c)) == c``."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, cls: type = Config) -> Any:
+    """Inverse of ``to_json``. Raises InputError for unknown fields and wrong types."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"the saved config is not valid JSON ({error}).") from error
+    return _build(cls, values, cls.__name__.lower())
+
+
+def load_config(path: str | Path) -> Config:
+    """Run a config file and return its ``config``."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"config file {str(path)!r} does not exist.")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except SyntaxError as error:
+        raise InputError(
+            f"config file {str(path)!r} is not valid Python (line {error.lineno}: {error.msg})."
+        ) from error
+    if not isinstance(config, Config):
+        raise InputError(f"config file {str(path)!r} does not bind `config = Config(...)`.")
+    return config
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Check a JSON value against a type annotation and turn it into that type."""
+    origin = typing.get_origin(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        require(isinstance(value, dict), f"{where} must be an object, not {value!r}.")
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - {f.name for f in dataclasses.fields(kind)})
+        require(not unknown, f"{where} has no field {unknown[0] if unknown else ''!r}.")
+        return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}.")
+        return tuple(_build(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        require(value in choices, f"{where} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _build(next(arg for arg in typing.get_args(kind) if arg is not type(None)), value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    is_right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    require(is_right, f"{where} is {value!r}; it must be of type {kind.__name__}.")
+    return value

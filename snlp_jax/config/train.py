@@ -1,0 +1,75 @@
+"""Knobs of optimisation and of the training run."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from snlp_jax.config.check import require
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Muon on matrices, AdamW elsewhere; the published rates of each group (docs/math.md, section 6)."""
+
+    matrix_lr: float = 0.02
+    embed_lr: float = 0.3
+    value_embed_lr: float = 0.15
+    head_lr: float = 0.008
+    resid_scale_lr: float = 0.005
+    x0_scale_lr: float = 0.5
+    scalar_lr: float = 0.2
+    """Of the smear scalar and gate and the mid-layer scalar."""
+    hyper_lr: float = 0.01
+    """Of the maps between residual streams."""
+    matrix_weight_decay: float = 0.28
+    lr_scale: float = 1.0
+    """Multiplies every learning rate."""
+    batch_reference: int = 0
+    """Tokens per step at which the rates hold; others scale with the square root. 0 switches the scaling off."""
+    warmup_steps: int = 40
+    warmdown_fraction: float = 0.65
+    """The last part of training, in which the rates fall linearly to ``final_lr_fraction``."""
+    final_lr_fraction: float = 0.05
+    max_grad_norm: float = 0.0
+    """Clip the global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more.")
+        require(0 <= self.warmdown_fraction <= 1, f"optim.warmdown_fraction is {self.warmdown_fraction}; give 0 to 1.")
+        require(0 <= self.final_lr_fraction <= 1, f"optim.final_lr_fraction is {self.final_lr_fraction}; give 0 to 1.")
+        require(0 < self.lr_scale < math.inf, f"optim.lr_scale is {self.lr_scale}; it must be positive.")
+        rates = [f.name for f in dataclasses.fields(self) if f.name.endswith("_lr")]
+        for name in (*rates, "matrix_weight_decay", "batch_reference", "max_grad_norm"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be 0 or more.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int = 500
+    batch_size: int = 16
+    """Sequences per step, over all processes."""
+    num_microbatches: int = 1
+    """Split each batch and add up the gradients: less memory, same result."""
+    seed: int = 0
+    """Of the parameters and of the sampled region sizes."""
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 8
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    """Checkpoints kept besides the best one."""
+    sample_every: int = 0
+    """Print a text sample every so many steps; 0 switches it off."""
+    sample_tokens: int = 64
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "num_microbatches", "log_every", "keep_last", "eval_batches"):
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("eval_every", "checkpoint_every", "sample_every", "sample_tokens"):
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more.")
+        require(
+            self.batch_size % self.num_microbatches == 0,
+            f"train.batch_size {self.batch_size} is not a multiple of train.num_microbatches {self.num_microbatches}.",
+        )
