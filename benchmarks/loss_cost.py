@@ -34,6 +34,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.train.loss import make_plan
 from snlp_jax.train.optim import make_optimizer
 from snlp_jax.train.step import init_state, make_step
+from snlp_jax.types import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,10 +101,10 @@ class Step:
         self.state = jax.jit(lambda: init_state(model, optimizer, 0))()
         shape = (config.train.batch_size, config.model.seq_len + 1)
         tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
-        self.tokens = jax.device_put(tokens)
+        self.batch = Batch(jax.device_put(tokens))
         plan = make_plan(config.loss, 0, config.train.num_steps, 0)
         started = time.perf_counter()
-        traced = make_step(model, optimizer, config).trace(self.state, self.tokens, plan=plan)
+        traced = make_step(model, optimizer, config).trace(self.state, self.batch, plan=plan)
         self.flops = matmul_flops(traced.jaxpr.jaxpr)
         self.compiled = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - started
@@ -111,7 +112,7 @@ class Step:
     def __call__(self) -> float:
         """Seconds of one step."""
         started = time.perf_counter()
-        self.state, _ = self.compiled(self.state, self.tokens)
+        self.state, _ = self.compiled(self.state, self.batch)
         jax.block_until_ready(self.state)
         return time.perf_counter() - started
 

@@ -14,7 +14,7 @@ demo = load_config(Path(__file__).with_name("demo.py"))
 config = dataclasses.replace(
     demo,
     name="deep",
-    model=dataclasses.replace(demo.model, num_layers=24, embed_dim=192, num_heads=6, num_kv_heads=6),
+    model=dataclasses.replace(demo.model, num_layers=24, embed_dim=192, num_heads=6, num_kv_heads=2),
     loss=dataclasses.replace(
         demo.loss,
         solver_ce=dataclasses.replace(

@@ -5,7 +5,7 @@ L layers (of the model, or of the parallel region at hand), C chunks, M layers p
 A name such as ``h_LBTD`` wears its shape. Iterations are always ``num_iters``, never K.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,3 +13,15 @@ Array = jax.Array
 PyTree = Any
 Params = dict[str, Any]
 """Nested dict of arrays. Everything under ``params['blocks']`` leads with the layer axis."""
+
+
+class Batch(NamedTuple):
+    """What a training step reads: numpy arrays from the data, jax arrays in the step."""
+
+    tokens: Any
+    """int32 [B, T + 1]; the first T are inputs, the last T targets."""
+    weight: Any = None
+    """float32 [B, T]: how much each target counts; None where all count alike."""
+    document: Any = None
+    """int32 [B, T + 1]: number of the document, in its row, that each token belongs to, where tokens attend to their
+    own document alone; None where they attend to whatever stands before them."""

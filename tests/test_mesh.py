@@ -35,6 +35,7 @@ from snlp_jax.parallel.sharding import TRAINING, bytes_per_device, shardings_of
 from snlp_jax.solver import Schedule, SequentialSegment, sequential
 from snlp_jax.train.loss import Plan, loss_fn
 from snlp_jax.train.step import abstract_state, make_init, make_step, optimizer_of
+from snlp_jax.types import Batch
 
 LOGITS, LOSS, GRADIENT = 3e-5, 5e-6, 5e-3
 """Relative to the largest entry. Float32 rounding (6e-8 an operation) of sums in another order, grown by eight layers;
@@ -226,7 +227,7 @@ def one_device(config, loss):
 
 
 def batch_of(config):
-    return np.asarray(random_tokens(config, batch=8, length=9))
+    return Batch(np.asarray(random_tokens(config, batch=8, length=9)))
 
 
 def value_and_grad(model, loss, mesh, ring_microbatches):
@@ -234,8 +235,8 @@ def value_and_grad(model, loss, mesh, ring_microbatches):
     weights, settings = {name: term.weight for name, term in loss.terms.items()}, {"mesh": mesh}
     settings["ring_microbatches"] = ring_microbatches
 
-    def run(params, tokens):
-        of = lambda params: loss_fn(model, params, tokens, loss, plan, weights, jax.random.key(3), **settings)  # noqa: E731
+    def run(params, batch):
+        of = lambda params: loss_fn(model, params, batch, loss, plan, weights, jax.random.key(3), **settings)  # noqa: E731
         return jax.value_and_grad(of, has_aux=True)(params)
 
     return jax.jit(run)
@@ -362,7 +363,7 @@ def test_steps_on_a_mesh_are_steps_on_one_device():
         params = random_params(model)
         state["params"] = jax.device_put(params, shardings_of(params, config.model, mesh, TRAINING))
         for tokens in rows:
-            state, metrics = step(state, put_batch(mesh, tokens, is_whole=True), plan=plan)
+            state, metrics = step(state, put_batch(mesh, Batch(tokens), is_whole=True), plan=plan)
         results.append((jax.device_get(state["params"]), {name: float(value) for name, value in metrics.items()}))
     (params, metrics), (its_params, its_metrics) = results
     assert its_metrics == pytest.approx(metrics, rel=1e-4)

@@ -33,9 +33,10 @@ from snlp_jax.io.metrics import read_metrics
 from snlp_jax.model import LanguageModel
 from snlp_jax.train.flops import peak_flops, train_flops_per_token
 from snlp_jax.train.loop import train
-from snlp_jax.train.loss import Plan, compared_layers, loss_fn, make_plan, term_weight
+from snlp_jax.train.loss import Plan, balanced, compared_layers, loss_fn, make_plan, term_weight
 from snlp_jax.train.optim import make_optimizer
 from snlp_jax.train.step import init_state, make_step
+from snlp_jax.types import Batch
 
 ROOT = Path(__file__).parent.parent
 FAST_COMPILE = "--xla_backend_optimization_level=0"
@@ -48,8 +49,8 @@ ALL_PLAN = make_plan(ALL_TERMS, 0, 10, 0)
 ONES = {"hidden_norm": 1.0, "solver_ce": 1.0, "layer_skip": 1.0}
 
 
-def tokens(batch: int = 4, seed: int = 0, length: int = 17) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, MODEL.vocab_size, (batch, length), dtype=np.int32)
+def batch_of(rows: int = 4, seed: int = 0, length: int = 17) -> Batch:
+    return Batch(np.random.default_rng(seed).integers(0, MODEL.vocab_size, (rows, length), dtype=np.int32))
 
 
 def perturbed(model: LanguageModel, scale: float = 0.1) -> dict:
@@ -78,7 +79,7 @@ def test_fresh_initialisation_is_finite(variant: str) -> None:
     """Without x0 the solver's trace equals the target exactly, where a plain norm has the gradient 0/0."""
     model = LanguageModel(dataclasses.replace(MODEL, **VARIANTS[variant]))
     params = jax.jit(model.init)(jax.random.key(0))
-    loss = lambda p: loss_fn(model, p, tokens(), ALL_TERMS, ALL_PLAN, ONES)  # noqa: E731
+    loss = lambda p: loss_fn(model, p, batch_of(), ALL_TERMS, ALL_PLAN, ONES)  # noqa: E731
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     chex.assert_tree_all_finite((value, grads, metrics))
     assert float(value) == pytest.approx(
@@ -96,7 +97,7 @@ def test_terms_mean_what_they_say() -> None:
 
     def run(config: LossConfig):
         plan = make_plan(config, 0, 1, 0)
-        loss = lambda p: loss_fn(model, p, tokens(), config, plan, ONES)  # noqa: E731
+        loss = lambda p: loss_fn(model, p, batch_of(), config, plan, ONES)  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     (_, plain), plain_grads = run(LossConfig())
@@ -135,7 +136,7 @@ def test_every_correction_can_be_trained_for() -> None:
             sequential_weight=0.0,
             hidden_norm=HiddenNormConfig(weight=1.0, region_sizes=(n,), correction=correction, **fields),
         )
-        value = lambda p, key: loss_fn(model, p, tokens(), loss, make_plan(loss, 0, 1, 0), ONES, key)[0]  # noqa: E731
+        value = lambda p, key: loss_fn(model, p, batch_of(), loss, make_plan(loss, 0, 1, 0), ONES, key)[0]  # noqa: E731
         run = jax.value_and_grad(value) if with_gradient else lambda p, key: (value(p, key), {})
         return jax.jit(run)(perturbed(model), jax.random.key(key))
 
@@ -163,7 +164,7 @@ def test_detached_target_stops_the_gradient() -> None:
         term = HiddenNormConfig(weight=1.0, region_sizes=(3,), detach_target=detach)
         config = LossConfig(sequential_weight=0.0, hidden_norm=term)
         return jax.jit(
-            jax.value_and_grad(lambda p: loss_fn(model, p, tokens(), config, make_plan(config, 0, 1, 0), ONES)[0])
+            jax.value_and_grad(lambda p: loss_fn(model, p, batch_of(), config, make_plan(config, 0, 1, 0), ONES)[0])
         )(params)
 
     (attached, attached_grads), (detached, detached_grads) = gradient(False), gradient(True)
@@ -203,12 +204,43 @@ def test_step_compiles_once_a_plan_and_microbatches_agree() -> None:
         step = make_step(model, optimizer, config)
         state = jax.jit(lambda opt=optimizer: init_state(model, opt, 0))()
         for index in range(6):
-            state, metrics = step(state, tokens(seed=index), plan=plans[index % 2])
+            state, metrics = step(state, batch_of(seed=index), plan=plans[index % 2])
         assert step._cache_size() == 2, "one compilation for each plan"
         assert int(state["step"]) == 6
         results.append(metrics)
     # Means of halves against means of wholes, after six float32 steps.
     chex.assert_trees_all_close(results[0], results[1], rtol=1e-3)
+
+
+def test_only_targets_with_a_weight_are_learned() -> None:
+    """The mean over the targets that count, whatever the others are, in the pass and through the solver; and equal to
+    itself over microbatches that hold different numbers of them."""
+    model, plan = LanguageModel(MODEL), Plan((("solver_ce", (3,)),))
+    loss = LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(3,)))
+    params = jax.jit(model.init)(jax.random.key(0))
+    params["head"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
+    plain = batch_of()
+    weight = np.zeros((4, 16), np.float32)
+    weight[:3, 9:] = weight[1, 12:] = 1.0
+    weight[0, 11:] = 0.0
+    run = jax.jit(lambda batch: loss_fn(model, params, balanced(batch), loss, plan, ONES)[1])
+    masked, parts = run(plain._replace(weight=weight)), []
+    for row, column in zip(*np.nonzero(weight), strict=True):
+        alone = np.zeros_like(weight)
+        alone[row, column] = 1.0
+        parts.append(run(plain._replace(weight=alone)))
+    for name in ("sequential_ce", "solver_ce"):
+        np.testing.assert_allclose(masked[name], np.mean([part[name] for part in parts]), rtol=1e-5)
+        np.testing.assert_allclose(
+            run(plain._replace(weight=np.full_like(weight, 7.0)))[name], run(plain)[name], rtol=1e-6
+        )
+    halves = []
+    for num_microbatches in (1, 2):
+        config = Config(model=MODEL, loss=loss, train=TrainConfig(num_steps=8, num_microbatches=num_microbatches))
+        optimizer = make_optimizer(config.optim, model.abstract_params(), 8, 64)
+        state = jax.jit(lambda opt=optimizer: init_state(model, opt, 0))()
+        halves.append(make_step(model, optimizer, config)(state, plain._replace(weight=weight), plan=plan)[1])
+    chex.assert_trees_all_close(halves[0], halves[1], rtol=1e-4)
 
 
 def test_loss_is_traced_once_a_plan() -> None:
@@ -222,7 +254,7 @@ def test_loss_is_traced_once_a_plan() -> None:
         return loss_fn(model, params, batch, ALL_TERMS, ALL_PLAN, ONES)[0]
 
     for seed in range(3):
-        loss(params, tokens(seed=seed))
+        loss(params, batch_of(seed=seed))
 
 
 def test_flops() -> None:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from snlp_jax.config import MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.parallel.sharding import constrain
+from snlp_jax.types import PyTree
 
 AXES = ("data", "layer", "tensor")
 
@@ -52,23 +53,27 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     return mine[0] // len(mine), count
 
 
-def put_batch(mesh: Mesh | None, rows: np.ndarray, *, is_whole: bool = False) -> jax.Array:
-    """Rows of host memory [B, ...] as one array whose first axis is spread over ``data``.
+def put_batch(mesh: Mesh | None, rows: PyTree, *, is_whole: bool = False) -> PyTree:
+    """Rows of host memory, arrays [B, ...], each as one array whose first axis is spread over ``data``.
 
     Args:
         rows: this process's part of the batch (:func:`data_shard`), or with ``is_whole`` the whole of it.
     """
     if mesh is None:
-        return jax.numpy.asarray(rows)
+        return jax.tree.map(jax.numpy.asarray, rows)
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     index, count = (0, 1) if is_whole else data_shard(mesh)
-    first, shape = index * rows.shape[0], (count * rows.shape[0], *rows.shape[1:])
 
-    def piece(place: Any) -> np.ndarray:
-        start, stop, _ = place[0].indices(shape[0])
-        return rows[start - first : stop - first]
+    def put(mine: np.ndarray) -> jax.Array:
+        first, shape = index * mine.shape[0], (count * mine.shape[0], *mine.shape[1:])
 
-    return jax.make_array_from_callback(shape, sharding, piece)
+        def piece(place: Any) -> np.ndarray:
+            start, stop, _ = place[0].indices(shape[0])
+            return mine[start - first : stop - first]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return jax.tree.map(put, rows)
 
 
 def over_data(mesh: Mesh | None, x: jax.Array) -> jax.Array:

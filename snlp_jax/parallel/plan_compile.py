@@ -20,6 +20,7 @@ from snlp_jax.parallel.hlo import Program, read_program
 from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.solver import Schedule
+from snlp_jax.types import Batch
 
 Kind = Literal["decode", "forward", "train"]
 
@@ -177,7 +178,7 @@ def _lower_training(model: LanguageModel, config: Config, mesh: Mesh, work: Work
     plan = Plan(tuple((name, term.region_sizes) for name, term in config.loss.terms.items()))
     tokens = _abstract_tokens(mesh, work.batch_size, work.context + 1)
     step: Any = make_step(model, optimizer, config, mesh)
-    return step.lower(abstract_state(model, optimizer, mesh), tokens, plan=plan)
+    return step.lower(abstract_state(model, optimizer, mesh), Batch(tokens), plan=plan)
 
 
 def _abstract_tokens(mesh: Mesh, batch_size: int, num_tokens: int) -> Any:

@@ -31,9 +31,9 @@ from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
 from snlp_jax.parallel.processes import Vote, all_or_none, check_same, is_first
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.train.flops import peak_flops, train_flops_per_token
-from snlp_jax.train.loss import Plan, loss_fn, make_plan, start_step
+from snlp_jax.train.loss import Plan, balanced, loss_fn, make_plan, start_step
 from snlp_jax.train.step import TrainState, abstract_state, make_init, make_step, optimizer_of
-from snlp_jax.types import Array
+from snlp_jax.types import Array, Batch
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
         seq_len, eval_rows = config.model.seq_len, tc.batch_size // tc.num_microbatches
         sizes = {"seq_len": seq_len, "batch_size": tc.batch_size, "seed": config.data.seed}
         batches = train_iterator(data, **sizes, process_index=part, process_count=num_parts)
-        held_out = val_batches(data, seq_len=seq_len, batch_size=eval_rows, num_batches=tc.eval_batches)
+        windows = val_batches(data, seq_len=seq_len, batch_size=eval_rows, num_batches=tc.eval_batches)
+        held_out = [Batch(rows) for rows in windows]
         _check_division(held_out, config, mesh)
     check_same("config", to_json(config))
     check_same("corpus", data.content_hash)
@@ -145,9 +146,9 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
 
         for step in range(first_step, tc.num_steps):
             plan = make_plan(config.loss, step, tc.num_steps, tc.seed)
-            tokens = next(batches)["tokens"]
-            model.check_tokens(tokens)
-            state, metrics = step_fn(state, put_batch(mesh, tokens), plan=plan)
+            batch = Batch(**next(batches))
+            model.check_tokens(batch.tokens)
+            state, metrics = step_fn(state, put_batch(mesh, batch), plan=plan)
             read_pending()
             pending = step + 1, metrics
 
@@ -192,9 +193,9 @@ def _check_corpus(run_path: Path, data: TokenData) -> None:
     atomic_write(path, data.content_hash + "\n")
 
 
-def _check_division(held_out: list[np.ndarray], config: Config, mesh: Mesh) -> None:
+def _check_division(held_out: list[Batch], config: Config, mesh: Mesh) -> None:
     """Training batches are checked with the config; a short held-out split may give smaller ones."""
-    rows, parts = held_out[0].shape[0], mesh.shape["data"] * config.mesh.ring_microbatches
+    rows, parts = held_out[0].tokens.shape[0], mesh.shape["data"] * config.mesh.ring_microbatches
     if config.train.batch_size // config.train.num_microbatches % parts or rows % parts:
         raise InputError(
             f"batches of {config.train.batch_size // config.train.num_microbatches} windows to train and {rows} to "
@@ -218,9 +219,7 @@ def _describe_devices(mesh: Mesh, config: Config, state: TrainState) -> str:
     return text
 
 
-def _make_eval(
-    model: LanguageModel, config: Config, mesh: Mesh
-) -> Callable[[Any, list[np.ndarray], int], dict[str, float]]:
+def _make_eval(model: LanguageModel, config: Config, mesh: Mesh) -> Callable[[Any, list[Batch], int], dict[str, float]]:
     """Held-out means of every part of the loss that has begun, all region sizes included.
 
     ``val_loss``, by which the best checkpoint is chosen, is the whole loss at full weights and appears only once every
@@ -231,10 +230,10 @@ def _make_eval(
     ring = config.mesh.ring_microbatches
 
     @functools.partial(jax.jit, static_argnames="plan")
-    def evaluate(params: Any, tokens: Array, *, plan: Plan) -> dict[str, Array]:
-        return loss_fn(model, params, tokens, config.loss, plan, weights, mesh=mesh, ring_microbatches=ring)[1]
+    def evaluate(params: Any, batch: Batch, *, plan: Plan) -> dict[str, Array]:
+        return loss_fn(model, params, balanced(batch), config.loss, plan, weights, mesh=mesh, ring_microbatches=ring)[1]
 
-    def run(params: Any, batches: list[np.ndarray], step: int) -> dict[str, float]:
+    def run(params: Any, batches: list[Batch], step: int) -> dict[str, float]:
         begun = [name for name, term in terms.items() if step >= start_step(term, config.train.num_steps)]
         plan = Plan(tuple((name, terms[name].region_sizes) for name in begun))
         parts = [evaluate(params, put_batch(mesh, rows, is_whole=True), plan=plan) for rows in batches]
@@ -247,10 +246,10 @@ def _make_eval(
 
 
 def _make_sample(
-    model: LanguageModel, config: Config, held_out: list[np.ndarray], tokenizer: Tokenizer, mesh: Mesh
+    model: LanguageModel, config: Config, held_out: list[Batch], tokenizer: Tokenizer, mesh: Mesh
 ) -> Callable[[Any], str]:
     """Greedy continuation of a piece of held-out text by the sequential pass."""
-    prompt, num_tokens = held_out[0][:1, :SAMPLE_PROMPT_LEN], config.train.sample_tokens
+    prompt, num_tokens = held_out[0].tokens[:1, :SAMPLE_PROMPT_LEN], config.train.sample_tokens
     greedy = make_greedy_fn(model, prompt_len=prompt.shape[1], num_tokens=num_tokens, mesh=mesh)
     # The same text for every part of the batch that the mesh has.
     start = np.pad(np.repeat(prompt, mesh.shape["data"], axis=0), ((0, 0), (0, num_tokens)))

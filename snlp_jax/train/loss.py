@@ -43,7 +43,7 @@ from snlp_jax.solver import (
     relative_norm,
     solve,
 )
-from snlp_jax.types import Array, Params
+from snlp_jax.types import Array, Batch, Params
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def term_weight(term: LossTerm, step: Array, num_steps: int) -> Array:
 def loss_fn(
     model: LanguageModel,
     params: Params,
-    tokens_BT1: Array,
+    batch: Batch,
     config: LossConfig,
     plan: Plan,
     weights: Mapping[str, Array | float],
@@ -101,13 +101,13 @@ def loss_fn(
     for every microbatch; all of them at once in a region, which reads them all at once.
 
     Args:
-        tokens_BT1: [B, T + 1]; the first T are inputs, the last T targets.
+        batch: its ``weight`` is taken to have mean 1 over the whole batch of a step (:func:`balanced`).
         weights: weight of each term of the plan at this step, see :func:`term_weight`.
         key: of the random vectors that the Diagonal correction probes with.
         mesh: devices that hold ``params`` in the training layout (``snlp_jax/parallel/sharding.py``).
         ring_microbatches: parts in which the batch goes round the devices of the layer axis.
     """
-    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
     L, mid = model.config.num_layers, model.config.mid_layer
     ring = mesh if mesh is not None and mesh.shape["layer"] > 1 else None
     region_mesh = mesh if mesh is not None and mesh.shape["layer"] * mesh.shape["data"] > 1 else None
@@ -154,7 +154,8 @@ def loss_fn(
     h_after = dict(zip(states, exact.tapped, strict=True)) | {-1: h_in}
 
     def ce(h_last: Array, h_mid: Array) -> Array:
-        return cross_entropy(model.padded_logits(params, h_last, h_mid), targets_BT, model.config.vocab_size)
+        logits_BTV = model.padded_logits(params, h_last, h_mid)
+        return cross_entropy(logits_BTV, targets_BT, model.config.vocab_size, batch.weight)
 
     sequential_ce = ce(h_after[L - 1], h_after[mid])
 
@@ -201,14 +202,24 @@ def make_correction(term: SolverTerm) -> Correction:
     return CORRECTIONS[term.correction]()
 
 
-def cross_entropy(logits_BTV: Array, targets_BT: Array, vocab_size: int) -> Array:
-    """Mean negative log-likelihood of the targets, in nats; entries past the vocabulary count for nothing.
+def balanced(batch: Batch) -> Batch:
+    """The batch with weights of mean 1, so that the plain mean of weighted losses is their weighted mean, and means of
+    equal parts of the batch average to it."""
+    if batch.weight is None:
+        return batch
+    return batch._replace(weight=batch.weight / jnp.maximum(batch.weight.mean(), 1e-9))
+
+
+def cross_entropy(logits_BTV: Array, targets_BT: Array, vocab_size: int, weight_BT: Array | None = None) -> Array:
+    """Mean negative log-likelihood of the targets times their weights, in nats; entries past the vocabulary count for
+    nothing.
 
     They are masked and not cut off: logits that are split over devices by vocabulary stay where they are.
     """
     is_entry_V = jnp.arange(logits_BTV.shape[-1]) < vocab_size
     masked_BTV = jnp.where(is_entry_V[None, None], logits_BTV, -jnp.inf)
-    return optax.softmax_cross_entropy_with_integer_labels(masked_BTV, targets_BT).mean()
+    nll_BT = optax.softmax_cross_entropy_with_integer_labels(masked_BTV, targets_BT)
+    return nll_BT.mean() if weight_BT is None else (weight_BT * nll_BT).mean()
 
 
 def compared_layers(num_layers: int, stride: int) -> list[int]:

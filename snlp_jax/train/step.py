@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from snlp_jax.config import Config
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.sharding import TRAINING, shardings_of, spread_matrices, with_shardings
-from snlp_jax.train.loss import Plan, loss_fn, term_weight
+from snlp_jax.train.loss import Plan, balanced, loss_fn, term_weight
 from snlp_jax.train.optim import make_optimizer
-from snlp_jax.types import Array
+from snlp_jax.types import Array, Batch
 
 TrainState = dict[str, Any]
 """``{'params': ..., 'opt_state': ..., 'step': int32 scalar}``."""
@@ -56,7 +56,7 @@ def make_init(
 def make_step(
     model: LanguageModel, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh | None = None
 ) -> StepFn:
-    """``step(state, tokens_BT1, plan=Plan(...)) -> (state, metrics)``; donates ``state``, compiles once a plan.
+    """``step(state, batch, plan=Plan(...)) -> (state, metrics)``; donates ``state``, compiles once a plan.
 
     The batch is split into ``train.num_microbatches`` equal parts (the j-th has rows j, j + M, ..., so that a batch
     that is spread over devices stays where it is) whose gradients are averaged.
@@ -71,22 +71,26 @@ def make_step(
         donate_argnames="state",
         out_shardings=None if mesh is None else (shardings, None),
     )
-    def step(state: TrainState, tokens_BT1: Array, *, plan: Plan) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, *, plan: Plan) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
         weights = {name: term_weight(config.loss.terms[name], state["step"], num_steps) for name, _ in plan.sizes}
 
-        def gradient(tokens: Array) -> tuple[Any, dict[str, Array]]:
-            loss = lambda params: loss_fn(model, params, tokens, config.loss, plan, weights, key, **settings)  # noqa: E731
+        batch = balanced(batch)
+
+        def gradient(rows: Batch) -> tuple[Any, dict[str, Array]]:
+            loss = lambda params: loss_fn(model, params, rows, config.loss, plan, weights, key, **settings)  # noqa: E731
             grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
             if mesh is not None:
                 grads = jax.lax.with_sharding_constraint(grads, shardings["params"])
             return grads, metrics
 
         if num_microbatches == 1:
-            grads, metrics = gradient(tokens_BT1)
+            grads, metrics = gradient(batch)
         else:
-            parts = jnp.moveaxis(tokens_BT1.reshape(-1, num_microbatches, tokens_BT1.shape[-1]), 1, 0)
-            zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, parts[0]))
+            cut = lambda leaf: jnp.moveaxis(leaf.reshape(-1, num_microbatches, *leaf.shape[1:]), 1, 0)  # noqa: E731
+            parts = jax.tree.map(cut, batch)
+            first = jax.tree.map(lambda leaf: leaf[0], parts)
+            zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, first))
             add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
             total, _ = jax.lax.scan(add, zero, parts)
             grads, metrics = jax.tree.map(lambda leaf: leaf / num_microbatches, total)
