@@ -4,7 +4,8 @@
 
 Writes eval.json, eval.csv and eval.png into RUN_DIR/eval. Settings are written as in snlp_jax/notation.py; without any,
 a small grid is measured. With --diagnose, writes diagnose.json and diagnose.png instead: the error of every layer after
-every iteration, and the norms of the layers' Jacobians. Flags that are not given come from the run's saved config.
+every iteration, and the norms of the layers' Jacobians. With --tasks, writes tasks.json and tasks.csv instead:
+multiple choice, generated answers and bits per byte. Flags that are not given come from the run's saved config.
 """
 
 import dataclasses
@@ -14,8 +15,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from snlp_jax.config import EvalConfig
+from snlp_jax.config import EvalConfig, TaskConfig
 from snlp_jax.entry import run_entry
+from snlp_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Args:
     """The one of the lowest validation loss, or the newest."""
     diagnose: bool = False
     """Instead of quality and cost: where each setting's regions err, and how strongly their layers amplify it."""
+    task: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(default_factory=TaskConfig)
     eval: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
 
 
@@ -36,6 +39,16 @@ def main() -> None:
 
     config = read_config(args.run_dir)
     args = tyro.cli(Args, description=__doc__, default=dataclasses.replace(args, eval=config.eval))
+    if args.diagnose and args.task.tasks:
+        raise InputError("--diagnose and --tasks are two different evaluations; give one of them.")
+    if args.task.tasks:
+        from snlp_jax.eval.task_report import print_tasks, write_tasks
+        from snlp_jax.eval.tasks import tasks_of_run
+
+        found = tasks_of_run(args.run_dir, dataclasses.replace(config, eval=args.eval), args.task, args.checkpoint)
+        print_tasks(found)
+        print("wrote " + ", ".join(map(str, write_tasks(found, args.run_dir))))
+        return
     if args.diagnose:
         from snlp_jax.eval.diagnose import diagnose_run, print_diagnosis, write_diagnosis
 
@@ -47,6 +60,10 @@ def main() -> None:
     report = evaluate_run(args.run_dir, dataclasses.replace(config, eval=args.eval), args.checkpoint)
     print_report(report)
     paths, notice = write_report(report, args.run_dir)
+    if (args.run_dir / "report.html").exists():  # of the training; it shows the evaluation too
+        from snlp_jax.train.report import write_html
+
+        paths.append(write_html(args.run_dir))
     print("\n".join(filter(None, ["wrote " + ", ".join(map(str, paths)), notice])))
 
 

@@ -12,7 +12,8 @@ keep their cache by the rule last_eval. Adaptive speculation begins with what it
 Bytes of a token: layer weights as often as the layer is evaluated (at most, where a region stops by a tolerance) and
 the head, once a step whatever the batch, and of every row the keys and values that the layers' windows show. Of
 speculation: (verifications x those of the sequential pass + drafts x the drafter's + plain steps) / tokens of a row,
-from the rounds that were made. They are set against the bandwidth of a copy, measured in the same run.
+from the rounds that were made; the heads of ``mtp`` read a matrix each and, once a round, the projection. They are set
+against the bandwidth of a copy, measured in the same run.
 
 The cost model of speculation (benchmarks/draft_costs.py) is measured in every cell.
 """
@@ -49,7 +50,7 @@ from snlp_jax.infer.rules import check_settings
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import Layout, check_schedule
 from snlp_jax.model import LanguageModel
-from snlp_jax.notation import parse_schedule
+from snlp_jax.notation import Drafter, parse_drafter, parse_schedule
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
@@ -69,7 +70,7 @@ class Args(ShapeArgs):
     solvers: tuple[str, ...] = ("auto",)
     """Settings in the notation of snlp_jax/notation.py; auto: IDN over the last 3/4, K = 1 and 2, and over 1/4."""
     drafters: tuple[str, ...] = ("auto",)
-    """The same; auto: IDN over the last 3/4, K = 1, and the first half of the layers."""
+    """The same, or mtp for the model's heads; auto: IDN over the last 3/4, K = 1, and the first half of the layers."""
     draft_lens: tuple[int, ...] = (0, 1, 3, 7)
     """Drafts a round; 0 adapts the number."""
     layouts: tuple[Layout, ...] = ("auto",)
@@ -150,8 +151,8 @@ class Arm:
 
     setting: str
     layout: Layout
-    schedule: Schedule
-    """Of plain steps, or of the drafter."""
+    schedule: Drafter
+    """Of plain steps, or the drafter."""
     engine: RecordedEngine
     draft_len: int | None = None
     """0 adapts it; None does not speculate."""
@@ -199,7 +200,8 @@ def main(args: Args) -> dict[str, Any]:
     solvers, drafters = settings_of(args, config)
     report = header(config, dataclasses.asdict(args) | {"out": ""})
     if run_config:
-        evaluation = EvalConfig(solvers=("seq", *solvers, *drafters), greedy_tokens=0)
+        by_layers = (setting for setting in drafters if setting != "mtp")
+        evaluation = EvalConfig(solvers=("seq", *solvers, *by_layers), greedy_tokens=0)
         run_config = dataclasses.replace(run_config, model=config, eval=evaluation)
         model, params, _, data, _, fits, report["run"] = open_run(run_dir, run_config, args.checkpoint)
     else:
@@ -259,11 +261,14 @@ def settings_of(args: Args, config: ModelConfig) -> tuple[tuple[str, ...], tuple
     solvers = tuple(dict.fromkeys(idn)) if args.solvers == ("auto",) else args.solvers
     drafters = (idn[0], *([f"exit:{L // 2}"] if L > 1 else [])) if args.drafters == ("auto",) else args.drafters
     for setting in solvers:
-        check_settings(parse_schedule(setting, L), "last_eval", None, None, 0)
+        schedule = parse_schedule(setting, L)
+        check_settings(schedule, "last_eval", None, None, 0, 0)
+        check_schedule(config, schedule)
     for setting in drafters:
-        check_settings(Schedule.of(L), "last_eval", parse_schedule(setting, L), None, longest(args.draft_lens))
-    for setting in (*solvers, *drafters):
-        check_schedule(config, parse_schedule(setting, L))
+        drafter, most = parse_drafter(setting, L), longest(args.draft_lens, setting, config)
+        check_settings(Schedule.of(L), "last_eval", drafter, None, most, config.num_mtp_heads)
+        if isinstance(drafter, Schedule):
+            check_schedule(config, drafter)
     total = max(args.contexts) + args.new_tokens
     if total > config.max_context:
         raise InputError(
@@ -282,26 +287,27 @@ def make_arms(
     fits: Mapping[str, Calibration],
 ) -> list[Arm]:
     """Sequential engines, solvers, then every drafter at every length, which share an engine's programs."""
-    schedules = {text: parse_schedule(text, model.config.num_layers) for text in ("seq", *solvers, *drafters)}
+    num_layers = model.config.num_layers
 
     def arm(setting: str, layout: Layout) -> Arm:
-        schedule = schedules[setting]
+        schedule = parse_schedule(setting, num_layers)
         return Arm(setting, layout, schedule, RecordedEngine(model, params, schedule, layout=layout, fits=fits))
 
     arms = [arm("seq", "stack"), arm("seq", "list")]
     arms += [arm(setting, layout) for layout in args.layouts for setting in solvers]
     for layout, setting in itertools.product(args.layouts, drafters):
-        settings: dict[str, Any] = {"max_draft": longest(args.draft_lens), "layout": layout, "fits": fits}
-        shared = RecordedEngine(model, params, draft=schedules[setting], **settings)
+        drafter, most = parse_drafter(setting, num_layers), longest(args.draft_lens, setting, model.config)
+        settings: dict[str, Any] = {"max_draft": most, "layout": layout, "fits": fits}
+        shared = RecordedEngine(model, params, draft=drafter, **settings)
         for draft_len in args.draft_lens:
             engine = copy.copy(shared)
             engine.draft_len = draft_len or None
-            arms.append(Arm(setting, layout, schedules[setting], engine, draft_len))
+            arms.append(Arm(setting, layout, drafter, engine, draft_len))
     return arms
 
 
-def longest(draft_lens: Sequence[int]) -> int:
-    return max(draft_lens, default=0) or 8
+def longest(draft_lens: Sequence[int], drafter: str, config: ModelConfig) -> int:
+    return max(draft_lens, default=0) or (config.num_mtp_heads if drafter == "mtp" else 8)
 
 
 def round_robin(things: Sequence[T], repeats: int, deadline: float, measure: Callable[[T, int], None]) -> None:
@@ -364,7 +370,9 @@ class Summary:
         context = self.context + run.text_BT.shape[1] // 2
         of = lambda schedule, length: step_bytes(self.config, schedule, self.batch, length, context)  # noqa: E731
         exact, own = arm.engine.schedule, arm.schedule
-        return sum(count * (of(exact, g + 1) + (g * of(own, 1) if g else 0)) for g, count in run.rounds.items())
+        one = of(own, 1) if isinstance(own, Schedule) else 0
+        drafts = lambda g: g * one if isinstance(own, Schedule) else heads_bytes(self.config, g)  # noqa: E731
+        return sum(count * (of(exact, g + 1) + (drafts(g) if g else 0)) for g, count in run.rounds.items())
 
 
 def _text(runs: list[Run], reference: list[Run]) -> dict[str, Any]:
@@ -389,6 +397,12 @@ def step_bytes(config: ModelConfig, schedule: Schedule, batch: int, num_tokens: 
         windows = config.windows[segment.start : segment.stop]
         num_bytes += evals * batch * pair * sum(min(window, context) for window in windows)
     return num_bytes
+
+
+def heads_bytes(config: ModelConfig, num_drafts: int) -> int:
+    """Bytes of weights that drafts by the model's heads must read."""
+    D = config.embed_dim
+    return (num_drafts * D * D + D * config.padded_vocab_size) * jnp.dtype(config.compute_dtype).itemsize
 
 
 def measure_costs(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig
+from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, MTPConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward, layer_problem
 from snlp_jax.infer.engine import Engine, Request
@@ -79,6 +79,11 @@ class Golden:
         weights = {name.removeprefix("w/"): array for name, array in self.arrays.items() if name.startswith("w/")}
         self.model = LanguageModel(model_config)
         self.params: Params = from_nanochat(weights, model_config)
+        # The losses of a model with a head that looks further ahead: its matrix beside the same weights.
+        heads = {name.removeprefix("w_mtp/"): array for name, array in self.arrays.items() if name.startswith("w_mtp/")}
+        self.model_ahead = LanguageModel(dataclasses.replace(model_config, num_mtp_heads=len(heads)))
+        self.params_ahead: Params = from_nanochat(weights | heads, self.model_ahead.config)
+        self.mtp_weight: float = self.config.get("mtp_loss_weight", 0.0)
         self.tokens_BT = jnp.asarray(self.arrays["idx"])
         self.fits: dict[str, Calibration] = {}
         if "preheat/U" in self.arrays:
@@ -162,14 +167,17 @@ class Golden:
         ``plain``; ``idn_s3_d0_warm0.25`` (``s`` is the stride, ``d1`` detaches the target, ``warm`` is the share of the
         weight that its warm-up has reached; ``idn_s0`` is the layer-skip control, ``mhc_s0`` compares the last layer);
         ``diag_fd_ds2`` (the last layer after one Diagonal correction with the file's vectors, estimated every second
-        layer; entries from finite differences are clipped there, those from a VJP are not). Cases that differ in
-        traced weights only share a program.
+        layer; entries from finite differences are clipped there, those from a VJP are not); ``mtp1``, ``mtp1_idn``:
+        with one head that looks further ahead, and the solver's loss besides. Cases that differ in traced weights
+        only share a program.
         """
         match = re.fullmatch(
             r"(?P<kind>idn|mhc|diag)(_s(?P<stride>\d+))?(_d(?P<detach>[01]))?(_warm(?P<warm>[\d.]+))?"
             r"(_(?P<mode>fd|vjp)_ds(?P<every>\d+))?",
-            case,
+            case.removeprefix("mtp1_"),
         )
+        has_heads = case.startswith("mtp1")
+        model, params = (self.model_ahead, self.params_ahead) if has_heads else (self.model, self.params)
         sizes, weights = self.reg_sizes, {"hidden_norm": 0.0, "layer_skip": 0.0}
         detach, stride = False, self.reg_stride
         given: GivenProbes | None = None
@@ -186,7 +194,7 @@ class Golden:
                 options: dict[str, Any] = {"mode": DIAGONAL_MODES[match["mode"]], "limit": limit, "detach": True}
                 options["stride"] = int(match["every"])
                 given = GivenProbes(**options, vectors=REG_VECTORS, golden=self)
-        program = detach, stride, given
+        program = detach, stride, given, has_heads
         if program not in self._loss_fns:
             tokens_BT1 = jnp.concatenate([self.tokens_BT, self.arrays["targets"][:, -1:]], axis=1)
             correction = "hcn" if self.has_mhc else "idn"
@@ -195,17 +203,18 @@ class Golden:
                     REG_WEIGHT, sizes, correction=correction, stride=stride, detach_target=detach
                 ),
                 layer_skip=LayerSkipConfig(REG_WEIGHT, sizes, detach_target=detach),
+                mtp=MTPConfig(self.mtp_weight if has_heads else 0.0),
             )
             plan = Plan((("hidden_norm", sizes), ("layer_skip", sizes)))
 
             def compute(params: Params, weights: dict[str, float]) -> Array:
-                return loss_fn(self.model, params, Batch(tokens_BT1), config, plan, weights)[0]
+                return loss_fn(model, params, Batch(tokens_BT1), config, plan, weights)[0]
 
             self._loss_fns[program] = jax.jit(jax.value_and_grad(compute), compiler_options=COMPILER_OPTIONS)
         use_given = mock.patch("snlp_jax.train.loss.make_correction", lambda _: given)
         with use_given if given else contextlib.nullcontext():
-            loss, gradients = self._loss_fns[program](self.params, weights)
-        return float(loss), to_nanochat(gradients, self.model.config)
+            loss, gradients = self._loss_fns[program](params, weights)
+        return float(loss), to_nanochat(gradients, model.config)
 
     def continuation(self, draft: Schedule | None = None, draft_len: int = 1) -> np.ndarray:
         """The greedy text after the file's prompt, by the cached engine."""

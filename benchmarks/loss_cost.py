@@ -11,7 +11,6 @@ Prints a table and writes benchmarks/results/loss_cost_DATE.json.
 import dataclasses
 import datetime
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from jax.extend.core import jaxprs_in_params
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +29,7 @@ from snlp_jax.entry import run_entry
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import git_commit
 from snlp_jax.model import LanguageModel
+from snlp_jax.train.flops import matmul_flops
 from snlp_jax.train.loss import make_plan
 from snlp_jax.train.optim import make_optimizer
 from snlp_jax.train.step import init_state, make_step
@@ -76,20 +75,6 @@ def losses(n: int, with_streams: bool) -> dict[str, LossConfig]:
         ),
         "layer_skip": LossConfig(layer_skip=LayerSkipConfig(**term)),
     }
-
-
-def matmul_flops(jaxpr: Any) -> float:
-    """Multiplications and additions of all matrix products of a jaxpr; a loop's body as often as it runs."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inner in jaxprs_in_params(equation.params):
-            total += times * matmul_flops(inner)
-    return total
 
 
 class Step:

@@ -268,7 +268,7 @@ INIT = r"(?P<init>h0|batch_fwd|preheat)"
 DAMPING = r"e(?P<damping>[\d.]+)"
 AVG = r"(?P<avg>_avg)?"
 CHUNKS = rf"n(?P<n>\d+)_C(?P<C>\d+)_K(?P<K>\d+)_{INIT}{AVG}"
-CASE = r"(?P<case>plain|plain_again|(idn|mhc)_s\d+_d[01](_warm[\d.]+)?|diag_(fd|vjp)_ds\d+)"
+CASE = r"(?P<case>plain|plain_again|(idn|mhc)_s\d+_d[01](_warm[\d.]+)?|diag_(fd|vjp)_ds\d+|mtp1(_idn|_mhc)?)"
 LOGITS, FD = LOGITS_TOLERANCE, FD_TOLERANCE
 
 FAMILIES = (
@@ -370,12 +370,11 @@ BY_DESIGN = (
         lambda golden, key: f"ref/{key}" in golden.arrays,
     ),
 )
-NOT_YET = (Exclusion(r"(loss|grad)/mtp.+", "multi-token-prediction heads"),)
 
 
-def exclusion(golden: Golden, key: str, table: tuple[Exclusion, ...]) -> str | None:
-    """Reason of the first row of ``table`` that excludes the array."""
-    rows = (row for row in table if re.fullmatch(row.pattern, key) and row.applies(golden, key))
+def exclusion(golden: Golden, key: str) -> str | None:
+    """Reason of the first row of ``BY_DESIGN`` that excludes the array."""
+    rows = (row for row in BY_DESIGN if re.fullmatch(row.pattern, key) and row.applies(golden, key))
     return next((row.reason for row in rows), None)
 
 
@@ -401,10 +400,8 @@ def compare(golden: Golden) -> Report:
     for key in golden.arrays:
         if INPUTS.fullmatch(key):
             continue
-        if reason := exclusion(golden, key, BY_DESIGN):
+        if reason := exclusion(golden, key):
             report.by_design.setdefault(reason, []).append(key)
-        elif reason := exclusion(golden, key, NOT_YET):
-            report.not_yet.setdefault(reason, []).append(key)
         elif found := next(((family, task) for family in FAMILIES if (task := family.task(golden, key))), None):
             todo.append(found)
         else:

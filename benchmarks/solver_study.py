@@ -1,9 +1,9 @@
 """Every solver method against equal-depth controls, on trained models: quality, cost, and what wins at equal depth.
 
-    python benchmarks/demo_study.py --seeds 0 1 2 --arms plain demo mhc      # trains what is measured here
+    python benchmarks/study.py configs/study_demo.py --stage steps      # trains what is measured here
     python benchmarks/solver_study.py --seeds 0 1 2 --arms plain demo mhc
 
-Reads runs/study/ARM-SEED (see demo_study.py): ``plain`` is trained without any solver loss, ``demo`` for one Identity
+Reads runs/study/study_demo/ARM-steps-SEED: ``plain`` is trained without any solver loss, ``demo`` for one Identity
 iteration, ``mhc`` has four residual streams and is trained for one HyperConnection iteration. Calibrations are fitted
 to each run's own training text. Times (one token, the fair twin of eval.py) are taken on the first seed. Prints a
 table for each arm, in markdown, sorted by depth, and writes benchmarks/results/solver_study_DATE.json after every run;
@@ -75,6 +75,8 @@ class Args:
     """Held-out windows, the same for every run."""
     timing_repeats: int = 50
     """0 leaves out the times."""
+    runs: str = "runs/study/study_demo/{arm}-steps-{seed}"
+    """Where they are, from the root of the repository."""
     out: Path = Path("")
     """Empty: benchmarks/results/solver_study_DATE.json."""
 
@@ -87,7 +89,7 @@ def settings_of(arm: str) -> tuple[str, ...]:
 
 def measure(arm: str, seed: int, args: Args) -> dict:
     """Evaluate one run's last checkpoint under all settings."""
-    run_dir = ROOT / "runs" / "study" / f"{arm}-{seed}"
+    run_dir = ROOT / args.runs.format(arm=arm, seed=seed)
     config = read_config(run_dir)
     is_timed = seed == args.seeds[0] and args.timing_repeats > 0 and arm != "plain"  # whose programs are the demo's
     settings = dataclasses.replace(

@@ -77,6 +77,7 @@ def forward(
     ring_microbatches: int = 1,
     past: Past | None = None,
     kept: Kept | None = None,
+    document_BT: Array | None = None,
 ) -> Output:
     """Logits of ``tokens_BT`` under the schedule the weights were laid out for. Jit it with ``weights`` an argument.
 
@@ -85,9 +86,11 @@ def forward(
         ring_microbatches: parts in which the batch goes round the devices, see :func:`snlp_jax.solver.sequential`.
         past: the tokens are those that follow on these.
         kept: leave keys and values behind, those of which evaluation of a region; None where nobody will read them.
+        document_BT: number of the document, in its row, of each token, where they attend to their own alone; not with
+            ``past``.
     """
     settings: dict[str, Any] = {"with_stats": with_stats, "ring_microbatches": ring_microbatches}
-    settings |= {"past": past, "kept": kept}
+    settings |= {"past": past, "kept": kept, "document_BT": document_BT}
     states = run_segments(model, weights, tokens_BT, mesh=mesh, **settings)
     logits_BTV = model.padded_logits(weights.ends, states.h_last, states.h_mid)
     # Cropping what is split by vocabulary would move pieces of it about.
@@ -106,14 +109,17 @@ def run_segments(
     past: Past | None = None,
     kept: Kept | None = None,
     traced: Collection[int] = (),
+    document_BT: Array | None = None,
 ) -> States:
     """:func:`forward` without the head; the weights may end before the model does.
 
     ``traced``: numbers of the segments in order whose traces are wanted too; a region's always is there.
     """
     mid_layer = model.config.mid_layer
-    x0_BTD = model.embed(weights.ends, tokens_BT, past.previous_B1 if past else None)
-    shared = model.shared(x0_BTD, past.length_B if past else None)
+    if past is not None and document_BT is not None:
+        raise ValueError("tokens that follow on others belong to one document; leave document_BT out.")
+    x0_BTD = model.embed(weights.ends, tokens_BT, past.previous_B1 if past else None, document_BT)
+    shared = model.shared(x0_BTD, past.length_B if past else None, document_BT)
     h = h_mid = model.expand(x0_BTD)
     solutions: list[Solution] = []
     left: list[Left | None] = []

@@ -14,6 +14,8 @@
     12xF2 n24 K1                        the same in the paper's words; also n12 K2 batch_forward, HCN n16 K4
     skip:4-8, exit:6, pairs:n=8         controls: layers left out, the head after 6 layers, layers two by two
 
+What drafts may also be ``mtp``: the model's multi-token-prediction heads, and no layer.
+
 Corrections: jac, idn, sid, hcn, diag, cal, exact. Initial traces: h0, batch_forward, warm (an oracle here), cal,
 preheat. ``k`` defaults to 1, ``init`` to h0, everything else to off.
 """
@@ -21,7 +23,7 @@ preheat. ``k`` defaults to 1, ``init`` to h0, everything else to off.
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from snlp_jax.errors import InputError
 from snlp_jax.solver import (
@@ -49,6 +51,8 @@ from snlp_jax.solver import (
 )
 
 T = TypeVar("T")
+Drafter = Schedule | Literal["mtp"]
+"""What drafts in speculative decoding: layers, or the model's heads that look further ahead."""
 
 CORRECTIONS: dict[str, type[Correction]] = {
     "jac": Jacobi,
@@ -100,6 +104,15 @@ def parse_schedule(text: str, num_layers: int) -> Schedule:
         return Schedule.of(num_layers, *(region for part in parts for region in _parse_part(part, num_layers)))
     except ValueError as error:
         raise InputError(f"solver setting {text.strip()!r}: {error}") from error
+
+
+def parse_drafter(text: str, num_layers: int) -> Drafter:
+    """``mtp``, or the schedule that ``text`` describes.
+
+    Raises:
+        InputError: see :func:`parse_schedule`.
+    """
+    return "mtp" if text.strip() == "mtp" else parse_schedule(text, num_layers)
 
 
 def _translate(paper: re.Match[str]) -> str:

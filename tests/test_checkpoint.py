@@ -366,6 +366,16 @@ def test_new_run_dir_gets_its_config(tmp_path):
         assert (tmp_path / name / "config.json").read_text() == to_json(Config())
 
 
+def test_a_field_that_came_later_had_its_default(tmp_path):
+    saved = json.loads(to_json(Config()))
+    del saved["lora"], saved["train"]["ema_decay"]
+    Path(tmp_path / "config.json").write_text(json.dumps(saved))
+    averaged = Config(train=TrainConfig(ema_decay=0.9))
+    with pytest.raises(InputError, match="train.ema_decay is 0.0 there and 0.9 here"):
+        check_run_dir(tmp_path, to_json(averaged), True)
+    check_run_dir(tmp_path, to_json(Config()), True)
+
+
 def test_used_run_dir_needs_resume(tmp_path):
     check_run_dir(tmp_path, to_json(Config()), False)
     with pytest.raises(InputError, match="use --resume or another --run-dir"):

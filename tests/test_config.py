@@ -15,6 +15,7 @@ from snlp_jax.config import (
     HiddenNormConfig,
     InitName,
     LayerSkipConfig,
+    LoraConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -39,7 +40,8 @@ CHANGED = Config(
         solver_ce=SolverCEConfig(weight=1.0, region_sizes=(9,), start_fraction=0.6, init="batch_forward"),
         layer_skip=LayerSkipConfig(weight=0.1, region_sizes=(2,), sample_region=True),
     ),
-    train=TrainConfig(batch_size=12, num_microbatches=3, tensorboard=True),
+    train=TrainConfig(batch_size=12, num_microbatches=3, tensorboard=True, init_from="runs/base", ema_decay=0.5),
+    lora=LoraConfig(rank=4, targets=("query", "down")),
     mesh=MeshConfig(data=2, layer=3, ring_microbatches=2),
     eval=EvalConfig(solvers=("idn:n=8,k=2", "seq")),
 )

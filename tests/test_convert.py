@@ -25,6 +25,7 @@ VARIANTS = {
     "no_value_embeds": dataclasses.replace(BASE, use_value_embeds=False),
     "hyper_connections": dataclasses.replace(BASE, use_x0_resid=False, num_streams=3),
     "grouped_heads": dataclasses.replace(BASE, num_kv_heads=2),
+    "heads_ahead": dataclasses.replace(BASE, num_mtp_heads=2),
     "bare": dataclasses.replace(
         BASE, use_x0_resid=False, use_value_embeds=False, use_smear=False, use_mid_subtract=False
     ),
@@ -139,13 +140,20 @@ def test_hyper_connections_carry_over_and_imply_no_residual_scalars() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_mtp_steps": 2}, r"sets num_mtp_steps=2, but multi-token-prediction heads are not supported\.$"),
         ({"dropout": 0.1}, r"has a field 'dropout' that this converter does not know\.$"),
     ],
 )
 def test_config_of_another_model_is_refused(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         nanochat_config({**NANOCHAT, **change})
+
+
+def test_heads_that_look_ahead_carry_over() -> None:
+    config = nanochat_config({**NANOCHAT, "num_mtp_steps": 2, "mtp_loss_weight": 0.3})
+    assert config == dataclasses.replace(nanochat_config(NANOCHAT), num_mtp_heads=2)
+    params = random_params(config)
+    tensor = to_nanochat(params, config)["mtp_projs.1.weight"]
+    np.testing.assert_array_equal(tensor, params["head"]["mtp"][1].T)
 
 
 def test_config_without_a_field_is_refused() -> None:

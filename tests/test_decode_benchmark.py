@@ -13,7 +13,7 @@ from benchmarks.draft_costs import Costs, fit_costs
 from benchmarks.speed import work
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.notation import parse_schedule
+from snlp_jax.notation import parse_drafter, parse_schedule
 
 CUSTOM = dict(shape="demo", num_layers=2, embed_dim=32, num_heads=2, vocab_size=64, seq_len=16, window_pattern="L")
 SOLVER, DRAFTER = "idn:n=2,k=2", "idn:n=2,k=1"
@@ -84,7 +84,7 @@ def test_row_of_a_trained_model():
         found = SimpleNamespace(prefill_seconds=1.0, tested=tested, accepted=accepted, iterations=0)
         engine = SimpleNamespace(schedule=parse_schedule("seq", 4), num_weight_bytes=1, num_cache_bytes=1)
         runs = [Run(each, found, text_BT, Counter(rounds)) for each in seconds]
-        return Arm(setting, "auto", parse_schedule(setting, 4), engine, draft_len, runs=runs)
+        return Arm(setting, "auto", parse_drafter(setting, 4), engine, draft_len, runs=runs)
 
     twin = arm("seq", None, [2.0, 4.0, 8.0], {0: 10})
     summary = Summary(CONFIG, 2, 3, 100.0, twin, True)
@@ -98,6 +98,8 @@ def test_row_of_a_trained_model():
     of = lambda setting, length: step_bytes(CONFIG, parse_schedule(setting, 4), 2, length, 3 + 5)  # noqa: E731
     assert row["bytes_per_token"] == (of("seq", 1) + 4 * (of("seq", 3) + 2 * of("exit:2", 1))) / 10
     assert row["fraction_of_copy"] == pytest.approx(row["bytes_per_token"] / 100)
+    heads = summary.row(arm("mtp", 2, [1.0, 1.0, 1.0], {2: 5}))  # two matrices and the projection, in float32
+    assert heads["bytes_per_token"] == 5 * (of("seq", 3) + 4 * (2 * 32 * 32 + 32 * 64)) / 10
 
 
 def test_step_bytes_by_hand():
@@ -130,6 +132,7 @@ def test_bad_flags_are_one_sentence():
         ({"solvers": ("nope:n=1",)}, "unknown correction"),
         ({"solvers": ("idn:n=2,k=1,stage=1xF2",)}, "fused layers"),
         ({"drafters": ("seq",)}, "saves nothing"),
+        ({"drafters": ("mtp",)}, "no multi-token-prediction heads"),
         ({"contexts": (160,)}, "lower --contexts"),
     ):
         with pytest.raises(InputError, match=match):

@@ -9,7 +9,6 @@ import re
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,8 @@ from problems import random_params
 from tiny_run import MODEL, tiny
 
 from snlp_jax.config import Config, EvalConfig, MeshConfig, ModelConfig
+from snlp_jax.data.pipeline import TokenData
+from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run, read_config, write_report
 from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibration
@@ -229,7 +230,7 @@ SCRIPT_SOLVERS = ["idn:n=2,k=1", "cal:n=2,k=1,init=cal,fit=mine", "idn:n=3,tol=0
     ),
 )
 def test_bad_calibrations(tmp_path: Path, model: LanguageModel, params: dict, text: str, sentence: str) -> None:
-    data = SimpleNamespace(train=np.zeros(1000, np.uint16))
+    data = TokenData(ByteTokenizer(), np.zeros(1000, np.uint16), np.zeros(0, np.uint16), "hash")
     with pytest.raises(InputError, match=re.escape(sentence)):
         fit_to_run(tmp_path, model, params, data, parse_calibration(text, 4))
 

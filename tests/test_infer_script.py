@@ -73,6 +73,7 @@ MISTAKES = (
     (("--solver", "newton:n=2"), "solver setting 'newton:n=2'"),
     (("--solver", "hcn:n=2"), "hcn needs residual streams"),
     (("--speculate", "idn:n=9,k=1"), "idn:n=9,k=1"),
+    (("--speculate", "mtp"), "this model has no multi-token-prediction heads"),
     (("--speculate", "seq"), "a drafter that is the sequential pass itself saves nothing"),
     (("--solver", "idn:n=2", "--speculate", "exit:2"), "give a solver setting or a drafter, not both"),
     (("--solver", "idn:n=2,init=warm", "--rule", "per_iteration"), "leave out init=warm"),

@@ -176,11 +176,11 @@ LAWS = {
 }
 
 
-def table(setting, sampling):
+def table(setting, sampling, config=WORDS):
     """Laws of the first new token [V], of the second after each first [V, V] and of the third [V, V, V]."""
-    model, params, run = model_of(WORDS)
-    weights = split(model, params, parse_schedule(setting, WORDS.num_layers))
-    V = WORDS.vocab_size
+    model, params, run = model_of(config)
+    weights = split(model, params, parse_schedule(setting, config.num_layers))
+    V = config.vocab_size
     texts = np.asarray([[*PROMPT, first, second] for first in range(V) for second in range(V)], np.int32)
     logits = np.asarray(run(weights, texts))[:, len(PROMPT) - 1 :].reshape(V, V, 3, V)
     seen = np.isin(np.arange(V), PROMPT)

@@ -5,8 +5,10 @@ single fields. Fields are whole words; a count of zero or a weight of zero switc
 """
 
 from snlp_jax.config.data import DataConfig
-from snlp_jax.config.evaluate import EvalConfig
+from snlp_jax.config.dial import Dial
+from snlp_jax.config.evaluate import EvalConfig, TaskConfig
 from snlp_jax.config.experiment import Config
+from snlp_jax.config.lora import LoraConfig
 from snlp_jax.config.loss import (
     CorrectionName,
     HiddenNormConfig,
@@ -14,31 +16,40 @@ from snlp_jax.config.loss import (
     LayerSkipConfig,
     LossConfig,
     LossTerm,
+    MTPConfig,
     SolverCEConfig,
     SolverTerm,
 )
 from snlp_jax.config.mesh import MeshConfig
 from snlp_jax.config.model import ModelConfig
-from snlp_jax.config.serialize import from_json, load_config, to_json
+from snlp_jax.config.serialize import from_json, load_config, load_dial, load_study, to_json
+from snlp_jax.config.study import Study
 from snlp_jax.config.train import OptimConfig, TrainConfig
 
 __all__ = [
     "Config",
     "CorrectionName",
     "DataConfig",
+    "Dial",
     "EvalConfig",
     "HiddenNormConfig",
     "InitName",
     "LayerSkipConfig",
+    "LoraConfig",
     "LossConfig",
     "LossTerm",
+    "MTPConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
     "SolverCEConfig",
     "SolverTerm",
+    "Study",
+    "TaskConfig",
     "TrainConfig",
     "from_json",
     "load_config",
+    "load_dial",
+    "load_study",
     "to_json",
 ]

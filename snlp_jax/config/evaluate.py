@@ -44,3 +44,28 @@ class EvalConfig:
         )
         for name in ("greedy_prompts", "greedy_prompt_len", "greedy_tokens", "timing_len", "timing_repeats"):
             require(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}; it must be 0 or more.")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Downstream tasks of eval.py; each field is also a flag of it. No part of a run's config."""
+
+    tasks: tuple[str, ...] = ()
+    """Files of questions, one JSON object a line, {"question", "choices", "answer"} or {"question", "answer"}; then
+    these are measured instead of quality and cost. See snlp_jax/eval/task_data.py."""
+    num_examples: int = 0
+    """Asked of each file, spread evenly over it; 0 asks all."""
+    num_shots: int = 0
+    """Examples of the beginning of each file that stand solved before every question, and are not asked."""
+    prompt_template: tuple[str, ...] = ()
+    """What stands before an answer, {question} in it; one for all tasks or one for each. By default
+    'Question: {question}\\nAnswer:'; for text to be continued, such as HellaSwag's, give '{question}'."""
+    max_new_tokens: int = 256
+    """Of a generated answer, which also ends at a blank line."""
+    rule: Literal["last_eval", "refreshed", "per_iteration"] = "last_eval"
+    """What the cache keeps of a parallel region while an answer is generated, as in python -m snlp_jax.infer."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_examples", "num_shots"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from snlp_jax.config.check import require
 from snlp_jax.config.data import DataConfig
 from snlp_jax.config.evaluate import EvalConfig
+from snlp_jax.config.lora import LoraConfig
 from snlp_jax.config.loss import LossConfig
 from snlp_jax.config.mesh import MeshConfig
 from snlp_jax.config.model import ModelConfig
@@ -23,6 +24,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Of training."""
@@ -42,6 +44,19 @@ class Config:
                 "hcn is for models with residual streams, sid for those without.",
             )
 
+        require(
+            self.loss.mtp.weight == 0 or self.model.num_mtp_heads > 0,
+            f"loss.mtp.weight is {self.loss.mtp.weight}, but model.num_mtp_heads is 0; give the model heads, or leave "
+            "the weight 0.",
+        )
+        require(
+            self.lora.rank == 0 or self.train.init_from != "",
+            f"lora.rank is {self.lora.rank}, but train.init_from is empty; name the run that they adapt.",
+        )
+        require(
+            not (self.data.mask_documents and self.model.attention == "cudnn"),
+            "data.mask_documents does not run on model.attention 'cudnn'; use 'auto', 'xla' or 'splash'.",
+        )
         _check_mesh(self)
 
     @property

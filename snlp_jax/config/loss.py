@@ -94,6 +94,18 @@ class LayerSkipConfig(LossTerm):
 
 
 @dataclass(frozen=True)
+class MTPConfig:
+    """Multi-token prediction: ``weight`` times the sum of the cross entropies of the ``model.num_mtp_heads`` heads that
+    look further ahead, from the first step on."""
+
+    weight: float = 0.0
+    """0 computes none of it and leaves heads as they are; nanochat's default is 0.3."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.weight < math.inf, f"loss.mtp.weight is {self.weight}; it must be 0 or more.")
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Cross entropy of the sequential pass plus any of the auxiliary terms."""
 
@@ -101,14 +113,16 @@ class LossConfig:
     hidden_norm: HiddenNormConfig = field(default_factory=HiddenNormConfig)
     solver_ce: SolverCEConfig = field(default_factory=SolverCEConfig)
     layer_skip: LayerSkipConfig = field(default_factory=LayerSkipConfig)
+    mtp: MTPConfig = field(default_factory=MTPConfig)
 
     def __post_init__(self) -> None:
         weight = self.sequential_weight
         require(0 <= weight < math.inf, f"loss.sequential_weight is {weight}; it must be 0 or more.")
-        require(weight > 0 or len(self.terms) > 0, "loss.sequential_weight is 0 and no other term is switched on.")
+        is_any = weight > 0 or self.mtp.weight > 0 or len(self.terms) > 0
+        require(is_any, "loss.sequential_weight is 0 and no other term is switched on.")
 
     @property
     def terms(self) -> dict[str, LossTerm]:
-        """The terms that are switched on, by field name."""
+        """The terms on regions that are switched on, by field name."""
         named = {"hidden_norm": self.hidden_norm, "solver_ce": self.solver_ce, "layer_skip": self.layer_skip}
         return {name: term for name, term in named.items() if term.weight > 0}

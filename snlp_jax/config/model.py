@@ -33,6 +33,9 @@ class ModelConfig:
     """Mix a little of the previous token's embedding into each token's."""
     use_mid_subtract: bool = True
     """The head reads ``h_last - mid_scale * h_mid`` where h_mid is the output of layer ``num_layers // 2``."""
+    num_mtp_heads: int = 0
+    """Multi-token prediction: matrices [D, D] before the one head, the k-th for the token k after the next. Trained by
+    ``loss.mtp``, drafted with by ``--speculate mtp``."""
     num_streams: int = 0
     """Residual streams of hyper-connections (mHC), which need ``use_x0_resid=False``; 0 is one plain stream."""
     hyper_maps: Literal["static", "dynamic"] = "static"
@@ -76,6 +79,11 @@ class ModelConfig:
         require(self.short_window >= 0, f"model.short_window is {self.short_window}; it must be 0 or more.")
         require(0 < self.rope_base < math.inf, f"model.rope_base is {self.rope_base}; it must be positive.")
         require(self.logit_softcap >= 0, f"model.logit_softcap is {self.logit_softcap}; it must be 0 or more.")
+        require(
+            0 <= self.num_mtp_heads < self.seq_len,
+            f"model.num_mtp_heads is {self.num_mtp_heads}; give 0 to {self.seq_len - 1}, as the last of {self.seq_len} "
+            "tokens is the furthest ahead.",
+        )
         require(self.num_streams >= 0, f"model.num_streams is {self.num_streams}; it must be 0 or more.")
         require(
             self.num_streams == 0 or not self.use_x0_resid,

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from snlp_jax.config.check import require
+from snlp_jax.config.dial import Dial
 from snlp_jax.config.experiment import Config
+from snlp_jax.config.study import Study
 from snlp_jax.errors import InputError
 
 
@@ -29,18 +31,32 @@ def from_json(text: str, cls: type = Config) -> Any:
 
 def load_config(path: str | Path) -> Config:
     """Run a config file and return its ``config``."""
+    return _load(path, "config", Config)
+
+
+def load_study(path: str | Path) -> Study:
+    """Run a config file and return its ``study``."""
+    return _load(path, "study", Study)
+
+
+def load_dial(path: str | Path) -> Dial:
+    """Run a config file and return its ``dial``, which has a config for every depth."""
+    return _load(path, "dial", Dial)
+
+
+def _load(path: str | Path, name: str, cls: type) -> Any:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"config file {str(path)!r} does not exist.")
     try:
-        config = runpy.run_path(str(path)).get("config")
+        value = runpy.run_path(str(path)).get(name)
     except SyntaxError as error:
         raise InputError(
             f"config file {str(path)!r} is not valid Python (line {error.lineno}: {error.msg})."
         ) from error
-    if not isinstance(config, Config):
-        raise InputError(f"config file {str(path)!r} does not bind `config = Config(...)`.")
-    return config
+    if not isinstance(value, cls):
+        raise InputError(f"config file {str(path)!r} does not bind `{name} = {cls.__name__}(...)`.")
+    return value
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

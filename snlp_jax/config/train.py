@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from snlp_jax.config.check import require
 
@@ -53,6 +54,14 @@ class TrainConfig:
     """Split each batch and add up the gradients: less memory, same result."""
     seed: int = 0
     """Of the parameters and of the sampled region sizes."""
+    init_from: str = ""
+    """Directory of a run whose parameters and tokenizer this one starts from, whatever ``data.tokenizer`` says; its
+    optimizer starts afresh."""
+    init_checkpoint: Literal["best", "last"] = "best"
+    """Of that run: the one of the lowest validation loss, or the newest."""
+    ema_decay: float = 0.0
+    """Average the parameters exponentially over the steps; evaluations, samples and readers of the checkpoint then get
+    the average. Step t, from 0, decays by (1 + t) / (10 + t) at most. 0 switches it off."""
     log_every: int = 10
     eval_every: int = 100
     eval_batches: int = 8
@@ -63,12 +72,24 @@ class TrainConfig:
     """Print a text sample every so many steps; 0 switches it off."""
     sample_tokens: int = 64
     tensorboard: bool = False
+    wandb_project: str = ""
+    """Log to this project of wandb as well; empty switches it off."""
+    frontier_every: int = 0
+    """Every so many steps, and at the end, evaluate the settings of eval.solvers (a short list where it is empty) on a
+    few held-out batches, and the residual of every layer; 0 switches it off."""
+    profile_start: int = 10
+    """First step, counted from 1, of the profile."""
+    profile_steps: int = 0
+    """Steps to profile into RUN/profile; 0 switches it off. `--profile FIRST:COUNT` sets both."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "num_microbatches", "log_every", "keep_last", "eval_batches"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("eval_every", "checkpoint_every", "sample_every", "sample_tokens"):
+        require(self.profile_start >= 1, f"train.profile_start is {self.profile_start}; steps count from 1.")
+        counts = ("eval_every", "checkpoint_every", "sample_every", "sample_tokens", "frontier_every", "profile_steps")
+        for name in counts:
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more.")
+        require(0 <= self.ema_decay < 1, f"train.ema_decay is {self.ema_decay}; give 0, or less than 1.")
         require(
             self.batch_size % self.num_microbatches == 0,
             f"train.batch_size {self.batch_size} is not a multiple of train.num_microbatches {self.num_microbatches}.",

@@ -1,39 +1,37 @@
-"""Documents to token files, kept in a cache, and token files to batches of windows.
+"""A corpus, or a mixture of several, to batches of windows of its tokens.
 
-The cache holds one folder per (corpus content, tokenizer, split): ``train.bin``, ``val.bin``, ``tokenizer.json`` and
-``meta.json``. It is written aside and renamed into place, so that what has the final name is whole, and several
-processes may build the same entry at once: the first one wins and the others use its files.
+Tokens come from a cache that fills itself (``snlp_jax/data/shards.py``). Iterators count batches, so that what one
+number of processes began another may continue.
 """
 
-import contextlib
-import errno
-import itertools
-import json
-import logging
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from snlp_jax.config import DataConfig
-from snlp_jax.data.corpus import CorpusSummary, split_documents, summarize
-from snlp_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer_json, train_bpe
+from snlp_jax.data.shards import Corpus, ShardedTokens, hash_of, read_corpus, tokenized, trained_tokenizer
+from snlp_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer_json
 from snlp_jax.errors import InputError
 
 if TYPE_CHECKING:
     import grain
 
-BPE_TRAIN_CHARS = 200_000_000
-"""A longer corpus is thinned evenly to about this much before BPE is trained on it."""
+Tokens = np.ndarray | ShardedTokens
+"""uint16, uint32 or int32 [number of tokens], read only."""
 
-_FORMAT = 1  # part of every cache key: raise it when splits or files change
-_BATCH_CHARS = 1 << 20  # text that is encoded at once
-_logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus of a mixture."""
+
+    name: str
+    weight: float
+    """Share of the windows; those of a mixture add up to 1."""
+    train: Tokens
+    val: Tokens
 
 
 @dataclass(frozen=True)
@@ -41,37 +39,81 @@ class TokenData:
     """A tokenized corpus: documents one after another, ``tokenizer.bos_id`` before each."""
 
     tokenizer: Tokenizer
-    train: np.memmap
-    """uint16 or uint32 [number of tokens], read only."""
-    val: np.memmap
+    train: Tokens
+    """Of a mixture, those of all its corpora, one after another."""
+    val: Tokens
     """The same for the documents held out."""
     content_hash: str
     """Of the corpus alone: equal for equal documents in equal order."""
+    mask_documents: bool = field(default=False, kw_only=True)
+    """Whether windows tell their documents apart."""
+    mixture: tuple[Source, ...] = field(default=(), kw_only=True)
+    """Empty where there is one corpus."""
+
+    def windows(self, split: Literal["train", "val"], seq_len: int) -> "Windows":
+        """Random access to the windows of a split; items have the fields of ``snlp_jax.types.Batch``, without rows."""
+        bos_id = self.tokenizer.bos_id if self.mask_documents else None
+        if not self.mixture:
+            return WindowSource(getattr(self, split), seq_len, bos_id)
+        sources = [WindowSource(getattr(source, split), seq_len, bos_id) for source in self.mixture]
+        for source, windows in zip(self.mixture, sources, strict=True):
+            if len(windows) == 0:
+                raise InputError(
+                    f"the {split} split of {source.name!r} has {len(getattr(source, split))} tokens, but a window of "
+                    f"{seq_len} needs {seq_len + 1}; give it more text, or leave it out of data.mixture."
+                )
+        return MixedWindows(sources, [source.weight for source in self.mixture])
 
 
 def prepare_tokens(config: DataConfig) -> TokenData:
-    """Tokenize the corpus, or open what an earlier call left in the cache.
+    """Tokenize the corpus, or each corpus of the mixture, or open what an earlier call left in the cache.
 
     Documents are held out by a hash of their content, whatever their order, so equal documents fall on the same side;
     a corpus so small that this leaves a side empty gives it one document. Memory is bounded for a corpus of any size.
+    All corpora of a mixture share one tokenizer. Which processes tokenize does not change the tokens, and a call that
+    was killed leaves its finished shards to the next.
 
     Raises:
       InputError: a bad corpus or tokenizer, fewer than two different documents, or a cache that cannot be written.
     """
     cache_dir = _cache_dir(config)
-    tokenizer_key, tokenizer = _find_tokenizer(config)
+    found = _find_tokenizer(config)
     try:
-        summary = summarize(config, cache_dir / "corpora")
-        entry = cache_dir / "tokens" / _hash(_FORMAT, summary.content_hash, tokenizer_key, config.val_fraction)
-        return _open_entry(entry) or _build_entry(entry, config, tokenizer, summary)
+        corpora = [
+            read_corpus(replace(config, source=name, mixture=()), cache_dir / "corpora") for name in config.sources
+        ]
+        weights = list(config.sources.values())
+        key, tokenizer = found or _train_tokenizer(config, corpora, weights, cache_dir / "tokenizers")
+        entries = [tokenized(corpus, tokenizer, key, cache_dir / "tokens") for corpus in corpora]
     except OSError as error:
         raise InputError(
             f"the token cache {str(cache_dir)!r} cannot be written ({error.strerror or error}); "
             "make room there or set data.cache_dir to another folder."
         ) from error
+    first, *others = entries
+    if not others:
+        content_hash = corpora[0].summary.content_hash
+        return TokenData(first.tokenizer, first.train, first.val, content_hash, mask_documents=config.mask_documents)
+    names = zip(config.sources, weights, entries, strict=True)
+    return TokenData(
+        first.tokenizer,
+        sum((entry.train for entry in others), start=first.train),
+        sum((entry.val for entry in others), start=first.val),
+        hash_of([[corpus.summary.content_hash, weight] for corpus, weight in zip(corpora, weights, strict=True)]),
+        mask_documents=config.mask_documents,
+        mixture=tuple(Source(name, weight, entry.train, entry.val) for name, weight, entry in names),
+    )
 
 
-def num_windows(tokens: np.ndarray, seq_len: int) -> int:
+class Windows(Protocol):
+    """Random access to windows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+
+def num_windows(tokens: Tokens, seq_len: int) -> int:
     """Windows of ``seq_len`` inputs in tokens [n]: one more token is needed for the last target."""
     return max(0, (len(tokens) - 1) // seq_len)
 
@@ -81,11 +123,16 @@ class WindowSource:
 
     Inputs are ``tokens[:-1]`` and targets ``tokens[1:]``. Neighbouring windows share one token, so that every token
     after the first is a target once; what is left over at the end is not used.
+
+    With ``bos_id``, the token before each document, there is ``'document': int32 [seq_len + 1]`` too: how many
+    documents have begun in the window, the token's own included. The separator before a document belongs to it, and
+    stays a target of the document before.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
+    def __init__(self, tokens: Tokens, seq_len: int, bos_id: int | None = None) -> None:
         self._tokens = tokens
         self._seq_len = seq_len
+        self._bos_id = bos_id
 
     def __len__(self) -> int:
         return num_windows(self._tokens, self._seq_len)
@@ -94,20 +141,49 @@ class WindowSource:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = int(index) * self._seq_len
-        return {"tokens": np.asarray(self._tokens[start : start + self._seq_len + 1], dtype=np.int32)}
+        tokens = np.asarray(self._tokens[start : start + self._seq_len + 1], dtype=np.int32)
+        if self._bos_id is None:
+            return {"tokens": tokens}
+        return {"tokens": tokens, "document": np.cumsum(tokens == self._bos_id, dtype=np.int32)}
 
     def __repr__(self) -> str:
         return f"WindowSource(num_tokens={len(self._tokens)}, seq_len={self._seq_len})"
 
 
+class MixedWindows:
+    """Windows of several sources, one source after another, of each as many as its weight says, spread evenly over it:
+    the most windows in these proportions that use none twice, but at least one of each."""
+
+    def __init__(self, sources: "list[WindowSource]", weights: list[float]) -> None:
+        self.sources, self.weights = sources, weights
+        total = min(len(source) / weight for source, weight in zip(sources, weights, strict=True))
+        counts = [min(max(round(total * weight), 1), len(s)) for s, weight in zip(sources, weights, strict=True)]
+        self._counts, self._ends = counts, np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        source, count = self.sources[place], self._counts[place]
+        return source[(int(index) - int(self._ends[place]) + count) * len(source) // count]
+
+    def __repr__(self) -> str:
+        return f"MixedWindows({self.sources}, {self.weights})"
+
+
 def train_iterator(
     data: TokenData, *, seq_len: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> "grain.DatasetIterator":
-    """Endless batches ``{'tokens': int32 [batch_size // process_count, seq_len + 1]}`` of shuffled training windows.
+    """Endless batches ``{'tokens': int32 [batch_size // process_count, seq_len + 1]}`` of shuffled training windows,
+    with what else a window has.
 
     Every epoch visits every window once in an order of its own. Batch j of all processes together holds the same
     windows for every number of processes: process p has rows p, p + process_count, ... The iterator's
-    ``get_state`` counts batches, so that any number of processes may ``set_state`` what another number got.
+    ``get_state`` counts batches, so that any number of processes may ``set_state`` what another number got. A mixture
+    takes windows from its sources in turn, in the proportions of the weights, and each source has epochs of its own.
 
     Args:
       batch_size: windows per step over all processes.
@@ -122,27 +198,41 @@ def train_iterator(
         raise InputError(
             f"train.batch_size {batch_size} is not a multiple of the {process_count} processes; change one of them."
         )
-    source = WindowSource(data.train, seq_len)
-    if len(source) < batch_size:
+    source = data.windows("train", seq_len)
+    mixture = source if isinstance(source, MixedWindows) else None
+    if len(source) < batch_size and mixture is None:
         raise InputError(
-            f"the training split has {len(data.train)} tokens, but a batch of {batch_size} windows of {seq_len} needs "
-            f"{batch_size * seq_len + 1}; give a larger corpus, or lower train.batch_size or model.seq_len."
+            f"the training split has {len(data.train)} tokens, which fill {len(source)} windows of {seq_len}, but a "
+            f"batch takes {batch_size}; give a larger corpus, or lower train.batch_size or model.seq_len."
         )
     # Repeating before slicing keeps the processes in step when the windows cannot be divided evenly among them.
-    windows = grain.MapDataset.source(source).seed(seed % 2**32).shuffle().repeat(None)[process_index::process_count]
-    batches = windows.batch(batch_size // process_count, drop_remainder=True)
+    parts = [
+        grain.MapDataset.source(part).seed((seed + number) % 2**32).shuffle().repeat(None)
+        for number, part in enumerate(mixture.sources if mixture else [source])
+    ]
+    windows = grain.MapDataset.mix(parts, mixture.weights) if mixture else parts[0]
+    batches = windows[process_index::process_count].batch(batch_size // process_count, drop_remainder=True)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 def val_batches(data: TokenData, *, seq_len: int, batch_size: int, num_batches: int) -> list[np.ndarray]:
-    """At most ``num_batches`` batches, int32 [batch_size, seq_len + 1], spread evenly over the held-out tokens.
+    """The tokens alone of :func:`held_out_batches`, int32 [batch_size, seq_len + 1]."""
+    sizes = {"seq_len": seq_len, "batch_size": batch_size, "num_batches": num_batches}
+    return [batch["tokens"] for batch in held_out_batches(data, **sizes)]
+
+
+def held_out_batches(
+    data: TokenData, *, seq_len: int, batch_size: int, num_batches: int
+) -> list[dict[str, np.ndarray]]:
+    """At most ``num_batches`` batches of windows, like those of :func:`train_iterator`, spread evenly over the held-out
+    tokens.
 
     A short split gives fewer batches, and one smaller batch if it has fewer than ``batch_size`` windows.
 
     Raises:
       InputError: the split holds no whole window.
     """
-    source = WindowSource(data.val, seq_len)
+    source = data.windows("val", seq_len)
     if len(source) == 0:
         raise InputError(
             f"the held-out split has {len(data.val)} tokens, but a window of {seq_len} needs {seq_len + 1}; "
@@ -150,8 +240,9 @@ def val_batches(data: TokenData, *, seq_len: int, batch_size: int, num_batches: 
         )
     rows = min(batch_size, len(source))
     picked = rows * min(num_batches, len(source) // rows)
-    windows = [source[i * len(source) // picked]["tokens"] for i in range(picked)]
-    return [np.stack(windows[start : start + rows]) for start in range(0, picked, rows)]
+    windows = [source[i * len(source) // picked] for i in range(picked)]
+    stack = lambda some: {name: np.stack([window[name] for window in some]) for name in some[0]}  # noqa: E731
+    return [stack(windows[start : start + rows]) for start in range(0, picked, rows)]
 
 
 def _cache_dir(config: DataConfig) -> Path:
@@ -160,16 +251,12 @@ def _cache_dir(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snlp_jax"
 
 
-def _hash(*parts: object) -> str:
-    return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def _find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer | None]:
-    """What tells the tokenizer from others, and the tokenizer unless it must be trained."""
+def _find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer] | None:
+    """What tells the tokenizer from others, and the tokenizer; None if it must be trained."""
     if config.tokenizer == "byte":
         return "byte", ByteTokenizer()
     if config.tokenizer == "bpe":
-        return f"bpe {config.bpe_vocab_size}", None
+        return None
     path = Path(config.tokenizer).expanduser()
     if not path.is_file():
         raise InputError(
@@ -177,99 +264,13 @@ def _find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer | None]:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        return f"file {_hash(text)}", load_tokenizer_json(text)
+        return f"file {hash_of(text)}", load_tokenizer_json(text)
     except (OSError, ValueError, InputError) as error:
         raise InputError(f"data.tokenizer {config.tokenizer!r}: {error}") from error
 
 
-def _open_entry(entry: Path) -> TokenData | None:
-    """The data of a cache entry; None, with a notice if there is something, where it is not whole."""
-    if not entry.exists():
-        return None
-    try:
-        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-        tokenizer_json = (entry / "tokenizer.json").read_text(encoding="utf-8")
-        if _hash(tokenizer_json) != meta["tokenizer_hash"]:
-            raise ValueError("tokenizer.json differs from what was written")
-        splits = {}
-        for name in ("train", "val"):
-            splits[name] = np.memmap(entry / f"{name}.bin", dtype=meta["dtype"], mode="r")
-            if len(splits[name]) != meta["num_tokens"][name]:
-                raise ValueError(f"{name}.bin holds {len(splits[name])} of {meta['num_tokens'][name]} tokens")
-        return TokenData(load_tokenizer_json(tokenizer_json), splits["train"], splits["val"], meta["content_hash"])
-    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
-        _logger.warning("Token cache entry %s is damaged (%s); building it again.", entry, error)
-        return None
-
-
-def _build_entry(entry: Path, config: DataConfig, tokenizer: Tokenizer | None, summary: CorpusSummary) -> TokenData:
-    """Write a cache entry aside, publish and open it; without a tokenizer, train BPE first."""
-    _logger.info(
-        "Tokenizing %s (%d documents, %.1f million characters) with %s, once; cached in %s.",
-        *(config.source, summary.num_documents, summary.num_chars / 1e6, config.tokenizer, entry),
-    )
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".building-", ignore_cleanup_errors=True) as folder:
-        built = Path(folder, "entry")
-        built.mkdir()
-        if tokenizer is None:
-            train = (document for name, document in split_documents(config, summary) if name == "train")
-            stride = -(-summary.num_chars // BPE_TRAIN_CHARS)
-            tokenizer = train_bpe(itertools.islice(train, 0, None, stride), config.bpe_vocab_size)
-        _write_entry(built, split_documents(config, summary), tokenizer, summary.content_hash)
-        data = _open_entry(built)
-        if data is None:
-            raise InputError(f"the tokens written below {str(entry.parent)!r} cannot be read back; check the disk.")
-        _publish(built, entry)
-        return _open_entry(entry) or data  # its files stay open if another process is just moving the entry
-
-
-def _publish(built: Path, entry: Path) -> None:
-    """Give the entry its name; a whole one that is there already stays, a damaged one is moved out of the way."""
-    for attempt in itertools.count():
-        try:
-            built.rename(entry)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-        if _open_entry(entry) is not None:
-            return
-        with contextlib.suppress(FileNotFoundError):  # another process has just moved it
-            entry.rename(built.with_name(f"damaged-{attempt}"))
-
-
-def _write_entry(folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, content_hash: str) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    num_tokens = {"train": 0, "val": 0}
-    with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
-        files = {"train": train, "val": val}
-        for batch in _batches(documents):
-            all_ids = tokenizer.encode_batch([document for _, document in batch])
-            for (name, _), ids in zip(batch, all_ids, strict=True):
-                files[name].write(np.concatenate(([tokenizer.bos_id], ids)).astype(dtype).tobytes())
-                num_tokens[name] += len(ids) + 1
-    text = tokenizer.to_json()
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    meta = {
-        "content_hash": content_hash,
-        "tokenizer": tokenizer.name,
-        "tokenizer_hash": _hash(text),
-        "dtype": dtype.str,
-        "num_tokens": num_tokens,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-
-
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Lists of documents, each of ``_BATCH_CHARS`` or what its last document makes more."""
-    batch: list[tuple[str, str]] = []
-    size = 0
-    for name, document in documents:
-        batch.append((name, document))
-        size += len(document)
-        if size >= _BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _train_tokenizer(
+    config: DataConfig, corpora: list[Corpus], weights: list[float], folder: Path
+) -> tuple[str, Tokenizer]:
+    tokenizer = trained_tokenizer(config, corpora, weights, folder)
+    return f"file {hash_of(tokenizer.to_json())}", tokenizer

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snlp_jax.data.pipeline import TokenData, WindowSource
+from snlp_jax.data.pipeline import TokenData
 from snlp_jax.errors import InputError
 from snlp_jax.forward import layer_problem, run_segments
 from snlp_jax.layout import Weights, cut_before, split
@@ -167,7 +167,7 @@ def region_problems(
 
 def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> np.ndarray:
     """About ``num_tokens`` tokens of training text, whole batches of windows drawn without replacement."""
-    source = WindowSource(data.train, seq_len)
+    source = data.windows("train", seq_len)
     wanted = min(-(-num_tokens // seq_len), len(source)) // BATCH_SIZE * BATCH_SIZE
     if wanted == 0:
         raise InputError(

@@ -20,7 +20,14 @@ from snlp_jax.eval.fidelity import (
     make_compare_fn,
     make_reference_fn,
 )
-from snlp_jax.eval.perplexity import BOOTSTRAP_SEED, change_by_position, paired_interval, perplexity, relative_change
+from snlp_jax.eval.perplexity import (
+    BOOTSTRAP_SEED,
+    change_by_position,
+    paired_interval,
+    perplexity,
+    relative_change,
+    token_mean,
+)
 from snlp_jax.eval.report import Report, SettingResult
 from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
@@ -75,6 +82,8 @@ def evaluate(
     batches: Sequence[np.ndarray],
     config: EvalConfig,
     fits: Mapping[str, Calibration] | None = None,
+    target_weights: Sequence[np.ndarray] | None = None,
+    documents: Sequence[np.ndarray] | None = None,
 ) -> Report:
     """Measure every setting of ``config`` against the sequential pass.
 
@@ -82,6 +91,8 @@ def evaluate(
         batches: windows, int32 [B, T + 1], of equal shape. Quality is measured on them; greedy continuations start
             from the first tokens of some. The timed forward reads random tokens.
         fits: calibrations by the names that settings give (``config.calibrations`` is read by ``evaluate_run``).
+        target_weights: how much each target counts, [B, T] a batch; all alike by default.
+        documents: number of each token's document, [B, T + 1] a batch, where tokens attend to their own alone.
 
     Raises:
         InputError: a setting that the model or the devices cannot run, before anything is compiled.
@@ -112,7 +123,7 @@ def evaluate(
             sequential=config.sequential,
             fits=fits,
         )
-        comparisons = _compare(model, weights, batches, mesh, advance)
+        comparisons = _compare(model, weights, batches, documents, mesh, advance)
         greedy = _decode(model, weights, windows, config, mesh, advance)
         del weights
         if config.timing_repeats:
@@ -123,8 +134,11 @@ def evaluate(
             }
             shape |= {"mesh": mesh, "sequential": config.sequential}
             timings[:] = time_schedules(model, params, schedules, **shape, fits=fits, on_progress=advance)
+    weight_WT = None if target_weights is None else np.concatenate(target_weights)
     results = [
-        _result(text, schedule, (comparison, comparisons[0]), matches, (timing, timings[0]), config.num_bootstrap)
+        _result(
+            text, schedule, (comparison, comparisons[0]), matches, (timing, timings[0]), config.num_bootstrap, weight_WT
+        )
         for (text, schedule), comparison, matches, timing in zip(
             settings.items(), comparisons, greedy, timings, strict=True
         )
@@ -137,6 +151,7 @@ def evaluate(
         "num_params": num_params(params),
         "num_windows": windows.shape[0],
         "window_len": windows.shape[1] - 1,
+        "num_targets": windows[:, 1:].size if weight_WT is None else float(weight_WT.sum()),
         "greedy_prompt_len": _prompt_len(windows, config),
         "timing_batch": config.timing_batch,
         "timing_len": timing_len,
@@ -157,19 +172,24 @@ def _check_batches(num_rows: int, config: EvalConfig, mesh: Mesh) -> None:
 
 
 def _compare(
-    model: LanguageModel, weights: Sequence[Weights], batches: Sequence[np.ndarray], mesh: Mesh | None, step: OnProgress
+    model: LanguageModel,
+    weights: Sequence[Weights],
+    batches: Sequence[np.ndarray],
+    documents: Sequence[np.ndarray] | None,
+    mesh: Mesh | None,
+    step: OnProgress,
 ) -> list[Comparison]:
     """Every setting over all batches; the first one is the reference, run once a batch."""
     reference_fn, compare_fn = make_reference_fn(model, mesh), make_compare_fn(model, mesh)
     parts: list[list[Comparison]] = [[] for _ in weights]
-    for rows in batches:
+    for index, rows in enumerate(batches):
         step("comparing")
-        batch = put_batch(mesh, rows, is_whole=True)
-        reference, its_comparison = reference_fn(weights[0], batch)
+        batch, document = put_batch(mesh, (rows, documents[index] if documents else None), is_whole=True)
+        reference, its_comparison = reference_fn(weights[0], batch, document)
         parts[0].append(jax.device_get(its_comparison))
         for setting, its_weights in enumerate(weights[1:], start=1):
             step("comparing")
-            parts[setting].append(jax.device_get(compare_fn(its_weights, batch, reference)))
+            parts[setting].append(jax.device_get(compare_fn(its_weights, batch, reference, document)))
     return [join_comparisons(part) for part in parts]
 
 
@@ -212,6 +232,7 @@ def _result(
     greedy: tuple[GreedyMatch, ...],
     timed: tuple[Timing | None, Timing | None],
     num_bootstrap: int,
+    weight_WT: np.ndarray | None,
 ) -> SettingResult:
     """One row; the second of each pair is the sequential pass's."""
     (comparison, reference), (timing, twin) = compared, timed
@@ -227,14 +248,14 @@ def _result(
         depth=schedule.depth,
         mean_depth=_mean_depth(schedule, comparison.iterations),
         num_block_evals=schedule.num_block_evals,
-        ppl=perplexity(nlls[0]),
-        ppl_change=relative_change(*nlls),
-        ppl_interval=paired_interval(*nlls, num_bootstrap=num_bootstrap),
-        kl=float(comparison.kl_BT.mean()),
-        top1=float(comparison.agrees_BT.mean()),
-        cosine=float(comparison.cosine_BT.mean()),
-        state_error=float(comparison.error_BT.mean()),
-        nll_change_by_position=change_by_position(*nlls),
+        ppl=perplexity(nlls[0], weight_WT),
+        ppl_change=relative_change(*nlls, weight_WT),
+        ppl_interval=paired_interval(*nlls, num_bootstrap=num_bootstrap, weight_WT=weight_WT),
+        kl=token_mean(np.asarray(comparison.kl_BT), weight_WT),
+        top1=token_mean(np.asarray(comparison.agrees_BT), weight_WT),
+        cosine=token_mean(np.asarray(comparison.cosine_BT), weight_WT),
+        state_error=token_mean(np.asarray(comparison.error_BT), weight_WT),
+        nll_change_by_position=change_by_position(*nlls, weight_WT=weight_WT),
         iterations=iterations,
         residual_norms=tuple(tuple(map(float, region)) for region in comparison.residual_norms),
         greedy=greedy,

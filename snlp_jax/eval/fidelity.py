@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 
 from snlp_jax.eval.perplexity import token_nll
 from snlp_jax.forward import forward
@@ -47,16 +46,18 @@ class Reference(NamedTuple):
     h_last: Array
 
 
-ReferenceFn = Callable[[Weights, ArrayLike], tuple[Reference, Comparison]]
-CompareFn = Callable[[Weights, ArrayLike, Reference], Comparison]
+ReferenceFn = Callable[..., tuple[Reference, Comparison]]
+CompareFn = Callable[..., Comparison]
 
 
 def make_reference_fn(model: LanguageModel, mesh: Mesh | None = None) -> ReferenceFn:
-    """Jitted ``(weights, windows [B, T + 1]) -> (Reference, the comparison of the pass with itself)``."""
+    """Jitted ``(weights, windows [B, T + 1], documents [B, T + 1] or None) -> (Reference, the comparison of the pass
+    with itself)``."""
 
     @jax.jit
-    def reference(weights: Weights, window_BT: Array) -> tuple[Reference, Comparison]:
-        output = forward(model, weights, window_BT[:, :-1], mesh=mesh)
+    def reference(weights: Weights, window_BT: Array, document_BT: Array | None = None) -> tuple[Reference, Comparison]:
+        document_BT = None if document_BT is None else document_BT[:, :-1]
+        output = forward(model, weights, window_BT[:, :-1], mesh=mesh, document_BT=document_BT)
         nll_BT = token_nll(output.logits_BTV, window_BT[:, 1:])
         zeros_BT, ones_BT = jnp.zeros_like(nll_BT), jnp.ones_like(nll_BT)
         comparison = Comparison(nll_BT, zeros_BT, ones_BT > 0, ones_BT, zeros_BT, (), ())
@@ -66,14 +67,18 @@ def make_reference_fn(model: LanguageModel, mesh: Mesh | None = None) -> Referen
 
 
 def make_compare_fn(model: LanguageModel, mesh: Mesh | None = None) -> CompareFn:
-    """Jitted ``(weights, windows [B, T + 1], Reference) -> Comparison``; compiles once a schedule.
+    """Jitted ``(weights, windows [B, T + 1], Reference, documents [B, T + 1] or None) -> Comparison``; compiles once a
+    schedule.
 
     Only [B, T] arrays leave the device: the logits and last states of one batch are the most that is ever held.
     """
 
     @jax.jit
-    def compare(weights: Weights, window_BT: Array, reference: Reference) -> Comparison:
-        output = forward(model, weights, window_BT[:, :-1], mesh=mesh, with_stats=True)
+    def compare(
+        weights: Weights, window_BT: Array, reference: Reference, document_BT: Array | None = None
+    ) -> Comparison:
+        document_BT = None if document_BT is None else document_BT[:, :-1]
+        output = forward(model, weights, window_BT[:, :-1], mesh=mesh, with_stats=True, document_BT=document_BT)
         logits_BTV, reference_BTV = output.logits_BTV, reference.logits_BTV
         flat = lambda h: h.reshape(*window_BT[:, :-1].shape, -1)  # noqa: E731
         difference_BT = jnp.linalg.norm(flat(output.h_last - reference.h_last), axis=-1)

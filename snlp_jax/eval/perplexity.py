@@ -18,37 +18,61 @@ def token_nll(logits_BTV: Array, targets_BT: Array) -> Array:
     return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
 
 
-def perplexity(nll_WT: np.ndarray) -> float:
-    """``exp`` of the mean negative log-likelihood over all windows and positions."""
-    return math.exp(min(np.mean(nll_WT, dtype=np.float64), 700.0))
+def token_mean(values_WT: np.ndarray, weight_WT: np.ndarray | None = None) -> float:
+    """Mean over all windows and positions, or over those that count, by their weights."""
+    values_WT = np.asarray(values_WT, np.float64)
+    return float(values_WT.mean() if weight_WT is None else np.average(values_WT, weights=weight_WT))
 
 
-def relative_change(nll_WT: np.ndarray, reference_WT: np.ndarray) -> float:
+def perplexity(nll_WT: np.ndarray, weight_WT: np.ndarray | None = None) -> float:
+    """``exp`` of the mean negative log-likelihood (:func:`token_mean`)."""
+    return math.exp(min(token_mean(nll_WT, weight_WT), 700.0))
+
+
+def relative_change(nll_WT: np.ndarray, reference_WT: np.ndarray, weight_WT: np.ndarray | None = None) -> float:
     """PPL / PPL of the reference - 1, both over the same windows."""
-    return math.expm1(min(np.mean(nll_WT - reference_WT, dtype=np.float64), 700.0))
+    return math.expm1(min(token_mean(nll_WT - reference_WT, weight_WT), 700.0))
 
 
 def paired_interval(
-    nll_WT: np.ndarray, reference_WT: np.ndarray, *, num_bootstrap: int, seed: int = BOOTSTRAP_SEED
+    nll_WT: np.ndarray,
+    reference_WT: np.ndarray,
+    *,
+    num_bootstrap: int,
+    seed: int = BOOTSTRAP_SEED,
+    weight_WT: np.ndarray | None = None,
 ) -> tuple[float, float] | None:
     """95 % interval of :func:`relative_change` by a paired bootstrap over windows; None with fewer than two.
 
     Each of the ``num_bootstrap`` resamples draws windows with replacement and uses the same ones for both passes. How
     hard the windows are then cancels, and only how much the passes differ on them remains: the log of the ratio is the
-    mean of the windows' differences. The same seed draws the same windows for every setting.
+    mean of the windows' differences, each counted by its weight. The same seed draws the same windows for every
+    setting.
     """
-    difference_W = (nll_WT - reference_WT).astype(np.float64).mean(axis=1)
-    num_windows = len(difference_W)
+    weight_WT = np.ones(nll_WT.shape) if weight_WT is None else weight_WT
+    total_W = (weight_WT * (nll_WT - reference_WT)).sum(axis=1, dtype=np.float64)
+    weight_W = weight_WT.sum(axis=1, dtype=np.float64)
+    num_windows = len(total_W)
     if num_windows < 2:
         return None
     picks = np.random.default_rng(seed).integers(num_windows, size=(num_bootstrap, num_windows))
-    low, high = np.quantile(difference_W[picks].mean(axis=1), [0.025, 0.975])
+    means = total_W[picks].sum(axis=1) / np.maximum(weight_W[picks].sum(axis=1), 1e-9)
+    low, high = np.quantile(means, [0.025, 0.975])
     return math.expm1(min(low, 700.0)), math.expm1(min(high, 700.0))
 
 
 def change_by_position(
-    nll_WT: np.ndarray, reference_WT: np.ndarray, *, num_bins: int = NUM_POSITION_BINS
+    nll_WT: np.ndarray,
+    reference_WT: np.ndarray,
+    *,
+    num_bins: int = NUM_POSITION_BINS,
+    weight_WT: np.ndarray | None = None,
 ) -> tuple[float, ...]:
-    """Mean change of the negative log-likelihood, in nats, in equal bins over the positions of a window."""
-    change_T = (nll_WT - reference_WT).astype(np.float64).mean(axis=0)
-    return tuple(float(part.mean()) for part in np.array_split(change_T, min(num_bins, len(change_T))))
+    """Mean change of the negative log-likelihood, in nats, in equal bins over the positions of a window; NaN where no
+    position of a bin counts."""
+    weight_WT = np.ones(nll_WT.shape) if weight_WT is None else weight_WT
+    total_T = (weight_WT * (nll_WT - reference_WT)).sum(axis=0, dtype=np.float64)
+    weight_T = weight_WT.sum(axis=0, dtype=np.float64)
+    bins = (np.array_split(each_T, min(num_bins, len(each_T))) for each_T in (total_T, weight_T))
+    sums = ((float(total.sum()), float(weight.sum())) for total, weight in zip(*bins, strict=True))
+    return tuple(total / weight if weight > 0 else math.nan for total, weight in sums)

@@ -114,12 +114,12 @@ def write_report(report: Report, run_dir: Path) -> tuple[list[Path], str]:
 
 
 def write_files(
-    run_dir: Path, contents: dict[str, str | bytes], picture: str, draw: Callable[[], bytes]
+    run_dir: Path, contents: dict[str, str | bytes], picture: str = "", draw: Callable[[], bytes] | None = None
 ) -> tuple[list[Path], str]:
-    """Write files and a picture into ``run_dir/eval``; see :func:`write_report`."""
+    """Write files, and a picture if there is one, into ``run_dir/eval``; see :func:`write_report`."""
     folder, notice = run_dir / FOLDER, ""
     try:
-        contents = contents | {picture: draw()}
+        contents = contents | ({picture: draw()} if draw else {})
     except ImportError:
         notice = f'no {picture}: it needs matplotlib, which `pip install "snlp-jax[plots]"` brings.'
     try:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from snlp_jax.config import Config, from_json
-from snlp_jax.data.pipeline import TokenData, prepare_tokens, val_batches
+from snlp_jax.data.chat import prepare_data
+from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibration
@@ -82,8 +83,12 @@ def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report
     run = open_run(run_dir, config, which)
     batch_size = min(config.eval.batch_size, config.eval.num_windows)
     num_batches = config.eval.num_windows // batch_size
-    batches = val_batches(run.data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=num_batches)
-    report = evaluate(run.model, run.params, batches, config.eval, run.fits)
+    sizes = {"seq_len": config.model.seq_len, "batch_size": batch_size, "num_batches": num_batches}
+    batches = held_out_batches(run.data, **sizes)
+    weights = [batch["weight"] for batch in batches] if "weight" in batches[0] else None
+    documents = [batch["document"] for batch in batches] if "document" in batches[0] else None
+    windows = [batch["tokens"] for batch in batches]
+    report = evaluate(run.model, run.params, windows, config.eval, run.fits, weights, documents)
     return dataclasses.replace(report, info=run.about | {"config": dataclasses.asdict(config)} | report.info)
 
 
@@ -114,10 +119,12 @@ def read_tokenizer(run_dir: Path) -> Tokenizer:
 def _read_data(run_dir: Path, config: Config) -> TokenData:
     """The corpus in the tokens of the run, even where it has changed since and would give another tokenizer."""
     tokenizer = read_tokenizer(run_dir)
-    data = prepare_tokens(config.data)
+    own = dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME))
+    # Where a run started from another, the corpus never gave the tokenizer.
+    data = prepare_data(own if config.train.init_from else config.data)
     if data.tokenizer.to_json() != tokenizer.to_json():
         _note("the corpus gives another tokenizer than it did in training; taking the run's own.")
-        data = prepare_tokens(dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME)))
+        data = prepare_data(own)
     check_vocab(data.tokenizer, config.model.vocab_size)
     return data
 

@@ -3,6 +3,8 @@
     python -m snlp_jax.infer runs/demo --prompt "def main("
     python -m snlp_jax.infer runs/demo --prompt "import " "class A:" --solver idn:n=8,k=2 --temperature 0.8
     python -m snlp_jax.infer runs/demo --speculate idn:n=8,k=1
+    python -m snlp_jax.infer runs/demo --speculate mtp
+    python -m snlp_jax.infer runs/sft_dialogue --chat --prompt "What is a fable?"
 
 Text appears as it is made; a line with speed, acceptance of drafts and solver iterations goes to stderr. Without a
 prompt each line that is typed (or piped in) is one. Several prompts are one batch. Settings are written as in
@@ -18,6 +20,8 @@ from typing import Literal
 import tyro
 
 from snlp_jax.config import MeshConfig
+from snlp_jax.data.chat import render_prompt
+from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
@@ -27,8 +31,9 @@ from snlp_jax.infer.rules import CacheRule, check_settings
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import Spread, check_schedule
 from snlp_jax.model import LanguageModel
-from snlp_jax.notation import parse_schedule
+from snlp_jax.notation import parse_drafter, parse_schedule
 from snlp_jax.parallel.mesh import make_mesh
+from snlp_jax.solver import Schedule
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Args:
     run_dir: tyro.conf.Positional[Path]
     """What training wrote."""
     prompt: tuple[str, ...] = ()
+    chat: bool = False
+    """Each prompt is what a user says, and the text is the answer (for models fine-tuned with data.format chat)."""
     checkpoint: Literal["best", "last"] = "best"
     """The one of the lowest validation loss, or the newest."""
     solver: str = "seq"
@@ -44,11 +51,12 @@ class Args:
     """What the cache keeps of a parallel region: of the last evaluation, of the corrected trace, or of every
     evaluation: the solver on the whole text, however few its iterations."""
     speculate: str = ""
-    """Draft with this setting and verify with the sequential pass: the same text, faster where drafts are good."""
+    """Draft with this setting, or mtp for the model's multi-token-prediction heads, and verify with the sequential
+    pass: the same text, faster where drafts are good."""
     draft_len: int = 0
     """Drafts a round; 0 adapts the number to acceptance and costs, down to none."""
     max_draft: int | None = None
-    """Most drafts a round; by default the draft length, or 8 where it adapts."""
+    """Most drafts a round; by default the draft length, or 8 where it adapts (the number of heads at most)."""
     max_new_tokens: int = 128
     temperature: float = 0.0
     """0 takes the likeliest token."""
@@ -88,11 +96,13 @@ def open_engine(args: Args) -> Engine:
     config = read_config(args.run_dir)
     num_layers = config.model.num_layers
     schedule = parse_schedule(args.solver, num_layers)
-    draft = parse_schedule(args.speculate, num_layers) if args.speculate else None
+    draft = parse_drafter(args.speculate, num_layers) if args.speculate else None
     # Mistakes are told before anything is read.
     sampling_of(args)
-    check_settings(schedule, args.rule, draft, args.draft_len or None, args.max_draft)
-    for each in filter(None, (schedule, draft)):
+    num_heads = config.model.num_mtp_heads
+    check_settings(schedule, args.rule, draft, args.draft_len or None, args.max_draft, num_heads)
+    schedules = [each for each in (schedule, draft) if isinstance(each, Schedule)]
+    for each in schedules:
         check_schedule(config.model, each)
     if args.mesh.ring_microbatches != 1:
         raise InputError("mesh.ring_microbatches is for training, which alone cuts its batches; leave it out.")
@@ -109,7 +119,7 @@ def open_engine(args: Args) -> Engine:
         max_draft=args.max_draft,
         mesh=mesh,
         sequential=args.sequential,
-        fits=load_fits(args.run_dir, params, [each for each in (schedule, draft) if each]),
+        fits=load_fits(args.run_dir, params, schedules),
         tokenizer=tokenizer,
     )
 
@@ -124,8 +134,7 @@ def requests_of(engine: Engine, args: Args, prompts: tuple[str, ...]) -> list[Re
     assert tokenizer is not None
     return [
         Request(
-            # A text begins with the separator, which is how training has shown it.
-            [tokenizer.bos_id, *map(int, tokenizer.encode(prompt))],
+            prompt_tokens(tokenizer, prompt, is_chat=args.chat),
             args.max_new_tokens,
             sampling_of(args, row),
             stop_tokens=(tokenizer.bos_id,),
@@ -135,17 +144,24 @@ def requests_of(engine: Engine, args: Args, prompts: tuple[str, ...]) -> list[Re
     ]
 
 
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, is_chat: bool) -> list[int]:
+    """Tokens as training has shown them: a text begins with the separator, a question stands in the chat template."""
+    if is_chat:
+        return render_prompt([("user", prompt)], tokenizer).tolist()
+    return [tokenizer.bos_id, *map(int, tokenizer.encode(prompt))]
+
+
 def generate(engine: Engine, args: Args, prompts: tuple[str, ...]) -> None:
     """Print the continuations; one prompt's as it comes, several one after another when all are done."""
     requests = requests_of(engine, args, prompts)
     engine.check(requests)  # before anything is printed
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
+        print(prompts[0], end="\n" * args.chat, flush=True)
         engine.generate(requests, on_tokens=lambda _, __, text: print(text, end="", flush=True))
         print()
     else:
         for prompt, done in zip(prompts, engine.generate(requests), strict=True):
-            print(f"{prompt}{done.text}\n{'-' * 40}")
+            print(prompt + "\n" * args.chat + f"{done.text}\n{'-' * 40}")
     print(closing_line(engine), file=sys.stderr)
 
 

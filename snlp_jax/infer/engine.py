@@ -8,7 +8,8 @@ solver's K iterations a token; what its cache holds is a rule of its own:
     per_iteration   one cache an evaluation, prefill by the solver: equals the full-sequence solver at every K.
 
 Speculation (Leviathan et al. 2023) drafts with any schedule and verifies with the sequential pass over the same cache:
-greedy text is that of ``seq`` up to ties of logits, sampled text has its distribution.
+greedy text is that of ``seq`` up to ties of logits, sampled text has its distribution. A model with heads that look
+further ahead drafts with them instead, without any layer (Gloeckle et al. 2024): ``draft="mtp"``.
 """
 
 import time
@@ -31,6 +32,7 @@ from snlp_jax.infer.sampling import Features, Sampling, rows_of
 from snlp_jax.infer.text import TextStream
 from snlp_jax.layout import Layout, Spread, in_order, prepare, verifier
 from snlp_jax.model import LanguageModel
+from snlp_jax.notation import Drafter
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
@@ -107,11 +109,12 @@ class Engine:
     Args:
         schedule: how a token is decoded; the sequential pass by default.
         rule: what the cache keeps of a parallel region, see the module.
-        draft: speculate with this schedule as the drafter; ``schedule`` must then be sequential.
+        draft: speculate with this schedule as the drafter, or with the model's multi-token-prediction heads ("mtp");
+            ``schedule`` must then be sequential.
         draft_len: drafts a round; None adapts the number to what acceptance and costs are measured, down to plain
             decoding.
         max_draft: most drafts a round, compiled in: the verification evaluates one token more. By default the draft
-            length, or 8 where that adapts.
+            length, or 8 where that adapts; with heads at most as many as there are.
         layout: "stack" scans over layers in order, "list" unrolls them; "auto" scans where all windows are alike.
         mesh, sequential, fits: see :func:`snlp_jax.layout.prepare`.
         tokenizer: for text, stop strings and nothing else.
@@ -127,7 +130,7 @@ class Engine:
         schedule: Schedule | None = None,
         *,
         rule: CacheRule = "last_eval",
-        draft: Schedule | None = None,
+        draft: Drafter | None = None,
         draft_len: int | None = None,
         max_draft: int | None = None,
         layout: Layout = "auto",
@@ -137,8 +140,10 @@ class Engine:
         tokenizer: Tokenizer | None = None,
     ):
         schedule = schedule or Schedule.of(model.config.num_layers)
-        check_settings(schedule, rule, draft, draft_len, max_draft)
-        most = MAX_DRAFT if draft_len is None else draft_len
+        num_heads = model.config.num_mtp_heads
+        check_settings(schedule, rule, draft, draft_len, max_draft, num_heads)
+        most = draft_len or (min(MAX_DRAFT, num_heads) if draft == "mtp" else MAX_DRAFT)
+        drafting = draft if isinstance(draft, Schedule) else None
         self.model, self.schedule, self.draft, self.rule, self.mesh = model, schedule, draft, rule, mesh
         self.draft_len, self.max_draft, self.tokenizer = draft_len, (max_draft or most) if draft else 0, tokenizer
         # One token at a time a scan over a stack is as fast as unrolled layers and compiles several times faster; but
@@ -146,11 +151,11 @@ class Engine:
         if layout == "auto" and len(set(model.config.windows)) == 1:
             layout = "stack"
         settings: dict[str, Any] = {"num_tokens": 1, "layout": layout, "mesh": mesh, "sequential": sequential}
-        self.weights = prepare(model, params, draft or schedule, fits=fits, **settings)
-        """Of plain steps, or of the drafter."""
+        self.weights = prepare(model, params, drafting or schedule, fits=fits, **settings)
+        """Of plain steps, or of the layers that draft."""
         self.exact = (
             self.weights
-            if draft is None
+            if drafting is None
             else verifier(model, params, self.weights, layout=layout, mesh=mesh, sequential=sequential)
         )
         """Of plain steps and verification where there is a drafter."""
@@ -259,7 +264,7 @@ class Engine:
         if self.draft is not None:  # layers that the drafter leaves out are the verifier's alone
             others = plan_rings(self.model, self.exact, capacity, block)
             plans = tuple(mine or other for mine, other in zip(plans, others, strict=True))
-        return Programs(self.model, features, plans, KEPT[self.rule], self.mesh)
+        return Programs(self.model, features, plans, KEPT[self.rule], self.mesh, by_heads=self.draft == "mtp")
 
     def _compiled(
         self, programs: Programs, name: str, arguments: tuple, settings: Any = None, donate: int | None = None

@@ -2,9 +2,10 @@
 
 A row's text lies in ``tokens_BS``; its first ``length_B`` tokens are in the cache and the one after them, the newest,
 is not yet. A plain step evaluates the newest token and draws the next. A speculative round drafts up to G tokens with
-one set of weights, which read and write the same cache, then evaluates the newest token and all drafts with the exact
-ones and keeps what :func:`snlp_jax.infer.sampling.accept` says. Both loops run on the device until every row is done or
-a given number of steps is made.
+one set of weights, which read and write the same cache, or with the heads that look further ahead, which read what the
+last evaluation has left; then it evaluates the newest token and all drafts with the exact weights and keeps what
+:func:`snlp_jax.infer.sampling.accept` says. Both loops run on the device until every row is done or a given number of
+steps is made.
 """
 
 from collections.abc import Callable
@@ -56,6 +57,8 @@ class State(NamedTuple):
     rows: Rows
     rings: "tuple[Rings | tuple[Rings, ...] | None, ...]"
     warm: tuple[Array | None, ...]
+    last: tuple[Array, Array] | None
+    """The two states [B, 1, ...] that the head read of the last token in the cache, where drafts begin at them."""
     counts: Counts
 
 
@@ -68,6 +71,8 @@ class Programs:
     plans: tuple[RingPlan | None, ...]
     kept: Kept
     mesh: Mesh | None = None
+    by_heads: bool = False
+    """Whether the model's heads that look further ahead draft, and no layer."""
 
     def prefill(
         self,
@@ -90,7 +95,8 @@ class Programs:
         B, P = prompt_BP.shape
         states = self._run(weights, prompt_BP, traced=warm_segments)
         last_B = length_B - 1
-        logits_BV = self._logits(weights, _pick(states.h_last, last_B), _pick(states.h_mid, last_B))[:, 0]
+        last = _pick(states.h_last, last_B), _pick(states.h_mid, last_B)
+        logits_BV = self._logits(weights, *last)[:, 0]
         seen_BV = None
         if self.features.penalizes:
             is_token_BP = jnp.arange(P)[None] < length_B[:, None]
@@ -112,6 +118,7 @@ class Programs:
             rows=rows,
             rings=rings,
             warm=tuple(None if trace is None else _pick(trace, last_B, axis=2) for trace in traces),
+            last=last if self.by_heads else None,
             counts=Counts(zero - 1, zero, zero, zero, zero),  # the prefill is no step
         )
         return self._take(state, logits_BV)
@@ -142,18 +149,27 @@ class Programs:
         """Write drafts behind the newest token, which stays the newest; and the laws they were drawn from."""
         B, V = state.tokens_BS.shape[0], self.model.config.vocab_size
         row_B = jnp.arange(B)
+        # The k-th head says what comes k after the newest token, whatever that and the drafts in between are.
+        ahead_BGV = self.model.logits_ahead(drafter.ends, *state.last, max_draft) if state.last else None
+
+        def propose(state: State, index: Array) -> tuple[Array, States | None]:
+            """The logits of a draft, and what was evaluated for it."""
+            if ahead_BGV is not None:
+                return ahead_BGV[:, index], None
+            states = self._evaluate(drafter, state, state.length_B + index, 1)
+            return self._logits(drafter, states.h_last, states.h_mid)[:, 0], states
 
         def one(index: Array, carry: tuple) -> tuple:
             state, log_probs_BGV, seen_BV = carry
             length_B = state.length_B + index
-            states = self._evaluate(drafter, state, length_B, 1)
-            logits_BV = self._logits(drafter, states.h_last, states.h_mid)[:, 0]
+            logits_BV, states = propose(state, index)
             log_probs_BV, token_B = self._draw(logits_BV, seen_BV, state.rows, length_B + 1)
             if log_probs_BGV is not None:
                 log_probs_BGV = jax.lax.dynamic_update_index_in_dim(log_probs_BGV, log_probs_BV, index, 1)
             if seen_BV is not None:
                 seen_BV = seen_BV.at[row_B, token_B].set(True)
-            state = self._remember(self._count(state, states), states, _after(token_B[:, None], length_B))
+            if states is not None:
+                state = self._remember(self._count(state, states), states, _after(token_B[:, None], length_B))
             tokens_BS = state.tokens_BS.at[row_B, length_B + 1].set(token_B)
             return state._replace(tokens_BS=tokens_BS), log_probs_BGV, seen_BV
 
@@ -215,8 +231,13 @@ class Programs:
                 return warm
             return left.trace if last_B is None else _pick(left.trace, last_B, axis=2)
 
+        def pick(h_BX: Array) -> Array:
+            return h_BX if last_B is None else _pick(h_BX, last_B)
+
         return state._replace(
-            rings=tuple(map(write, state.rings, states.left)), warm=tuple(map(guess, state.warm, states.left))
+            rings=tuple(map(write, state.rings, states.left)),
+            warm=tuple(map(guess, state.warm, states.left)),
+            last=None if state.last is None else (pick(states.h_last), pick(states.h_mid)),
         )
 
     def _count(self, state: State, states: States) -> State:

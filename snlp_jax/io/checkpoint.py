@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from snlp_jax.config import Config, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checksum import checksums
 from snlp_jax.io.files import atomic_write, explain_full_disk
@@ -39,9 +40,10 @@ CONFIG_NAME = "config.json"
 CHECKPOINT_NAME = "checkpoints"
 
 MAY_CHANGE = frozenset(
-    {"run_dir"}
+    {"run_dir", "data.num_workers", "data.cache_dir"}
     | {f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_last", "sample_every")}
     | {f"train.{name}" for name in ("sample_tokens", "tensorboard", "eval_batches")}
+    | {f"train.{name}" for name in ("wandb_project", "frontier_every", "profile_start", "profile_steps")}
 )
 MAY_CHANGE_SECTIONS = ("eval.", "mesh.")
 """Config fields and whole sections that a resumed run may change: they do not alter what it learns."""
@@ -404,11 +406,12 @@ def _first_difference(config_path: Path, config: Mapping[str, Any]) -> str | Non
         saved = _flatten(json.loads(config_path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError) as error:
         raise InputError(f"{str(config_path)!r} is not a saved config; use another --run-dir.") from error
-    ours = _flatten(config)
+    ours, defaults = _flatten(config), _flatten(json.loads(to_json(Config())))
     for name in [*ours, *saved]:
         if name in MAY_CHANGE or name.startswith(MAY_CHANGE_SECTIONS):
             continue
-        theirs, mine = saved.get(name, "nothing"), ours.get(name, "nothing")
+        # A field that came after the run was at its default then.
+        theirs, mine = saved.get(name, defaults.get(name, "nothing")), ours.get(name, "nothing")
         if theirs != mine:
             return f"{name} is {theirs!r} there and {mine!r} here"
     return None

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
     Raises InputError when the disk is full; the old file is then untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # threads, and hosts, may write the same file
     data = content.encode() if isinstance(content, str) else content
     try:
         with explain_full_disk(path.parent), open(temporary, "wb") as file:

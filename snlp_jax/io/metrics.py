@@ -1,15 +1,17 @@
-"""Metrics of a run: one JSON object a line, in ``metrics.jsonl``, and TensorBoard events if asked for."""
+"""Metrics of a run: one JSON object a line, in ``metrics.jsonl``, and what else was asked for: TensorBoard, wandb."""
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write, explain_full_disk
 
 FILE_NAME = "metrics.jsonl"
+WANDB_ID_NAME = "wandb_id.txt"
+"""Which wandb run a resumed training continues."""
 
 
 def to_json_value(value: Any) -> float | str:
@@ -41,59 +43,64 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return records
 
 
+class Sink(Protocol):
+    """One place that receives every record."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def truncate_after(self, step: int) -> None:
+        """Forget the records of steps beyond ``step``, as far as the place can forget."""
+
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
-    """Appends to a run's metrics. One process of a run writes them, the others have a :class:`NoMetricsWriter`."""
+    """Hands each record to every sink. One process of a run has them; the others have a writer without any."""
 
-    def __init__(self, run_dir: str | Path, tensorboard: bool = False) -> None:
-        """Open the log of ``run_dir``, which is created if missing.
+    def __init__(
+        self,
+        run_dir: str | Path | None,
+        tensorboard: bool = False,
+        wandb_project: str = "",
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the log of ``run_dir``, which is created if missing; None is a writer that writes nothing.
 
-        Raises InputError when ``tensorboard`` is asked for and tensorboardX is not installed.
+        Args:
+            about: keywords of ``wandb.init``, such as the run's name and config.
+
+        Raises:
+            InputError: what was asked for is not installed or cannot start.
         """
+        self._sinks: list[Sink] = []
+        if run_dir is None:
+            return
         self._directory = Path(run_dir)
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._path = self._directory / FILE_NAME
-        self._purge_step: int | None = None
-        self._tensorboard: Any = None
-        self._make_tensorboard: Any = None
+        self._sinks.append(JsonLines(self._directory))
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise InputError(
-                    'train.tensorboard needs tensorboardX; pip install "snlp-jax[tensorboard]" or switch it off.'
-                ) from error
-            self._make_tensorboard = SummaryWriter
+            self._sinks.append(TensorBoard(self._directory))
+        if wandb_project:
+            self._sinks.append(Wandb(self._directory, {"project": wandb_project, **(about or {})}))
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one record and flush it. Values are Python, numpy or jax scalars. Raises InputError on a full disk."""
-        record = {"step": int(step), **{name: to_json_value(value) for name, value in metrics.items()}}
-        with explain_full_disk(self._directory):
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            if self._make_tensorboard is not None:
-                self._write_tensorboard(step, metrics)
-
-    def _write_tensorboard(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._tensorboard is None:
-            self._tensorboard = self._make_tensorboard(str(self._directory), purge_step=self._purge_step)
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, float(value), int(step))
-        self._tensorboard.flush()
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one record. Values are Python, numpy or jax scalars. Raises InputError on a full disk."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        for sink in self._sinks:
+            with explain_full_disk(self._directory):
+                sink.write(int(step), numbers)
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of steps beyond ``step``, and a torn last line: what a resumed run will write again.
 
         Raises InputError when an earlier line is not a record.
         """
-        self._purge_step = step + 1
-        if self._path.exists():
-            kept = [record for record in read_metrics(self._path) if record["step"] <= step]
-            lines = [json.dumps({**{k: to_json_value(v) for k, v in r.items()}, "step": r["step"]}) for r in kept]
-            atomic_write(self._path, "".join(line + "\n" for line in lines))
+        for sink in self._sinks:
+            sink.truncate_after(step)
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -102,17 +109,86 @@ class MetricsWriter:
         self.close()
 
 
-class NoMetricsWriter(MetricsWriter):
-    """Of the processes that do not write."""
+class JsonLines:
+    """``metrics.jsonl``; every record is on disk when ``write`` returns."""
 
-    def __init__(self, run_dir: str | Path, tensorboard: bool = False) -> None:
-        pass
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / FILE_NAME
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(_line(step, metrics))
+
+    def truncate_after(self, step: int) -> None:
+        if self._path.exists():
+            kept = [record for record in read_metrics(self._path) if record["step"] <= step]
+            atomic_write(self._path, "".join(_line(int(record.pop("step")), record) for record in kept))
+
+    def close(self) -> None:
         pass
+
+
+def _line(step: int, metrics: Mapping[str, float]) -> str:
+    return json.dumps({"step": step, **{name: to_json_value(value) for name, value in metrics.items()}}) + "\n"
+
+
+class TensorBoard:
+    """Event files, opened with the first record."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise InputError(
+                'train.tensorboard needs tensorboardX; pip install "snlp-jax[tensorboard]" or switch it off.'
+            ) from error
+        self._make = SummaryWriter
+        self._directory = str(directory)
+        self._purge_step: int | None = None
+        self._events: Any = None
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._events is None:
+            self._events = self._make(self._directory, purge_step=self._purge_step)
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def truncate_after(self, step: int) -> None:
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+class Wandb:
+    """Weights & Biases. A resumed training continues its run, where steps that it takes again appear twice."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError(
+                'train.wandb_project needs wandb; pip install "snlp-jax[wandb]" or leave it empty.'
+            ) from error
+        id_path = directory / WANDB_ID_NAME
+        known = {"id": id_path.read_text().strip()} if id_path.is_file() else {}
+        try:
+            self._run = wandb.init(dir=str(directory), resume="allow", **known, **settings)
+        except Exception as error:  # its errors share no class with those of the network
+            raise InputError(
+                f"wandb did not start ({error}); run `wandb login`, set WANDB_MODE=offline, or leave "
+                "train.wandb_project empty."
+            ) from error
+        atomic_write(id_path, f"{self._run.id}\n")
+        self._run.define_metric("*", step_metric="step")  # its own step counter must not go back
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
 
     def truncate_after(self, step: int) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        self._run.finish()

@@ -1,6 +1,7 @@
 """Causal attention with a left window: one function, three implementations.
 
-Key s is visible from query t iff ``t - window <= s <= t``.
+Key s is visible from query t iff ``t - window <= s <= t`` and, where documents are told apart, both belong to the same
+one. Splash attention knows segments; cuDNN's would need the whole mask as a bias, so that XLA's takes its place there.
 """
 
 import functools
@@ -47,13 +48,21 @@ def choose_implementation(requested: str, *, backend: str, dtype: Any, seq_len: 
     return requested  # type: ignore[return-value]
 
 
-def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, implementation: Implementation) -> Array:
+def attend(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    window: int | Array,
+    implementation: Implementation,
+    document_BS: Array | None = None,
+) -> Array:
     """Attention output [B, T, N, H] in the dtype of ``v``; queries are the last T of the S positions.
 
-    ``window`` may be a traced scalar on the XLA path only: the kernels compile it in.
+    ``window`` may be a traced scalar on the XLA path only: the kernels compile it in. ``document_BS`` numbers the
+    document of each position.
     """
-    if implementation == "xla":
-        return _xla(q_BTNH, k_BSKH, v_BSKH, window)
+    if implementation == "xla" or (implementation == "cudnn" and document_BS is not None):
+        return _xla(q_BTNH, k_BSKH, v_BSKH, window, document_BS)
     if not isinstance(window, int):
         raise TypeError(f"{implementation} attention needs a static window, not a traced one.")
     if implementation == "cudnn":
@@ -62,7 +71,7 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, imp
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=(window, 0), implementation="cudnn"
         )
-    return _splash(q_BTNH, k_BSKH, v_BSKH, window)
+    return _splash(q_BTNH, k_BSKH, v_BSKH, window, document_BS)
 
 
 def attend_any(
@@ -72,17 +81,23 @@ def attend_any(
     window: Array,
     windows: tuple[int, ...],
     implementation: Implementation,
+    document_BS: Array | None = None,
 ) -> Array:
     """``attend`` with a traced window that is one of the static ``windows``: a kernel for each, chosen at run time."""
-    if implementation == "xla":
-        return _xla(q_BTNH, k_BSKH, v_BSKH, window)
-    branches = [lambda q, k, v, w=w: attend(q, k, v, w, implementation) for w in windows]
+    if implementation == "xla" or (implementation == "cudnn" and document_BS is not None):
+        return _xla(q_BTNH, k_BSKH, v_BSKH, window, document_BS)
+    branches = [lambda q, k, v, w=w: attend(q, k, v, w, implementation, document_BS) for w in windows]
     index = jnp.searchsorted(jnp.asarray(windows), window)
     return jax.lax.switch(index, branches, q_BTNH, k_BSKH, v_BSKH)
 
 
 def attend_by_window(
-    q_LBTNH: Array, k_LBTKH: Array, v_LBTKH: Array, windows: Sequence[int], implementation: Implementation
+    q_LBTNH: Array,
+    k_LBTKH: Array,
+    v_LBTKH: Array,
+    windows: Sequence[int],
+    implementation: Implementation,
+    document_BT: Array | None = None,
 ) -> Array:
     """Attention of L layers at once, layer l with the static ``windows[l]``: one call for each distinct window, on
     activations gathered by window."""
@@ -96,20 +111,21 @@ def attend_by_window(
         # Layers and batch become one axis; gather only where windows differ.
         rows = slice(None) if len(members) == len(windows) else np.asarray(members)
         q, k, v = (x[rows].reshape(-1, *x.shape[2:]) for x in (q_LBTNH, k_LBTKH, v_LBTKH))
-        out = attend(q, k, v, window, implementation)
+        document = None if document_BT is None else jnp.tile(document_BT, (len(members), 1))
+        out = attend(q, k, v, window, implementation, document)
         outs.append(out.reshape(len(members), -1, *out.shape[1:]))
         order += members
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs)[np.argsort(order)]
 
 
-def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array) -> Array:
+def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, document_BS: Array | None = None) -> Array:
     """Softmax in float32, in blocks of queries where the score tensor would pass ``MAX_SCORES`` elements."""
     num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
     num_scores = q_BTNH.shape[0] * q_BTNH.shape[2] * num_queries * num_keys
     num_blocks = -(-num_scores // MAX_SCORES)
     block = max(-(-num_queries // num_blocks), min(MIN_BLOCK, num_queries))
     if block == num_queries:
-        return _xla_block(q_BTNH, k_BSKH, v_BSKH, window, num_keys - num_queries)
+        return _xla_block(q_BTNH, k_BSKH, v_BSKH, window, num_keys - num_queries, document_BS)
     # Each block sees only the keys up to its last query; its scores are recomputed in the backward pass.
     outputs = []
     run_block = jax.checkpoint(_xla_block, static_argnums=(4,))
@@ -117,15 +133,19 @@ def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array) -> Ar
         q_block = q_BTNH[:, start : start + block]
         offset = num_keys - num_queries + start
         stop = offset + q_block.shape[1]
-        outputs.append(run_block(q_block, k_BSKH[:, :stop], v_BSKH[:, :stop], window, offset))
+        document = None if document_BS is None else document_BS[:, :stop]
+        outputs.append(run_block(q_block, k_BSKH[:, :stop], v_BSKH[:, :stop], window, offset, document))
     return jnp.concatenate(outputs, axis=1)
 
 
-def _xla_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, offset: int) -> Array:
+def _xla_block(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, offset: int, document_BS: Array | None
+) -> Array:
     """Attention of queries at positions ``offset`` and on to keys at positions 0 and on."""
     queries, keys = offset + jnp.arange(q_BTNH.shape[1]), jnp.arange(k_BSKH.shape[1])
-    piece = Piece(jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2), keys[None])
-    return attend_pieces(q_BTNH, queries[None], (piece,), window)
+    piece = Piece(jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2), keys[None], document_BS)
+    document_BT = None if document_BS is None else document_BS[:, offset : offset + q_BTNH.shape[1]]
+    return attend_pieces(q_BTNH, queries[None], (piece,), window, document_BT)
 
 
 class Piece(NamedTuple):
@@ -135,9 +155,17 @@ class Piece(NamedTuple):
     value_BKSH: Array
     position_BS: Array
     """Below 0 for a slot that holds nothing. The first axis may be 1 where all rows are alike."""
+    document_BS: Array | None = None
+    """Number of the document of each token, where the queries have theirs."""
 
 
-def attend_pieces(q_BTNH: Array, position_BT: Array, pieces: Sequence[Piece], window: int | Array) -> Array:
+def attend_pieces(
+    q_BTNH: Array,
+    position_BT: Array,
+    pieces: Sequence[Piece],
+    window: int | Array,
+    document_BT: Array | None = None,
+) -> Array:
     """Attention to keys and values that lie in several pieces, in any order, on the XLA path.
 
     Nothing of them is copied: scores are joined, keys and values are not.
@@ -153,6 +181,8 @@ def attend_pieces(q_BTNH: Array, position_BT: Array, pieces: Sequence[Piece], wi
     key_position_BS = join([piece.position_BS for piece in pieces])
     distance_BTS = position_BT[:, :, None] - key_position_BS[:, None, :]
     visible_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (key_position_BS[:, None, :] >= 0)
+    if document_BT is not None:
+        visible_BTS &= document_BT[:, :, None] == join([piece.document_BS for piece in pieces])[:, None, :]
     masked = jnp.where(visible_BTS[:, None, None], scores_BKXS.reshape(B, K, G, T, S), -jnp.inf)
     dtype = pieces[0].value_BKSH.dtype
     weights_BKXS = jax.nn.softmax(masked, axis=-1).astype(dtype).reshape(B, K, G * T, S)
@@ -170,7 +200,7 @@ def slot_positions(length_B: Array, num_slots: int) -> Array:
     return last_B1 - (last_B1 - jnp.arange(num_slots)[None]) % num_slots
 
 
-def _splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int) -> Array:
+def _splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int, document_BS: Array | None = None) -> Array:
     """Pallas splash attention (TPU): heads before positions, scale folded into the queries."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -180,5 +210,8 @@ def _splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int) -> Array:
     heads = splash_attention_mask.MultiHeadMask([mask] * N)
     kernel = splash_attention_kernel.make_splash_mha(mask=heads, head_shards=1, q_seq_shards=1)
     to_heads = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-    out = jax.vmap(kernel)(to_heads(q_BTNH) * H**-0.5, to_heads(k_BSKH), to_heads(v_BSKH))
+    segments = None
+    if document_BS is not None:
+        segments = splash_attention_kernel.SegmentIds(document_BS[:, S - T :], document_BS)
+    out = jax.vmap(kernel)(to_heads(q_BTNH) * H**-0.5, to_heads(k_BSKH), to_heads(v_BSKH), segments)
     return to_heads(out).astype(v_BSKH.dtype)

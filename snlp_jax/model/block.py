@@ -53,6 +53,9 @@ class Shared(NamedTuple):
     past: "Rings | None" = None
     """Keys and values of the tokens before, of all layers that are evaluated at once, where their windows differ; else
     they are in each layer's context."""
+    document_BT: Array | None = None
+    """Number of the document, in its row, that each token belongs to, where tokens attend to their own alone; not
+    together with tokens before."""
 
 
 class KeyValue(NamedTuple):

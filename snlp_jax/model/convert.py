@@ -37,10 +37,10 @@ HYPER_FIELDS = {
 """Details of hyper-connections: no meaning unless ``use_mhc``."""
 HYPER_DEFAULTS = {"mhc_num_streams": 4}
 """Of details that a nanochat config leaves out; the others have the same default here and there."""
-UNSUPPORTED_FIELDS = {"num_mtp_steps": "multi-token-prediction heads"}
-"""Fields that must be off, and what they switch on."""
-DETAIL_FIELDS = {"mtp_loss_weight"}
-"""Details of the unsupported features: no meaning while those are off."""
+OPTIONAL_FIELDS = {"num_mtp_steps": "num_mtp_heads"}
+"""Fields that a nanochat config may leave out, with the same default here and there."""
+LOSS_FIELDS = {"mtp_loss_weight"}
+"""Of the training loss (``loss.mtp.weight``), not of the model."""
 UNUSED_TENSORS = re.compile(r"value_embeds\.\d+\.weight|resid_lambdas|x0_lambdas")
 """nanochat saves these even for models that do not read them."""
 
@@ -49,12 +49,9 @@ def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
     """The :class:`ModelConfig` of a nanochat config, given as a mapping of its fields.
 
     Raises:
-        InputError: a field is missing or unknown, or switches on a feature that this library lacks.
+        InputError: a field is missing or unknown.
     """
-    for name, feature in UNSUPPORTED_FIELDS.items():
-        if config.get(name):
-            raise InputError(f"the nanochat config sets {name}={config[name]!r}, but {feature} are not supported.")
-    known = {*REQUIRED_FIELDS, *NEGATED_FIELDS, *HYPER_FIELDS, *UNSUPPORTED_FIELDS, *DETAIL_FIELDS}
+    known = {*REQUIRED_FIELDS, *NEGATED_FIELDS, *HYPER_FIELDS, *OPTIONAL_FIELDS, *LOSS_FIELDS}
     known |= {"window_pattern", "use_mhc"}
     for name in config:
         if name not in known:
@@ -63,6 +60,7 @@ def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
         if name not in config:
             raise InputError(f"the nanochat config lacks the field {name!r}.")
     fields: dict[str, Any] = {ours: config[name] for name, ours in REQUIRED_FIELDS.items()}
+    fields |= {ours: config[name] for name, ours in OPTIONAL_FIELDS.items() if name in config}
     fields |= {ours: not config.get(name, False) for name, ours in NEGATED_FIELDS.items()}
     if config.get("use_mhc"):
         fields["use_x0_resid"] = False
@@ -113,14 +111,14 @@ def to_nanochat(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class _Row:
-    """One leaf of ``params`` and the tensors it is made of: one, or one a layer where the leaf is a stack."""
+    """One leaf of ``params`` and the tensors it is made of: one, or one a layer (a head) where the leaf is a stack."""
 
     path: str
     template: str
     layout: Literal["same", "transposed", "unit"]
     """Of a tensor beside its leaf; ``unit``: the tensor has an extra leading axis of length 1."""
     layers: tuple[int, ...] = ()
-    """Layers of the stack; empty where the leaf is not one."""
+    """Layers (or heads) of the stack; empty where the leaf is not one."""
 
     @property
     def is_stacked(self) -> bool:
@@ -182,6 +180,8 @@ def _table(config: ModelConfig) -> list[_Row]:
         ]
     if config.use_mid_subtract:
         rows.append(_Row("head/mid_scale", "backout_lambda", "unit"))
+    if config.num_mtp_heads:
+        rows.append(_Row("head/mtp", "mtp_projs.{}.weight", "transposed", tuple(range(config.num_mtp_heads))))
     return rows
 
 

@@ -49,13 +49,20 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Untied output projection and the weight of the mid-layer state it subtracts."""
+    """Untied output projection, the weight of the mid-layer state it subtracts, and the matrices [M, D, D] before it
+    that make it look further ahead.
+
+    These begin as the identity: each head then says what the next-token head says, in a space that the projection can
+    read. From 0 the norm behind them would have a derivative of 1 / sqrt(eps), about 3000.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape = (config.embed_dim, config.padded_vocab_size)
         self.kernel = nnx.Param(0.001 * jax.random.normal(rngs.params(), shape))
         if config.use_mid_subtract:
             self.mid_scale = nnx.Param(jnp.asarray(0.2, jnp.float32))  # not weakly typed: a step would compile twice
+        if config.num_mtp_heads:
+            self.mtp = nnx.Param(jnp.tile(jnp.eye(config.embed_dim), (config.num_mtp_heads, 1, 1)))
 
 
 class LanguageModel:
@@ -128,10 +135,18 @@ class LanguageModel:
 
         return jax.tree_util.tree_map_with_path(one, params)
 
-    def embed(self, params: Params, tokens_BT: Array, previous_B1: Array | None = None) -> Array:
+    def embed(
+        self,
+        params: Params,
+        tokens_BT: Array,
+        previous_B1: Array | None = None,
+        document_BT: Array | None = None,
+    ) -> Array:
         """``x0_BTD`` float32: normed token embeddings, each mixed with a gated share of its predecessor's.
 
-        ``previous_B1``: the token before the first, where there is one.
+        Args:
+            previous_B1: the token before the first, where there is one.
+            document_BT: number of each token's document, where nothing is to be mixed across their boundaries.
         """
         embed = params["embed"]
         if previous_B1 is not None and self.config.use_smear:
@@ -140,6 +155,8 @@ class LanguageModel:
         if not self.config.use_smear:
             return e_BTD
         gate_BT1 = jax.nn.sigmoid(e_BTD[:, 1:, :SMEAR_INPUT] @ embed["smear_gate"])[..., None]
+        if document_BT is not None:
+            gate_BT1 *= (document_BT[:, 1:] == document_BT[:, :-1])[..., None]
         smeared = e_BTD[:, 1:] + embed["smear_scale"] * gate_BT1 * e_BTD[:, :-1]
         return jnp.concatenate([e_BTD[:, :1], smeared], axis=1)
 
@@ -150,8 +167,11 @@ class LanguageModel:
             return x0_BTD
         return jnp.broadcast_to(x0_BTD[..., None, :], (*x0_BTD.shape[:-1], R, x0_BTD.shape[-1]))
 
-    def shared(self, x0_BTD: Array, first_B: Array | None = None) -> Shared:
+    def shared(self, x0_BTD: Array, first_B: Array | None = None, document_BT: Array | None = None) -> Shared:
         """What all layers read, for tokens at positions 0 and on, or in row b at positions ``first_B[b]`` and on.
+
+        With ``document_BT`` tokens attend to their own document alone. Positions go on across boundaries: only their
+        differences count.
 
         Raises:
             InputError: the sequence is longer than the rotary embedding reaches.
@@ -159,7 +179,8 @@ class LanguageModel:
         self.check_context(x0_BTD.shape[1])
         position_T = jnp.arange(x0_BTD.shape[1])
         positions = position_T if first_B is None else first_B[:, None] + position_T[None]
-        return Shared(x0_BTD, *rotary_table(positions, self.config.head_dim, self.config.rope_base), first_B)
+        table = rotary_table(positions, self.config.head_dim, self.config.rope_base)
+        return Shared(x0_BTD, *table, first_B, document_BT=document_BT)
 
     def check_context(self, num_tokens: int) -> None:
         """Refuse sequences that are longer than the rotary embedding reaches.
@@ -224,7 +245,9 @@ class LanguageModel:
         value_embed: Any = None if ctx.value_embed is None else ValueEmbed(before, None)  # type: ignore[arg-type]
         past: Any = None if ctx.past is None else Ring(before, before)  # type: ignore[arg-type]
         own: Any = None if shared.first_B is None else 0
-        return Context(None, value_embed, None, past), Shared(0, own, own, own), before  # type: ignore[arg-type]
+        document: Any = None if shared.document_BT is None else 0
+        of_all = Shared(0, own, own, own, document_BT=document)  # type: ignore[arg-type]
+        return Context(None, value_embed, None, past), of_all, before  # type: ignore[arg-type]
 
     def logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
         """``logits_BTV`` float32, soft-capped, cropped to the tokenizer's vocabulary; sums the states' streams."""
@@ -232,11 +255,30 @@ class LanguageModel:
 
     def padded_logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
         """:meth:`logits` of all ``padded_vocab_size`` entries, of which those past the vocabulary mean nothing."""
-        config, head = self.config, params["head"]
-        h = h_last - head["mid_scale"] * h_mid if config.use_mid_subtract else h_last
-        h_BTD = h.sum(-2) if config.num_streams else h
-        z_BTV = project(rms_norm(h_BTD), head["kernel"], self.dtype)
-        return config.logit_softcap * jnp.tanh(z_BTV / config.logit_softcap) if config.logit_softcap else z_BTV
+        return self.unembed(params, self.readout(params, h_last, h_mid))
+
+    def readout(self, params: Params, h_last: Array, h_mid: Array) -> Array:
+        """``y_BTD``: what the head reads, before its norm."""
+        config = self.config
+        h = h_last - params["head"]["mid_scale"] * h_mid if config.use_mid_subtract else h_last
+        return h.sum(-2) if config.num_streams else h
+
+    def unembed(self, params: Params, y_BTD: Array) -> Array:
+        """``cap * tanh(rms(y) W / cap)`` of all ``padded_vocab_size`` entries."""
+        cap = self.config.logit_softcap
+        z_BTV = project(rms_norm(y_BTD), params["head"]["kernel"], self.dtype)
+        return cap * jnp.tanh(z_BTV / cap) if cap else z_BTV
+
+    def look_ahead(self, params: Params, y_BTD: Array, k: int) -> Array:
+        """``y P_k``: what the head reads for the token k after the next, k from 1 to ``num_mtp_heads``."""
+        return project(y_BTD, params["head"]["mtp"][k - 1], self.dtype)
+
+    def logits_ahead(self, params: Params, h_last: Array, h_mid: Array, num_heads: int) -> Array:
+        """``logits_BMV`` of the first ``num_heads`` heads that look further ahead, from the states [B, 1, ...] of one
+        token. The projection is read once for all of them."""
+        y_B1D = self.readout(params, h_last, h_mid)
+        y_BMD = jnp.concatenate([self.look_ahead(params, y_B1D, k + 1) for k in range(num_heads)], axis=1)
+        return self.unembed(params, y_BMD)[..., : self.config.vocab_size]
 
     def block_fn(self, *, forward_mode: bool = False) -> NodeFn:
         """One layer: ``(params_l, h, ctx_l, shared) -> (h', aux_l)``.

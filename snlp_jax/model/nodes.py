@@ -89,7 +89,7 @@ class LayerNode:
         if shared.first_B is not None:
             return attend_cached(q_BTNH, kv, _own(ctx), ctx.window, shared)
         windows = tuple(sorted(set(self.config.windows)))
-        return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel)
+        return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel, shared.document_BT)
 
     def after(self, params: PyTree, carry: Any, out_BTNH: Array, ctx: Context) -> tuple[Array, Array | None]:
         return self.merge(params).after(carry, out_BTNH, ctx, self.dtype)
@@ -141,9 +141,9 @@ class ChunkNode:
         if shared.first_B is not None:
             return jax.vmap(attend_cached, in_axes=(0, 0, 0, 0, None))(q_MBTNH, kv, _own(ctx), ctx.window, shared)
         if self.windows is not None:
-            return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel)
+            return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel, shared.document_BT)
         choices = tuple(sorted(set(self.config.windows)))
-        one = lambda q, k, v, window: attend_any(q, k, v, window, choices, kernel)  # noqa: E731
+        one = lambda q, k, v, window: attend_any(q, k, v, window, choices, kernel, shared.document_BT)  # noqa: E731
         rows = (q_MBTNH, kv.key_BTKH, kv.value_BTKH, ctx.window)
         if kernel == "xla":
             return jax.vmap(one)(*rows)
@@ -299,5 +299,5 @@ def _attend_all(
             outs.append(attend_group(its_q, its_kv, ring, window_L, shared))
         out_LBTNH = jnp.concatenate(outs)[np.argsort(order)]
     else:
-        out_LBTNH = attend_by_window(q_LBTNH, *kv_L, windows, kernel)
+        out_LBTNH = attend_by_window(q_LBTNH, *kv_L, windows, kernel, shared.document_BT)
     return out_LBTNH.reshape(*q.shape[:-4], *out_LBTNH.shape[1:])

@@ -156,7 +156,7 @@ def held_bytes(
     if work.kind == "train":
         from snlp_jax.train.step import abstract_state, optimizer_of
 
-        return bytes_per_device(abstract_state(model, optimizer_of(model, config), mesh))
+        return bytes_per_device(abstract_state(model, optimizer_of(model, config), mesh, config))
     weights = abstract_weights(model, schedule, mesh, sequential)
     return bytes_per_device((weights.blocks, weights.tables, weights.ends))
 
@@ -178,7 +178,7 @@ def _lower_training(model: LanguageModel, config: Config, mesh: Mesh, work: Work
     plan = Plan(tuple((name, term.region_sizes) for name, term in config.loss.terms.items()))
     tokens = _abstract_tokens(mesh, work.batch_size, work.context + 1)
     step: Any = make_step(model, optimizer, config, mesh)
-    return step.lower(abstract_state(model, optimizer, mesh), Batch(tokens), plan=plan)
+    return step.lower(abstract_state(model, optimizer, mesh, config), Batch(tokens), plan=plan)
 
 
 def _abstract_tokens(mesh: Mesh, batch_size: int, num_tokens: int) -> Any:

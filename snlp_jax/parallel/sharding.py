@@ -60,6 +60,7 @@ TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"embed/value", ("layers", "entries", "heads channels")),
     (r"embed/value_gate", ("layers", "", "heads")),
     (r"head/kernel", ("channels", "vocabulary")),
+    (r"head/mtp", ("", "channels")),  # and not by outputs: docs/log.md
     (r"(embed|head)/.*", ()),
     (r"cache", ("layers", "rows", "heads")),
     (r"muon", ("stacked",)),

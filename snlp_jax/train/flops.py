@@ -1,7 +1,20 @@
-"""Floating-point operations of training, and the peaks of known devices, for model FLOP utilisation."""
+"""Floating-point operations of training: by formula, for model FLOP utilisation, and counted in a traced step."""
 
-from snlp_jax.config import ModelConfig
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import jaxprs_in_params
+
+from snlp_jax.config import Config, ModelConfig
+from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.chips import chip_of
+from snlp_jax.train.loss import Plan, make_plan
+from snlp_jax.train.step import abstract_state, make_step, optimizer_of
+from snlp_jax.types import Batch
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -24,3 +37,62 @@ def train_flops_per_token(config: ModelConfig) -> float:
         matrices += 2 * config.num_layers * D * entries * (1 + R * (config.hyper_maps == "dynamic"))
     visible = sum(min(window, config.seq_len) for window in config.windows)
     return 6.0 * matrices + 12.0 * config.num_heads * H * visible
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """Multiplications and additions of all matrix products of a jaxpr; a loop's body as often as it runs."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for inner in jaxprs_in_params(equation.params):
+            total += times * matmul_flops(inner)
+    return total
+
+
+def step_flops(config: Config, plan: Plan) -> float:
+    """:func:`matmul_flops` of one training step: forward, backward, recomputation, auxiliary terms and optimizer.
+
+    Traced on shapes alone, nothing is compiled. Attention is counted in its XLA form, whose products are visible.
+    """
+    # What changes neither shapes nor terms is set alike, so that runs share one trace.
+    same = dataclasses.replace(config.train, seed=0, num_steps=2)
+    return _step_flops(dataclasses.replace(config, name="", run_dir="", train=same, eval=Config().eval), plan)
+
+
+@functools.cache
+def _step_flops(config: Config, plan: Plan) -> float:
+    model = LanguageModel(dataclasses.replace(config.model, attention="xla"))
+    optimizer = optimizer_of(model, config)
+    shape = (config.train.batch_size, config.model.seq_len + 1)
+    batch = Batch(jax.ShapeDtypeStruct(shape, np.int32))  # type: ignore[arg-type]
+    step: Any = make_step(model, optimizer, config)
+    traced = step.trace(abstract_state(model, optimizer, None, config), batch, plan=plan)
+    return matmul_flops(traced.jaxpr.jaxpr)
+
+
+def run_flops(config: Config) -> float:
+    """The sum of :func:`step_flops` over all steps of a run, each with the terms and sizes of its plan."""
+    train = config.train
+    plans = (make_plan(config.loss, step, train.num_steps, train.seed) for step in range(train.num_steps))
+    return sum(step_flops(config, plan) for plan in plans)
+
+
+def steps_within(config: Config, budget: float) -> int:
+    """The most steps, at least 1 and at most ``train.num_steps``, whose :func:`run_flops` do not exceed ``budget``.
+
+    A loss that starts late starts at the same share of fewer steps.
+    """
+
+    def total(num_steps: int) -> float:
+        return run_flops(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=num_steps)))
+
+    most = num_steps = config.train.num_steps
+    while num_steps > 1 and (flops := total(num_steps)) > budget:
+        num_steps = max(1, min(num_steps - 1, int(num_steps * budget / flops)))
+    while num_steps < most and total(num_steps + 1) <= budget:
+        num_steps += 1
+    return num_steps

@@ -18,21 +18,36 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from snlp_jax.config import Config, to_json
-from snlp_jax.data.pipeline import TokenData, prepare_tokens, train_iterator, val_batches
+from snlp_jax.data.chat import prepare_data
+from snlp_jax.data.pipeline import TokenData, held_out_batches, train_iterator
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab
 from snlp_jax.errors import DivergedError, InputError
 from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
 from snlp_jax.io.files import atomic_write
-from snlp_jax.io.metrics import MetricsWriter, NoMetricsWriter
+from snlp_jax.io.metrics import MetricsWriter
 from snlp_jax.layout import training_weights
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
 from snlp_jax.parallel.processes import Vote, all_or_none, check_same, is_first
 from snlp_jax.parallel.sharding import bytes_per_device
-from snlp_jax.train.flops import peak_flops, train_flops_per_token
+from snlp_jax.train.budget import check_state
+from snlp_jax.train.flops import train_flops_per_token
 from snlp_jax.train.loss import Plan, balanced, loss_fn, make_plan, start_step
-from snlp_jax.train.step import TrainState, abstract_state, make_init, make_step, optimizer_of
+from snlp_jax.train.observe import Meter, Profiler, RunRecord, make_observe, memory
+from snlp_jax.train.report import write_html
+from snlp_jax.train.start import its_data, read_origin
+from snlp_jax.train.step import (
+    TrainState,
+    abstract_saved,
+    abstract_state,
+    from_saved,
+    make_init,
+    make_reader,
+    make_step,
+    optimizer_of,
+    to_saved,
+)
 from snlp_jax.types import Array, Batch
 
 logger = logging.getLogger(__name__)
@@ -66,14 +81,18 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
         mesh = make_mesh(config.mesh)
         part, num_parts = data_shard(mesh)
         model = LanguageModel(config.model)
-        data = prepare_tokens(config.data)
+        data = prepare_data(its_data(config, resume))
         check_vocab(data.tokenizer, config.model.vocab_size)
         seq_len, eval_rows = config.model.seq_len, tc.batch_size // tc.num_microbatches
         sizes = {"seq_len": seq_len, "batch_size": tc.batch_size, "seed": config.data.seed}
         batches = train_iterator(data, **sizes, process_index=part, process_count=num_parts)
-        windows = val_batches(data, seq_len=seq_len, batch_size=eval_rows, num_batches=tc.eval_batches)
-        held_out = [Batch(rows) for rows in windows]
+        windows = held_out_batches(data, seq_len=seq_len, batch_size=eval_rows, num_batches=tc.eval_batches)
+        held_out = [Batch(**rows) for rows in windows]
         _check_division(held_out, config, mesh)
+        optimizer = optimizer_of(model, config, mesh)
+        abstract = abstract_state(model, optimizer, mesh, config)
+        check_state(abstract, config, mesh)
+        observe = make_observe(model, config, mesh) if tc.frontier_every else None
     check_same("config", to_json(config))
     check_same("corpus", data.content_hash)
     with all_or_none():
@@ -83,14 +102,13 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
             atomic_write(run_path / "tokenizer.json", data.tokenizer.to_json())
 
     # -- Build --------------------------------------------------------------------------------------------------------
-    params = model.abstract_params()
     tokens_per_step = tc.batch_size * config.model.seq_len
-    optimizer = optimizer_of(model, config, mesh)
-    abstract = abstract_state(model, optimizer, mesh)
+    saved = abstract_saved(abstract, model, mesh)
+    read = make_reader(model, config, mesh)
     step_fn, eval_fn, sample_fn = make_step(model, optimizer, config, mesh), _make_eval(model, config, mesh), None
     console.print(
-        f"{config.name}: {num_params(params) / 1e6:.2f} M parameters, {data.train.size / 1e6:.1f} M training tokens, "
-        f"{tc.num_steps} steps of {tokens_per_step} tokens on {_describe_devices(mesh, config, abstract)}"
+        f"{config.name}: {num_params(saved['params']) / 1e6:.2f} M parameters, {data.train.size / 1e6:.1f} M training "
+        f"tokens, {tc.num_steps} steps of {tokens_per_step} tokens on {_describe_devices(mesh, config, abstract)}"
     )
 
     with contextlib.ExitStack() as stack:
@@ -98,26 +116,37 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
             Checkpointer(run_path / "checkpoints", tc.keep_last, config_json=to_json(config))
         )
         with all_or_none():
-            make_writer = MetricsWriter if is_first() else NoMetricsWriter
-            writer = stack.enter_context(make_writer(run_path, tensorboard=tc.tensorboard))
+            about = {"name": config.name, "config": dataclasses.asdict(config)}
+            sinks: dict[str, Any] = {"tensorboard": tc.tensorboard, "wandb_project": tc.wandb_project, "about": about}
+            writer = stack.enter_context(MetricsWriter(run_path if is_first() else None, **sinks))
 
         # -- Restore --------------------------------------------------------------------------------------------------
-        restored = checkpoints.restore(abstract, batches) if resume else None
+        restored = checkpoints.restore(saved, batches) if resume else None
         first_step = 0
         if restored is None:
-            state: TrainState = make_init(model, optimizer, tc.seed, mesh)()
+            its_step, origin = read_origin(config, saved["params"]) if tc.init_from else (0, None)
+            state: TrainState = make_init(model, optimizer, tc.seed, mesh, config)(origin)
+            del origin
+            if tc.init_from:
+                console.print(f"starting from step {its_step} of {tc.init_from}")
         else:
-            first_step, state, batches = restored
+            first_step, state, batches = restored[0], from_saved(restored[1]), restored[2]
             console.print(f"resumed from the checkpoint of step {first_step}")
-        writer.truncate_after(first_step)  # what a killed run recorded beyond its last checkpoint comes again
+        # What a killed run recorded beyond its last checkpoint comes again.
+        writer.truncate_after(first_step if restored else -1)
         if first_step >= tc.num_steps:
             console.print(f"{run_path} is finished ({first_step} steps)")
             return run_path
 
+        facts = {"num_params": num_params(saved["params"]), "flops_per_token": train_flops_per_token(config.model)}
+        record = RunRecord(run_path if is_first() else None, first_step, started, facts)
+        profiler = Profiler(run_path, tc.profile_start, tc.profile_steps if is_first() else 0, first_step)
+        stack.callback(profiler.close)
+
         # -- Step -----------------------------------------------------------------------------------------------------
         stop, vote = stack.enter_context(_stop_on_signal()), Vote()
         progress = stack.enter_context(_progress(console))
-        meter = _Meter(config, tokens_per_step, mesh.size)
+        meter = Meter(config, tokens_per_step, mesh.size)
         task = progress.add_task("train", total=tc.num_steps, completed=first_step, note="compiling")
         pending: tuple[int, dict[str, Array]] | None = None
 
@@ -138,17 +167,34 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
                 logger.info("first step done %.1f s after the start", time.time() - started)
             if step % tc.log_every == 0 or step == tc.num_steps:
                 rates = meter.rates(step)
-                writer.write(step, {**metrics, **rates})
+                writer.write(step, {**metrics, **rates, **memory()})
                 note = f"loss {metrics['loss']:.3f}  " + "  ".join(f"{k} {v:.3g}" for k, v in rates.items())
                 progress.update(task, completed=step, note=note)
                 if not console.is_terminal:
                     console.print(f"step {step}/{tc.num_steps}  {note}", highlight=False)
 
+        def evaluate(done: int, params: Any) -> dict[str, float]:
+            """Record and print the held-out metrics after ``done`` steps."""
+            with meter.paused():
+                val_metrics = eval_fn(params, held_out, max(done - 1, 0))
+            writer.write(done, val_metrics)
+            text = "  ".join(f"{name} {value:.4f}" for name, value in val_metrics.items())
+            console.print(f"step {done}  {text}", highlight=False)
+            return val_metrics
+
+        if tc.init_from and first_step == 0:
+            evaluate(0, read(state))  # what it starts from
+
+        params: Any = None
         for step in range(first_step, tc.num_steps):
             plan = make_plan(config.loss, step, tc.num_steps, tc.seed)
-            batch = Batch(**next(batches))
+            with meter.waiting():
+                batch = Batch(**next(batches))
             model.check_tokens(batch.tokens)
+            profiler.before(step + 1)
             state, metrics = step_fn(state, put_batch(mesh, batch), plan=plan)
+            if notice := profiler.after(step + 1, metrics):
+                console.print(notice, highlight=False, soft_wrap=True)
             read_pending()
             pending = step + 1, metrics
 
@@ -157,26 +203,33 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
             is_last = done == tc.num_steps or is_stopping
             should_eval = is_last or _is_due(done, tc.eval_every)
             should_sample = _is_due(done, tc.sample_every)
+            should_observe = observe is not None and (is_last or _is_due(done, tc.frontier_every))
             should_save = is_last or _is_due(done, tc.checkpoint_every)
-            if should_eval or should_sample or should_save:
+            if should_eval or should_sample or should_observe or should_save:
                 read_pending()  # waits for the step: no checkpoint before its metrics proved finite, and honest rates
-            val_metrics: dict[str, float] = {}
-            if should_eval:
                 with meter.paused():
-                    val_metrics = eval_fn(state["params"], held_out, step)
-                writer.write(done, val_metrics)
-                text = "  ".join(f"{name} {value:.4f}" for name, value in val_metrics.items())
-                console.print(f"step {done}  {text}", highlight=False)
+                    params = read(state)
+            val_metrics = evaluate(done, params) if should_eval else {}
+            if observe is not None and should_observe:
+                with meter.paused():
+                    observed = observe(params, held_out)
+                writer.write(done, observed)
+                text = "  ".join(f"{n} {v:.4f}" for n, v in observed.items() if n.startswith("frontier/"))
+                console.print(f"step {done}  {text}", highlight=False, style="dim")
             if should_sample:
                 with meter.paused():
                     sample_fn = sample_fn or _make_sample(model, config, held_out, data.tokenizer, mesh)
-                    console.print(sample_fn(state["params"]), style="dim", highlight=False, markup=False)
+                    console.print(sample_fn(params), style="dim", highlight=False, markup=False)
             if should_save:
                 with meter.paused():
-                    checkpoints.save(done, state, batches, val_metrics)
+                    checkpoints.save(done, to_saved(state, params), batches, val_metrics)
+                    record.update(done)
+            params = None  # a merged copy need not outlive this
             if is_stopping:
                 console.print(f"stopped by a signal; step {done} is saved, continue with --resume")
                 return run_path
+    if is_first():
+        write_html(run_path)
     console.print(f"finished in {time.time() - started:.0f} s: {run_path}")
     return run_path
 
@@ -237,7 +290,9 @@ def _make_eval(model: LanguageModel, config: Config, mesh: Mesh) -> Callable[[An
         begun = [name for name, term in terms.items() if step >= start_step(term, config.train.num_steps)]
         plan = Plan(tuple((name, terms[name].region_sizes) for name in begun))
         parts = [evaluate(params, put_batch(mesh, rows, is_whole=True), plan=plan) for rows in batches]
-        means = {f"val_{name}": float(np.mean([part[name] for part in parts])) for name in parts[0]}
+        # Each is a mean over the batch's targets, of which batches of conversations have different numbers.
+        counts = [1.0 if rows.weight is None else float(rows.weight.sum()) for rows in batches]
+        means = {f"val_{name}": float(np.average([part[name] for part in parts], weights=counts)) for name in parts[0]}
         if len(begun) < len(terms):
             del means["val_loss"]
         return means
@@ -262,37 +317,6 @@ def _make_sample(
         return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(np.asarray(decode(params))[0])}"
 
     return sample
-
-
-class _Meter:
-    """Tokens per second and, where the device's peak is known, model FLOP utilisation, between two readings."""
-
-    def __init__(self, config: Config, tokens_per_step: int, num_devices: int):
-        self._tokens_per_step = tokens_per_step
-        self._flops_per_token = train_flops_per_token(config.model) / num_devices
-        self._peak = peak_flops(jax.devices()[0].device_kind)
-        self._last: tuple[int, float] | None = None
-        self._pause = 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what is not training."""
-        begin = time.perf_counter()
-        yield
-        self._pause += time.perf_counter() - begin
-
-    def rates(self, step: int) -> dict[str, float]:
-        """Since the last call; empty at the first, which includes compilation."""
-        now, last = time.perf_counter(), self._last
-        seconds = now - last[1] - self._pause if last else 0.0
-        self._last, self._pause = (step, now), 0.0
-        if last is None or seconds <= 0:
-            return {}
-        tokens_per_second = (step - last[0]) * self._tokens_per_step / seconds
-        rates = {"tokens_per_s": tokens_per_second}
-        if self._peak is not None:
-            rates["mfu"] = tokens_per_second * self._flops_per_token / self._peak
-        return rates
 
 
 @dataclasses.dataclass

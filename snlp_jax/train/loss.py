@@ -8,6 +8,9 @@ R_n runs the solver on the last n layers from the sequential state h_{L-n}:
     solver_ce     cross entropy of the logits after ``num_iters`` iterations
     layer_skip    the last layer alone on h_{L-n}, against h_L (published as the stride-0 solver loss; a control)
 
+A model with heads that look further ahead adds ``mtp.weight * sum over heads k of CE(head k, the token k after the
+next)``, on the same sequential pass.
+
 Which terms and sizes a step computes is its :class:`Plan`, chosen on the host, so each distinct plan compiles once and
 a term costs nothing before it starts. Training stays sequential in depth: the sequential pass is the target.
 """
@@ -101,7 +104,8 @@ def loss_fn(
     for every microbatch; all of them at once in a region, which reads them all at once.
 
     Args:
-        batch: its ``weight`` is taken to have mean 1 over the whole batch of a step (:func:`balanced`).
+        batch: its ``weight`` is taken to have mean 1 over the whole batch of a step (:func:`balanced`). The last token
+            of a ``document`` is to predict the separator that the next one begins with, as in plain packing.
         weights: weight of each term of the plan at this step, see :func:`term_weight`.
         key: of the random vectors that the Diagonal correction probes with.
         mesh: devices that hold ``params`` in the training layout (``snlp_jax/parallel/sharding.py``).
@@ -122,8 +126,9 @@ def loss_fn(
         kernels=kernels_on(mesh, is_spread=ring is not None),
     )
     at_once = model.adapted(kernels=kernels_on(mesh, is_spread=region_mesh is not None))
-    x0_BTD = over_data(mesh, model.embed(params, inputs_BT))
-    shared = model.shared(x0_BTD)
+    document_BT = None if batch.document is None else batch.document[:, :-1]
+    x0_BTD = over_data(mesh, model.embed(params, inputs_BT, document_BT=document_BT))
+    shared = model.shared(x0_BTD, document_BT=document_BT)
     h_in = model.expand(x0_BTD)
 
     def first_row(segment: Segment) -> int:
@@ -159,6 +164,17 @@ def loss_fn(
 
     sequential_ce = ce(h_after[L - 1], h_after[mid])
 
+    def ce_ahead(k: int) -> Array:
+        """Of head k: position t against token t + 1 + k, of the same document. The mean is over the T - k positions
+        that have such a token."""
+        y_BTD = model.readout(params, h_after[L - 1], h_after[mid])[:, :-k]
+        logits_BTV = model.unembed(params, model.look_ahead(params, y_BTD, k))
+        weight_BT = None if batch.weight is None else batch.weight[:, k:]
+        if batch.document is not None:
+            is_same_BT = (batch.document[:, : -k - 1] == batch.document[:, k + 1 :]).astype(jnp.float32)
+            weight_BT = is_same_BT if weight_BT is None else weight_BT * is_same_BT
+        return cross_entropy(logits_BTV, targets_BT[:, k:], model.config.vocab_size, weight_BT)
+
     def hidden_norm(term: HiddenNormConfig, n: int, h_start: Array) -> Array:
         region = ParallelSegment(L - n, L, 1, make_correction(term), PrefixState())
         target = exact.trace[first_row(region) :]
@@ -192,6 +208,10 @@ def loss_fn(
         total = jnp.stack(values).sum()
         loss = loss + weights[name] * total
         metrics[name] = total / len(sizes)
+    if config.mtp.weight > 0:
+        heads = jnp.stack([ce_ahead(k + 1) for k in range(model.config.num_mtp_heads)])
+        loss = loss + config.mtp.weight * heads.sum()
+        metrics["mtp"] = heads.mean()
     return loss, {"loss": loss, **metrics}
 
 

@@ -26,6 +26,7 @@ LABELS: tuple[tuple[str, str], ...] = (
     (r"embed/token", "embed"),
     (r"embed/value", "value_embed"),
     (r"head/kernel", "head"),
+    (r"head/mtp", "matrix"),
     (r"blocks/hyper/(attn|mlp)/((res|pre|post)_logits|phi|alpha)", "hyper"),
     (r"blocks/resid_scale", "resid_scale"),
     (r"blocks/x0_scale", "x0_scale"),

@@ -1,4 +1,4 @@
-"""One jitted, donated training step."""
+"""One jitted, donated training step, and what it carries along."""
 
 import functools
 from collections.abc import Callable
@@ -12,23 +12,40 @@ from jax.sharding import Mesh
 from snlp_jax.config import Config
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.sharding import TRAINING, shardings_of, spread_matrices, with_shardings
+from snlp_jax.train.lora import init_adapters, make_lora_optimizer, merge
 from snlp_jax.train.loss import Plan, balanced, loss_fn, term_weight
 from snlp_jax.train.optim import make_optimizer
-from snlp_jax.types import Array, Batch
+from snlp_jax.types import Array, Batch, Params
 
 TrainState = dict[str, Any]
-"""``{'params': ..., 'opt_state': ..., 'step': int32 scalar}``."""
+"""``{'params': what the optimizer moves, 'opt_state': ..., 'step': int32 scalar}``. With adapters 'params' are these
+and 'base' is what they adapt; with an average over the steps 'ema' is that of 'params'."""
 StepFn = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
-def init_state(model: LanguageModel, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Fresh parameters, optimizer state and step 0. Jit it."""
-    params = model.init(jax.random.key(seed))
-    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+def init_state(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    config: Config | None = None,
+    params: Params | None = None,
+) -> TrainState:
+    """The state of step 0, from fresh parameters or ``params``, with what ``config`` wants carried along. Jit it."""
+    key = jax.random.key(seed)
+    params = model.init(key) if params is None else params
+    extras: dict[str, Any] = {}
+    if config is not None and config.lora.rank > 0:
+        extras["base"] = params
+        params = init_adapters(jax.random.fold_in(key, 1), params, config.lora)
+    if config is not None and config.train.ema_decay > 0:
+        extras["ema"] = jax.tree.map(jnp.copy, params)  # a step donates both
+    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32), **extras}
 
 
 def optimizer_of(model: LanguageModel, config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """The optimizer of a training run, on the mesh that holds its parameters."""
+    if config.lora.rank > 0:
+        return make_lora_optimizer(config.lora, config.optim, config.train.num_steps)
     tokens_per_step = config.train.batch_size * config.model.seq_len
     settings: dict[str, Any] = {}
     if mesh is not None and mesh.size > 1:
@@ -37,20 +54,78 @@ def optimizer_of(model: LanguageModel, config: Config, mesh: Mesh | None = None)
 
 
 def abstract_state(
-    model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    config: Config | None = None,
 ) -> TrainState:
     """Shapes of :func:`init_state`'s result; with a mesh each has its sharding, which initialisation, the step and the
     restoring of a checkpoint all read."""
-    state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
+    state = jax.eval_shape(lambda: init_state(model, optimizer, 0, config))
     return state if mesh is None else with_shardings(state, shardings_of(state, model.config, mesh, TRAINING))
 
 
 def make_init(
-    model: LanguageModel, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None = None
-) -> Callable[[], TrainState]:
-    """:func:`init_state`, jitted; on a mesh the state is born where it belongs, never whole on one device."""
-    init = lambda: init_state(model, optimizer, seed)  # noqa: E731
-    return jax.jit(init, out_shardings=_shardings(abstract_state(model, optimizer, mesh)))
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh | None = None,
+    config: Config | None = None,
+) -> Callable[..., TrainState]:
+    """``init(params=None)``: :func:`init_state`, jitted; on a mesh the state is born where it belongs, never whole on
+    one device."""
+    init = lambda params=None: init_state(model, optimizer, seed, config, params)  # noqa: E731
+    return jax.jit(init, out_shardings=_shardings(abstract_state(model, optimizer, mesh, config)))
+
+
+# -- What is read of a state -------------------------------------------------------------------------------------------
+
+
+def make_reader(model: LanguageModel, config: Config, mesh: Mesh | None = None) -> Callable[[TrainState], Params]:
+    """``state -> the parameters that evaluations read``: the average over the steps where there is one, with adapters
+    merged into what they adapt."""
+    trained = lambda state: state["ema" if config.train.ema_decay > 0 else "params"]  # noqa: E731
+    if config.lora.rank == 0:
+        return trained
+    out_shardings = None if mesh is None else shardings_of(model.abstract_params(), model.config, mesh, TRAINING)
+    merged = jax.jit(lambda base, adapters: merge(base, adapters, config.lora), out_shardings=out_shardings)
+    return lambda state: merged(state["base"], trained(state))
+
+
+def to_saved(state: TrainState, params: Params) -> TrainState:
+    """What a checkpoint holds: under 'params' those of :func:`make_reader`, so that its readers need not know how they
+    came about, and under 'trained' what the optimizer moves."""
+    if "base" not in state and "ema" not in state:
+        return state
+    rest: TrainState = {name: tree for name, tree in state.items() if name != "params"}
+    if "base" not in state:
+        del rest["ema"]  # which is what is read
+    return {"params": params, "trained": state["params"], **rest}
+
+
+def from_saved(saved: TrainState) -> TrainState:
+    """Inverse of :func:`to_saved`."""
+    if "trained" not in saved:
+        return saved
+    state = {name: tree for name, tree in saved.items() if name != "trained"} | {"params": saved["trained"]}
+    return state if "base" in saved else state | {"ema": saved["params"]}
+
+
+def abstract_saved(state: TrainState, model: LanguageModel, mesh: Mesh | None = None) -> TrainState:
+    """:func:`to_saved` of the shapes that :func:`abstract_state` gives."""
+    params = model.abstract_params()
+    if mesh is not None:
+        params = with_shardings(params, shardings_of(params, model.config, mesh, TRAINING))
+    return to_saved(state, params)
+
+
+# -- The step ----------------------------------------------------------------------------------------------------------
+
+
+def ema_decay(decay: float, step: Array) -> Array:
+    """What an average keeps of itself at update ``step``, from 0: ``min(decay, (1 + step) / (10 + step))``, so that a
+    short run is not dominated by where it began."""
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
 def make_step(
@@ -62,7 +137,8 @@ def make_step(
     that is spread over devices stays where it is) whose gradients are averaged.
     """
     num_steps, num_microbatches = config.train.num_steps, config.train.num_microbatches
-    shardings = _shardings(abstract_state(model, optimizer, mesh))
+    shardings = _shardings(abstract_state(model, optimizer, mesh, config))
+    lora, decay = config.lora, config.train.ema_decay
     settings: dict[str, Any] = {"mesh": mesh, "ring_microbatches": config.mesh.ring_microbatches}
 
     @functools.partial(
@@ -78,7 +154,10 @@ def make_step(
         batch = balanced(batch)
 
         def gradient(rows: Batch) -> tuple[Any, dict[str, Array]]:
-            loss = lambda params: loss_fn(model, params, rows, config.loss, plan, weights, key, **settings)  # noqa: E731
+            def loss(trained: Any) -> tuple[Array, dict[str, Array]]:
+                params = merge(state["base"], trained, lora) if lora.rank > 0 else trained
+                return loss_fn(model, params, rows, config.loss, plan, weights, key, **settings)
+
             grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
             if mesh is not None:
                 grads = jax.lax.with_sharding_constraint(grads, shardings["params"])
@@ -98,7 +177,13 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        if lora.rank > 0:
+            new["base"] = state["base"]
+        if decay > 0:
+            kept = ema_decay(decay, state["step"])
+            new["ema"] = jax.tree.map(lambda old, now: kept * old + (1 - kept) * now, state["ema"], params)
+        return new, metrics
 
     return step
 

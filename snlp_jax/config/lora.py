@@ -1,0 +1,30 @@
+"""Knobs of low-rank adapters."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from snlp_jax.config.check import require
+
+Target = Literal["query", "key", "value", "out", "up", "down"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train ``W + (alpha / rank) A B`` with W frozen, in place of all parameters (snlp_jax/train/lora.py)."""
+
+    rank: int = 0
+    """Of A [in, rank] and B [rank, out]; 0 trains all parameters."""
+    alpha: float = 16.0
+    targets: tuple[Target, ...] = ("query", "key", "value", "out", "up", "down")
+    """Matrices of every layer that get adapters."""
+    lr: float = 2e-3
+    """Of AdamW on the adapters; ``optim.lr_scale`` and the schedule multiply it, the other rates play no part."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank is {self.rank}; it must be 0 or more.")
+        for name in ("alpha", "lr"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"lora.{name} is {value}; it must be positive.")
+        require(len(self.targets) > 0, "lora.targets is empty; name a matrix, or set lora.rank to 0.")
+        require(len(set(self.targets)) == len(self.targets), f"lora.targets {self.targets} names a matrix twice.")

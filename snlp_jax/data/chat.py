@@ -1,0 +1,323 @@
+"""Conversations to windows: a template in plain text, weights on the responses alone, packing.
+
+    <bos>System: ...\n
+    User: ...\n
+    Assistant: ...<bos>
+
+A role's name opens a turn; what system and user say ends with a newline, and a response with the document separator, at
+which generation stops anyway. No token is added to any vocabulary, so that every pretrained model can read it. The
+price: it is text, and a user who writes a newline and "Assistant:" opens a turn.
+
+A record of a .jsonl file is ``{"messages": [{"role", "content"}, ...]}``, or one question and answer in the fields that
+``data.prompt_field``, ``data.input_field`` and ``data.response_field`` name.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from snlp_jax.config import DataConfig
+from snlp_jax.data.corpus import corpus_files, digest_of, key_of, val_limit
+from snlp_jax.data.pipeline import TokenData, prepare_tokens
+from snlp_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer_json, train_bpe
+from snlp_jax.errors import InputError
+
+ROLES = {"system": "System: ", "user": "User: ", "assistant": "Assistant:"}
+"""What opens a turn. A response begins with a space, which most tokenizers join to its first word."""
+
+MAX_TOKENS = 200_000_000
+"""Conversations are held in memory, five bytes a token: a gigabyte."""
+OPEN_WINDOWS = 64
+"""Windows that packing looks at for a place; more leave a little less room empty, and take longer."""
+
+_logger = logging.getLogger(__name__)
+
+Messages = Sequence[tuple[str, str]]
+"""Pairs (role, content)."""
+
+
+# -- The template ------------------------------------------------------------------------------------------------------
+
+
+class Rendered(NamedTuple):
+    """A conversation in tokens, from a separator to the separator that ends its last response."""
+
+    ids_T: np.ndarray
+    """int32."""
+    is_response_T: np.ndarray
+    """bool: of the tokens of responses and the separators that end them."""
+
+
+def render(messages: Messages, tokenizer: Tokenizer) -> Rendered:
+    """A conversation to learn from. What is said after the last response is left out: nothing answers it."""
+    pairs, _ = _turns(messages)
+    return _join(tokenizer.encode_batch([text for pair in pairs for text in pair]), tokenizer.bos_id)
+
+
+def render_prompt(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens that a response to the conversation so far continues, int32 [T]: what :func:`render` gives with the
+    response, up to that response."""
+    pairs, rest = _turns(messages)
+    *said, last = tokenizer.encode_batch([text for pair in pairs for text in pair] + [rest + ROLES["assistant"]])
+    return np.concatenate([_join(said, tokenizer.bos_id).ids_T, last])
+
+
+def _turns(messages: Messages) -> tuple[list[tuple[str, str]], str]:
+    """Pairs (everything since the last response, response), and what follows the last one."""
+    pairs, prompt = [], ""
+    for role, content in messages:
+        if role == "assistant":
+            pairs.append((prompt + ROLES[role], " " + content))
+            prompt = ""
+        else:
+            prompt += f"{ROLES[role]}{content}\n"
+    return pairs, prompt
+
+
+def _join(encoded: Sequence[np.ndarray], bos_id: int) -> Rendered:
+    """Of prompts and responses in turn."""
+    ids, is_response = [np.array([bos_id])], [np.array([False])]
+    for prompt, response in zip(encoded[::2], encoded[1::2], strict=True):
+        ids += [prompt, response, np.array([bos_id])]
+        is_response += [np.zeros(len(prompt), bool), np.ones(len(response) + 1, bool)]
+    return Rendered(np.concatenate(ids).astype(np.int32), np.concatenate(is_response))
+
+
+# -- Packing -----------------------------------------------------------------------------------------------------------
+
+
+def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of items by window, so that no window's sizes add up to more than ``capacity``.
+
+    Each item in its turn goes into the first open window with room for it, or opens one; where ``OPEN_WINDOWS`` are
+    open, the fullest is closed first. An item of more than ``capacity`` counts as that.
+    """
+    windows: list[list[int]] = []
+    room: dict[int, int] = {}
+    for item, size in enumerate(sizes):
+        size = min(size, capacity)
+        place = next((index for index, left in room.items() if left >= size), None)
+        if place is None:
+            if len(room) == OPEN_WINDOWS:
+                del room[min(room, key=lambda index: room[index])]
+            place = len(windows)
+            windows.append([])
+            room[place] = capacity
+        windows[place].append(item)
+        room[place] -= size
+        if room[place] == 0:
+            del room[place]
+    return windows
+
+
+class ChatWindows:
+    """Random access to packed windows: item i is ``{'tokens': int32 [T + 1], 'weight': float32 [T]}`` and, where
+    documents are masked, ``'document': int32 [T + 1]``.
+
+    Neighbouring conversations share the separator between them, so that one of n tokens has n - 1 targets and the
+    targets of a window are those of its conversations. A weight is 1 where the target is part of a response and 0
+    elsewhere, in the padding of separators too. One longer than a window is cut at its end.
+    """
+
+    def __init__(self, split: "Conversations", seq_len: int, *, bos_id: int, seed: int, with_document: bool) -> None:
+        self._split, self._seq_len, self._bos_id, self._with_document = split, seq_len, bos_id, with_document
+        lengths = split.lengths
+        usable = split.first_response <= seq_len
+        order = np.random.default_rng(seed % 2**32).permutation(len(lengths))
+        order = order[usable[order]]
+        self._windows = [order[window] for window in pack((lengths[order] - 1).tolist(), seq_len)]
+        self.num_dropped = int((~usable).sum())
+        self.num_cut = int((lengths - 1 > seq_len).sum()) - self.num_dropped
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        tokens = np.full(self._seq_len + 1, self._bos_id, np.int32)
+        weight = np.zeros(self._seq_len, np.float32)
+        document = np.full(self._seq_len + 1, len(self._windows[index]), np.int32)
+        start = 0
+        for number, conversation in enumerate(self._windows[index]):
+            ids, is_response = self._split[conversation]
+            num_targets = min(len(ids) - 1, self._seq_len)
+            tokens[start : start + num_targets + 1] = ids[: num_targets + 1]
+            weight[start : start + num_targets] = is_response[1 : num_targets + 1]
+            document[start : start + num_targets] = number  # the last separator opens what comes next
+            start += num_targets
+        window = {"tokens": tokens, "weight": weight}
+        return window | {"document": document} if self._with_document else window
+
+    def __repr__(self) -> str:
+        return f"ChatWindows({len(self)} windows of {self._seq_len})"
+
+
+class Conversations:
+    """Rendered conversations of a split, one after another in memory."""
+
+    def __init__(self, rendered: Sequence[Rendered]) -> None:
+        self.lengths = np.array([len(one.ids_T) for one in rendered], np.int64)
+        self.first_response = np.array([int(one.is_response_T.argmax()) for one in rendered], np.int64)
+        self._ends = np.cumsum(self.lengths)
+        none = Rendered(np.zeros(0, np.int32), np.zeros(0, bool))
+        self.ids = np.concatenate([one.ids_T for one in (none, *rendered)])
+        self._is_response = np.concatenate([one.is_response_T for one in (none, *rendered)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Rendered:
+        part = slice(int(self._ends[index] - self.lengths[index]), int(self._ends[index]))
+        return Rendered(self.ids[part], self._is_response[part])
+
+
+# -- Reading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChatData(TokenData):
+    """A tokenized set of conversations. ``train`` and ``val`` are their tokens one after another, for those who read
+    text; :meth:`windows` packs them and says what counts."""
+
+    splits: dict[str, Conversations]
+    seed: int
+
+    def windows(self, split: Literal["train", "val"], seq_len: int) -> ChatWindows:
+        """Pack a split; says how many conversations are too long.
+
+        Raises:
+          InputError: no conversation of the split reaches a response within ``seq_len`` tokens.
+        """
+        settings: dict[str, Any] = {"bos_id": self.tokenizer.bos_id, "seed": self.seed}
+        settings["with_document"] = self.mask_documents
+        windows, total = ChatWindows(self.splits[split], seq_len, **settings), len(self.splits[split])
+        if windows.num_cut + windows.num_dropped:
+            _logger.warning(
+                "Of %d conversations (%s) %d are longer than model.seq_len %d and are cut there, and %d more have no "
+                "response before it and are left out.",
+                *(total, split, windows.num_cut, seq_len, windows.num_dropped),
+            )
+        if len(windows) == 0:
+            raise InputError(
+                f"none of the {total} conversations of the {split} split reaches a response within model.seq_len "
+                f"{seq_len} tokens; raise it."
+            )
+        return windows
+
+
+def prepare_chat(config: DataConfig) -> ChatData:
+    """Read and tokenize all conversations, at every call: such sets are small, and are held in memory.
+
+    The split is by a hash of each conversation's content, as that of documents is.
+
+    Raises:
+      InputError: a bad file, record or tokenizer, fewer than two different conversations, or more than ``MAX_TOKENS``.
+    """
+    conversations = list(read_conversations(config))
+    digests = [digest_of(json.dumps(messages)) for messages in conversations]
+    keys = [key_of(digest) for digest in digests]
+    if len(set(keys)) < 2:
+        raise InputError(
+            f"data.source {config.source!r} holds only one conversation, or copies of one, and two are needed to hold "
+            "one out; give more."
+        )
+    limit = val_limit(config.val_fraction, min(keys), max(keys))
+    learned = (messages for messages, key in zip(conversations, keys, strict=True) if key >= limit)
+    tokenizer = _tokenizer(config, (text for messages in learned for _, text in messages))
+    parts: dict[str, list[Rendered]] = {"train": [], "val": []}
+    num_tokens = 0
+    for messages, key in zip(conversations, keys, strict=True):
+        rendered = render(messages, tokenizer)
+        num_tokens += len(rendered.ids_T)
+        if num_tokens > MAX_TOKENS:
+            raise InputError(
+                f"data.source {config.source!r} holds more than {MAX_TOKENS:,} tokens of conversations, which are kept "
+                "in memory; give fewer files, or train on them as text."
+            )
+        parts["val" if key < limit else "train"].append(rendered)
+    splits = {name: Conversations(part) for name, part in parts.items()}
+    content_hash = blake2b(b"chat" + b"".join(digests), digest_size=16).hexdigest()
+    tokens = splits["train"].ids, splits["val"].ids
+    return ChatData(tokenizer, *tokens, content_hash, splits, config.seed, mask_documents=config.mask_documents)
+
+
+def read_conversations(config: DataConfig) -> Iterator[list[tuple[str, str]]]:
+    """The conversations of all files in their order; those without a response are refused like any bad record.
+
+    Raises:
+      InputError: names the file and line, the fault and its remedy.
+    """
+    for path in corpus_files(config):
+        if path.suffix.lower() != ".jsonl":
+            raise InputError(f"data.format is 'chat', but {str(path)!r} is no .jsonl file; leave it out.")
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, start=1):
+                    if not line.isspace():
+                        yield _parse(line, config, where=f"{path}:{number}")
+        except UnicodeDecodeError as error:
+            raise InputError(f"file {str(path)!r} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
+        except OSError as error:
+            raise InputError(f"file {str(path)!r} cannot be read ({error.strerror}); mend it.") from error
+
+
+def _parse(line: str, config: DataConfig, where: str) -> list[tuple[str, str]]:
+    try:
+        record: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON ({error}); mend or remove the line.") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where} holds {type(record).__name__} and no object; mend or remove the line.")
+    if "messages" not in record:
+        fields = {"data.prompt_field": config.prompt_field, "data.response_field": config.response_field}
+        for option, name in fields.items():
+            if not isinstance(record.get(name), str):
+                raise InputError(
+                    f"{where} has neither messages nor a text in field {name!r}; set {option} to its field."
+                )
+        prompt, response = record[config.prompt_field], record[config.response_field]
+        follows = record.get(config.input_field)
+        if isinstance(follows, str) and follows and config.input_field not in fields.values():
+            prompt = f"{prompt}\n\n{follows}"
+        return [("user", prompt), ("assistant", response)]
+    messages = record["messages"]
+    if not isinstance(messages, list):
+        raise InputError(f"{where}: messages must be a list of objects with role and content; mend the line.")
+    conversation = []
+    for message in messages:
+        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+        if role not in ROLES or not isinstance(content, str):
+            raise InputError(
+                f"{where}: message {json.dumps(message)[:80]} needs a role of {', '.join(ROLES)} and a text as "
+                "content; mend the line."
+            )
+        conversation.append((role, content))
+    if not any(role == "assistant" for role, _ in conversation):
+        raise InputError(f"{where} holds no message of the assistant, so that nothing is to be learned; remove it.")
+    return conversation
+
+
+def _tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
+    if config.tokenizer == "byte":
+        return ByteTokenizer()
+    if config.tokenizer == "bpe":
+        return train_bpe(texts, config.bpe_vocab_size)
+    path = Path(config.tokenizer).expanduser()
+    try:
+        return load_tokenizer_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, InputError) as error:
+        raise InputError(
+            f"data.tokenizer {config.tokenizer!r} cannot be read ({error}); name a tokenizer.json."
+        ) from error
+
+
+def prepare_data(config: DataConfig) -> TokenData:
+    """:func:`prepare_chat` or ``prepare_tokens``, as ``data.format`` says."""
+    return prepare_chat(config) if config.format == "chat" else prepare_tokens(config)

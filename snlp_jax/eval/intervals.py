@@ -1,0 +1,79 @@
+"""How sure shares and differences are: 95 % intervals for paired and unpaired measurements."""
+
+import math
+
+import numpy as np
+
+from snlp_jax.eval.perplexity import BOOTSTRAP_SEED
+
+Z = 1.959963984540054
+"""97.5 % quantile of the normal distribution."""
+
+Interval = tuple[float, float]
+
+
+def wilson_interval(num_right: int, num_examples: int) -> Interval:
+    """95 % interval of a share p: all p with ``|p^ - p| <= z sqrt(p (1 - p) / n)`` (Wilson 1927).
+
+    It keeps within [0, 1], has a width at shares of 0 and 1, and is about right from a few examples on.
+    """
+    n, share = num_examples, num_right / num_examples
+    middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_share_interval(num_gained: int, num_lost: int, num_examples: int) -> Interval:
+    """95 % interval of the difference of two shares over the same examples (Tango 1998).
+
+    With b examples that only the first got right and c that only the second did, all differences d with
+
+        |b - c - n d| <= z sqrt(n (2 q + d (1 - d))),
+
+    q the likeliest probability of c under d: the interval that McNemar's test (d = 0, where the right side is
+    ``z sqrt(b + c)``) belongs to. Unlike a bootstrap it has a width, +- z^2 / (n + z^2), where b = c = 0. It
+    may exclude 0 where :func:`exact_p_value`, which is conservative, does not reject.
+    """
+    b, c, n = num_gained, num_lost, num_examples
+
+    def distance(d: float) -> float:
+        """Of what was seen from what d predicts, in standard deviations; falls with d."""
+        half = ((2 * n - b + c) * d - b - c) / 2
+        q = (math.sqrt(max(half * half + 2 * n * c * d * (1 - d), 0.0)) - half) / (2 * n)
+        variance = n * (2 * q + d * (1 - d))
+        difference = b - c - n * d
+        return difference / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, difference)
+
+    return _root(lambda d: distance(d) - Z, -1.0, (b - c) / n), _root(lambda d: distance(d) + Z, (b - c) / n, 1.0)
+
+
+def exact_p_value(num_gained: int, num_lost: int) -> float:
+    """McNemar's exact test: how often coin flips would divide the b + c examples at least as unevenly. Two-sided."""
+    total = num_gained + num_lost
+    tail = sum(math.comb(total, k) for k in range(min(num_gained, num_lost) + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def paired_ratio_interval(difference_E: np.ndarray, size_E: np.ndarray, *, num_bootstrap: int) -> Interval | None:
+    """95 % interval of ``sum(difference) / sum(size)`` by a bootstrap over examples; None with fewer than two.
+
+    Differences of two passes over the same example, so how hard the examples are cancels.
+    """
+    num_examples = len(difference_E)
+    if num_examples < 2:
+        return None
+    random = np.random.default_rng(BOOTSTRAP_SEED)
+    ratios = []
+    for _ in range(num_bootstrap):
+        counts_E = np.bincount(random.integers(num_examples, size=num_examples), minlength=num_examples)
+        ratios.append(counts_E @ difference_E / (counts_E @ size_E))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _root(falling, low: float, high: float) -> float:  # type: ignore[no-untyped-def]
+    """Where a falling function changes its sign, by bisection."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
+    return (low + high) / 2

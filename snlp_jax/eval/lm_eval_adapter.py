@@ -1,0 +1,148 @@
+"""The model "snlp_jax" of EleutherAI's lm_eval: a trained run under one solver setting.
+
+    python -m snlp_jax.eval.lm_eval_adapter --model snlp_jax --model_args "run_dir=runs/demo,setting=idn:n=8;k=2" \\
+        --tasks arc_easy --batch_size 8
+
+is lm_eval's own command line with this model in it; every other flag is lm_eval's. From Python, import this module and
+give ``lm_eval.simple_evaluate`` the model's name, or a :class:`SolverLM`. Because commas separate lm_eval's arguments,
+those of a setting are written as semicolons. Needs ``pip install "snlp-jax[lm_eval]"``.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    sys.exit('error: lm_eval is not installed; `pip install "snlp-jax[lm_eval]"` brings it.')
+
+from snlp_jax.data.tokenizer import check_vocab
+from snlp_jax.entry import run_entry
+from snlp_jax.errors import InputError
+from snlp_jax.eval.calibrations import load_fits
+from snlp_jax.eval.run import Which, read_config, read_params, read_tokenizer
+from snlp_jax.eval.text_model import Prompt, TextModel
+from snlp_jax.infer.rules import CacheRule
+from snlp_jax.infer.sampling import Sampling
+from snlp_jax.layout import check_schedule
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
+
+NAME = "snlp_jax"
+DEFAULT_NEW_TOKENS = 256
+"""lm_eval's own."""
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+@register_model(NAME)
+class SolverLM(LM):  # type: ignore[misc]  # Any, where lm_eval is not installed
+    """A run's model under one setting.
+
+    Log-likelihoods are those of :class:`snlp_jax.eval.text_model.TextModel`, which ``eval.py --tasks`` prints too:
+    every text follows the separator, and the border of context and continuation is found in the joined text.
+
+    Args:
+        run_dir: what training wrote.
+        setting: as in eval.py, with semicolons for commas.
+        checkpoint: "best" or "last".
+        rule: of generation, see :mod:`snlp_jax.infer.engine`.
+        batch_size: by default that of the run's evaluation.
+        max_batch_size, device: of other models; not used.
+
+    Raises:
+        InputError: an argument that is unknown, or that the run cannot serve.
+    """
+
+    def __init__(
+        self,
+        run_dir: str = "",
+        setting: str = "seq",
+        checkpoint: Which = "best",
+        rule: CacheRule = "last_eval",
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            names = ", ".join(unknown)
+            raise InputError(
+                f"model_args {names} mean nothing to {NAME}; it knows run_dir, setting, checkpoint and rule, and in a "
+                "setting semicolons stand for commas, as in setting=idn:n=8;k=2."
+            )
+        if not run_dir:
+            raise InputError(f"{NAME} needs model_args run_dir=RUN_DIR, a directory that training has written.")
+        if checkpoint not in ("best", "last"):
+            raise InputError(f"checkpoint={checkpoint} is neither 'best' nor 'last'.")
+        path = Path(str(run_dir))
+        config = read_config(path)
+        schedule = parse_schedule(str(setting).replace(";", ","), config.model.num_layers)
+        check_schedule(config.model, schedule)
+        if not str(batch_size or 0).isdigit():  # "auto", "auto:4"
+            batch_size = None
+        model, tokenizer = LanguageModel(config.model), read_tokenizer(path)
+        check_vocab(tokenizer, config.model.vocab_size)
+        _, params = read_params(path, model, checkpoint)
+        self.text_model = TextModel(
+            model,
+            params,
+            tokenizer,
+            schedule,
+            rule=rule,
+            batch_size=int(batch_size or config.eval.batch_size),
+            fits=load_fits(path, params, [schedule]),
+        )
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Nats of each continuation after its context, and whether greedy decoding would have said it."""
+        scores = self.text_model.log_likelihoods([request.args for request in requests])
+        return [(score.log_prob, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Nats of each whole text after the separator."""
+        return self.text_model.rolling([text for (text,) in (request.args for request in requests)])
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Continuations by the cached decoder."""
+        return self.text_model.complete([prompt_of(*request.args) for request in requests])
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.text_model.tokenizer.name
+
+
+def prompt_of(context: str, settings: dict[str, Any]) -> Prompt:
+    """lm_eval's ``generation_kwargs`` in our words.
+
+    Raises:
+        InputError: a setting that the decoder does not have.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    until = given.pop("until", [])
+    do_sample = given.pop("do_sample", given.get("temperature", 0.0) > 0)
+    lengths = [given.pop(name) for name in LENGTHS if name in given]
+    sampled = {name: given.pop(name) for name in SAMPLED if name in given}
+    if given:
+        raise InputError(f"generation_kwargs {', '.join(given)} mean nothing to {NAME}; leave them out.")
+    if do_sample:
+        sampled = {"temperature": 1.0} | sampled
+    else:
+        sampled = {name: sampled[name] for name in ("repetition_penalty",) if name in sampled}
+    stops = tuple(filter(None, [until] if isinstance(until, str) else until))
+    return Prompt(context, int(lengths[0] if lengths else DEFAULT_NEW_TOKENS), stops, Sampling(**sampled))
+
+
+def main() -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    run_entry(main)

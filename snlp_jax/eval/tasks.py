@@ -1,0 +1,219 @@
+"""Downstream tasks of a model: every solver setting against the sequential pass, on the same examples."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from snlp_jax.config import Config, EvalConfig, MeshConfig, TaskConfig
+from snlp_jax.data.pipeline import held_out_batches
+from snlp_jax.data.tokenizer import Tokenizer
+from snlp_jax.errors import InputError
+from snlp_jax.eval.evaluate import parse_settings
+from snlp_jax.eval.intervals import exact_p_value, paired_ratio_interval, paired_share_interval, wilson_interval
+from snlp_jax.eval.run import OpenRun, Which, open_run
+from snlp_jax.eval.task_data import SEPARATOR, Task, answer_of, load_tasks
+from snlp_jax.eval.task_report import Accuracy, Bits, HeldOutResult, TaskReport, TaskResult
+from snlp_jax.eval.text_model import OnShare, Prompt, Score, Span, TextModel, sees_padding
+from snlp_jax.eval.weights import prepare_all
+from snlp_jax.infer.rules import check_settings
+from snlp_jax.io.provenance import circumstances
+from snlp_jax.layout import check_mesh
+from snlp_jax.parallel import make_mesh
+
+LogLikelihoods = Callable[[Sequence[tuple[str, str]]], list[Score]]
+"""(context, continuation) -> score: all that multiple choice asks of a model."""
+Complete = Callable[[Sequence[Prompt]], list[str]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Answers of one setting to the examples E of a task."""
+
+    answers: dict[str, np.ndarray]
+    """[E] by rule: the index of the choice, or the final answer of the text."""
+    right: dict[str, np.ndarray]
+    """[E] by rule."""
+    bits_E: np.ndarray | None = None
+    """Of the right answer's text after its question."""
+    bytes_E: np.ndarray | None = None
+
+
+def score_choices(log_likelihoods: LogLikelihoods, task: Task) -> Outcome:
+    """The likeliest choice by ``log p(delimiter + choice | prompt)``: by its ``sum`` and ``per_byte`` of the choice.
+
+    Bytes are those of the choice's UTF-8 text without the delimiter, so that no tokenizer changes what is divided by.
+    The first of equals wins.
+    """
+    examples, delimiter = task.examples, task.delimiter
+    pairs = [(task.prompt(each), delimiter + choice) for each in examples for choice in each.choices]
+    scores = iter(log_likelihoods(pairs))
+    sums = [np.asarray([next(scores).log_prob for _ in each.choices]) for each in examples]
+    sizes = [np.asarray([len(choice.encode(errors="replace")) for choice in each.choices]) for each in examples]
+    answers = {
+        "per_byte": np.asarray([(row / size).argmax() for row, size in zip(sums, sizes, strict=True)]),
+        "sum": np.asarray([row.argmax() for row in sums]),
+    }
+    answer_E = np.asarray([each.answer for each in examples], np.int64)
+    bits_E = np.asarray([-row[answer] / math.log(2) for row, answer in zip(sums, answer_E, strict=True)])
+    bytes_E = np.asarray([size[answer] for size, answer in zip(sizes, answer_E, strict=True)])
+    return Outcome(answers, {rule: given == answer_E for rule, given in answers.items()}, bits_E, bytes_E)
+
+
+def match_answers(complete: Complete, task: Task, max_new_tokens: int) -> Outcome:
+    """``exact_match`` of the final answers of greedy texts, which end at a blank line or the document's end."""
+    prompts = [Prompt(task.prompt(each), max_new_tokens, (SEPARATOR,)) for each in task.examples]
+    references = [str(each.answer) for each in task.examples]
+    texts = complete(prompts)
+    given = np.asarray([answer_of(text, answer) for text, answer in zip(texts, references, strict=True)])
+    wanted = np.asarray([answer_of(answer, answer) for answer in references])
+    return Outcome({"exact_match": given}, {"exact_match": given == wanted})
+
+
+def compare_outcomes(
+    outcome: Outcome, reference: Outcome, num_bootstrap: int
+) -> tuple[dict[str, Accuracy], Bits | None]:
+    """What an outcome says beside that of the sequential pass."""
+    accuracy = {}
+    for rule, right_E in outcome.right.items():
+        its_right_E, num_examples = reference.right[rule], len(right_E)
+        gained, lost = int((right_E & ~its_right_E).sum()), int((its_right_E & ~right_E).sum())
+        accuracy[rule] = Accuracy(
+            share=float(right_E.mean()),
+            interval=wilson_interval(int(right_E.sum()), num_examples),
+            change=(gained - lost) / num_examples,
+            change_interval=(0.0, 0.0) if outcome is reference else paired_share_interval(gained, lost, num_examples),
+            num_gained=gained,
+            num_lost=lost,
+            p_value=exact_p_value(gained, lost),
+            agreement=float((outcome.answers[rule] == reference.answers[rule]).mean()),
+        )
+    if outcome.bits_E is None or outcome.bytes_E is None or reference.bits_E is None:
+        return accuracy, None
+    return accuracy, compare_bits(outcome.bits_E, reference.bits_E, outcome.bytes_E, num_bootstrap)
+
+
+def compare_bits(bits_E: np.ndarray, reference_E: np.ndarray, bytes_E: np.ndarray, num_bootstrap: int) -> Bits:
+    """Bits per byte over all examples, and their change from those of the sequential pass."""
+    difference_E, num_bytes = bits_E - reference_E, bytes_E.sum()
+    interval = paired_ratio_interval(difference_E, bytes_E, num_bootstrap=num_bootstrap)
+    return Bits(float(bits_E.sum() / num_bytes), float(difference_E.sum() / num_bytes), interval)
+
+
+def window_bytes(windows: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """[W]: bytes of UTF-8 text of the targets of windows [W, T + 1]. Separators have none; what is left of a character
+    that a window's border cuts counts as one byte, or a byte each."""
+    texts = [tokenizer.decode(window[1:]) for window in windows]
+    return np.asarray([len(text.encode()) - 2 * text.count("\ufffd") for text in texts])
+
+
+def tasks_of_run(run_dir: Path, config: Config, task_config: TaskConfig, which: Which = "best") -> TaskReport:
+    """:func:`evaluate_tasks` of a run's checkpoint under the settings of ``config.eval``.
+
+    Raises:
+        InputError: see :func:`snlp_jax.eval.run.open_run`, :func:`snlp_jax.eval.task_data.load_tasks` and
+            :func:`snlp_jax.infer.rules.check_settings`; nothing has been compiled then.
+    """
+    if config.eval.mesh.data > 1 and config.eval.batch_size % config.eval.mesh.data:
+        sizes = f"eval.batch_size {config.eval.batch_size} is not a multiple of mesh.data {config.eval.mesh.data}"
+        raise InputError(f"{sizes}; change one.")
+    tasks = load_tasks(
+        task_config.tasks,
+        num_examples=task_config.num_examples,
+        num_shots=task_config.num_shots,
+        templates=task_config.prompt_template,
+    )
+    settings = parse_settings(config.model, config.eval)
+    if not all(task.is_choice for task in tasks):
+        for schedule in settings.values():
+            check_settings(schedule, task_config.rule, None, None, None, config.model.num_mtp_heads)
+    run = open_run(run_dir, config, which)
+    batch_size = min(config.eval.batch_size, config.eval.num_windows)
+    shape = {"batch_size": batch_size, "num_batches": config.eval.num_windows // batch_size}
+    batches = held_out_batches(run.data, seq_len=config.model.seq_len, **shape)
+    # Of conversations only the responses count, which are no text of their own.
+    windows = None if "weight" in batches[0] else np.concatenate([batch["tokens"] for batch in batches])
+    report = evaluate_tasks(run, tasks, windows, config.eval, task_config)
+    about = run.about | {"config": {"model": vars(config.model)}}
+    return TaskReport(report.results, report.held_out, about | report.info)
+
+
+def evaluate_tasks(
+    run: OpenRun, tasks: Sequence[Task], windows: np.ndarray | None, config: EvalConfig, task_config: TaskConfig
+) -> TaskReport:
+    """Every task under every setting of the run.
+
+    Args:
+        windows: held-out text [W, T + 1], for its bits per byte; None leaves them out.
+    """
+    mesh = None if config.mesh == MeshConfig() else make_mesh(config.mesh)
+    schedules = list(run.settings.values())
+    for schedule in schedules if mesh is not None else ():
+        check_mesh(schedule, mesh)  # type: ignore[arg-type]
+    placed: dict[str, Any] = {"mesh": mesh, "sequential": config.sequential, "fits": run.fits}
+    num_tokens = config.batch_size * run.model.config.seq_len
+    weights = prepare_all(run.model, run.params, schedules, num_tokens=num_tokens, layout="stack", **placed)
+    outcomes: dict[tuple[str, str], Outcome] = {}
+    num_cut: dict[tuple[str, str], int] = {}
+    nats: dict[str, np.ndarray] = {}
+    spans = [] if windows is None else [Span(window, len(window) - 1) for window in windows]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=len(schedules) * (len(tasks) + 1))
+        advance: OnShare = lambda share: progress.update(bar, advance=share)  # noqa: E731
+        for (setting, schedule), its_weights in zip(run.settings.items(), weights, strict=True):
+            common: dict[str, Any] = {"rule": task_config.rule, "batch_size": config.batch_size}
+            tokenizer = run.data.tokenizer
+            text_model = TextModel(run.model, run.params, tokenizer, schedule, weights=its_weights, **common, **placed)
+            if sees_padding(schedule):
+                progress.console.print(f"note: {setting} sees padding, so a program is compiled for every length.")
+            for task in tasks:
+                progress.update(bar, description=f"{setting} on {task.name}")
+                before = text_model.num_cut
+                if task.is_choice:
+                    outcome = score_choices(lambda pairs: text_model.log_likelihoods(pairs, advance), task)  # noqa: B023
+                else:
+                    complete: Complete = lambda prompts: text_model.complete(prompts, advance)  # noqa: B023, E731
+                    outcome = match_answers(complete, task, task_config.max_new_tokens)
+                outcomes[task.name, setting] = outcome
+                num_cut[task.name, setting] = text_model.num_cut - before
+            progress.update(bar, description=f"{setting} on held-out text")
+            if spans:
+                nats[setting] = np.asarray([-score.log_prob for score in text_model.score(spans, advance)])
+    results = [
+        _result(task, setting, outcomes[task.name, setting], outcomes[task.name, "seq"], cut, config.num_bootstrap)
+        for task in tasks
+        for setting in run.settings
+        for cut in [num_cut[task.name, setting]]
+    ]
+    held_out = []
+    if windows is not None:
+        bytes_W = window_bytes(windows, run.data.tokenizer)
+        bits = {setting: nats_W / math.log(2) for setting, nats_W in nats.items()}
+        held_out = [
+            HeldOutResult(setting, compare_bits(bits_W, bits["seq"], bytes_W, config.num_bootstrap))
+            for setting, bits_W in bits.items()
+        ]
+    info = circumstances() | {
+        "held_out": None if windows is None else {"num_windows": len(windows), "window_len": windows.shape[1] - 1},
+        "tasks": {task.name: _about(task) for task in tasks},
+        "rule": task_config.rule,
+        "max_new_tokens": task_config.max_new_tokens,
+    }
+    return TaskReport(tuple(results), tuple(held_out), info)
+
+
+def _result(
+    task: Task, setting: str, outcome: Outcome, reference: Outcome, num_cut: int, num_bootstrap: int
+) -> TaskResult:
+    accuracy, bits = compare_outcomes(outcome, reference, num_bootstrap)
+    return TaskResult(task.name, setting, len(task.examples), task.chance, accuracy, bits, num_cut)
+
+
+def _about(task: Task) -> dict[str, Any]:
+    about: Mapping[str, Any] = {"num_in_file": task.num_in_file, "num_examples": len(task.examples)}
+    return {**about, "num_shots": len(task.shots), "template": task.template}

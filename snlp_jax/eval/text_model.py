@@ -1,0 +1,280 @@
+"""A model under one solver setting as tasks see it: texts in, log-likelihoods and continuations out."""
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from snlp_jax.data.tokenizer import Tokenizer
+from snlp_jax.errors import InputError
+from snlp_jax.eval.perplexity import token_nll
+from snlp_jax.forward import forward
+from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.infer.rules import CacheRule
+from snlp_jax.infer.sampling import Sampling
+from snlp_jax.layout import Spread, Weights, prepare
+from snlp_jax.model import LanguageModel
+from snlp_jax.parallel import put_batch
+from snlp_jax.solver import Calibration, Diagonal, Schedule
+from snlp_jax.types import Array, Params
+
+MIN_BUCKET = 16
+"""Shortest padded length, in tokens."""
+
+TokenFn = Callable[[np.ndarray], tuple[Any, Any]]
+"""Windows [B, T + 1] -> (negative log-likelihood in nats, whether it is the likeliest) of every target, [B, T]."""
+OnShare = Callable[[float], None]
+"""Called after every batch with the share of the work that it was."""
+
+
+class Span(NamedTuple):
+    """A sequence whose last tokens are scored."""
+
+    tokens: np.ndarray
+    """int32 [n], the separator first."""
+    num_scored: int
+
+
+class Score(NamedTuple):
+    """Of the scored tokens of a span."""
+
+    log_prob: float
+    """Sum, in nats."""
+    num_tokens: int
+    is_greedy: bool
+    """Whether each of them is the likeliest after those before it."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to go on from."""
+
+    text: str
+    max_new_tokens: int
+    stop_strings: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Span]:
+    """Spans of (context, continuation), whose continuations are scored.
+
+    The joined text is encoded, as training would have done. Its continuation begins at the first token in which it
+    differs from the encoded context: a token that straddles the border belongs to the continuation.
+    """
+    contexts = list(dict.fromkeys(context for context, _ in pairs))
+    ids_of = dict(zip(contexts, tokenizer.encode_batch(contexts), strict=True))
+    spans = []
+    for (context, _), whole in zip(pairs, tokenizer.encode_batch(["".join(pair) for pair in pairs]), strict=True):
+        shared = min(len(whole), len(ids_of[context]))
+        differs = np.flatnonzero(whole[:shared] != ids_of[context][:shared])
+        start = int(differs[0]) if differs.size else shared
+        spans.append(Span(np.concatenate(([tokenizer.bos_id], whole)).astype(np.int32), len(whole) - start))
+    return spans
+
+
+def rolling_spans(tokens: np.ndarray, max_context: int) -> list[Span]:
+    """Spans that score every token of a long text but the first once: ``max_context`` at a time, the rest at the end
+    with as much context as there is room for."""
+    stops = [*range(1 + max_context, len(tokens), max_context), len(tokens)]
+    return [
+        Span(tokens[max(0, stop - max_context - 1) : stop], stop - start)
+        for start, stop in itertools.pairwise([1, *stops])
+    ]
+
+
+def make_token_fn(model: LanguageModel, weights: Weights, mesh: Mesh | None = None) -> TokenFn:
+    """What :func:`score_spans` asks of a model, for one setting; compiles once a shape."""
+
+    @jax.jit
+    def score(weights: Weights, window_BT: Array) -> tuple[Array, Array]:
+        logits_BTV = forward(model, weights, window_BT[:, :-1], mesh=mesh).logits_BTV
+        targets_BT = window_BT[:, 1:]
+        return token_nll(logits_BTV, targets_BT), logits_BTV.argmax(-1) == targets_BT
+
+    return lambda windows: score(weights, put_batch(mesh, windows, is_whole=True))
+
+
+def score_spans(
+    token_fn: TokenFn,
+    spans: Sequence[Span],
+    *,
+    max_context: int,
+    batch_tokens: int,
+    row_multiple: int = 1,
+    pads: bool = True,
+    on_share: OnShare = lambda share: None,
+) -> list[Score]:
+    """Log-likelihoods of the scored tokens, in batches of equal padded length, one program for each length.
+
+    Padding stands on the right, where attention with or without a window, the smear of a token by its predecessor and
+    every solver iteration look away from it: what is scored does not depend on it. :func:`sees_padding` names the
+    settings for which that is not so.
+
+    Args:
+        max_context: most tokens that the model reads; longer contexts lose their beginning.
+        batch_tokens: about how many a batch has.
+        row_multiple: of the rows of a batch.
+        pads: fill up to powers of two; otherwise only sequences of equal length share a batch and a program.
+
+    Raises:
+        InputError: the scored tokens alone are more than the model reads.
+    """
+    by_length: dict[int, list[int]] = defaultdict(list)
+    cut = [span.tokens[-max_context - 1 :] for span in spans]
+    for index, (tokens, span) in enumerate(zip(cut, spans, strict=True)):
+        if span.num_scored >= len(tokens):
+            raise InputError(
+                f"a continuation of {span.num_scored} tokens is longer than the {max_context} that the model reads; "
+                "shorten it."
+            )
+        length = min(_power_of_two(len(tokens) - 1), max_context) if pads else len(tokens) - 1
+        by_length[length].append(index)
+    scores = [Score(0.0, 0, True)] * len(spans)
+    for length, members in sorted(by_length.items()):
+        rows = _rounded(min(max(1, batch_tokens // length), len(members)), row_multiple)
+        for start in range(0, len(members), rows):
+            part = members[start : start + rows]
+            windows = np.zeros((rows, length + 1), np.int32)
+            for row, index in enumerate(part):
+                windows[row, : len(cut[index])] = cut[index]
+            nll_BT, is_best_BT = jax.device_get(token_fn(windows))
+            for row, index in enumerate(part):
+                stop, num_scored = len(cut[index]) - 1, spans[index].num_scored
+                scored = slice(stop - num_scored, stop)
+                log_prob = -float(nll_BT[row, scored].sum(dtype=np.float64))
+                scores[index] = Score(log_prob, num_scored, bool(is_best_BT[row, scored].all()))
+            on_share(len(part) / len(spans))
+    return scores
+
+
+def sees_padding(schedule: Schedule) -> bool:
+    """Whether tokens to the right enter: a tolerance stops by the worst token of the whole sequence, and the random
+    vectors of ``diag`` are drawn for all tokens at once (and by ``vjp`` carried back from later ones)."""
+    return any(region.tolerance > 0 or isinstance(region.correction, Diagonal) for region in schedule.regions)
+
+
+class TextModel:
+    """One model under one setting; everything is laid out and compiled when first needed.
+
+    Args:
+        rule: what the cache keeps of a parallel region in :meth:`complete`, see :mod:`snlp_jax.infer.engine`.
+        batch_size: rows of generation; scoring takes batches of as many tokens as that many training windows have.
+        weights: of the schedule, where they are at hand.
+        mesh, sequential, fits: see :func:`snlp_jax.layout.prepare`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        params: Params,
+        tokenizer: Tokenizer,
+        schedule: Schedule,
+        *,
+        rule: CacheRule = "last_eval",
+        batch_size: int = 8,
+        weights: Weights | None = None,
+        mesh: Mesh | None = None,
+        sequential: Spread = "tensor",
+        fits: Mapping[str, Calibration] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.schedule = model, tokenizer, schedule
+        self.max_context = model.config.max_context
+        self.num_cut = 0
+        """Contexts so far that were longer than the model reads and lost their beginning."""
+        self._params, self._weights, self._rule, self._batch_size = params, weights, rule, batch_size
+        self._mesh, self._row_multiple = mesh, 1 if mesh is None else mesh.shape["data"]
+        self._settings: dict[str, Any] = {"mesh": mesh, "sequential": sequential, "fits": fits}
+
+    @functools.cached_property
+    def token_fn(self) -> TokenFn:
+        """See :data:`TokenFn`."""
+        weights = self._weights
+        if weights is None:
+            shape: dict[str, Any] = {"num_tokens": self._batch_tokens, "layout": "stack"}
+            weights = prepare(self.model, self._params, self.schedule, **shape, **self._settings)
+        return make_token_fn(self.model, weights, self._mesh)
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The cached decoder."""
+        settings = self._settings | {"rule": self._rule, "tokenizer": self.tokenizer}
+        return Engine(self.model, self._params, self.schedule, **settings)
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]], on_share: OnShare = lambda share: None) -> list[Score]:
+        """Of each continuation after its context.
+
+        Raises:
+            InputError: see :func:`score_spans`.
+        """
+        spans = encode_pairs(self.tokenizer, pairs)
+        self.num_cut += sum(len(span.tokens) - 1 > self.max_context for span in spans)
+        return self.score(spans, on_share)
+
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        """Log-likelihood in nats of each whole text, of any length."""
+        each = [np.concatenate(([self.tokenizer.bos_id], ids)) for ids in self.tokenizer.encode_batch(texts)]
+        spans = [rolling_spans(tokens, self.max_context) for tokens in each]
+        scores = iter(self.score([span for parts in spans for span in parts]))
+        return [sum(next(scores).log_prob for _ in parts) for parts in spans]
+
+    def score(self, spans: Sequence[Span], on_share: OnShare = lambda share: None) -> list[Score]:
+        """:func:`score_spans` as this model needs it."""
+        return score_spans(
+            self.token_fn,
+            spans,
+            max_context=self.max_context,
+            batch_tokens=self._batch_tokens,
+            row_multiple=self._row_multiple,
+            pads=not sees_padding(self.schedule),
+            on_share=on_share,
+        )
+
+    def complete(self, prompts: Sequence[Prompt], on_share: OnShare = lambda share: None) -> list[str]:
+        """What the cached decoder goes on with, up to the separator or a stop string.
+
+        Raises:
+            InputError: more new tokens than the model can take with a prompt of one.
+        """
+        requests = [self._request(prompt) for prompt in prompts]
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].tokens), requests[i].max_new_tokens))
+        rows = _rounded(min(self._batch_size, len(requests)), self._row_multiple)
+        texts = [""] * len(requests)
+        for start in range(0, len(order), rows):
+            members = order[start : start + rows]
+            batch = [requests[i] for i in members]
+            filler = replace(batch[-1], max_new_tokens=1)  # one number of rows, one program
+            done = self.engine.generate(batch + [filler] * (rows - len(batch)))
+            for index, completion in zip(members, done, strict=False):
+                texts[index] = completion.text or ""
+            on_share(len(members) / len(requests))
+        return texts
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self._batch_size * self.model.config.seq_len
+
+    def _request(self, prompt: Prompt) -> Request:
+        room, bos_id = self.max_context - prompt.max_new_tokens, self.tokenizer.bos_id
+        if room < 1:
+            raise InputError(
+                f"{prompt.max_new_tokens} new tokens leave no room for a prompt, as the model reads "
+                f"{self.max_context} in all; ask for fewer."
+            )
+        tokens = [bos_id, *map(int, self.tokenizer.encode(prompt.text))]
+        self.num_cut += len(tokens) > room
+        sampled: dict[str, Any] = {"stop_tokens": (bos_id,), "stop_strings": prompt.stop_strings}
+        return Request(tokens[-room:], prompt.max_new_tokens, prompt.sampling, **sampled)
+
+
+def _power_of_two(count: int) -> int:
+    return max(MIN_BUCKET, 1 << (count - 1).bit_length())
+
+
+def _rounded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,0 +1,62 @@
+"""Where a run starts from, other than chance: the parameters and the tokenizer of another run."""
+
+import dataclasses
+from pathlib import Path
+
+from snlp_jax.config import Config, DataConfig
+from snlp_jax.errors import InputError
+from snlp_jax.eval.run import TOKENIZER_NAME, read_config, read_tokenizer
+from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer
+from snlp_jax.types import Params
+
+MAY_DIFFER = ("seq_len", "rotary_multiple", "remat", "compute_dtype", "attention")
+"""Fields of the model that the new run may set otherwise: no parameter depends on them. Windows follow ``seq_len``."""
+
+
+def its_data(config: Config, resume: bool) -> DataConfig:
+    """``config.data``; where the run starts from another, with that one's tokenizer, of which it keeps a copy.
+
+    Raises:
+        InputError: see :func:`check_origin`.
+    """
+    if not config.train.init_from:
+        return config.data
+    own = config.run_path / TOKENIZER_NAME
+    if not (resume and own.is_file()):  # a run that has begun needs its origin no more
+        check_origin(config)
+        own = Path(config.train.init_from) / TOKENIZER_NAME
+    return dataclasses.replace(config.data, tokenizer=str(own))
+
+
+def check_origin(config: Config) -> None:
+    """Refuse to start from a run of another model.
+
+    Raises:
+        InputError: names the first field of the model that differs; or there is no run, or none with a tokenizer and
+            a checkpoint.
+    """
+    origin = Path(config.train.init_from)
+    theirs, ours = (dataclasses.asdict(each.model) for each in (read_config(origin), config))
+    read_tokenizer(origin)
+    with Checkpointer(origin / CHECKPOINT_NAME, read_only=True) as checkpoints:
+        if not checkpoints.steps():
+            raise InputError(f"train.init_from {str(origin)!r} holds no checkpoint; train it first.")
+    for name, value in ours.items():
+        if name not in MAY_DIFFER and theirs[name] != value:
+            raise InputError(
+                f"train.init_from {str(origin)!r} holds a model with model.{name} {theirs[name]!r}, and here it is "
+                f"{value!r}; set it to the same."
+            )
+
+
+def read_origin(config: Config, abstract_params: Params) -> tuple[int, Params]:
+    """Step and parameters of ``train.init_checkpoint``, or of the newest one where no loss is known; each leaf comes on
+    the sharding that ``abstract_params`` gives it.
+
+    Raises:
+        InputError: see :func:`check_origin`; or there is no good checkpoint.
+    """
+    check_origin(config)
+    with Checkpointer(Path(config.train.init_from) / CHECKPOINT_NAME, read_only=True) as checkpoints:
+        which = "last" if checkpoints.best_step is None else config.train.init_checkpoint
+        return checkpoints.restore_params(abstract_params, which)

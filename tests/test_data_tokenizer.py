@@ -1,0 +1,88 @@
+"""Tokenizers: text comes back, separators stay apart, foreign files are understood."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from corpora import make_documents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snlp_jax.data import tokenizer
+from snlp_jax.errors import InputError
+
+
+@given(st.text())
+def test_byte_round_trip(text: str) -> None:
+    tok = tokenizer.ByteTokenizer()
+    ids = tok.encode(text)
+    assert ids.dtype == np.int32 and ids.shape == (len(text.encode()),)
+    assert tok.decode(ids) == text
+    assert tok.decode([tok.bos_id, *ids, tok.bos_id]) == text
+
+
+def test_byte_decodes_broken_utf8() -> None:
+    assert tokenizer.ByteTokenizer().decode([104, 105, 0xFF, 0xE6]) == "hi\ufffd\ufffd"
+    assert tokenizer.ByteTokenizer().decode([]) == ""
+
+
+@pytest.fixture(scope="module")
+def bpe() -> tokenizer.Tokenizer:
+    return tokenizer.train_bpe(make_documents(50), 300)
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_bpe_round_trip_of_any_text(bpe: tokenizer.Tokenizer, text: str) -> None:
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text
+    assert bpe.bos_id not in ids
+
+
+def test_bpe_is_deterministic_and_survives_json(bpe: tokenizer.Tokenizer) -> None:
+    text = make_documents(1, seed=5)[0]
+    assert bpe.vocab_size == 300 and bpe.name == "bpe-300"
+    assert len(bpe.encode(text)) < len(text.encode())
+    for other in (tokenizer.train_bpe(make_documents(50), 300), tokenizer.load_tokenizer_json(bpe.to_json())):
+        assert other.to_json() == bpe.to_json()
+        assert (other.name, other.vocab_size, other.bos_id) == (bpe.name, bpe.vocab_size, bpe.bos_id)
+        np.testing.assert_array_equal(other.encode(text), bpe.encode(text))
+
+
+@pytest.mark.parametrize("text", ["<|bos|>", "a<|bos|>b", "\ud800"])
+def test_separator_and_surrogates_in_text_are_text(bpe: tokenizer.Tokenizer, text: str) -> None:
+    for tok in (bpe, tokenizer.ByteTokenizer()):
+        assert tok.bos_id not in tok.encode(text)
+        assert tok.decode(tok.encode(text)) == text.replace("\ud800", "?")
+
+
+def test_byte_survives_json() -> None:
+    assert isinstance(tokenizer.load_tokenizer_json(tokenizer.ByteTokenizer().to_json()), tokenizer.ByteTokenizer)
+
+
+@pytest.mark.parametrize("special", ["<s>", "<|endoftext|>", None])
+def test_foreign_tokenizer_keeps_or_gains_a_separator(special: str | None) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    if special:
+        backend.add_special_tokens([special])
+    tok = tokenizer.load_tokenizer_json(backend.to_str())
+    assert (tok.bos_id, tok.vocab_size, tok.name) == (3, 4, "wordlevel-4")
+    assert tok.encode("one two two").tolist() == [1, 2, 2]
+    assert tokenizer.load_tokenizer_json(tok.to_json()).bos_id == 3
+    assert ("<|bos|>" in json.loads(tok.to_json())["added_tokens"][0]["content"]) == (special is None)
+
+
+@pytest.mark.parametrize("text", ["not json", "{}", "[1]", '{"type": "bit"}'])
+def test_bad_tokenizer_json(text: str) -> None:
+    with pytest.raises(InputError, match="give a Hugging Face tokenizer.json"):
+        tokenizer.load_tokenizer_json(text)
+
+
+def test_vocabulary_checks() -> None:
+    tokenizer.check_vocab(tokenizer.ByteTokenizer(), 257)
+    with pytest.raises(InputError, match="set model.vocab_size to 257"):
+        tokenizer.check_vocab(tokenizer.ByteTokenizer(), 256)

@@ -1,0 +1,193 @@
+"""Documents that are packed into one window and masked are computed as if each were alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import SMALL, VARIANTS, random_params, relative_error
+
+from snlp_jax.config import Config, DataConfig, HiddenNormConfig, LossConfig, MeshConfig, ModelConfig, SolverCEConfig
+from snlp_jax.errors import InputError
+from snlp_jax.forward import forward
+from snlp_jax.layout import prepare
+from snlp_jax.model import LanguageModel, attention
+from snlp_jax.model.attention import attend
+from snlp_jax.notation import parse_schedule
+from snlp_jax.parallel import make_mesh, put_batch
+from snlp_jax.parallel.sharding import TRAINING, shardings_of
+from snlp_jax.train.loss import Plan, balanced, loss_fn
+from snlp_jax.types import Batch
+
+ROUNDING = 3e-5
+"""Relative to the largest entry: float32 rounding (6e-8 an operation), of rotations at other positions too, grown by
+six layers that each amplify a little."""
+LENGTHS = ((9, 14, 1, 8), (20, 12))
+"""Of the documents of two rows; windows of 4 tokens bite in the longer ones."""
+T, BOS = 32, 0
+SWEEPS = dataclasses.replace(SMALL, window_pattern="SL")
+
+
+def packed() -> Batch:
+    """Rows of documents, each of which begins with the separator, and the separator that ends the last."""
+    rng = np.random.default_rng(1)
+    tokens, document = np.zeros((2, 2, T + 1), np.int32)
+    for row, lengths in enumerate(LENGTHS):
+        tokens[row] = rng.integers(1, SMALL.vocab_size, T + 1)
+        tokens[row, np.cumsum((0, *lengths))] = BOS
+        document[row] = np.cumsum(tokens[row] == BOS)
+    return Batch(tokens, document=document)
+
+
+def alone(batch: Batch) -> tuple[Batch, list[tuple[int, slice]]]:
+    """Each document, with the separator that follows, at the start of a row of its own that is filled up with others'
+    tokens, which a causal model cannot see and which count for nothing; and where it was."""
+    places = [
+        (row, slice(stop - length, stop))
+        for row, lengths in enumerate(LENGTHS)
+        for length, stop in zip(lengths, np.cumsum(lengths), strict=True)
+    ]
+    tokens = np.random.default_rng(2).integers(1, SMALL.vocab_size, (len(places) + 2, T + 1)).astype(np.int32)
+    weight = np.zeros((len(places) + 2, T), np.float32)  # two rows more: a number that a mesh divides
+    for index, (row, place) in enumerate(places):
+        length = place.stop - place.start
+        tokens[index, : length + 1] = batch.tokens[row, place.start : place.stop + 1]
+        weight[index, :length] = 1.0
+    return Batch(tokens, weight), places
+
+
+def logits_of(config: ModelConfig, setting: str, layout: str, batch: Batch) -> np.ndarray:
+    model = LanguageModel(config)
+    params = random_params(model)
+    weights = prepare(model, params, parse_schedule(setting, config.num_layers), num_tokens=64, layout=layout)
+    document = None if batch.document is None else batch.document[:, :-1]
+    run = jax.jit(lambda w, tokens, document: forward(model, w, tokens, document_BT=document).logits_BTV)
+    return np.asarray(run(weights, batch.tokens[:, :-1], document))
+
+
+@pytest.mark.parametrize(
+    "config, setting, layout",
+    [
+        pytest.param(SWEEPS, "idn:n=6,k=2", "stack", id="sweeps"),
+        pytest.param(SMALL, "idn:n=3,k=1", "list", id="list"),
+        *(
+            pytest.param(*case, id=name, marks=pytest.mark.slow)
+            for name, case in {
+                "sequential": (SMALL, "seq", "stack"),
+                "remat": (dataclasses.replace(SMALL, remat=True), "sid:n=4,k=2", "stack"),
+                "plain": (VARIANTS["plain"], "idn:n=6,k=2", "stack"),
+                "chunks": (SWEEPS, "idn:n=6,k=2,stage=3xF2", "stack"),
+                "uneven_chunks": (VARIANTS["no_smear_no_mid"], "idn:n=6,k=2,stage=2xF3", "stack"),
+                "split": (SMALL, "idn:n=4,k=1,stage=split", "stack"),
+                "static_streams": (VARIANTS["hyper_static"], "hcn:n=4,k=2", "stack"),
+                "dynamic_streams": (VARIANTS["hyper_dynamic"], "hcn:n=4,k=2", "list"),
+            }.items()
+        ),
+    ],
+)
+def test_masked_documents_are_documents_alone(config: ModelConfig, setting: str, layout: str) -> None:
+    batch = packed()
+    rows, places = alone(batch)
+    together, apart = (logits_of(config, setting, layout, some) for some in (batch, rows))
+    for index, (row, place) in enumerate(places):
+        assert relative_error(together[row, place], apart[index, : place.stop - place.start]) < ROUNDING
+    mixed = logits_of(config, setting, layout, Batch(batch.tokens))
+    assert relative_error(mixed[0, :9], together[0, :9]) < ROUNDING
+    assert relative_error(mixed[0, 9:], together[0, 9:]) > 1e-3  # the mask is not without effect
+
+
+LOSS = LossConfig(
+    hidden_norm=HiddenNormConfig(weight=0.5, region_sizes=(3,), stride=1),
+    solver_ce=SolverCEConfig(weight=1.0, region_sizes=(4,), num_iters=2),
+)
+PLAN = Plan((("hidden_norm", (3,)), ("solver_ce", (4,))))
+
+
+def losses(model: LanguageModel, batch: Batch, mesh=None, ring: int = 1):
+    """The parts of the loss, and the gradient of those that are means over targets."""
+    params = random_params(model)
+    if mesh is not None:
+        params = jax.device_put(params, shardings_of(params, model.config, mesh, TRAINING))
+    weights = {"hidden_norm": 0.0, "solver_ce": 1.0}
+
+    def run(params, batch):
+        of = lambda p: loss_fn(model, p, balanced(batch), LOSS, PLAN, weights, mesh=mesh, ring_microbatches=ring)  # noqa: E731
+        return jax.value_and_grad(of, has_aux=True)(params)
+
+    (_, parts), grads = jax.jit(run)(params, put_batch(mesh, batch, is_whole=True))
+    return jax.device_get(parts), jax.device_get(grads)
+
+
+def test_the_loss_reads_the_documents_of_its_batch() -> None:
+    """Through the sequential pass and through the solver."""
+    config = dataclasses.replace(SMALL, num_layers=2)
+    model, batch = LanguageModel(config), packed()
+    params, loss = random_params(model), LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(2,)))
+    plan = Plan((("solver_ce", (2,)),))
+    run = jax.jit(lambda batch: loss_fn(model, params, balanced(batch), loss, plan, {"solver_ce": 1.0})[1])
+    together, apart = run(batch), run(alone(batch)[0])
+    for name in ("sequential_ce", "solver_ce"):
+        # a mean over tokens of what is that close
+        assert float(together[name]) == pytest.approx(float(apart[name]), rel=5e-6)
+
+
+@pytest.mark.slow
+def test_the_loss_of_masked_documents_is_that_of_documents_alone() -> None:
+    """In value and gradient, the separators that end documents among the targets."""
+    model, batch = LanguageModel(dataclasses.replace(SMALL, num_layers=4)), packed()
+    (together, its_grads), (apart, grads) = losses(model, batch), losses(model, alone(batch)[0])
+    for name in ("sequential_ce", "solver_ce"):
+        # a mean over tokens of what is that close
+        assert float(together[name]) == pytest.approx(float(apart[name]), rel=5e-6)
+    for one, other in zip(jax.tree.leaves(its_grads), jax.tree.leaves(grads), strict=True):
+        assert relative_error(one, other) < 5e-3  # sums over tokens and layers that partly cancel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh_config",
+    [MeshConfig(data=2, layer=2), MeshConfig(layer=4, ring_microbatches=2), MeshConfig(data=4), MeshConfig(tensor=2)],
+)
+def test_masks_on_a_mesh(mesh_config: MeshConfig) -> None:
+    model, batch = LanguageModel(dataclasses.replace(SMALL, num_layers=4)), packed()
+    batch = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[::-1], leaf[:, ::-1], leaf[::-1, ::-1]]), batch)
+    parts, grads = losses(model, batch)
+    its_parts, its_grads = losses(model, batch, make_mesh(mesh_config), mesh_config.ring_microbatches)
+    for name in parts:
+        assert float(its_parts[name]) == pytest.approx(float(parts[name]), rel=5e-5)
+    for one, other in zip(jax.tree.leaves(its_grads), jax.tree.leaves(grads), strict=True):
+        assert relative_error(one, other) < 5e-3
+
+
+def test_without_documents_nothing_is_compiled_for_them() -> None:
+    model = LanguageModel(SMALL)
+    shared = model.shared(jnp.zeros((1, 4, SMALL.embed_dim)))
+    assert shared.document_BT is None
+    assert not [leaf for leaf in jax.tree.leaves(shared) if leaf.dtype == jnp.int32]
+
+
+def test_the_splash_kernel_knows_documents(monkeypatch) -> None:
+    """In the interpreter, with more keys than queries too; and it passes the compiler's front end."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    document = jnp.asarray(np.cumsum(rng.random((1, 256)) < 0.03, axis=1, dtype=np.int32))
+    q, k, v = draw(1, 128, 1, 128), draw(1, 256, 1, 128), draw(1, 256, 1, 128)
+    run = jax.jit(lambda q, k, v: attend(q, k, v, 60, "splash", document))
+    assert "tpu_custom_call" in run.trace(q, k, v).lower(lowering_platforms=("tpu",)).as_text()
+    make = splash_attention_kernel.make_splash_mha
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", lambda **kw: make(**kw, interpret=True))
+    expected = attend(q, k, v, 60, "xla", document)
+    # Float32 sums over up to 61 keys in blocks, against one sum.
+    np.testing.assert_allclose(attend(q, k, v, 60, "splash", document), expected, atol=1e-5)
+    assert float(jnp.abs(expected - attend(q, k, v, 60, "xla")).max()) > 0.1
+    np.testing.assert_array_equal(attend(q, k, v, 60, "cudnn", document), expected)  # XLA's in its place
+    monkeypatch.setattr(attention, "MAX_SCORES", 64 * 256)
+    np.testing.assert_allclose(attend(q, k, v, 60, "xla", document), expected, atol=1e-5)  # in blocks of queries
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="data.mask_documents does not run on model.attention 'cudnn'; use 'auto'"):
+        Config(model=ModelConfig(attention="cudnn"), data=DataConfig(mask_documents=True))
