@@ -43,7 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "sequential": {"solver_weight": 0.0},
     "solver": {"sequential_weight": 0.0},
     "mixed": {},
-    "lora": {"lora": LoraConfig(rank=8)},
+    "lora": {"lora": LoraConfig(rank=8, lr=1e-2)},
 }
 
 

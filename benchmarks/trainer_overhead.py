@@ -6,8 +6,8 @@
 Overhead is 1 - a / b. a: seconds of a step when compiled steps are dispatched back to back on one batch that lies on
 the device; b: seconds of a step of `train`, logging included; evaluation, checkpoints and samples are not. Both are
 measured in turns, in one process. The loss is the plain one, whose step is the shortest. Memory is the resident size
-that a tiny run of many steps, with evaluations, samples, checkpoints, frontier and TensorBoard, records in its own
-metrics.jsonl.
+that two tiny runs of many steps record in their own metrics.jsonl: one that only takes steps, and one with twenty
+evaluations, samples, checkpoints and frontiers.
 Prints the figures and writes benchmarks/results/trainer_overhead_DATE.json.
 """
 
@@ -72,9 +72,14 @@ def main() -> None:
             f"waiting for data: {record['data_wait']:.2%} of the time, at worst {record['data_wait_max']:.2%}"
         )
         if args.memory_steps:
-            record["memory"] = memory_of_a_run(config, Path(folder), args.memory_steps)
-            points = ", ".join(f"{step}: {mib:.1f}" for step, mib in record["memory"]["host_mib"].items())
-            print(f"resident MiB at steps {points}; slope {record['memory']['slope_kb_per_step']:.3f} kB a step")
+            # One that takes nothing but steps, and one that stops for everything twenty times.
+            record["memory"] = [memory_of_a_run(config, Path(folder), args.memory_steps, each) for each in (0, 20)]
+            for run in record["memory"]:
+                points = ", ".join(f"{step}: {mib:.1f}" for step, mib in run["host_mib"].items())
+                print(
+                    f"resident MiB at steps of a run with {run['events']} evaluations, checkpoints, ...: {points}; "
+                    f"slope {run['slope_kb_per_step']:.2f} kB a step"
+                )
     out = args.out if args.out.name else ROOT / "benchmarks/results" / f"trainer_overhead_{datetime.date.today()}.json"
     atomic_write(out, json.dumps(record, indent=2) + "\n")
     print(f"wrote {out}")
@@ -128,13 +133,16 @@ def make_bare(config: Config) -> Callable[[int], float]:
     return run
 
 
-def memory_of_a_run(config: Config, folder: Path, num_steps: int) -> dict[str, Any]:
-    """Resident size over a run of tiny steps, and its slope by least squares from a tenth of the steps on, by when all
-    has been compiled."""
+def memory_of_a_run(config: Config, folder: Path, num_steps: int, num_events: int) -> dict[str, Any]:
+    """Resident size over a run of tiny steps, and its slope by least squares from a quarter of the steps on.
+
+    Args:
+        num_events: evaluations, checkpoints, samples and frontiers on the way; 0 leaves all to the last step.
+    """
     model = dataclasses.replace(
         config.model, num_layers=4, embed_dim=32, num_heads=2, num_kv_heads=2, seq_len=32, num_streams=0
     )
-    every = max(num_steps // 20, 1)
+    every = max(num_steps // num_events, 1) if num_events else 0
     settings: dict[str, Any] = {"batch_size": 4, "num_microbatches": 1, "log_every": max(num_steps // 100, 1)}
     settings |= dict.fromkeys(("eval_every", "checkpoint_every", "sample_every", "frontier_every"), every)
     settings |= {"num_steps": num_steps, "eval_batches": 2, "tensorboard": True}
@@ -144,17 +152,14 @@ def memory_of_a_run(config: Config, folder: Path, num_steps: int) -> dict[str, A
         loss=LossConfig(),
         train=dataclasses.replace(config.train, **settings),
         eval=dataclasses.replace(config.eval, solvers=()),
-        run_dir=str(folder / "memory"),
+        run_dir=str(folder / f"memory{num_events}"),
     )
-    sizes = {record["step"]: record["host_mib"] for record in run_quietly(tiny) if "host_mib" in record}
-    steps = np.array([step for step in sizes if step >= num_steps / 10])
+    sizes = {int(record["step"]): record["host_mib"] for record in run_quietly(tiny) if "host_mib" in record}
+    steps = np.array([step for step in sizes if step >= num_steps / 4])
     slope = np.polyfit(steps, [sizes[step] for step in steps], 1)[0] * 1024
     shown = [*list(sizes)[:: max(len(sizes) // 10, 1)], max(sizes)]
-    return {
-        "steps": num_steps,
-        "slope_kb_per_step": float(slope),
-        "host_mib": {int(step): sizes[step] for step in shown},
-    }
+    table = {step: sizes[step] for step in shown}
+    return {"steps": num_steps, "events": num_events, "slope_kb_per_step": float(slope), "host_mib": table}
 
 
 def run_quietly(config: Config) -> list[dict[str, float]]:

@@ -21,7 +21,7 @@ config = dataclasses.replace(
     data=DataConfig(
         source="../shared/data/gsm8k/train.jsonl", format="chat", prompt_field="question", response_field="answer"
     ),
-    optim=OptimConfig(lr_scale=0.2, warmup_steps=10),
+    optim=OptimConfig(warmup_steps=10),  # at full rates: the demo has read Python, and English is new to it
     loss=LossConfig(
         solver_ce=dataclasses.replace(demo.loss.solver_ce, start_fraction=0.0),
     ),

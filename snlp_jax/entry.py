@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from snlp_jax.errors import DivergedError, InputError
+from snlp_jax.io.files import full_disk
 
 MIN_COMPILE_SECONDS = 0.5
 """Programs that compile faster are not worth a file."""
@@ -16,7 +17,7 @@ MIN_COMPILE_SECONDS = 0.5
 def run_entry(main: Callable[[], None]) -> None:
     """Set up logging and call ``main``.
 
-    A known error becomes one line on stderr, with exit code 2 for an InputError and 1 for divergence.
+    A known error becomes one line on stderr, with exit code 2 for an InputError or a full disk and 1 for divergence.
     """
     logging.basicConfig(format="%(message)s", force=True)  # absl may have put a handler of its own there
     logging.getLogger("snlp_jax").setLevel(logging.INFO)
@@ -24,16 +25,33 @@ def run_entry(main: Callable[[], None]) -> None:
     try:
         enable_compilation_cache()
         main()
-    except (InputError, DivergedError) as error:
-        sys.exit(report(error))
+    except Exception as error:
+        code = report(error)
+        if code is None:
+            raise
+        _give_up_stdout()
+        sys.exit(code)
 
 
 def report(error: BaseException) -> int | None:
     """Print a known error as one line on stderr and return its exit code; None for any other error."""
+    text, remedy = str(error), full_disk(error)
     if not isinstance(error, InputError | DivergedError):
-        return None
-    print(f"error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, InputError) else 1
+        if not remedy:
+            return None
+        text = f"{remedy} ({' '.join(text.split())[:200]})."
+    with contextlib.suppress(OSError):  # a log on a full disk
+        print(f"error: {text}", file=sys.stderr)
+    return 1 if isinstance(error, DivergedError) else 2
+
+
+def _give_up_stdout() -> None:
+    """Where what is left for stdout cannot be written, drop it: Python would end with an exit code of its own."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def enable_compilation_cache() -> None:

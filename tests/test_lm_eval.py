@@ -184,6 +184,7 @@ def test_bad_arguments(run_dir: Path, arguments: str, sentence: str) -> None:
         SolverLM.create_from_arg_string(arguments.format(run=run_dir), {"batch_size": 1, "device": None})
 
 
+@pytest.mark.slow
 def test_command_line(
     run_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

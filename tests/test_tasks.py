@@ -30,9 +30,9 @@ from snlp_jax.eval.text_model import (
     TextModel,
     encode_pairs,
     make_token_fn,
+    needs_solitude,
     rolling_spans,
     score_spans,
-    sees_padding,
 )
 from snlp_jax.forward import forward
 from snlp_jax.infer.engine import Engine, Request
@@ -75,7 +75,14 @@ def text_model(model: LanguageModel, params: dict, setting: str, **settings) -> 
     return TextModel(model, params, ByteTokenizer(), parse_schedule(setting, MODEL.num_layers), **settings)
 
 
-@pytest.mark.parametrize("setting", ("seq", "idn:n=4,tol=0.3"))
+@pytest.mark.parametrize(
+    "setting",
+    (
+        "seq",
+        pytest.param("diag:n=3,k=1,mode=vjp", marks=pytest.mark.slow),
+        pytest.param("idn:n=4,tol=0.3", marks=pytest.mark.slow),
+    ),
+)
 def test_log_likelihoods_are_those_of_each_text_alone(model: LanguageModel, params: dict, setting: str) -> None:
     found = text_model(model, params, setting, batch_size=2).log_likelihoods(PAIRS)
     weights = split(model, params, parse_schedule(setting, MODEL.num_layers))
@@ -101,7 +108,7 @@ def test_log_likelihoods_are_those_of_each_text_alone(model: LanguageModel, para
 )
 def test_padding_and_batches_change_nothing(model: LanguageModel, params: dict, setting: str) -> None:
     schedule = parse_schedule(setting, MODEL.num_layers)
-    assert not sees_padding(schedule)
+    assert not needs_solitude(schedule)
     token_fn = make_token_fn(model, split(model, params, schedule))
     rng = np.random.default_rng(0)
     lengths = (3, 9, 17, 12, 15, 5)
@@ -127,9 +134,9 @@ def test_padding_and_batches_change_nothing(model: LanguageModel, params: dict, 
             assert ours[1:] == theirs[1:], name
 
 
-def test_settings_that_see_padding_get_none() -> None:
+def test_settings_that_see_other_tokens_are_scored_alone() -> None:
     for setting, expected in (("idn:n=4,tol=0.1", True), ("diag:n=4,k=1", True), ("exact:n=4,k=1,init=warm", False)):
-        assert sees_padding(parse_schedule(setting, 4)) == expected, setting
+        assert needs_solitude(parse_schedule(setting, 4)) == expected, setting
     shapes = []
 
     def token_fn(windows: np.ndarray) -> tuple:
@@ -137,8 +144,8 @@ def test_settings_that_see_padding_get_none() -> None:
         return np.zeros(windows[:, 1:].shape), np.ones(windows[:, 1:].shape, bool)
 
     spans = [Span(np.ones(n, np.int32), 1) for n in (5, 9, 5, 40)]
-    score_spans(token_fn, spans, max_context=32, batch_tokens=64, pads=False)
-    assert sorted(shapes) == [(1, 9), (1, 33), (2, 5)]
+    score_spans(token_fn, spans, max_context=32, batch_tokens=64, alone=True)
+    assert sorted(shapes) == [(1, 5), (1, 5), (1, 9), (1, 33)]
     shapes.clear()
     score_spans(token_fn, spans, max_context=24, batch_tokens=64, row_multiple=2)
     assert sorted(shapes) == [(2, 25), (4, 17)], "few lengths; the longest is what the model reads"

@@ -1,12 +1,7 @@
-"""Training: the loss at a fresh start, what a step computes, and a run that is stopped, killed or fed nonsense."""
+"""Training: the loss at a fresh start, what a step computes, and a run that is fed nonsense."""
 
 import dataclasses
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import chex
@@ -15,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import MODEL, tiny
+from tiny_run import MODEL, ROOT, start, tiny, write_config
 
 from snlp_jax.config import (
     Config,
@@ -38,8 +33,6 @@ from snlp_jax.train.optim import make_optimizer
 from snlp_jax.train.step import init_state, make_step
 from snlp_jax.types import Batch
 
-ROOT = Path(__file__).parent.parent
-FAST_COMPILE = "--xla_backend_optimization_level=0"
 ALL_TERMS = LossConfig(
     hidden_norm=HiddenNormConfig(weight=0.5, region_sizes=(2, 3), stride=2),
     solver_ce=SolverCEConfig(weight=1.0, region_sizes=(3,), num_iters=2),
@@ -268,11 +261,6 @@ def test_flops() -> None:
 # -- Run ---------------------------------------------------------------------------------------------------------------
 
 
-def final_params(config: Config) -> dict:
-    with Checkpointer(config.run_path / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore_params(LanguageModel(config.model).abstract_params(), config.train.num_steps)[1]
-
-
 def test_run_learns_writes_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = tiny(tmp_path / "run", num_steps=40, sample_every=40, sample_tokens=8)
     train(config)
@@ -313,77 +301,6 @@ def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
             )
 
 
-def start(config: Config, tmp_path: Path, *flags: str, xla_flags: str = FAST_COMPILE) -> subprocess.Popen:
-    """The real entry script in a process of its own, on one device."""
-    file = tmp_path / "config_file.py"
-    file.write_text(
-        "from snlp_jax.config import from_json\n"
-        + f"config = from_json({json.dumps(json.dumps(dataclasses.asdict(config)))})\n"
-    )
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "train.py"), str(file), *flags]
-    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_step(config: Config, step: int, process: subprocess.Popen) -> None:
-    path = config.run_path / "metrics.jsonl"
-    deadline = time.time() + 300
-    while time.time() < deadline:
-        if path.exists() and any(record["step"] >= step for record in read_metrics(path)):
-            return
-        if process.poll() is not None:
-            pytest.fail(f"the run ended before step {step}:\n{process.communicate()[0]}")
-        time.sleep(0.02)
-    pytest.fail(f"step {step} was not reached in time")
-
-
-def assert_same_end(unbroken: Config, tmp_path: Path, kill_at: list[int], xla_flags: str = FAST_COMPILE) -> None:
-    """Kill -9 at the given steps and resume; the parameters must equal those of an unbroken run bit for bit."""
-    process = start(unbroken, tmp_path, xla_flags=xla_flags)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    broken = dataclasses.replace(unbroken, run_dir=str(tmp_path / "broken"))
-    for step in kill_at:
-        process = start(broken, tmp_path, "--resume", xla_flags=xla_flags)
-        wait_for_step(broken, step, process)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    process = start(broken, tmp_path, "--resume", xla_flags=xla_flags)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert "resumed from the checkpoint of step" in output
-    chex.assert_trees_all_equal(final_params(unbroken), final_params(broken))
-    steps = [record["step"] for record in read_metrics(broken.run_path / "metrics.jsonl") if "loss" in record]
-    assert steps == list(range(1, unbroken.train.num_steps + 1)), "each step is recorded once"
-
-
-@pytest.mark.slow
-def test_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    config = tiny(tmp_path / "unbroken", num_steps=60, checkpoint_every=7, eval_every=30)
-    assert_same_end(config, tmp_path, [20])
-
-
-@pytest.mark.slow
-def test_run_killed_again_and_again_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """With sampled region sizes, whose draw has to be the same after a restart, in fully optimised programs."""
-    config = tiny(tmp_path / "unbroken", num_steps=60, checkpoint_every=7, eval_every=30)
-    term = dataclasses.replace(config.loss.solver_ce, region_sizes=(1, 2, 3), sample_region=True)
-    config = dataclasses.replace(config, loss=LossConfig(solver_ce=term))
-    assert_same_end(config, tmp_path, [3, 13, 28, 31, 45, 58], xla_flags="")
-
-
-def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
-    config = tiny(tmp_path / "run", num_steps=100_000, checkpoint_every=0, eval_every=0)
-    process = start(config, tmp_path)
-    wait_for_step(config, 5, process)
-    process.terminate()
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    assert "continue with --resume" in output
-    with Checkpointer(config.run_path / "checkpoints", read_only=True) as checkpoints:
-        assert checkpoints.latest_step >= 5
-
-
 BAD_FLAGS = {
     "no such corpus": (["--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
     "corpus too small": (["--model.seq-len", "100000"], "tokens"),
@@ -418,12 +335,7 @@ def test_bad_input_is_refused(
 
     config = tiny(tmp_path / "run")
     flags, expected = BAD_FLAGS[case]
-    file = tmp_path / "config_file.py"
-    file.write_text(
-        "from snlp_jax.config import from_json\n"
-        + f"config = from_json({json.dumps(json.dumps(dataclasses.asdict(config)))})\n"
-    )
-    monkeypatch.setattr(sys, "argv", ["train.py", str(file), *flags])
+    monkeypatch.setattr(sys, "argv", ["train.py", str(write_config(config, tmp_path)), *flags])
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -1,11 +1,21 @@
 """A whole run of seconds, for the tests of training and evaluation."""
 
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from snlp_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, SolverCEConfig, TrainConfig
+from snlp_jax.io.metrics import read_metrics
 
+ROOT = Path(__file__).parent.parent
+FAST_COMPILE = "--xla_backend_optimization_level=0"
 MODEL = ModelConfig(num_layers=4, embed_dim=32, num_heads=2, num_kv_heads=1, seq_len=16, short_window=3)
 
 
@@ -26,3 +36,30 @@ def tiny(run_dir: Path, **train_fields) -> Config:
         loss=LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(3,), start_fraction=0.5)),
         train=TrainConfig(**{"eval_batches": 2, **fields, **train_fields}),
     )
+
+
+def write_config(config: Config, folder: Path) -> Path:
+    """A file for the entry script."""
+    file = folder / "config_file.py"
+    text = json.dumps(dataclasses.asdict(config))
+    file.write_text(f"from snlp_jax.config import from_json\nconfig = from_json({text!r})\n")
+    return file
+
+
+def start(config: Config, folder: Path, *flags: str) -> subprocess.Popen:
+    """The real entry script in a process of its own, on one device."""
+    env = {**os.environ, "XDG_CACHE_HOME": str(folder / "xdg"), "XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "train.py"), str(write_config(config, folder)), *flags]
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(config: Config, step: int, process: subprocess.Popen) -> None:
+    path = config.run_path / "metrics.jsonl"
+    deadline = time.time() + 300
+    while time.time() < deadline:
+        if path.exists() and any(record["step"] >= step for record in read_metrics(path)):
+            return
+        if process.poll() is not None:
+            pytest.fail(f"the run ended before step {step}:\n{process.communicate()[0]}")
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached in time")

@@ -88,7 +88,11 @@ class Dial:
 
     def _model(self, depth: int) -> ModelConfig:
         num_heads = math.ceil(depth * self.aspect / self.head_dim)
-        sizes = {"embed_dim": num_heads * self.head_dim, "num_heads": num_heads, "num_kv_heads": num_heads}
+        sizes: dict[str, Any] = {
+            "embed_dim": num_heads * self.head_dim,
+            "num_heads": num_heads,
+            "num_kv_heads": num_heads,
+        }
         return dataclasses.replace(self.base.model, num_layers=depth, **sizes)
 
     def _tokens(self, depth: int) -> int:

@@ -31,6 +31,7 @@ from snlp_jax.data.formats import Part
 from snlp_jax.data.progress import Progress, Report
 from snlp_jax.data.tokenizer import Tokenizer, load_tokenizer_json
 from snlp_jax.errors import InputError
+from snlp_jax.io import files
 
 MAX_AUTO_WORKERS = 8
 
@@ -159,7 +160,8 @@ def finished(out: Path, *, is_thorough: bool = True) -> Record | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What killed jobs have left."""
+    """What killed jobs have left. A running one, which loses its folder by it, finds its work done by another."""
+    files.remove_leftovers(folder)
     for path in folder.glob(f"{_WRITING}*"):
         with contextlib.suppress(OSError):
             for file in path.iterdir():

@@ -158,7 +158,8 @@ def read_corpus(config: DataConfig, record_dir: Path) -> Corpus:
             if summary is None:
                 raise
         atomic_write(record, json.dumps(dataclasses.asdict(summary)))
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_leftovers(record_dir)
+    shutil.rmtree(folder, ignore_errors=True)  # also where another process was killed before it could
     if summary.min_key == summary.max_key:
         raise InputError(
             f"data.source {config.source!r} holds only one document, or copies of one, and two are needed to hold one "
@@ -218,6 +219,7 @@ def trained_tokenizer(
     path, work = folder / f"{name}.json", folder / name
     known = _read_trained(path)
     if known is not None:
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed before it could
         return known
     work.mkdir(parents=True, exist_ok=True)
     jobs: list[Job] = []
@@ -241,6 +243,7 @@ def trained_tokenizer(
     text = tokenizer.to_json()
     atomic_write(path, json.dumps({"tokenizer": text, "hash": hash_of(text)}))
     shutil.rmtree(work, ignore_errors=True)
+    remove_leftovers(folder)
     return tokenizer
 
 
@@ -328,8 +331,8 @@ def _build(entry: Path, corpus: Corpus, tokenizer: Tokenizer) -> Entry:
         "dtype": dtype.str,
         "shards": [{split: record[split] for split in ("train", "val")} for record in records],
     }
+    remove_leftovers(entry)  # before the entry is whole: nobody tidies up afterwards
     atomic_write(entry / "meta.json", json.dumps(meta, indent=2) + "\n")
-    remove_leftovers(entry)
     opened = _open(entry)
     if opened is None:
         raise InputError(f"the tokens written to {str(entry)!r} cannot be read back; check the disk.")

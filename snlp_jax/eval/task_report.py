@@ -140,9 +140,9 @@ def print_tasks(report: TaskReport) -> None:
 def _task_table(results: list[TaskResult]) -> Table:
     first = results[0]
     chance = "" if first.chance is None else f", chance {100 * first.chance:.1f} %"
-    rules = {"per_byte": "by byte", "sum": "by sum", "exact_match": "right"}
+    rules = {"per_byte": "by byte", "sum": "sum", "exact_match": "right"}
     columns = [f"{rules[rule]}, %" for rule in first.accuracy]
-    columns[1:1] = ["95 % interval", "change", "95 % interval", "exact p", "same"]
+    columns[1:1] = ["95 % interval", "change", "95 % interval", "p", "same"]
     columns += ["bits/byte"] if first.answer_bits else []
     table = _table(f"{first.task}: {first.num_examples} examples{chance}", columns)
     for result in results:

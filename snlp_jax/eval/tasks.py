@@ -19,7 +19,7 @@ from snlp_jax.eval.intervals import exact_p_value, paired_ratio_interval, paired
 from snlp_jax.eval.run import OpenRun, Which, open_run
 from snlp_jax.eval.task_data import SEPARATOR, Task, answer_of, load_tasks
 from snlp_jax.eval.task_report import Accuracy, Bits, HeldOutResult, TaskReport, TaskResult
-from snlp_jax.eval.text_model import OnShare, Prompt, Score, Span, TextModel, sees_padding
+from snlp_jax.eval.text_model import OnShare, Prompt, Score, Span, TextModel, needs_solitude
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.infer.rules import check_settings
 from snlp_jax.io.provenance import circumstances
@@ -169,8 +169,8 @@ def evaluate_tasks(
             common: dict[str, Any] = {"rule": task_config.rule, "batch_size": config.batch_size}
             tokenizer = run.data.tokenizer
             text_model = TextModel(run.model, run.params, tokenizer, schedule, weights=its_weights, **common, **placed)
-            if sees_padding(schedule):
-                progress.console.print(f"note: {setting} sees padding, so a program is compiled for every length.")
+            if needs_solitude(schedule):
+                progress.console.print(f"note: {setting} scores every text alone, with a program for every length.")
             for task in tasks:
                 progress.update(bar, description=f"{setting} on {task.name}")
                 before = text_model.num_cut

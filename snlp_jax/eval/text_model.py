@@ -107,20 +107,20 @@ def score_spans(
     max_context: int,
     batch_tokens: int,
     row_multiple: int = 1,
-    pads: bool = True,
+    alone: bool = False,
     on_share: OnShare = lambda share: None,
 ) -> list[Score]:
     """Log-likelihoods of the scored tokens, in batches of equal padded length, one program for each length.
 
     Padding stands on the right, where attention with or without a window, the smear of a token by its predecessor and
-    every solver iteration look away from it: what is scored does not depend on it. :func:`sees_padding` names the
-    settings for which that is not so.
+    every solver iteration look away from it: what is scored depends neither on it nor on the other rows.
+    :func:`needs_solitude` names the settings for which that is not so.
 
     Args:
         max_context: most tokens that the model reads; longer contexts lose their beginning.
         batch_tokens: about how many a batch has.
         row_multiple: of the rows of a batch.
-        pads: fill up to powers of two; otherwise only sequences of equal length share a batch and a program.
+        alone: score every sequence alone and at its own length, one program for each length there is.
 
     Raises:
         InputError: the scored tokens alone are more than the model reads.
@@ -133,13 +133,14 @@ def score_spans(
                 f"a continuation of {span.num_scored} tokens is longer than the {max_context} that the model reads; "
                 "shorten it."
             )
-        length = min(_power_of_two(len(tokens) - 1), max_context) if pads else len(tokens) - 1
+        length = len(tokens) - 1 if alone else min(_power_of_two(len(tokens) - 1), max_context)
         by_length[length].append(index)
     scores = [Score(0.0, 0, True)] * len(spans)
     for length, members in sorted(by_length.items()):
-        rows = _rounded(min(max(1, batch_tokens // length), len(members)), row_multiple)
-        for start in range(0, len(members), rows):
-            part = members[start : start + rows]
+        rows = _rounded(1 if alone else min(max(1, batch_tokens // length), len(members)), row_multiple)
+        step = 1 if alone else rows
+        for start in range(0, len(members), step):
+            part = members[start : start + step]
             windows = np.zeros((rows, length + 1), np.int32)
             for row, index in enumerate(part):
                 windows[row, : len(cut[index])] = cut[index]
@@ -153,9 +154,9 @@ def score_spans(
     return scores
 
 
-def sees_padding(schedule: Schedule) -> bool:
-    """Whether tokens to the right enter: a tolerance stops by the worst token of the whole sequence, and the random
-    vectors of ``diag`` are drawn for all tokens at once (and by ``vjp`` carried back from later ones)."""
+def needs_solitude(schedule: Schedule) -> bool:
+    """Whether other tokens than those to the left enter: a tolerance stops by the worst token of the whole sequence,
+    and the random vectors of ``diag`` differ by row and, with ``mode=vjp``, bring noise back from later tokens."""
     return any(region.tolerance > 0 or isinstance(region.correction, Diagonal) for region in schedule.regions)
 
 
@@ -231,7 +232,7 @@ class TextModel:
             max_context=self.max_context,
             batch_tokens=self._batch_tokens,
             row_multiple=self._row_multiple,
-            pads=not sees_padding(self.schedule),
+            alone=needs_solitude(self.schedule),
             on_share=on_share,
         )
 

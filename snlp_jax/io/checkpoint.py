@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from snlp_jax.config import Config, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checksum import checksums
-from snlp_jax.io.files import atomic_write, explain_full_disk
+from snlp_jax.io.files import atomic_write, explain_full_disk, remove_leftovers
 from snlp_jax.io.metrics import FILE_NAME as METRICS_NAME
 from snlp_jax.io.metrics import to_json_value
 from snlp_jax.parallel.processes import tells_of_lost_peer
@@ -394,6 +394,7 @@ def check_run_dir(path: str | Path, config_json: str, resume: bool) -> None:
             raise InputError(f"{str(path)!r} holds {left[0]} of a run without {CONFIG_NAME}; use another --run-dir.")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         atomic_write(config_path, config_json)
     except OSError as error:
         raise InputError(

@@ -1,7 +1,9 @@
 """Files that are either whole or not there."""
 
+import contextlib
 import errno
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +11,10 @@ from pathlib import Path
 
 from snlp_jax.errors import InputError
 
-_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
-_FULL_TEXTS = tuple(os.strerror(number) for number in _FULL_ERRNOS)
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full; free some space or choose another directory")
+_REMEDIES[errno.EFBIG] = "a file may not grow further; raise the limit (ulimit -f) or choose another directory"
+_REMEDY_OF_TEXT = {os.strerror(number): remedy for number, remedy in _REMEDIES.items()}
+_LEFTOVER_SECONDS = 60.0
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:
@@ -31,17 +35,32 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: str | Path) -> None:
+    """Remove what killed calls of :func:`atomic_write` left here; those of running ones are younger than a minute."""
+    for path in Path(directory).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                path.unlink()
+
+
 @contextmanager
 def explain_full_disk(directory: str | Path) -> Iterator[None]:
-    """Turn any exception that means "no space left" or "quota exceeded" into an InputError naming the directory.
-
-    Libraries wrap the operating system's error in their own, so its text counts as much as its number.
+    """Turn any exception that means "no space left", "quota exceeded" or "file too large" into an InputError naming the
+    directory.
     """
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) in _FULL_ERRNOS or any(text in str(error) for text in _FULL_TEXTS):
-            raise InputError(
-                f"the disk that holds {str(directory)!r} is full; free some space or choose another directory."
-            ) from error
-        raise
+        remedy = full_disk(error)
+        if not remedy or isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(directory)!r} cannot be written to: {remedy}.") from error
+
+
+def full_disk(error: BaseException) -> str:
+    """What to do about an error if it means that the disk takes no more; "" if it means something else.
+
+    Libraries wrap the operating system's error in their own, so its text counts as much as its number.
+    """
+    remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, "")
+    return remedy or next((remedy for text, remedy in _REMEDY_OF_TEXT.items() if text in str(error)), "")

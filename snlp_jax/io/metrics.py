@@ -1,7 +1,9 @@
 """Metrics of a run: one JSON object a line, in ``metrics.jsonl``, and what else was asked for: TensorBoard, wandb."""
 
+import contextlib
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,25 +135,34 @@ def _line(step: int, metrics: Mapping[str, float]) -> str:
 
 
 class TensorBoard:
-    """Event files, opened with the first record."""
+    """Event files, opened with the first record.
+
+    Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and then the training waits for it forever.
+    """
 
     def __init__(self, directory: Path) -> None:
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
         except ImportError as error:
             raise InputError(
                 'train.tensorboard needs tensorboardX; pip install "snlp-jax[tensorboard]" or switch it off.'
             ) from error
-        self._make = SummaryWriter
-        self._directory = str(directory)
+        self._make_file, self._make_scalar = event_file_writer.EventsWriter, summary.scalar
+        self._make_event, self._session_log = event_pb2.Event, event_pb2.SessionLog
+        self._prefix = str(directory / "events")
         self._purge_step: int | None = None
         self._events: Any = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._events is None:
-            self._events = self._make(self._directory, purge_step=self._purge_step)
+            self._events = self._make_file(self._prefix)
+            if self._purge_step is not None:  # TensorBoard hides what earlier files hold from this step on
+                start = self._session_log(status=self._session_log.START)
+                self._events.write_event(self._make_event(step=self._purge_step, session_log=start))
         for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+            scalar = self._make_scalar(name, value)
+            self._events.write_event(self._make_event(step=step, wall_time=time.time(), summary=scalar))
         self._events.flush()
 
     def truncate_after(self, step: int) -> None:
@@ -159,7 +170,8 @@ class TensorBoard:
 
     def close(self) -> None:
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):  # of a full disk ``write`` has told
+                self._events.close()
 
 
 class Wandb:

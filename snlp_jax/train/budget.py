@@ -87,7 +87,7 @@ def plan_run(config: Config, topology: str = "") -> Budget:
         data = prepare_data(its_data(config, resume=False))
         check_vocab(data.tokenizer, config.model.vocab_size)
     state = abstract_state(model, optimizer_of(model, config, mesh), mesh, config)
-    device = jax.devices()[0].device_kind if chips is None else str(chips)
+    device = jax.devices()[0].device_kind if chips is None else chips.chip.name
     chip = chip_of(device) if chips is None else chips.chip
     flops, total = flops_of_parts(config), run_flops(config)
     capacity = capacity_of(mesh) if chips is None else int(chips.chip.hbm_bytes)
@@ -141,7 +141,7 @@ def refusal(config: Config, needed: int | None, capacity: int | None, is_state_a
 def capacity_of(mesh: Mesh) -> int | None:
     """Bytes that one device of a mesh may hold; devices of a CPU share the host's memory. None where none tells."""
     local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in local]
+    limits = [int((device.memory_stats() or {}).get("bytes_limit", 0)) for device in local]
     if all(limits):
         return min(limits)
     return host_bytes() // len(local) if local[0].platform == "cpu" else None
@@ -253,6 +253,8 @@ def _size(size: float) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s"
     if seconds < 3600:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

@@ -35,7 +35,7 @@ from snlp_jax.train.budget import check_state
 from snlp_jax.train.flops import train_flops_per_token
 from snlp_jax.train.loss import Plan, balanced, loss_fn, make_plan, start_step
 from snlp_jax.train.observe import Meter, Profiler, RunRecord, make_observe, memory
-from snlp_jax.train.report import write_html
+from snlp_jax.train.report import REPORT_NAME, write_html
 from snlp_jax.train.start import its_data, read_origin
 from snlp_jax.train.step import (
     TrainState,
@@ -135,6 +135,8 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
         # What a killed run recorded beyond its last checkpoint comes again.
         writer.truncate_after(first_step if restored else -1)
         if first_step >= tc.num_steps:
+            if is_first() and not (run_path / REPORT_NAME).exists():
+                write_html(run_path)  # killed after its last checkpoint
             console.print(f"{run_path} is finished ({first_step} steps)")
             return run_path
 
@@ -200,11 +202,12 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
 
             done = step + 1
             is_stopping = vote(stop.requested)  # asked once: a signal that comes later waits for the next step
-            is_last = done == tc.num_steps or is_stopping
+            is_last = done == tc.num_steps
             should_eval = is_last or _is_due(done, tc.eval_every)
             should_sample = _is_due(done, tc.sample_every)
             should_observe = observe is not None and (is_last or _is_due(done, tc.frontier_every))
-            should_save = is_last or _is_due(done, tc.checkpoint_every)
+            # Who sends a signal may not wait for long: nothing but what is due anyway comes before the checkpoint.
+            should_save = is_last or is_stopping or _is_due(done, tc.checkpoint_every)
             if should_eval or should_sample or should_observe or should_save:
                 read_pending()  # waits for the step: no checkpoint before its metrics proved finite, and honest rates
                 with meter.paused():

@@ -268,12 +268,17 @@ def _draw_losses(curves: dict[str, Curve]) -> Any:
     left.set_title("training, a step's batch")
     right.set_title("held out")
     for axis in (left, right):
-        if axis.lines and all((line.get_ydata() > 0).all() for line in axis.lines):
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
-            axis.tick_params(which="minor", labelsize=7)
+        _log_scale(axis)
     return figure
+
+
+def _log_scale(axis: Any) -> None:
+    """With plain numbers; where no value forbids it."""
+    if axis.lines and all((line.get_ydata() > 0).all() for line in axis.lines):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(which="minor", labelsize=7)
 
 
 def _draw_rates(curves: dict[str, Curve]) -> Any:
@@ -291,12 +296,13 @@ def _draw_frontier(curves: dict[str, Curve]) -> Any:
     frontier = {name.removeprefix("frontier/"): curve for name, curve in curves.items() if name.startswith("frontier/")}
     _lines(left, frontier, ".-")
     left.set_title("cross entropy, nats")
-    left.set_yscale("log")
+    _log_scale(left)
     if "seq" in frontier:
         steps, sequential = frontier["seq"]
-        for name, (own_steps, values) in frontier.items():
+        for line, (name, (own_steps, values)) in zip(left.lines, frontier.items(), strict=True):
             if name != "seq" and np.array_equal(own_steps, steps):
-                right.plot(steps, values - sequential, ".-", linewidth=1.3, markersize=3, label=name)
+                above = thinned((steps, values - sequential))
+                right.plot(*above, ".-", linewidth=1.3, markersize=3, color=line.get_color())
     right.set_title("above the sequential pass, nats")
     right.set_yscale("symlog", linthresh=1e-3)
     return figure
