@@ -156,20 +156,14 @@ EVERY = {"log_every": 1, "eval_every": 5, "checkpoint_every": 7, "sample_every":
 
 def config_of(args: Args, folder: Path) -> Config:
     """Like the demo, smaller, with sampled region sizes and averaged parameters: more that has to come back."""
-    sizes: dict[str, Any] = {
-        "num_layers": args.layers,
-        "embed_dim": args.width,
-        "num_heads": 4,
-        "num_kv_heads": 4,
-        "seq_len": 64,
-    }
+    sizes: dict[str, Any] = {"num_layers": args.layers, "embed_dim": args.width, "seq_len": 64}
     text: dict[str, Any] = {"source": args.source, "tokenizer": "bpe", "bpe_vocab_size": args.vocab_size}
     steps: dict[str, Any] = {"num_steps": args.steps, "batch_size": 4, "eval_batches": 4, "sample_tokens": 8, **EVERY}
     term = SolverCEConfig(weight=1.0, region_sizes=(1, 2, 3), sample_region=True, start_fraction=0.3)
     return Config(
         name="kills",
         run_dir=str(folder / "run"),
-        model=ModelConfig(vocab_size=args.vocab_size, remat=True, **sizes),
+        model=ModelConfig(vocab_size=args.vocab_size, num_heads=4, num_kv_heads=4, remat=True, **sizes),
         data=DataConfig(**text, cache_dir=str(folder / "cache"), num_workers=2),
         optim=OptimConfig(warmup_steps=10),
         loss=LossConfig(solver_ce=term),

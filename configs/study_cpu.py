@@ -64,4 +64,5 @@ study = Study(
     depths=(6, 4, 3),
     main_depth=4,
     text="../shared/data/enwiki-2021/train.txt",
+    workers=1,  # on both cores: 1.2 times the steps of two runs on one core each, in turns on a busy machine
 )

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from snlp_jax.errors import DivergedError, InputError
 from snlp_jax.io.files import full_disk
@@ -21,7 +22,8 @@ def run_entry(main: Callable[[], None]) -> None:
     """
     logging.basicConfig(format="%(message)s", force=True)  # absl may have put a handler of its own there
     logging.getLogger("snlp_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every file
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every file, and of errors that it raises too
+    sys.unraisablehook = _tell_of_unraisable
     try:
         enable_compilation_cache()
         main()
@@ -43,6 +45,12 @@ def report(error: BaseException) -> int | None:
     with contextlib.suppress(OSError):  # a log on a full disk
         print(f"error: {text}", file=sys.stderr)
     return 1 if isinstance(error, DivergedError) else 2
+
+
+def _tell_of_unraisable(unraisable: Any) -> None:
+    """As Python does, but for what tensorstore's threads say of the other files when one could not be written."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _give_up_stdout() -> None:

@@ -286,6 +286,31 @@ def test_broken_newest_is_skipped(tmp_path, how, caplog):
         assert checkpointer.restore(abstract(make_state()), make_iterator())[0] == 3
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "deleted"])
+def test_whatever_file_is_damaged_wrong_arrays_never_come_back(tmp_path, damage):
+    """Each file of the newest in turn: either nobody needs it and the arrays are right, or the one before is used."""
+    save_some(tmp_path, [2.0, 1.0])
+    shutil.copytree(tmp_path / "2", tmp_path.parent / f"{tmp_path.name}-whole")
+    found, files = [], sorted(path.relative_to(tmp_path) for path in (tmp_path / "2").rglob("*") if path.is_file())
+    for name in files:
+        content = bytearray((tmp_path / name).read_bytes())
+        if damage == "flipped" and content:
+            content[len(content) // 2] ^= 4
+        (tmp_path / name).unlink()
+        if damage != "deleted":
+            (tmp_path / name).write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+        with Checkpointer(tmp_path, 2) as checkpointer:
+            step, state, _ = checkpointer.restore(abstract(make_state()), make_iterator())
+        assert_bit_equal(state, make_state(step))
+        assert (tmp_path / "2.corrupt").exists() == (step == 1)
+        found.append(step)
+        for left in ("2", "2.corrupt"):
+            shutil.rmtree(tmp_path / left, ignore_errors=True)
+        shutil.copytree(tmp_path.parent / f"{tmp_path.name}-whole", tmp_path / "2")
+    assert {1, 2} == set(found), dict(zip(files, found, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_none_is_good(tmp_path):
     save_some(tmp_path, [2.0, 1.0])

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import struct
 import sys
 
 import jax.numpy as jnp
@@ -75,11 +76,21 @@ def test_bad_files_are_input_errors(tmp_path):
 
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboardX")
+    """On disk when ``write`` returns, as metrics.jsonl is; a resumed run hides what comes again."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     with MetricsWriter(tmp_path, tensorboard=True) as writer:
-        writer.truncate_after(0)
-        writer.write(1, {"some_loss": 1.0})
-    assert any(b"some_loss" in file.read_bytes() for file in tmp_path.glob("events*"))
+        writer.truncate_after(3)
+        writer.write(4, {"some_loss": 1.5, "other": 2.0})
+        (content,) = (file.read_bytes() for file in tmp_path.glob("events.out.tfevents.*"))
+    events = []
+    while content:  # length, its checksum, an event, its checksum
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[1].step, events[1].session_log.status) == (4, event_pb2.SessionLog.START)
+    values = [(event.step, event.summary.value[0]) for event in events[2:]]
+    assert [(step, v.tag, v.simple_value) for step, v in values] == [(4, "some_loss", 1.5), (4, "other", 2.0)]
 
 
 def test_missing_tensorboard_names_the_remedy(tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def _line(step: int, metrics: Mapping[str, float]) -> str:
 class TensorBoard:
     """Event files, opened with the first record.
 
-    Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and then the training waits for it forever.
+    Not by tensorboardX's SummaryWriter: a full disk ends its thread, and nobody empties the queue any more.
     """
 
     def __init__(self, directory: Path) -> None:
