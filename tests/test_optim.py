@@ -11,6 +11,7 @@ import pytest
 from snlp_jax.config import OptimConfig
 from snlp_jax.train.optim import (
     ADAM_GROUPS,
+    LATER_GROUPS,
     MUON_DIMENSIONS,
     POLAR_EXPRESS,
     learning_rate_schedule,
@@ -89,8 +90,8 @@ def test_labels_leaf_by_leaf():
 
 def test_unknown_path_is_named():
     params = random_tree(0)
-    params["blocks"]["mlp"]["gate_bias"] = jnp.zeros((L, F))
-    with pytest.raises(ValueError, match="blocks/mlp/gate_bias"):
+    params["blocks"]["mlp"]["gate_scale"] = jnp.zeros((L, F))
+    with pytest.raises(ValueError, match="blocks/mlp/gate_scale"):
         make_optimizer(OptimConfig(), params, 10, 1)
 
 
@@ -107,10 +108,20 @@ def test_state_holds_each_leaf_in_its_own_group():
     muon_state = state["matrix"].inner_state[0]
     assert owned(muon_state.mu) == expected("matrix")
     assert muon_state.mu["blocks"]["mlp"]["up"].shape == (L, D, F)
-    for label in ADAM_GROUPS:
+    assert state.keys() == {"matrix", *ADAM_GROUPS} - set(LATER_GROUPS)
+    for label in state.keys() - {"matrix"}:
         adam_state = state[label].inner_state[0]
         assert owned(adam_state.mu) == expected(label)
         assert owned(adam_state.nu) == expected(label)
+
+
+def test_biases_and_weights_of_norms_are_a_group_of_their_own():
+    """It has a state only where there are any: checkpoints of other models began without."""
+    params = random_tree(0)
+    params["blocks"]["mlp"]["up_bias"], params["head"]["norm"] = jnp.zeros((L, F)), jnp.ones((D,))
+    labels = param_labels(params)
+    assert labels["blocks"]["mlp"]["up_bias"] == labels["head"]["norm"] == "vector"
+    assert "vector" in make_optimizer(OptimConfig(), params, 10, 1).init(params).inner_states
 
 
 def _is_masked(node):

@@ -8,6 +8,7 @@ from snlp_jax.config.data import DataConfig
 from snlp_jax.config.dial import Dial
 from snlp_jax.config.evaluate import EvalConfig, TaskConfig
 from snlp_jax.config.experiment import Config
+from snlp_jax.config.family import NormConfig, RopeConfig, RopeScaling
 from snlp_jax.config.lora import LoraConfig
 from snlp_jax.config.loss import (
     CorrectionName,
@@ -41,7 +42,10 @@ __all__ = [
     "MTPConfig",
     "MeshConfig",
     "ModelConfig",
+    "NormConfig",
     "OptimConfig",
+    "RopeConfig",
+    "RopeScaling",
     "SolverCEConfig",
     "SolverTerm",
     "Study",

@@ -106,6 +106,4 @@ class Dial:
 
 def scaling_params(model: ModelConfig) -> int:
     """Parameters in the layers' matrices and in the head, which the rules count; embeddings are left out."""
-    D, H = model.embed_dim, model.head_dim
-    attention = 2 * D * model.num_heads * H + 2 * D * model.num_kv_heads * H
-    return model.num_layers * (attention + 2 * model.mlp_ratio * D * D) + D * model.padded_vocab_size
+    return model.num_layers * model.layer_weights + model.embed_dim * model.padded_vocab_size

@@ -54,6 +54,10 @@ class Config:
             f"lora.rank is {self.lora.rank}, but train.init_from is empty; name the run that they adapt.",
         )
         require(
+            self.lora.rank == 0 or "gate" not in self.lora.targets or self.model.mlp != "relu2",
+            "lora.targets holds 'gate', which an MLP with model.mlp 'relu2' lacks; leave it out.",
+        )
+        require(
             not (self.data.mask_documents and self.model.attention == "cudnn"),
             "data.mask_documents does not run on model.attention 'cudnn'; use 'auto', 'xla' or 'splash'.",
         )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from snlp_jax.config.check import require
 
-Target = Literal["query", "key", "value", "out", "up", "down"]
+Target = Literal["query", "key", "value", "out", "up", "gate", "down"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class LoraConfig:
     """Of A [in, rank] and B [rank, out]; 0 trains all parameters."""
     alpha: float = 16.0
     targets: tuple[Target, ...] = ("query", "key", "value", "out", "up", "down")
-    """Matrices of every layer that get adapters."""
+    """Matrices of every layer that get adapters; ``gate`` is for models whose MLP has one."""
     lr: float = 2e-3
     """Of AdamW on the adapters; ``optim.lr_scale`` and the schedule multiply it, the other rates play no part."""
 

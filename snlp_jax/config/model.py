@@ -1,15 +1,17 @@
 """Knobs of the model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from snlp_jax.config.check import require
+from snlp_jax.config.family import NormConfig, RopeConfig
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The nanochat family of Transformers (docs/math.md, section 1). Lengths are in tokens."""
+    """A decoder-only Transformer; the defaults are the nanochat family's (docs/math.md, section 1), others come with
+    imported weights (snlp_jax/model/convert). Lengths are in tokens."""
 
     vocab_size: int = 257
     """Entries of the tokenizer; embeddings are padded to a multiple of ``vocab_multiple`` and logits cropped."""
@@ -18,13 +20,22 @@ class ModelConfig:
     num_heads: int = 4
     num_kv_heads: int = 4
     mlp_ratio: int = 4
+    head_size: int = 0
+    """Channels of a head; 0 means ``embed_dim / num_heads``."""
+    mlp_dim: int = 0
+    """Channels between the MLP's projections; 0 means ``mlp_ratio * embed_dim``."""
     seq_len: int = 256
     """Training context; sets the windows. The rotary embedding reaches ``rotary_multiple * seq_len``."""
+    context: int = 0
+    """Longest text; L layers see all of it, and training may read shorter ones. 0 is the published rule: L layers see
+    ``seq_len`` tokens, and texts may be ``rotary_multiple`` times as long."""
     window_pattern: str = "L"
     """Tiled over the layers: L sees ``seq_len`` tokens to the left, S the ``short_window``; the last layer is an L."""
     short_window: int = 0
     """Left window of S layers: key s is visible from query t iff t - w <= s <= t. 0 means the published rule,
     a quarter of ``seq_len`` rounded up to a multiple of 128."""
+    ends_long: bool = True
+    """The last layer is an L whatever the pattern says."""
     use_x0_resid: bool = True
     """Layer l reads ``resid_scale * h + x0_scale * x0`` instead of h."""
     use_value_embeds: bool = True
@@ -44,10 +55,26 @@ class ModelConfig:
     """Row and column scalings that make a map between streams doubly stochastic."""
     sinkhorn_tau: float = 0.05
     """Temperature of static maps; dynamic ones have none."""
+    mlp: Literal["relu2", "swiglu", "geglu"] = "relu2"
+    """``relu(up)^2``, or ``silu(gate) * up``, or ``gelu(gate) * up`` in its tanh form."""
+    norm: NormConfig = field(default_factory=NormConfig)
+    use_qkv_bias: bool = False
+    use_out_bias: bool = False
+    """Of the attention's output projection."""
+    use_mlp_bias: bool = False
+    use_tied_head: bool = False
+    """The head reads the token table instead of a matrix of its own."""
+    embed_scale: float = 1.0
+    """Token embeddings are multiplied by this."""
     use_qk_norm: bool = True
+    attention_scale: float = 0.0
+    """Factor of scores; 0 means one over the square root of the head size."""
+    attention_softcap: float = 0.0
+    """Scores are ``cap * tanh(z / cap)``; 0 switches the cap off."""
     logit_softcap: float = 15.0
     """Logits are ``cap * tanh(z / cap)``; 0 switches the cap off."""
     rope_base: float = 100_000.0
+    rope: RopeConfig = field(default_factory=RopeConfig)
     rotary_multiple: int = 10
     vocab_multiple: int = 64
     remat: bool = False
@@ -64,10 +91,21 @@ class ModelConfig:
         require(self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; it must be at least 2.")
         require(self.vocab_multiple >= 1, f"model.vocab_multiple is {self.vocab_multiple}; it must be at least 1.")
         require(
-            self.embed_dim % self.num_heads == 0,
+            self.head_size > 0 or self.embed_dim % self.num_heads == 0,
             f"model.embed_dim {self.embed_dim} is not a multiple of model.num_heads {self.num_heads}; change one.",
         )
+        for name in ("head_size", "mlp_dim", "context"):
+            require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must be 0 or more.")
         require(self.head_dim % 2 == 0, f"the head size {self.head_dim} is odd; rotary embedding needs an even one.")
+        require(
+            self.num_rotated >= 2 and self.num_rotated % 2 == 0,
+            f"model.rope.fraction {self.rope.fraction} turns {self.num_rotated} of {self.head_dim} channels; that must "
+            "be an even number.",
+        )
+        require(
+            self.context == 0 or self.context >= self.seq_len,
+            f"model.context is {self.context}, but model.seq_len is {self.seq_len}; lower the latter.",
+        )
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}.",
@@ -78,7 +116,14 @@ class ModelConfig:
         )
         require(self.short_window >= 0, f"model.short_window is {self.short_window}; it must be 0 or more.")
         require(0 < self.rope_base < math.inf, f"model.rope_base is {self.rope_base}; it must be positive.")
-        require(self.logit_softcap >= 0, f"model.logit_softcap is {self.logit_softcap}; it must be 0 or more.")
+        for name in ("logit_softcap", "attention_softcap", "attention_scale"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"model.{name} is {value}; it must be 0 or more.")
+        require(0 < self.embed_scale < math.inf, f"model.embed_scale is {self.embed_scale}; it must be positive.")
+        require(
+            self.attention_softcap == 0 or self.attention != "cudnn",
+            f"model.attention 'cudnn' has no model.attention_softcap, which is {self.attention_softcap}; use 'auto'.",
+        )
         require(
             0 <= self.num_mtp_heads < self.seq_len,
             f"model.num_mtp_heads is {self.num_mtp_heads}; give 0 to {self.seq_len - 1}, as the last of {self.seq_len} "
@@ -97,7 +142,23 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
+        return self.head_size or self.embed_dim // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels between the MLP's projections."""
+        return self.mlp_dim or self.mlp_ratio * self.embed_dim
+
+    @property
+    def layer_weights(self) -> int:
+        """Entries of a layer's matrices, maps between streams left out."""
+        attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return attention + (2 + (self.mlp != "relu2")) * self.mlp_width * self.embed_dim
+
+    @property
+    def num_rotated(self) -> int:
+        """Channels of a head that the rotary embedding turns."""
+        return int(self.rope.fraction * self.head_dim)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -110,15 +171,19 @@ class ModelConfig:
 
     @property
     def max_context(self) -> int:
-        return self.rotary_multiple * self.seq_len
+        return self.context or self.rotary_multiple * self.seq_len
+
+    @property
+    def letters(self) -> str:
+        """S or L for every layer."""
+        tiled = self.window_pattern * (self.num_layers // len(self.window_pattern) + 1)
+        return tiled[: self.num_layers - 1] + ("L" if self.ends_long else tiled[self.num_layers - 1])
 
     @property
     def windows(self) -> tuple[int, ...]:
         """Left window of every layer, in tokens."""
         short = self.short_window or math.ceil(math.ceil(self.seq_len / 4) / 128) * 128
-        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.num_layers)]
-        pattern[-1] = "L"
-        return tuple(self.seq_len if letter == "L" else short for letter in pattern)
+        return tuple((self.context or self.seq_len) if letter == "L" else short for letter in self.letters)
 
     @property
     def value_embed_layers(self) -> tuple[int, ...]:

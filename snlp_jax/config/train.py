@@ -22,6 +22,8 @@ class OptimConfig:
     """Of the smear scalar and gate and the mid-layer scalar."""
     hyper_lr: float = 0.01
     """Of the maps between residual streams."""
+    vector_lr: float = 0.002
+    """Of biases and of the weights of norms."""
     matrix_weight_decay: float = 0.28
     lr_scale: float = 1.0
     """Multiplies every learning rate."""

@@ -24,7 +24,9 @@ MIN_BLOCK = 64
 """Fewest queries of a block, whatever the size of its scores."""
 
 
-def choose_implementation(requested: str, *, backend: str, dtype: Any, seq_len: int, head_dim: int) -> Implementation:
+def choose_implementation(
+    requested: str, *, backend: str, dtype: Any, seq_len: int, head_dim: int, softcap: float = 0.0
+) -> Implementation:
     """Resolve ``auto`` and check an explicit choice.
 
     Raises:
@@ -33,9 +35,12 @@ def choose_implementation(requested: str, *, backend: str, dtype: Any, seq_len: 
     half_precision = jnp.dtype(dtype).itemsize == 2
     splash_fits = seq_len % 128 == 0 and head_dim % 128 == 0
     if requested == "auto":
-        if backend == "gpu" and half_precision and seq_len > 1 and head_dim % 8 == 0 and head_dim <= 128:
+        cudnn_fits = half_precision and seq_len > 1 and head_dim % 8 == 0 and head_dim <= 128 and not softcap
+        if backend == "gpu" and cudnn_fits:
             return "cudnn"
         return "splash" if backend == "tpu" and splash_fits else "xla"
+    if requested == "cudnn" and softcap:
+        raise InputError(f"model.attention 'cudnn' has no model.attention_softcap, which is {softcap}; use 'auto'.")
     if requested == "cudnn" and not (backend == "gpu" and half_precision):
         raise InputError(
             f"model.attention 'cudnn' needs a GPU and bfloat16, not {jnp.dtype(dtype).name} on {backend!r}; use 'auto'."
@@ -55,23 +60,26 @@ def attend(
     window: int | Array,
     implementation: Implementation,
     document_BS: Array | None = None,
+    softcap: float = 0.0,
 ) -> Array:
     """Attention output [B, T, N, H] in the dtype of ``v``; queries are the last T of the S positions.
 
     ``window`` may be a traced scalar on the XLA path only: the kernels compile it in. ``document_BS`` numbers the
-    document of each position.
+    document of each position. Scores z become ``softcap * tanh(z / softcap)`` where that is not 0.
     """
     if implementation == "xla" or (implementation == "cudnn" and document_BS is not None):
-        return _xla(q_BTNH, k_BSKH, v_BSKH, window, document_BS)
+        return _xla(q_BTNH, k_BSKH, v_BSKH, window, document_BS, softcap)
     if not isinstance(window, int):
         raise TypeError(f"{implementation} attention needs a static window, not a traced one.")
     if implementation == "cudnn":
+        if softcap:
+            raise ValueError("cudnn attention caps no scores; use XLA's.")
         if q_BTNH.shape[1] != k_BSKH.shape[1]:
             raise ValueError("cudnn attention counts positions from the first key; give as many queries as keys.")
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=(window, 0), implementation="cudnn"
         )
-    return _splash(q_BTNH, k_BSKH, v_BSKH, window, document_BS)
+    return _splash(q_BTNH, k_BSKH, v_BSKH, window, document_BS, softcap)
 
 
 def attend_any(
@@ -82,11 +90,12 @@ def attend_any(
     windows: tuple[int, ...],
     implementation: Implementation,
     document_BS: Array | None = None,
+    softcap: float = 0.0,
 ) -> Array:
     """``attend`` with a traced window that is one of the static ``windows``: a kernel for each, chosen at run time."""
     if implementation == "xla" or (implementation == "cudnn" and document_BS is not None):
-        return _xla(q_BTNH, k_BSKH, v_BSKH, window, document_BS)
-    branches = [lambda q, k, v, w=w: attend(q, k, v, w, implementation, document_BS) for w in windows]
+        return _xla(q_BTNH, k_BSKH, v_BSKH, window, document_BS, softcap)
+    branches = [lambda q, k, v, w=w: attend(q, k, v, w, implementation, document_BS, softcap) for w in windows]
     index = jnp.searchsorted(jnp.asarray(windows), window)
     return jax.lax.switch(index, branches, q_BTNH, k_BSKH, v_BSKH)
 
@@ -98,6 +107,7 @@ def attend_by_window(
     windows: Sequence[int],
     implementation: Implementation,
     document_BT: Array | None = None,
+    softcap: float = 0.0,
 ) -> Array:
     """Attention of L layers at once, layer l with the static ``windows[l]``: one call for each distinct window, on
     activations gathered by window."""
@@ -112,40 +122,53 @@ def attend_by_window(
         rows = slice(None) if len(members) == len(windows) else np.asarray(members)
         q, k, v = (x[rows].reshape(-1, *x.shape[2:]) for x in (q_LBTNH, k_LBTKH, v_LBTKH))
         document = None if document_BT is None else jnp.tile(document_BT, (len(members), 1))
-        out = attend(q, k, v, window, implementation, document)
+        out = attend(q, k, v, window, implementation, document, softcap)
         outs.append(out.reshape(len(members), -1, *out.shape[1:]))
         order += members
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs)[np.argsort(order)]
 
 
-def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, document_BS: Array | None = None) -> Array:
+def _xla(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    window: int | Array,
+    document_BS: Array | None = None,
+    softcap: float = 0.0,
+) -> Array:
     """Softmax in float32, in blocks of queries where the score tensor would pass ``MAX_SCORES`` elements."""
     num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
     num_scores = q_BTNH.shape[0] * q_BTNH.shape[2] * num_queries * num_keys
     num_blocks = -(-num_scores // MAX_SCORES)
     block = max(-(-num_queries // num_blocks), min(MIN_BLOCK, num_queries))
     if block == num_queries:
-        return _xla_block(q_BTNH, k_BSKH, v_BSKH, window, num_keys - num_queries, document_BS)
+        return _xla_block(q_BTNH, k_BSKH, v_BSKH, window, num_keys - num_queries, document_BS, softcap)
     # Each block sees only the keys up to its last query; its scores are recomputed in the backward pass.
     outputs = []
-    run_block = jax.checkpoint(_xla_block, static_argnums=(4,))
+    run_block = jax.checkpoint(_xla_block, static_argnums=(4, 6))
     for start in range(0, num_queries, block):
         q_block = q_BTNH[:, start : start + block]
         offset = num_keys - num_queries + start
         stop = offset + q_block.shape[1]
         document = None if document_BS is None else document_BS[:, :stop]
-        outputs.append(run_block(q_block, k_BSKH[:, :stop], v_BSKH[:, :stop], window, offset, document))
+        outputs.append(run_block(q_block, k_BSKH[:, :stop], v_BSKH[:, :stop], window, offset, document, softcap))
     return jnp.concatenate(outputs, axis=1)
 
 
 def _xla_block(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int | Array, offset: int, document_BS: Array | None
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    window: int | Array,
+    offset: int,
+    document_BS: Array | None,
+    softcap: float,
 ) -> Array:
     """Attention of queries at positions ``offset`` and on to keys at positions 0 and on."""
     queries, keys = offset + jnp.arange(q_BTNH.shape[1]), jnp.arange(k_BSKH.shape[1])
     piece = Piece(jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2), keys[None], document_BS)
     document_BT = None if document_BS is None else document_BS[:, offset : offset + q_BTNH.shape[1]]
-    return attend_pieces(q_BTNH, queries[None], (piece,), window, document_BT)
+    return attend_pieces(q_BTNH, queries[None], (piece,), window, document_BT, softcap)
 
 
 class Piece(NamedTuple):
@@ -165,6 +188,7 @@ def attend_pieces(
     pieces: Sequence[Piece],
     window: int | Array,
     document_BT: Array | None = None,
+    softcap: float = 0.0,
 ) -> Array:
     """Attention to keys and values that lie in several pieces, in any order, on the XLA path.
 
@@ -178,6 +202,8 @@ def attend_pieces(
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     join = lambda parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)  # noqa: E731
     scores_BKXS = join([product("BKXH,BKSH->BKXS", q_BKXH, piece.key_BKSH) * H**-0.5 for piece in pieces])
+    if softcap:
+        scores_BKXS = softcap * jnp.tanh(scores_BKXS / softcap)
     key_position_BS = join([piece.position_BS for piece in pieces])
     distance_BTS = position_BT[:, :, None] - key_position_BS[:, None, :]
     visible_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (key_position_BS[:, None, :] >= 0)
@@ -200,7 +226,14 @@ def slot_positions(length_B: Array, num_slots: int) -> Array:
     return last_B1 - (last_B1 - jnp.arange(num_slots)[None]) % num_slots
 
 
-def _splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int, document_BS: Array | None = None) -> Array:
+def _splash(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    window: int,
+    document_BS: Array | None = None,
+    softcap: float = 0.0,
+) -> Array:
     """Pallas splash attention (TPU): heads before positions, scale folded into the queries."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -208,7 +241,8 @@ def _splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, window: int, document_B
     S = k_BSKH.shape[1]
     mask = splash_attention_mask.LocalMask((T, S), window_size=(window, 0), offset=S - T)
     heads = splash_attention_mask.MultiHeadMask([mask] * N)
-    kernel = splash_attention_kernel.make_splash_mha(mask=heads, head_shards=1, q_seq_shards=1)
+    settings = {"attn_logits_soft_cap": softcap} if softcap else {}
+    kernel = splash_attention_kernel.make_splash_mha(mask=heads, head_shards=1, q_seq_shards=1, **settings)
     to_heads = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
     segments = None
     if document_BS is not None:

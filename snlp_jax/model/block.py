@@ -1,9 +1,10 @@
-"""One layer of the nanochat family: its parameters (Flax NNX) and its maths, alone and for all layers at once.
+"""One layer: its parameters (Flax NNX) and its maths, alone and for all layers at once.
 
     x = resid_scale * h + x0_scale * x0
     u = x + Attention(rms(x));  h' = u + MLP(rms(u))
 
-or the same two branches on several streams (``snlp_jax/model/hyper.py``). A layer is computed in three stages so that
+without the scales in other families than nanochat's (Gemma: ``u = x + rms(Attention(rms(x)))`` and so on), or the same
+two branches on several streams (``snlp_jax/model/hyper.py``). A layer is computed in three stages so that
 the layer-batched sweep can group attention by window without touching the weights: ``before`` (mix, norm, projections),
 ``attend``, ``after`` (output projection and MLP).
 """
@@ -17,7 +18,7 @@ from flax import nnx
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.model.hyper import Hyper, LayerMaps, residual_path
-from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, project, rms_norm, rotate, uniform
+from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, norm_weight, project, rms_norm, rotate, uniform, weigh
 from snlp_jax.types import Array
 
 
@@ -39,6 +40,8 @@ class Context(NamedTuple):
     """Static maps between residual streams; None for other models."""
     past: "Ring | None" = None
     """Keys and values of the tokens before these; None where these are the first."""
+    is_local: Array | None = None
+    """Whether the layer reads the rotary table of S layers; None where all layers read one."""
 
 
 class Shared(NamedTuple):
@@ -48,6 +51,7 @@ class Shared(NamedTuple):
     cos_TH: Array
     """[T, H/2], or [B, T, H/2] where every row has its own positions."""
     sin_TH: Array
+    """Negative where pairs turn forward."""
     first_B: Array | None = None
     """Position of each row's first token, which is the number of tokens before; None where these are the first."""
     past: "Rings | None" = None
@@ -56,6 +60,9 @@ class Shared(NamedTuple):
     document_BT: Array | None = None
     """Number of the document, in its row, that each token belongs to, where tokens attend to their own alone; not
     together with tokens before."""
+    local_cos_TH: Array | None = None
+    """Of S layers, where theirs is another table."""
+    local_sin_TH: Array | None = None
 
 
 class KeyValue(NamedTuple):
@@ -109,19 +116,47 @@ class Attention(nnx.Module):
         self.key = nnx.Param(uniform(rngs.params(), (D, config.num_kv_heads * H), scale))
         self.value = nnx.Param(uniform(rngs.params(), (D, config.num_kv_heads * H), scale))
         self.out = nnx.Param(jnp.zeros((config.num_heads * H, D)))
+        if config.use_qkv_bias:
+            self.query_bias = nnx.Param(jnp.zeros((config.num_heads * H,)))
+            self.key_bias = nnx.Param(jnp.zeros((config.num_kv_heads * H,)))
+            self.value_bias = nnx.Param(jnp.zeros((config.num_kv_heads * H,)))
+        if config.use_out_bias:
+            self.out_bias = nnx.Param(jnp.zeros((D,)))
+        if config.use_qk_norm and config.norm.weight != "none":
+            self.query_norm = nnx.Param(norm_weight(config.norm, H))
+            self.key_norm = nnx.Param(norm_weight(config.norm, H))
 
 
 class Mlp(nnx.Module):
-    """Two projections around a squared ReLU."""
+    """Two projections around a squared ReLU, or three around a product with a gate."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, F = config.embed_dim, config.mlp_ratio * config.embed_dim
-        self.up = nnx.Param(uniform(rngs.params(), (D, F), 0.4 * D**-0.5))
+        self.config = config
+        D, F = config.embed_dim, config.mlp_width
+        names = ("up",) if config.mlp == "relu2" else ("up", "gate")
+        for name in names:
+            setattr(self, name, nnx.Param(uniform(rngs.params(), (D, F), 0.4 * D**-0.5)))
         self.down = nnx.Param(jnp.zeros((F, D)))
+        if config.use_mlp_bias:
+            for name in names:
+                setattr(self, f"{name}_bias", nnx.Param(jnp.zeros((F,))))
+            self.down_bias = nnx.Param(jnp.zeros((D,)))
 
     def hidden(self, normed_BTD: Array, dtype: jnp.dtype) -> Array:
         """Between the two projections, [B, T, F]."""
-        return jnp.square(jax.nn.relu(project(normed_BTD, self.up[...], dtype)))
+        up_BTF = _linear(self, "up", normed_BTD, dtype)
+        if self.config.mlp == "relu2":
+            return jnp.square(jax.nn.relu(up_BTF))
+        gate_BTF = _linear(self, "gate", normed_BTD, dtype)
+        return (jax.nn.silu(gate_BTF) if self.config.mlp == "swiglu" else jax.nn.gelu(gate_BTF)) * up_BTF
+
+
+class Norms(nnx.Module):
+    """Weights of the norms before a layer's branches, and of those behind them where there are such."""
+
+    def __init__(self, config: ModelConfig):
+        for name in ("attn", "mlp", *(("attn_post", "mlp_post") if config.norm.use_post else ())):
+            setattr(self, name, nnx.Param(norm_weight(config.norm, config.embed_dim)))
 
 
 class Block(nnx.Module):
@@ -135,6 +170,8 @@ class Block(nnx.Module):
         self.path = residual_path(config)
         self.attn = Attention(config, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
+        if config.norm.weight != "none":
+            self.norms = Norms(config)
         if config.use_x0_resid:
             depth = layer / max(config.num_layers - 1, 1)
             self.resid_scale = nnx.Param(jnp.asarray(1.15 - 0.10 * depth, jnp.float32))
@@ -152,13 +189,23 @@ class Block(nnx.Module):
         """Queries, keys and values of the normed attention input."""
         config = self.config
         B, T, _ = x_BTD.shape
-        normed = rms_norm(x_BTD)
-        heads = lambda kernel, count: project(normed, kernel[...], dtype).reshape(B, T, count, -1)  # noqa: E731
-        q = rotate(heads(self.attn.query, config.num_heads), shared.cos_TH, shared.sin_TH)
-        k = rotate(heads(self.attn.key, config.num_kv_heads), shared.cos_TH, shared.sin_TH)
-        v = heads(self.attn.value, config.num_kv_heads)
-        if config.use_qk_norm:
+        normed = self.weigh(rms_norm(x_BTD, config.norm.eps), "attn")
+        heads = lambda name, count: _linear(self.attn, name, normed, dtype).reshape(B, T, count, -1)  # noqa: E731
+        table, is_weighted = _table_of(ctx, shared), config.norm.weight != "none"
+
+        def turned(name: str, count: int) -> Array:
+            x_BTNH = heads(name, count)
+            if config.use_qk_norm and is_weighted:
+                weight = getattr(self.attn, f"{name}_norm")[...]
+                x_BTNH = weigh(rms_norm(x_BTNH, config.norm.eps), weight, config.norm)
+            return rotate(x_BTNH, *table)
+
+        q, k = turned("query", config.num_heads), turned("key", config.num_kv_heads)
+        v = heads("value", config.num_kv_heads)
+        if config.use_qk_norm and not is_weighted:
             q, k = QK_SCALE * rms_norm(q), QK_SCALE * rms_norm(k)
+        if config.attention_scale:  # the kernels multiply scores by H^-0.5
+            q = config.attention_scale * config.head_dim**0.5 * q
         if ctx.value_embed is not None:
             gate_BTK = 3.0 * jax.nn.sigmoid(project(normed[..., :GATE_INPUT], ctx.value_embed.gate, dtype))
             v = v + gate_BTK[..., None] * ctx.value_embed.rows_BTKH
@@ -167,6 +214,42 @@ class Block(nnx.Module):
     def after(self, carry: Any, attended_BTNH: Array, ctx: Context, dtype: jnp.dtype) -> tuple[Array, Array | None]:
         """Output projection and MLP: ``(h', skip_BTRR of the aux)``."""
         attended_BTX = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
-        u_BTD, carry = self.path.between(self, carry, ctx, project(attended_BTX, self.attn.out[...], dtype))
-        hidden_BTF = self.mlp.hidden(rms_norm(u_BTD), dtype)
-        return self.path.leave(carry, ctx, project(hidden_BTF, self.mlp.down[...], dtype))
+        u_BTD, carry = self.path.between(self, carry, ctx, self.attn_out(attended_BTX, dtype))
+        hidden_BTF = self.mlp_hidden(rms_norm(u_BTD, self.config.norm.eps), dtype)
+        return self.path.leave(carry, ctx, self.mlp_out(hidden_BTF, dtype))
+
+    def attn_out(self, attended_BTX: Array, dtype: jnp.dtype) -> Array:
+        """What the attention branch adds to the stream."""
+        return self._post(_linear(self.attn, "out", attended_BTX, dtype), "attn_post")
+
+    def mlp_hidden(self, normed_BTD: Array, dtype: jnp.dtype) -> Array:
+        """Between the MLP's projections, from its normed input without weights."""
+        return self.mlp.hidden(self.weigh(normed_BTD, "mlp"), dtype)
+
+    def mlp_out(self, hidden_BTF: Array, dtype: jnp.dtype) -> Array:
+        """What the MLP adds to the stream."""
+        return self._post(_linear(self.mlp, "down", hidden_BTF, dtype), "mlp_post")
+
+    def weigh(self, normed_BTD: Array, name: str) -> Array:
+        """The weights of the named norm applied, where norms have weights."""
+        if self.config.norm.weight == "none":
+            return normed_BTD
+        return weigh(normed_BTD, getattr(self.norms, name)[...], self.config.norm)
+
+    def _post(self, branch_BTD: Array, name: str) -> Array:
+        norm = self.config.norm
+        return self.weigh(rms_norm(branch_BTD, norm.eps), name) if norm.use_post else branch_BTD
+
+
+def _table_of(ctx: Context, shared: Shared) -> tuple[Array, Array]:
+    """Cosines and sines of a layer."""
+    if ctx.is_local is None:
+        return shared.cos_TH, shared.sin_TH
+    cos_TH = jnp.where(ctx.is_local, shared.local_cos_TH, shared.cos_TH)
+    return cos_TH, jnp.where(ctx.is_local, shared.local_sin_TH, shared.sin_TH)
+
+
+def _linear(module: nnx.Module, name: str, x: Array, dtype: jnp.dtype) -> Array:
+    """``x W + b`` with the module's kernel ``name`` and its bias, where it has one."""
+    bias = getattr(module, f"{name}_bias", None)
+    return project(x, getattr(module, name)[...], dtype, None if bias is None else bias[...])

@@ -1,14 +1,16 @@
 """Small pieces of one layer: norms, projections, rotary embedding, initialisers."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from snlp_jax.config import NormConfig, RopeScaling
 from snlp_jax.types import Array
 
 RMS_EPS = 1.1920929e-07
-"""Machine epsilon of float32, as in the published models."""
+"""Machine epsilon of float32, as in the published models; the default of ``model.norm.eps``."""
 GATE_INPUT = 12
 """Channels of the normed attention input that a value-embedding gate reads."""
 SMEAR_INPUT = 24
@@ -17,35 +19,86 @@ QK_SCALE = 1.2
 """Queries and keys are multiplied by this after their norm."""
 
 
-def rms_norm(x: Array) -> Array:
+def rms_norm(x: Array, eps: float = RMS_EPS) -> Array:
     """``x / rms(x)`` over the last axis, without weights, in float32."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + RMS_EPS)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
-def project(x: Array, kernel: Array, dtype: Any) -> Array:
-    """``x @ kernel`` with operands in ``dtype`` and a float32 result: [..., I], [I, O] -> [..., O].
+def norm_weight(config: NormConfig, width: int) -> Array:
+    """Fresh weights of a norm: the factor is 1."""
+    return jnp.zeros((width,)) if config.weight == "plus_one" else jnp.ones((width,))
+
+
+def weigh(normed: Array, weight: Array, config: NormConfig) -> Array:
+    """``normed * w``, or ``normed * (1 + w)``, along the last axis."""
+    return normed * _along_last(1.0 + weight if config.weight == "plus_one" else weight, normed.ndim)
+
+
+def project(x: Array, kernel: Array, dtype: Any, bias: Array | None = None) -> Array:
+    """``x @ kernel + bias`` with operands in ``dtype`` and a float32 result: [..., I], [I, O] -> [..., O].
 
     As a product of two matrices: on a CPU the kernel's gradient is several times slower when batch and time are
     contracted as two axes.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     product = jnp.dot(rows, kernel.astype(dtype), preferred_element_type=jnp.float32)
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+    product = product.reshape(*x.shape[:-1], kernel.shape[-1])
+    return product if bias is None else product + _along_last(bias, x.ndim)
 
 
-def rotary_table(positions: Array, head_dim: int, base: float) -> tuple[Array, Array]:
-    """Cosines and sines of positions [..., T], each [..., T, H/2]."""
-    inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def _along_last(vector: Array, ndim: int) -> Array:
+    return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def rotary_table(
+    positions: Array, num_channels: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[Array, Array]:
+    """Cosines and sines of positions [..., T], each [..., T, H/2], for H channels that turn."""
+    inverse = 1.0 / base ** (jnp.arange(0, num_channels, 2, dtype=jnp.float32) / num_channels)
+    if scaling is not None and scaling.kind != "none":
+        inverse = inverse * _stretch(inverse, num_channels, base, scaling)
     angles = positions.astype(jnp.float32)[..., None] * inverse.reshape(*(1,) * positions.ndim, -1)
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = 1.0 if scaling is None else scaling.table_factor
+    return (jnp.cos(angles), jnp.sin(angles)) if factor == 1.0 else (factor * jnp.cos(angles), factor * jnp.sin(angles))
+
+
+def _stretch(inverse: Array, num_channels: int, base: float, scaling: RopeScaling) -> Array:
+    """What every frequency is multiplied by, from 1 over ``factor`` (long waves) to 1 (short ones).
+
+    llama3 interpolates between them by the number of turns over the original context, yarn (arXiv 2309.00071) by the
+    number of the channel, between the channels that turn ``beta_fast`` and ``beta_slow`` times.
+    """
+    if scaling.kind == "linear":
+        return jnp.full_like(inverse, 1.0 / scaling.factor)
+    if scaling.kind == "llama3":
+        turns = scaling.original_context * inverse / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return kept + (1.0 - kept) / scaling.factor
+
+    def channel(num_turns: float) -> float:
+        wave = scaling.original_context / (num_turns * 2 * math.pi)
+        return num_channels * math.log(wave) / (2 * math.log(base))
+
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, num_channels - 1)
+    ramp = (jnp.arange(len(inverse), dtype=jnp.float32) - low) / max(high - low, 0.001)
+    kept = 1.0 - jnp.clip(ramp, 0.0, 1.0)
+    return kept + (1.0 - kept) / scaling.factor
 
 
 def rotate(x_BTNH: Array, cos_TH: Array, sin_TH: Array) -> Array:
-    """Rotary embedding; a pair is channel i and channel i + H/2. The table is [T, H/2], or [B, T, H/2]."""
-    x1, x2 = jnp.split(x_BTNH, 2, axis=-1)
+    """Rotary embedding of the first 2R channels; a pair is channel i and channel i + R. The table is [T, R], or
+    [B, T, R]."""
+    num_rotated = 2 * cos_TH.shape[-1]
+    rest = x_BTNH[..., num_rotated:]
+    x1, x2 = jnp.split(x_BTNH[..., :num_rotated], 2, axis=-1)
     cos, sin = (table.reshape(-1, *table.shape[-2:])[:, :, None] for table in (cos_TH, sin_TH))
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+    turned = [x1 * cos + x2 * sin, x2 * cos - x1 * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
 
 
 def uniform(key: Array, shape: tuple[int, ...], scale: float) -> Array:

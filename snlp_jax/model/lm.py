@@ -12,12 +12,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import ModelConfig, RopeScaling
 from snlp_jax.errors import InputError
 from snlp_jax.model.attention import Implementation, choose_implementation
 from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
 from snlp_jax.model.hyper import LayerMaps, static_maps
-from snlp_jax.model.layers import GATE_INPUT, SMEAR_INPUT, project, rms_norm, rotary_table, uniform
+from snlp_jax.model.layers import (
+    GATE_INPUT,
+    SMEAR_INPUT,
+    norm_weight,
+    project,
+    rms_norm,
+    rotary_table,
+    uniform,
+    weigh,
+)
 from snlp_jax.model.nodes import (
     LARGE_STATE,
     ChooseKernel,
@@ -49,8 +58,8 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Untied output projection, the weight of the mid-layer state it subtracts, and the matrices [M, D, D] before it
-    that make it look further ahead.
+    """Output projection, unless it is the token table, its norm's weight, the weight of the mid-layer state it
+    subtracts, and the matrices [M, D, D] before it that make it look further ahead.
 
     These begin as the identity: each head then says what the next-token head says, in a space that the projection can
     read. From 0 the norm behind them would have a derivative of 1 / sqrt(eps), about 3000.
@@ -58,7 +67,10 @@ class Head(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape = (config.embed_dim, config.padded_vocab_size)
-        self.kernel = nnx.Param(0.001 * jax.random.normal(rngs.params(), shape))
+        if not config.use_tied_head:
+            self.kernel = nnx.Param(0.001 * jax.random.normal(rngs.params(), shape))
+        if config.norm.weight != "none":
+            self.norm = nnx.Param(norm_weight(config.norm, config.embed_dim))
         if config.use_mid_subtract:
             self.mid_scale = nnx.Param(jnp.asarray(0.2, jnp.float32))  # not weakly typed: a step would compile twice
         if config.num_mtp_heads:
@@ -142,7 +154,8 @@ class LanguageModel:
         previous_B1: Array | None = None,
         document_BT: Array | None = None,
     ) -> Array:
-        """``x0_BTD`` float32: normed token embeddings, each mixed with a gated share of its predecessor's.
+        """``x0_BTD`` float32: token embeddings, normed or scaled where the family does so, each mixed with a gated
+        share of its predecessor's.
 
         Args:
             previous_B1: the token before the first, where there is one.
@@ -151,7 +164,10 @@ class LanguageModel:
         embed = params["embed"]
         if previous_B1 is not None and self.config.use_smear:
             return self.embed(params, jnp.concatenate([previous_B1, tokens_BT], axis=1))[:, 1:]
-        e_BTD = rms_norm(jnp.take(embed["token"], tokens_BT, axis=0))
+        e_BTD = jnp.take(embed["token"], tokens_BT, axis=0)
+        e_BTD = rms_norm(e_BTD, self.config.norm.eps) if self.config.norm.use_embed else e_BTD.astype(jnp.float32)
+        if self.config.embed_scale != 1.0:
+            e_BTD = self.config.embed_scale * e_BTD
         if not self.config.use_smear:
             return e_BTD
         gate_BT1 = jax.nn.sigmoid(e_BTD[:, 1:, :SMEAR_INPUT] @ embed["smear_gate"])[..., None]
@@ -179,8 +195,16 @@ class LanguageModel:
         self.check_context(x0_BTD.shape[1])
         position_T = jnp.arange(x0_BTD.shape[1])
         positions = position_T if first_B is None else first_B[:, None] + position_T[None]
-        table = rotary_table(positions, self.config.head_dim, self.config.rope_base)
-        return Shared(x0_BTD, *table, first_B, document_BT=document_BT)
+        config = self.config
+        sign = 1 if config.rope.direction == "backward" else -1
+
+        def table(base: float, scaling: RopeScaling | None) -> tuple[Array, Array]:
+            cos_TH, sin_TH = rotary_table(positions, config.num_rotated, base, scaling)
+            return cos_TH, sin_TH if sign == 1 else -sin_TH
+
+        local = table(config.rope.local_base, None) if config.rope.local_base else (None, None)
+        usual = table(config.rope_base, config.rope.scaling)
+        return Shared(x0_BTD, *usual, first_B, None, document_BT, *local)
 
     def check_context(self, num_tokens: int) -> None:
         """Refuse sequences that are longer than the rotary embedding reaches.
@@ -219,7 +243,10 @@ class LanguageModel:
         num_rows = num_rows or stop - start
         windows = jnp.asarray(self.config.windows[start:stop], jnp.int32)
         value_embed = self._value_embed(params, tokens_BT, start, stop, tables, num_shards, num_rows // num_shards)
-        return Context(windows, value_embed, self._static_maps(blocks, stop - start))
+        is_local = None
+        if self.config.rope.local_base:
+            is_local = jnp.asarray([letter == "S" for letter in self.config.letters[start:stop]])
+        return Context(windows, value_embed, self._static_maps(blocks, stop - start), None, is_local)
 
     def value_tables(self, params: Params, start: int, stop: int, num_shards: int, num_rows: int) -> PyTree:
         """Value embeddings of layers ``start`` to ``stop - 1``, laid out for a stack of ``num_rows`` layers in
@@ -246,7 +273,8 @@ class LanguageModel:
         past: Any = None if ctx.past is None else Ring(before, before)  # type: ignore[arg-type]
         own: Any = None if shared.first_B is None else 0
         document: Any = None if shared.document_BT is None else 0
-        of_all = Shared(0, own, own, own, document_BT=document)  # type: ignore[arg-type]
+        local: Any = None if shared.local_cos_TH is None else own
+        of_all = Shared(0, own, own, own, None, document, local, local)  # type: ignore[arg-type]
         return Context(None, value_embed, None, past), of_all, before  # type: ignore[arg-type]
 
     def logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
@@ -265,8 +293,12 @@ class LanguageModel:
 
     def unembed(self, params: Params, y_BTD: Array) -> Array:
         """``cap * tanh(rms(y) W / cap)`` of all ``padded_vocab_size`` entries."""
-        cap = self.config.logit_softcap
-        z_BTV = project(rms_norm(y_BTD), params["head"]["kernel"], self.dtype)
+        config, cap = self.config, self.config.logit_softcap
+        normed_BTD = rms_norm(y_BTD, config.norm.eps)
+        if config.norm.weight != "none":
+            normed_BTD = weigh(normed_BTD, params["head"]["norm"], config.norm)
+        kernel_DV = params["embed"]["token"].T if config.use_tied_head else params["head"]["kernel"]
+        z_BTV = project(normed_BTD, kernel_DV, self.dtype)
         return cap * jnp.tanh(z_BTV / cap) if cap else z_BTV
 
     def look_ahead(self, params: Params, y_BTD: Array, k: int) -> Array:
@@ -420,7 +452,8 @@ class LanguageModel:
 
     def _node_fns(self, node: Node, windows: tuple[int, ...], forward_mode: bool) -> NodeFns:
         kernels, one_by_one_from = self._kernels(forward_mode), LARGE_STATE if self.backend == "cpu" else None
-        return node_fns(node, windows, kernels, remat=self.config.remat, one_by_one_from=one_by_one_from)
+        settings: dict[str, Any] = {"one_by_one_from": one_by_one_from, "softcap": self.config.attention_softcap}
+        return node_fns(node, windows, kernels, remat=self.config.remat, **settings)
 
     def _kernels(self, forward_mode: bool) -> ChooseKernel:
         return lambda seq_len: "xla" if forward_mode else self._attention(seq_len)
@@ -436,6 +469,7 @@ class LanguageModel:
             dtype=self.dtype,
             seq_len=seq_len,
             head_dim=self.config.head_dim,
+            softcap=self.config.attention_softcap,
         )
         if kernel in self._kernels_here:
             return kernel

@@ -14,6 +14,7 @@ With branches = mean w_j is divided by M. Streams: H_res, H_pre and H_post are m
 sub-layer. Every layer keeps its window, its heads and its value embeddings. M = 1 is the layer itself.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -87,9 +88,9 @@ class LayerNode:
 
     def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
         if shared.first_B is not None:
-            return attend_cached(q_BTNH, kv, _own(ctx), ctx.window, shared)
-        windows = tuple(sorted(set(self.config.windows)))
-        return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel, shared.document_BT)
+            return attend_cached(q_BTNH, kv, _own(ctx), ctx.window, shared, self.config.attention_softcap)
+        windows, softcap = tuple(sorted(set(self.config.windows))), self.config.attention_softcap
+        return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel, shared.document_BT, softcap)
 
     def after(self, params: PyTree, carry: Any, out_BTNH: Array, ctx: Context) -> tuple[Array, Array | None]:
         return self.merge(params).after(carry, out_BTNH, ctx, self.dtype)
@@ -138,12 +139,14 @@ class ChunkNode:
         return carry, q_MBTNH, kv
 
     def attend(self, q_MBTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
+        rest = (shared.document_BT, self.config.attention_softcap)
         if shared.first_B is not None:
-            return jax.vmap(attend_cached, in_axes=(0, 0, 0, 0, None))(q_MBTNH, kv, _own(ctx), ctx.window, shared)
+            cached = functools.partial(attend_cached, softcap=self.config.attention_softcap)
+            return jax.vmap(cached, in_axes=(0, 0, 0, 0, None))(q_MBTNH, kv, _own(ctx), ctx.window, shared)
         if self.windows is not None:
-            return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel, shared.document_BT)
+            return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel, *rest)
         choices = tuple(sorted(set(self.config.windows)))
-        one = lambda q, k, v, window: attend_any(q, k, v, window, choices, kernel, shared.document_BT)  # noqa: E731
+        one = lambda q, k, v, window: attend_any(q, k, v, window, choices, kernel, *rest)  # noqa: E731
         rows = (q_MBTNH, kv.key_BTKH, kv.value_BTKH, ctx.window)
         if kernel == "xla":
             return jax.vmap(one)(*rows)
@@ -152,10 +155,15 @@ class ChunkNode:
     def after(self, params: PyTree, carry: Any, out_MBTNH: Array, ctx: Context) -> tuple[Array, Array | None]:
         path, wide, weights_M = residual_path(self.config), self._wide(ctx), self._branch_weights(params)
         attended_MBTX = out_MBTNH.reshape(*out_MBTNH.shape[:3], -1)
-        attn_BTD = self._contract(attended_MBTX, params["attn"]["out"], weights_M)
+        if self.config.norm.use_post or self.config.use_out_bias:
+            attn_BTD = self._add_up(Block.attn_out, params, attended_MBTX, weights_M)
+        else:
+            attn_BTD = self._contract(attended_MBTX, params["attn"]["out"], weights_M)
         u_BTD, carry = path.between(None, carry, wide, attn_BTD)
-        normed_MBTD = jnp.broadcast_to(rms_norm(u_BTD)[None], (len(out_MBTNH), *u_BTD.shape))
-        hidden_MBTF = jax.vmap(lambda p, x: self.merge(p).mlp.hidden(x, self.dtype))(params, normed_MBTD)
+        normed_MBTD = jnp.broadcast_to(rms_norm(u_BTD, self.config.norm.eps)[None], (len(out_MBTNH), *u_BTD.shape))
+        hidden_MBTF = jax.vmap(lambda p, x: self.merge(p).mlp_hidden(x, self.dtype))(params, normed_MBTD)
+        if self.config.norm.use_post or self.config.use_mlp_bias:
+            return path.leave(carry, wide, self._add_up(Block.mlp_out, params, hidden_MBTF, weights_M))
         return path.leave(carry, wide, self._contract(hidden_MBTF, params["mlp"]["down"], weights_M))
 
     def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
@@ -170,6 +178,15 @@ class ChunkNode:
             x_MBTX = x_MBTX * weights_M[:, None, None, None]
         x_BTMX = jnp.moveaxis(x_MBTX.astype(self.dtype), 0, 2)
         return project(x_BTMX.reshape(*x_BTMX.shape[:2], -1), kernel_MXD.reshape(-1, kernel_MXD.shape[-1]), self.dtype)
+
+    def _add_up(
+        self, branch: Callable[[Block, Array, Any], Array], params: PyTree, x_MBTX: Array, weights_M: Array | None
+    ) -> Array:
+        """``sum_j w_j branch_j(x_j)`` of branches that are more than a product."""
+        out_MBTD = jax.vmap(lambda p, x: branch(self.merge(p), x, self.dtype))(params, x_MBTX)
+        if weights_M is not None:
+            out_MBTD = out_MBTD * weights_M[:, None, None, None]
+        return out_MBTD.sum(0)
 
     def _scales(self, params: PyTree) -> Scales | None:
         """s and m of the chunk."""
@@ -204,13 +221,15 @@ def _own(ctx: Context) -> Ring:
     return ctx.past
 
 
-def attend_cached(q_BTNH: Array, kv: KeyValue, past: Ring, window: Array | int, shared: Shared) -> Array:
+def attend_cached(
+    q_BTNH: Array, kv: KeyValue, past: Ring, window: Array | int, shared: Shared, softcap: float = 0.0
+) -> Array:
     """Attention to the tokens before and to those at hand; the two sets of keys are read where they lie."""
     assert shared.first_B is not None
     position_BT = shared.first_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
     earlier = Piece(*past, slot_positions(shared.first_B, past.key_BKSH.shape[-2]))
     now = Piece(jnp.swapaxes(kv.key_BTKH, 1, 2), jnp.swapaxes(kv.value_BTKH, 1, 2), position_BT)
-    return attend_pieces(q_BTNH, position_BT, (earlier, now), window)
+    return attend_pieces(q_BTNH, position_BT, (earlier, now), window, softcap=softcap)
 
 
 def _products_after(scale_M: Array) -> Array:
@@ -226,6 +245,7 @@ def node_fns(
     *,
     remat: bool,
     one_by_one_from: int | None = None,
+    softcap: float = 0.0,
 ) -> NodeFns:
     """The functions of a chain of equal nodes whose layers, in order, have these windows.
 
@@ -244,7 +264,7 @@ def node_fns(
     @maybe_remat
     def batched(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry_L, q, kv = jax.vmap(node.before, in_axes=(0, 0, 0, None))(params, h_L, ctx, shared)
-        out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]))
+        out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]), softcap)
         new_L, skip_LBTRR = jax.vmap(node.after)(params, carry_L, out, ctx)
         return new_L, BlockAux(kv, skip_LBTRR)
 
@@ -270,7 +290,8 @@ def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKe
 
     def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry, q, kv = chunk.before(params, h_L[0], ctx, shared)
-        out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]))
+        softcap = node.config.attention_softcap
+        out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]), softcap)
         new_L, _ = jax.vmap(node.after, in_axes=(0, None, 0, 0))(params, carry, out, ctx)
         return new_L, BlockAux(kv, None)
 
@@ -278,18 +299,25 @@ def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKe
 
 
 def _attend_all(
-    q: Array, kv: KeyValue, ctx: Context, shared: Shared, windows: Sequence[int], kernel: Implementation
+    q: Array,
+    kv: KeyValue,
+    ctx: Context,
+    shared: Shared,
+    windows: Sequence[int],
+    kernel: Implementation,
+    softcap: float,
 ) -> Array:
     """Attention of all layers; the axes before [B, T, heads, H] are layers, or chunks and their layers."""
+    cached = functools.partial(attend_cached, softcap=softcap)
     if ctx.past is not None:
-        attend = attend_cached
+        attend = cached
         for _ in q.shape[:-4]:
             attend = jax.vmap(attend, in_axes=(0, 0, 0, 0, None))
         return attend(q, kv, ctx.past, ctx.window, shared)
     flat = lambda x: x.reshape(-1, *x.shape[-4:])  # noqa: E731
     q_LBTNH, kv_L = flat(q), KeyValue(flat(kv.key_BTKH), flat(kv.value_BTKH))
     if shared.past is not None:
-        attend_group = jax.vmap(attend_cached, in_axes=(0, 0, 0, 0, None))
+        attend_group = jax.vmap(cached, in_axes=(0, 0, 0, 0, None))
         order = [index for members in shared.past.members for index in members]
         outs = []
         for ring, members in zip(shared.past.groups, shared.past.members, strict=True):
@@ -299,5 +327,5 @@ def _attend_all(
             outs.append(attend_group(its_q, its_kv, ring, window_L, shared))
         out_LBTNH = jnp.concatenate(outs)[np.argsort(order)]
     else:
-        out_LBTNH = attend_by_window(q_LBTNH, *kv_L, windows, kernel, shared.document_BT)
+        out_LBTNH = attend_by_window(q_LBTNH, *kv_L, windows, kernel, shared.document_BT, softcap)
     return out_LBTNH.reshape(*q.shape[:-4], *out_LBTNH.shape[1:])

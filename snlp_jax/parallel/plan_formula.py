@@ -96,8 +96,8 @@ def _ops(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_chip
             for parts in (heads, width):
                 if parts > 1:
                     yield Op("all-reduce", rows, payload=state, group=parts)
-    head = weights.ends["head"]["kernel"]
-    vocabulary = _parts(head, 1)
+    head = weights.ends["embed"]["token"] if config.use_tied_head else weights.ends["head"]["kernel"]
+    vocabulary = _parts(head, 0 if config.use_tied_head else 1)
     yield Op("ends", 1, 2.0 * B * T * math.prod(head.shape) / vocabulary, bytes_per_device(head), launches=at_ends)
     if vocabulary > 1:
         num_embedded = T + (is_decode and config.use_smear)  # the token before, too

@@ -52,7 +52,9 @@ BY_FEATURE: Layout = {
 TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"blocks/attn/(query|key|value)", ("layers", "channels", "heads")),
     (r"blocks/attn/out", ("layers", "heads", "channels")),
-    (r"blocks/mlp/up", ("layers", "channels", "features")),
+    (r"blocks/attn/(query|key|value)_bias", ("layers", "heads")),
+    (r"blocks/mlp/(up|gate)", ("layers", "channels", "features")),
+    (r"blocks/mlp/(up|gate)_bias", ("layers", "features")),
     (r"blocks/mlp/down", ("layers", "features", "channels")),
     (r"blocks/hyper/(attn|mlp)/phi", ("layers", "channels")),
     (r"blocks/.*", ("layers",)),

@@ -30,8 +30,7 @@ def train_flops_per_token(config: ModelConfig) -> float:
     Auxiliary loss terms and recomputation are not counted: utilisation is that of plain training.
     """
     D, H = config.embed_dim, config.head_dim
-    attention = 2 * D * config.num_heads * H + 2 * D * config.num_kv_heads * H
-    matrices = config.num_layers * (attention + 2 * config.mlp_ratio * D * D) + D * config.padded_vocab_size
+    matrices = config.num_layers * config.layer_weights + D * config.padded_vocab_size
     if R := config.num_streams:
         entries = R * R + 2 * R
         matrices += 2 * config.num_layers * D * entries * (1 + R * (config.hyper_maps == "dynamic"))

@@ -19,7 +19,7 @@ from snlp_jax.types import Array, Params
 Adapters = dict[str, Any]
 """``{'blocks': {'attn': {'query': {'a': ..., 'b': ...}, ...}, 'mlp': ...}}``."""
 
-PLACES = {"query": "attn", "key": "attn", "value": "attn", "out": "attn", "up": "mlp", "down": "mlp"}
+PLACES = {"query": "attn", "key": "attn", "value": "attn", "out": "attn", "up": "mlp", "gate": "mlp", "down": "mlp"}
 
 
 def init_adapters(key: Array, params: Params, config: LoraConfig) -> Adapters:

@@ -21,7 +21,9 @@ Params = Any
 
 LABELS: tuple[tuple[str, str], ...] = (
     (r"blocks/attn/(query|key|value|out)", "matrix"),
-    (r"blocks/mlp/(up|down)", "matrix"),
+    (r"blocks/mlp/(up|gate|down)", "matrix"),
+    (r"blocks/(attn/(query|key)_norm|norms/\w+)|head/norm", "vector"),
+    (r"blocks/(attn|mlp)/\w+_bias", "vector"),
     (r"embed/value_gate", "matrix"),
     (r"embed/token", "embed"),
     (r"embed/value", "value_embed"),
@@ -75,7 +77,11 @@ ADAM_GROUPS: dict[str, AdamGroup] = {
     "x0_scale": AdamGroup((0.96, 0.95), 0.0, scales_with_width=False, scales_with_batch=True),
     "scalar": AdamGroup((0.8, 0.95), 0.0, scales_with_width=False, scales_with_batch=False),
     "hyper": AdamGroup((0.9, 0.999), 0.0, scales_with_width=False, scales_with_batch=False),
+    "vector": AdamGroup((0.9, 0.999), 0.0, scales_with_width=False, scales_with_batch=False),
 }
+
+LATER_GROUPS = ("vector",)
+"""Groups that only models with such leaves have a state for: the checkpoints of others began without one."""
 
 
 def param_labels(params: Params) -> Any:
@@ -149,19 +155,24 @@ def make_optimizer(
         "x0_scale": config.x0_scale_lr,
         "scalar": config.scalar_lr,
         "hyper": config.hyper_lr,
+        "vector": config.vector_lr,
     }
 
     def scaled(rate: float) -> optax.Schedule:
         return lambda count: rate * config.lr_scale * schedule(count)
 
     transforms = {"matrix": _muon(scaled(config.matrix_lr * batch_factor), config.matrix_weight_decay, spread)}
+    labels = param_labels(params)
+    used = set(jax.tree.leaves(labels))
     for label, group in ADAM_GROUPS.items():
+        if label in LATER_GROUPS and label not in used:
+            continue
         rate = rates[label]
         rate *= width_factor if group.scales_with_width else 1.0
         rate *= batch_factor if group.scales_with_batch else 1.0
         b1, b2 = group.betas
         transforms[label] = optax.adamw(scaled(rate), b1=b1, b2=b2, eps=ADAM_EPS, weight_decay=group.weight_decay)
-    grouped = optax.multi_transform(transforms, param_labels(params))
+    grouped = optax.multi_transform(transforms, labels)
     return (
         optax.chain(optax.clip_by_global_norm(config.max_grad_norm), grouped) if config.max_grad_norm > 0 else grouped
     )
