@@ -85,7 +85,7 @@ def _stretch(inverse: Array, num_channels: int, base: float, scaling: RopeScalin
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, num_channels - 1)
-    ramp = (jnp.arange(len(inverse), dtype=jnp.float32) - low) / max(high - low, 0.001)
+    ramp = (jnp.arange(len(inverse), dtype=jnp.float32) - low) / (high - low or 0.001)
     kept = 1.0 - jnp.clip(ramp, 0.0, 1.0)
     return kept + (1.0 - kept) / scaling.factor
 

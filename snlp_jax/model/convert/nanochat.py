@@ -1,22 +1,21 @@
 """Weights of the authors' nanochat models, to and from this library's parameters.
 
-One table pairs every tensor name of a nanochat state dict with a path in ``params``. torch keeps a Linear weight as
-[out, in] and the layers apart; here a kernel is [in, out] and the layers are stacked. A gradient is a tree like the
+One table pairs every tensor name of a nanochat state dict with a path in ``params``. A gradient is a tree like the
 parameters, so :func:`to_nanochat` also brings gradients back to the names and layouts of the authors' code.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
+from snlp_jax.model.convert.table import Row, get_leaf, set_leaf
 from snlp_jax.model.lm import LanguageModel
-from snlp_jax.types import Array, Params
+from snlp_jax.types import Params
 
 REQUIRED_FIELDS = {
     "sequence_len": "seq_len",
@@ -80,8 +79,8 @@ def from_nanochat(state_dict: Mapping[str, np.ndarray], config: ModelConfig) -> 
     shapes = LanguageModel(config).abstract_params()
     params: Params = {}
     used: set[str] = set()
-    for row in _table(config):
-        ours = _get(shapes, row.path).shape[row.is_stacked :]
+    for row in nanochat_rows(config):
+        ours = get_leaf(shapes, row.path).shape[row.is_stacked :]
         tensors = []
         for name in row.names:
             if name not in state_dict:
@@ -91,7 +90,7 @@ def from_nanochat(state_dict: Mapping[str, np.ndarray], config: ModelConfig) -> 
             if tensor.shape != expected:
                 raise InputError(f"the tensor {name!r} has the shape {tensor.shape}; the model needs {expected}.")
             tensors.append(row.from_torch(tensor))
-        _set(params, row.path, jnp.asarray(np.stack(tensors) if row.is_stacked else tensors[0]))
+        set_leaf(params, row.path, jnp.asarray(np.stack(tensors) if row.is_stacked else tensors[0]))
         used.update(row.names)
     for name in state_dict:
         if name not in used and not UNUSED_TENSORS.fullmatch(name):
@@ -102,64 +101,36 @@ def from_nanochat(state_dict: Mapping[str, np.ndarray], config: ModelConfig) -> 
 def to_nanochat(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     """Inverse of :func:`from_nanochat`, for parameters or for gradients with respect to them. Dtypes are kept."""
     state_dict: dict[str, np.ndarray] = {}
-    for row in _table(config):
-        leaf = np.asarray(_get(params, row.path))
+    for row in nanochat_rows(config):
+        leaf = np.asarray(get_leaf(params, row.path))
         tensors = leaf if row.is_stacked else leaf[None]
         state_dict.update((name, row.to_torch(tensor)) for name, tensor in zip(row.names, tensors, strict=True))
     return state_dict
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One leaf of ``params`` and the tensors it is made of: one, or one a layer (a head) where the leaf is a stack."""
-
-    path: str
-    template: str
-    layout: Literal["same", "transposed", "unit"]
-    """Of a tensor beside its leaf; ``unit``: the tensor has an extra leading axis of length 1."""
-    layers: tuple[int, ...] = ()
-    """Layers (or heads) of the stack; empty where the leaf is not one."""
-
-    @property
-    def is_stacked(self) -> bool:
-        return bool(self.layers)
-
-    @property
-    def names(self) -> list[str]:
-        return [self.template.format(layer) for layer in self.layers] or [self.template]
-
-    def shape_in_torch(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        return {"same": ours, "transposed": ours[::-1], "unit": (1, *ours)}[self.layout]
-
-    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
-        return {"same": tensor, "transposed": tensor.T, "unit": tensor[0]}[self.layout]
-
-    def to_torch(self, tensor: np.ndarray) -> np.ndarray:
-        return {"same": tensor, "transposed": tensor.T, "unit": tensor[None]}[self.layout]
-
-
-def _table(config: ModelConfig) -> list[_Row]:
+def nanochat_rows(config: ModelConfig) -> list[Row]:
+    """Where every tensor of a state dict goes."""
     all_layers = tuple(range(config.num_layers))
     rows = [
-        _Row("embed/token", "transformer.wte.weight", "same"),
-        _Row("head/kernel", "lm_head.weight", "transposed"),
-        _Row("blocks/attn/query", "transformer.h.{}.attn.c_q.weight", "transposed", all_layers),
-        _Row("blocks/attn/key", "transformer.h.{}.attn.c_k.weight", "transposed", all_layers),
-        _Row("blocks/attn/value", "transformer.h.{}.attn.c_v.weight", "transposed", all_layers),
-        _Row("blocks/attn/out", "transformer.h.{}.attn.c_proj.weight", "transposed", all_layers),
-        _Row("blocks/mlp/up", "transformer.h.{}.mlp.c_fc.weight", "transposed", all_layers),
-        _Row("blocks/mlp/down", "transformer.h.{}.mlp.c_proj.weight", "transposed", all_layers),
+        Row("embed/token", "transformer.wte.weight", "same"),
+        Row("head/kernel", "lm_head.weight", "transposed"),
+        Row("blocks/attn/query", "transformer.h.{}.attn.c_q.weight", "transposed", all_layers),
+        Row("blocks/attn/key", "transformer.h.{}.attn.c_k.weight", "transposed", all_layers),
+        Row("blocks/attn/value", "transformer.h.{}.attn.c_v.weight", "transposed", all_layers),
+        Row("blocks/attn/out", "transformer.h.{}.attn.c_proj.weight", "transposed", all_layers),
+        Row("blocks/mlp/up", "transformer.h.{}.mlp.c_fc.weight", "transposed", all_layers),
+        Row("blocks/mlp/down", "transformer.h.{}.mlp.c_proj.weight", "transposed", all_layers),
     ]
     if config.use_x0_resid:
         rows += [
-            _Row("blocks/resid_scale", "resid_lambdas", "same"),
-            _Row("blocks/x0_scale", "x0_lambdas", "same"),
+            Row("blocks/resid_scale", "resid_lambdas", "same"),
+            Row("blocks/x0_scale", "x0_lambdas", "same"),
         ]
     if config.num_streams:
         if config.hyper_maps == "dynamic":
             raise InputError("nanochat has no hyper-connections with dynamic maps; set model.hyper_maps to 'static'.")
         rows += [
-            _Row(
+            Row(
                 f"blocks/hyper/{branch}/{name}_logits",
                 f"transformer.h.{{}}.hc_{branch}.H_{name}_logits",
                 "same",
@@ -170,29 +141,16 @@ def _table(config: ModelConfig) -> list[_Row]:
         ]
     if config.use_smear:
         rows += [
-            _Row("embed/smear_gate", "smear_gate.weight", "unit"),
-            _Row("embed/smear_scale", "smear_lambda", "unit"),
+            Row("embed/smear_gate", "smear_gate.weight", "unit"),
+            Row("embed/smear_scale", "smear_lambda", "unit"),
         ]
     if config.value_embed_layers:
         rows += [
-            _Row("embed/value", "value_embeds.{}.weight", "same", config.value_embed_layers),
-            _Row("embed/value_gate", "transformer.h.{}.attn.ve_gate.weight", "transposed", config.value_embed_layers),
+            Row("embed/value", "value_embeds.{}.weight", "same", config.value_embed_layers),
+            Row("embed/value_gate", "transformer.h.{}.attn.ve_gate.weight", "transposed", config.value_embed_layers),
         ]
     if config.use_mid_subtract:
-        rows.append(_Row("head/mid_scale", "backout_lambda", "unit"))
+        rows.append(Row("head/mid_scale", "backout_lambda", "unit"))
     if config.num_mtp_heads:
-        rows.append(_Row("head/mtp", "mtp_projs.{}.weight", "transposed", tuple(range(config.num_mtp_heads))))
+        rows.append(Row("head/mtp", "mtp_projs.{}.weight", "transposed", tuple(range(config.num_mtp_heads))))
     return rows
-
-
-def _get(params: Params, path: str) -> Any:
-    for key in path.split("/"):
-        params = params[key]
-    return params
-
-
-def _set(params: Params, path: str, leaf: Array) -> None:
-    *parents, last = path.split("/")
-    for key in parents:
-        params = params.setdefault(key, {})
-    params[last] = leaf

@@ -1,0 +1,288 @@
+"""Hugging Face's Llama, Mistral, Qwen and Gemma: what their configs mean, and where their tensors go.
+
+A family is one entry of ``FAMILIES``: the defaults of its config class, which saved configs leave out, and what it has
+that others lack. Rotary embedding turns forward there and backward in nanochat; channels keep their order.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from snlp_jax.config import ModelConfig, NormConfig, RopeConfig, RopeScaling
+from snlp_jax.errors import InputError
+from snlp_jax.model.convert.table import Row
+
+TRAINING_LEN = 2048
+"""``seq_len`` of an imported model, unless its context is shorter; fine-tuning may choose another."""
+UNUSED_TENSORS = r".*rotary_emb\.inv_freq"
+UNUSED_TIED = UNUSED_TENSORS + r"|lm_head\.weight"
+"""A tied head is sometimes saved twice."""
+
+LINEAR = {
+    "attn/query": ("self_attn.q_proj", "use_qkv_bias"),
+    "attn/key": ("self_attn.k_proj", "use_qkv_bias"),
+    "attn/value": ("self_attn.v_proj", "use_qkv_bias"),
+    "attn/out": ("self_attn.o_proj", "use_out_bias"),
+    "mlp/gate": ("mlp.gate_proj", "use_mlp_bias"),
+    "mlp/up": ("mlp.up_proj", "use_mlp_bias"),
+    "mlp/down": ("mlp.down_proj", "use_mlp_bias"),
+}
+"""Matrices of a layer, ours and theirs, and the field that gives them a bias."""
+NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+GEMMA_NORMS = {
+    "attn": "input_layernorm",
+    "attn_post": "post_attention_layernorm",
+    "mlp": "pre_feedforward_layernorm",
+    "mlp_post": "post_feedforward_layernorm",
+}
+ACTIVATIONS: dict[str, Literal["swiglu", "geglu"]] = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of one architecture have in common."""
+
+    defaults: Mapping[str, Any]
+    """Of the config class, where a saved config may leave them out."""
+    norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
+    """Norms of a layer, ours and theirs."""
+    is_gemma: bool = False
+    """Factors 1 + w, norms behind the branches, embeddings times sqrt(D)."""
+    has_qk_norm: bool = False
+    biases: tuple[str, ...] | None = None
+    """Projections of the attention that always have a bias, "qkv" and "out"; None: as ``attention_bias`` says."""
+
+
+_COMMON = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10_000.0,
+}
+_QWEN = _COMMON | {"max_position_embeddings": 32_768, "max_window_layers": 28, "use_sliding_window": False}
+_GEMMA = _COMMON | {
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "head_dim": 256,
+}
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(_COMMON),
+    "MistralForCausalLM": Family(_COMMON | {"max_position_embeddings": 131_072, "sliding_window": 4096}, biases=()),
+    "Qwen2ForCausalLM": Family(_QWEN | {"sliding_window": 4096}, biases=("qkv",)),
+    "Qwen3ForCausalLM": Family(_QWEN | {"sliding_window": 4096, "head_dim": 128}, has_qk_norm=True),
+    "Gemma2ForCausalLM": Family(
+        _GEMMA
+        | {
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window_pattern": 2,
+        },
+        GEMMA_NORMS,
+        is_gemma=True,
+    ),
+    "Gemma3ForCausalLM": Family(
+        _GEMMA
+        | {
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+        },
+        GEMMA_NORMS,
+        is_gemma=True,
+        has_qk_norm=True,
+    ),
+}
+"""Architecture, as ``config.json`` names it -> what it is."""
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a Hugging Face config, given as a mapping of its fields.
+
+    Raises:
+        InputError: the config names no architecture, or one that is not known.
+    """
+    names = config.get("architectures") or ()
+    if not names:
+        raise InputError("the config names no architecture; add a field 'architectures' such as ['LlamaForCausalLM'].")
+    if names[0] not in FAMILIES:
+        raise InputError(f"the architecture {names[0]!r} is not known; known are {', '.join(FAMILIES)}.")
+    return FAMILIES[names[0]]
+
+
+def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> ModelConfig:
+    """The :class:`ModelConfig` of a Hugging Face config.
+
+    Args:
+        vocab_size: entries of the tokenizer, where the model has more, which are kept and whose logits are cut off.
+
+    Raises:
+        InputError: see :func:`family_of`; or a field is missing, or says what this library does not have.
+    """
+    family = family_of(config)
+    read = _Fields({**family.defaults, **{name: value for name, value in config.items() if value is not None}})
+    # A null switches off what the class has by default.
+    off = {name for name, value in config.items() if value is None}
+    _check_supported(config)
+    hidden_size, num_heads = read("hidden_size"), read("num_attention_heads")
+    context, eps = read("max_position_embeddings"), float(read("rms_norm_eps"))
+    weight: Literal["plain", "plus_one"] = "plus_one" if family.is_gemma else "plain"
+    biases = family.biases
+    if biases is None:
+        biases = ("qkv", "out") if read("attention_bias", False) else ()
+    activation = read("hidden_activation", read("hidden_act"))
+    if activation not in ACTIVATIONS:
+        raise InputError(f"the config's activation {activation!r} is not known; known are {', '.join(ACTIVATIONS)}.")
+    letters, window = _windows(read, off)
+    rope_base, rope = _rope(read, context, uses_local="S" in letters and "rope_local_base_freq" in family.defaults)
+    entries = read("vocab_size")
+    scalar = read("query_pre_attn_scalar", 0)
+    return ModelConfig(
+        vocab_size=vocab_size or entries,
+        vocab_multiple=entries,
+        num_layers=read("num_hidden_layers"),
+        embed_dim=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=read("num_key_value_heads", num_heads),
+        head_size=read("head_dim", hidden_size // num_heads),
+        mlp=ACTIVATIONS[activation],
+        mlp_dim=read("intermediate_size"),
+        seq_len=min(context, TRAINING_LEN),
+        context=context,
+        window_pattern=_shortest_period(letters),
+        short_window=window,
+        ends_long=False,
+        use_x0_resid=False,
+        use_value_embeds=False,
+        use_smear=False,
+        use_mid_subtract=False,
+        norm=NormConfig(weight=weight, eps=eps, use_post=family.is_gemma, use_embed=False),
+        use_qkv_bias="qkv" in biases,
+        use_out_bias="out" in biases,
+        use_mlp_bias=bool(read("mlp_bias", False)),
+        use_tied_head=bool(read("tie_word_embeddings")),
+        embed_scale=math.sqrt(hidden_size) if family.is_gemma else 1.0,
+        use_qk_norm=family.has_qk_norm,
+        attention_scale=float(scalar) ** -0.5 if scalar else 0.0,
+        attention_softcap=0.0 if "attn_logit_softcapping" in off else float(read("attn_logit_softcapping", 0.0)),
+        logit_softcap=0.0 if "final_logit_softcapping" in off else float(read("final_logit_softcapping", 0.0)),
+        rope_base=rope_base,
+        rope=rope,
+    )
+
+
+def family_rows(config: ModelConfig, family: Family) -> list[Row]:
+    """Where every tensor of a model goes."""
+    layers = tuple(range(config.num_layers))
+    rows = [Row("embed/token", "model.embed_tokens.weight", "same"), Row("head/norm", "model.norm.weight", "same")]
+    if not config.use_tied_head:
+        rows.append(Row("head/kernel", "lm_head.weight", "transposed"))
+    for ours, (theirs, switch) in LINEAR.items():
+        rows.append(Row(f"blocks/{ours}", f"model.layers.{{}}.{theirs}.weight", "transposed", layers))
+        if getattr(config, switch):
+            rows.append(Row(f"blocks/{ours}_bias", f"model.layers.{{}}.{theirs}.bias", "same", layers))
+    vectors = {f"norms/{ours}": theirs for ours, theirs in family.norms.items()}
+    if config.use_qk_norm:
+        vectors |= {"attn/query_norm": "self_attn.q_norm", "attn/key_norm": "self_attn.k_norm"}
+    for ours, theirs in vectors.items():
+        rows.append(Row(f"blocks/{ours}", f"model.layers.{{}}.{theirs}.weight", "same", layers))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Fields:
+    values: Mapping[str, Any]
+
+    def __call__(self, name: str, *default: Any) -> Any:
+        if name not in self.values and not default:
+            raise InputError(f"the config lacks the field {name!r}.")
+        return self.values.get(name, *default)
+
+
+def _check_supported(config: Mapping[str, Any]) -> None:
+    if config.get("quantization_config"):
+        raise InputError("the config has a 'quantization_config'; give the weights before quantization.")
+    if config.get("use_bidirectional_attention"):
+        raise InputError("the config's 'use_bidirectional_attention' is on; only causal models can be imported.")
+
+
+def _windows(read: _Fields, off: set[str]) -> tuple[str, int]:
+    """A letter for every layer, and the window of S: theirs counts the token itself, ours those before it."""
+    num_layers = read("num_hidden_layers")
+    window = 0 if "sliding_window" in off else read("sliding_window", 0)
+    is_qwen = "use_sliding_window" in read.values
+    if not window or (is_qwen and not read("use_sliding_window")):
+        return "L" * num_layers, 0
+    if "layer_types" in read.values:
+        kinds = {"full_attention": "L", "sliding_attention": "S"}
+        types = read("layer_types")
+        unknown = [kind for kind in types if kind not in kinds]
+        if unknown or len(types) != num_layers:
+            raise InputError(
+                f"the config's layer_types name {len(types)} layers of {num_layers}, "
+                f"of kinds {', '.join(sorted(set(types)))}; known are {', '.join(kinds)}."
+            )
+        letters = "".join(kinds[kind] for kind in types)
+    elif "sliding_window_pattern" in read.values:
+        letters = "".join("SL"[(i + 1) % read("sliding_window_pattern") == 0] for i in range(num_layers))
+    else:
+        first = read("max_window_layers", 0)
+        letters = "".join("LS"[i >= first] for i in range(num_layers))
+    if "S" in letters and window < 2:
+        raise InputError(f"the config's sliding_window is {window}; it must be at least 2.")
+    return letters, window - 1 if "S" in letters else 0
+
+
+def _rope(read: _Fields, context: int, uses_local: bool) -> tuple[float, RopeConfig]:
+    """Base and the rest, from either form: ``rope_parameters`` (one, or one a kind of layer), or ``rope_theta`` and
+    ``rope_scaling``."""
+    told = read("rope_parameters", None) or {}
+    local_base = read("rope_local_base_freq", 0.0)
+    if "full_attention" in told or "sliding_attention" in told:
+        local = told.get("sliding_attention", {})
+        if local.get("rope_type", "default") != "default":
+            raise InputError(f"the rotary scaling {local['rope_type']!r} of sliding layers is not known.")
+        local_base, told = local.get("rope_theta", local_base), told.get("full_attention", {})
+    told = {**(read("rope_scaling", None) or {}), **told}
+    kind = told.get("rope_type", told.get("type", "default"))
+    base = float(told.get("rope_theta", read("rope_theta")))
+    fraction = float(told.get("partial_rotary_factor", read("partial_rotary_factor", 1.0)))
+    scaling = RopeScaling() if kind == "default" else _scaling(kind, told, context)
+    return base, RopeConfig("forward", fraction, float(local_base) if uses_local else 0.0, scaling)
+
+
+def _scaling(kind: str, told: Mapping[str, Any], context: int) -> RopeScaling:
+    if kind not in ("linear", "llama3", "yarn"):
+        raise InputError(f"the rotary scaling {kind!r} is not known; known are linear, llama3 and yarn.")
+    if "factor" not in told:
+        raise InputError(f"the rotary scaling {kind!r} of the config lacks the field 'factor'.")
+    fields: dict[str, Any] = {"kind": kind, "factor": float(told["factor"])}
+    if kind == "linear":
+        return RopeScaling(**fields)
+    fields["original_context"] = int(told.get("original_max_position_embeddings") or context)
+    names = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_fast", "beta_slow")
+    fields |= {name: float(told[name]) for name in names if told.get(name)}
+    if kind == "yarn":
+        fields["truncate"] = bool(told.get("truncate", True))
+        fields["attention_factor"] = float(told.get("attention_factor") or _yarn_factor(fields["factor"], told))
+    return RopeScaling(**fields)
+
+
+def _yarn_factor(factor: float, told: Mapping[str, Any]) -> float:
+    def scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if told.get("mscale") and told.get("mscale_all_dim"):
+        return scale(told["mscale"]) / scale(told["mscale_all_dim"])
+    return scale(1.0)
+
+
+def _shortest_period(letters: str) -> str:
+    """The shortest pattern that, tiled over the layers, gives these letters."""
+    n = len(letters)
+    return next(letters[:k] for k in range(1, n + 1) if (letters[:k] * n)[:n] == letters)
