@@ -20,8 +20,8 @@ FORBIDDEN = {
     "snlp_jax.model": ("snlp_jax.solver", "snlp_jax.data", "snlp_jax.io", *FLOORS_ABOVE),
     "snlp_jax.parallel": ("snlp_jax.train",),
 }
-ROOFED = ("snlp_jax/parallel/plan_compile.py",)
-"""The planner is an entry script that lives with what it plans: it compiles training steps too."""
+ROOFED = ("snlp_jax/parallel/plan_compile.py", "snlp_jax/model/convert/__main__.py")
+"""Entry scripts that live with what they are about: the planner compiles training steps, the converter writes runs."""
 
 
 def _within(name: str, prefixes: tuple[str, ...]) -> bool:

@@ -72,7 +72,7 @@ def make(name: str, family: str, fields: dict, seed: int) -> float:
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         centre = 1.0 if "norm" in key and "Gemma" not in family else 0.0
-        drawn = np.round(64 * (centre + 0.3 * rng.normal(size=tensor.shape))).clip(-127, 127)
+        drawn = np.round(64 * (centre + 0.2 * rng.normal(size=tensor.shape))).clip(-127, 127)
         weights[key] = drawn.astype(np.int8)
     model.load_state_dict({key: torch.tensor(w / 64, dtype=torch.float32) for key, w in weights.items()}, strict=False)
     model.tie_weights()
