@@ -241,7 +241,7 @@ def _splash(
     S = k_BSKH.shape[1]
     mask = splash_attention_mask.LocalMask((T, S), window_size=(window, 0), offset=S - T)
     heads = splash_attention_mask.MultiHeadMask([mask] * N)
-    settings = {"attn_logits_soft_cap": softcap} if softcap else {}
+    settings: dict[str, Any] = {"attn_logits_soft_cap": softcap} if softcap else {}
     kernel = splash_attention_kernel.make_splash_mha(mask=heads, head_shards=1, q_seq_shards=1, **settings)
     to_heads = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
     segments = None

@@ -245,6 +245,7 @@ def _table_of(ctx: Context, shared: Shared) -> tuple[Array, Array]:
     """Cosines and sines of a layer."""
     if ctx.is_local is None:
         return shared.cos_TH, shared.sin_TH
+    assert shared.local_cos_TH is not None and shared.local_sin_TH is not None
     cos_TH = jnp.where(ctx.is_local, shared.local_cos_TH, shared.cos_TH)
     return cos_TH, jnp.where(ctx.is_local, shared.local_sin_TH, shared.sin_TH)
 

@@ -148,8 +148,9 @@ def _read_nanochat(path: Path, tokenizer: str) -> tuple[ModelConfig, Params, Tok
     for name, tensor in state.items():
         arrays[name.removeprefix("_orig_mod.")] = tensor.to(torch.float32).numpy()
     config = nanochat_config(told)
-    bare = {"use_smear": "smear_gate.weight", "use_mid_subtract": "backout_lambda"}
-    config = dataclasses.replace(config, **{switch: name in arrays for switch, name in bare.items()})
+    config = dataclasses.replace(
+        config, use_smear="smear_gate.weight" in arrays, use_mid_subtract="backout_lambda" in arrays
+    )
     its_tokenizer = _read_tokenizer(Path(tokenizer) if tokenizer else path.with_name(TOKENIZER_NAME))
     check_vocab(its_tokenizer, config.vocab_size)
     return config, from_nanochat(arrays, config), its_tokenizer

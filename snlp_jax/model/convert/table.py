@@ -3,6 +3,7 @@
 torch keeps a Linear weight as [out, in] and the layers apart; here a kernel is [in, out] and the layers are stacked.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def read_params(
 
 
 def _read_leaf(files: TensorFiles, row: Row, shape: tuple[int, ...], sharding: Any) -> jax.Array:
-    def part(index: Index) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         bounds = [where.indices(size)[:2] for where, size in zip(index, shape, strict=True)]
         leaf = np.empty([stop - start for start, stop in bounds], np.float32)
         inner = row.index_in_torch(index[row.is_stacked :])
@@ -112,10 +113,14 @@ def write_params(
         leaf = get_leaf(params, row.path)
         shape = row.shape_in_torch(leaf.shape[row.is_stacked :])
         for place, name in enumerate(row.names):
-            one = (lambda place=place: leaf[place]) if row.is_stacked else lambda: leaf
-            yield name, shape, lambda one=one: row.to_torch(np.asarray(one()))
+            make = functools.partial(_tensor_of, row, leaf, place if row.is_stacked else None)
+            yield name, shape, make
 
     return write_files(folder, [tensor for row in rows for tensor in of_row(row)], dtype, max_shard_bytes)
+
+
+def _tensor_of(row: Row, leaf: Any, place: int | None) -> np.ndarray:
+    return row.to_torch(np.asarray(leaf if place is None else leaf[place]))
 
 
 def check_rows(rows: Sequence[Row], shapes: Params) -> None:

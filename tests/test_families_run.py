@@ -1,0 +1,237 @@
+"""Imported models go through everything that this library's own do: solvers, chunks, cached decoding, speculation,
+meshes, other kernels' rules, fine-tuning."""
+
+import dataclasses
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_families import NAMES, PROMPT_LEN, golden
+from test_import import write_source
+
+from snlp_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    SolverCEConfig,
+    TrainConfig,
+)
+from snlp_jax.errors import InputError
+from snlp_jax.eval import evaluate_run
+from snlp_jax.eval.run import read_config, read_params
+from snlp_jax.forward import forward
+from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.layout import prepare, split
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.attention import attend, choose_implementation
+from snlp_jax.model.convert.__main__ import export_run, import_run
+from snlp_jax.model.layers import rotary_table, rotate
+from snlp_jax.notation import parse_schedule
+from snlp_jax.parallel.mesh import make_mesh
+from snlp_jax.train.loop import train
+
+ROUNDING = 2e-5
+"""Logits of up to 4 in float32: two programs that add up in another order, through layers that amplify a little."""
+
+
+@functools.cache
+def imported(name):
+    with tempfile.TemporaryDirectory() as folder:
+        config, params = golden(name).read(golden(name).write(Path(folder)))
+    return LanguageModel(config), params
+
+
+def logits_of(name, setting, tokens=None, mesh=None, layout="auto", config=None):
+    model, params = imported(name)
+    model = LanguageModel(config) if config else model
+    tokens = golden(name).tokens if tokens is None else tokens
+    schedule = parse_schedule(setting, model.config.num_layers)
+    weights = prepare(model, params, schedule, num_tokens=tokens.size, layout=layout, mesh=mesh)
+    return np.asarray(jax.jit(lambda w, t: forward(model, w, t, mesh=mesh).logits_BTV)(weights, tokens))
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def test_rotation_of_a_part_leaves_the_rest():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 12)), jnp.float32)
+    table = rotary_table(jnp.arange(5), 8, 100.0)
+    turned = rotate(x, *table)
+    np.testing.assert_array_equal(turned[..., 8:], x[..., 8:])
+    np.testing.assert_array_equal(turned[..., :8], rotate(x[..., :8], *table))
+    assert ModelConfig(rope=dataclasses.replace(ModelConfig().rope, fraction=0.25)).num_rotated == 8
+
+
+def test_splash_attention_caps_scores_as_xla_does(monkeypatch):
+    """The Pallas kernel in the interpreter, with a cap that most scores reach."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    make = splash_attention_kernel.make_splash_mha
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", lambda **kw: make(**kw, interpret=True))
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 128, 2, 128)), jnp.float32) for _ in range(3))
+    capped, free = (attend(q, k, v, 40, "splash", softcap=cap) for cap in (0.5, 0.0))
+    # Float32 sums over up to 41 keys in blocks, against one sum.
+    np.testing.assert_allclose(capped, attend(q, k, v, 40, "xla", softcap=0.5), atol=1e-5)
+    assert np.abs(np.asarray(capped) - np.asarray(free)).max() > 0.1
+
+
+def test_cudnn_does_not_cap_scores():
+    where = {"backend": "gpu", "dtype": jnp.bfloat16, "seq_len": 256, "head_dim": 128}
+    assert choose_implementation("auto", **where) == "cudnn"
+    assert choose_implementation("auto", **where, softcap=50.0) == "xla"
+    with pytest.raises(InputError, match="'cudnn' has no model.attention_softcap, which is 50.0; use 'auto'"):
+        choose_implementation("cudnn", **where, softcap=50.0)
+    with pytest.raises(InputError, match="'cudnn' has no model.attention_softcap"):
+        ModelConfig(attention="cudnn", attention_softcap=50.0)
+
+
+# ---------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "gemma3" else pytest.mark.slow) for name in NAMES]
+)
+def test_regions_are_exact_after_as_many_iterations_as_layers(name):
+    """Alternating windows and rotary tables of two kinds, evaluated at once."""
+    expected = golden(name).logits
+    np.testing.assert_allclose(logits_of(name, "idn:n=3,k=3", layout="stack"), expected, atol=ROUNDING, rtol=0)
+    one = logits_of(name, "idn:n=3,k=1", layout="stack")
+    assert np.abs(one - expected).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting", ("jac:n=4,k=4", "sid:n=4,k=4", "diag:n=3,k=3", "exact:n=4", "idn:n=4,k=4,init=warm")
+)
+@pytest.mark.parametrize("name", ("gemma2", "qwen3"))
+def test_every_correction_is_exact(name, setting):
+    np.testing.assert_allclose(logits_of(name, setting), golden(name).logits, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("gemma3", "llama_bias"))
+def test_chunks_of_one_layer_are_the_layer_and_of_two_are_their_formula(name):
+    """With norms behind the branches, and with biases, a chunk adds up whole branches."""
+    expected = golden(name).logits
+    np.testing.assert_allclose(logits_of(name, "idn:n=4,k=4,stage=4xF1"), expected, atol=ROUNDING, rtol=0)
+    two = [logits_of(name, "idn:n=4,k=2,stage=2xF2", layout=layout) for layout in ("stack", "list")]
+    np.testing.assert_allclose(two[0], two[1], atol=ROUNDING, rtol=0)
+    assert np.abs(two[0] - expected).max() > 1e-3
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("drafter", ("", "idn:n=3,k=1"))
+def test_cached_decoding_is_greedy_decoding_there(name, drafter):
+    """With drafts by the model's own solver, too."""
+    model, params = imported(name)
+    tokens = golden(name).tokens
+    draft = parse_schedule(drafter, model.config.num_layers) if drafter else None
+    engine = Engine(model, params, draft=draft)
+    done = engine.generate([Request(row[:PROMPT_LEN].tolist(), 32) for row in tokens])
+    assert [list(each.tokens) for each in done] == tokens[:, PROMPT_LEN:].tolist()
+
+
+# ---------------------------------------------------------------- meshes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("gemma3", "llama3", "llama_bias"))
+@pytest.mark.parametrize("sizes", ({"layer": 2}, {"layer": 3}, {"data": 2, "layer": 2, "tensor": 2}))
+def test_sharded_layers_are_layers(name, sizes):
+    """Three devices do not divide four layers: one of zero weights fills them up, and passes its input on."""
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+    for setting in ("seq", "idn:n=4,k=4"):
+        np.testing.assert_allclose(logits_of(name, setting, mesh=mesh), golden(name).logits, atol=ROUNDING, rtol=0)
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_norms_and_biases_stay_float32():
+    model, params = imported("llama_bias")
+    model = LanguageModel(dataclasses.replace(model.config, compute_dtype="bfloat16"))
+    told = jax.tree_util.tree_flatten_with_path(jax.eval_shape(model.cast, params))[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype for path, leaf in told}
+    vectors = {name for name in named if "norm" in name or name.endswith("_bias")}
+    assert len(vectors) == 10 and {named[name] for name in vectors} == {jnp.dtype("float32")}
+    assert {dtype for name, dtype in named.items() if name not in vectors} == {jnp.dtype("bfloat16")}
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("gemma3", "qwen2"))
+@pytest.mark.parametrize("rank", (0, 2))
+def test_an_imported_run_is_evaluated_and_tuned(name, rank, tmp_path):
+    """On shorter windows than its context, with the solver's loss; the tuned run exports under its origin's names."""
+    origin = tmp_path / "origin"
+    import_run(str(write_source(tmp_path / "hf", name)), origin)
+    text = tmp_path / "text.jsonl"
+    rng = np.random.default_rng(0)
+    documents = ["".join(chr(ord("0") + i) for i in rng.integers(1, 38, 60)) for _ in range(60)]
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    config = read_config(origin)
+    data = dataclasses.replace(config.data, source=str(text), cache_dir=str(tmp_path / "cache"))
+    evaluated = dataclasses.replace(config, data=data)
+    few = dataclasses.replace(config.eval, solvers=("idn:n=2,k=2",), num_windows=2, batch_size=2, greedy_prompts=0)
+    model = dataclasses.replace(config.model, seq_len=16)
+    report = evaluate_run(origin, dataclasses.replace(evaluated, model=model, eval=few), "last")
+    assert abs(report.results[1].ppl_change) < 1e-4  # as many iterations as layers
+    targets = ("query", "up", "gate", "down")
+    tuned = Config(
+        run_dir=str(tmp_path / "tuned"),
+        model=model,
+        data=DataConfig(source=str(text), cache_dir=str(tmp_path / "cache")),
+        loss=LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(2,))),
+        lora=LoraConfig(rank=rank, targets=targets),
+        optim=dataclasses.replace(config.optim, lr_scale=0.05),
+        train=TrainConfig(
+            num_steps=4, batch_size=4, init_from=str(origin), eval_every=4, checkpoint_every=4, eval_batches=1
+        ),
+    )
+    train(tuned)
+    _, before = read_params(origin, LanguageModel(config.model), "last")
+    _, after = read_params(tmp_path / "tuned", LanguageModel(model), "last")
+    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), before, after)
+    if rank == 0:
+        assert all(jax.tree.leaves(moved)), moved
+    else:
+        assert moved["blocks"]["mlp"] == dict.fromkeys(("up", "gate", "down"), True)
+        assert not moved["blocks"]["attn"]["key"]
+    export_run(tmp_path / "tuned", tmp_path / "out", "last", "float32", 1.0)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("gemma2", "llama_bias"))
+def test_an_export_is_read_by_transformers(name, tmp_path):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    import_run(str(write_source(tmp_path / "hf", name)), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out", "last", "float32", 4000 / 2**30)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(golden(name).tokens), use_cache=False).logits.numpy()
+    np.testing.assert_array_equal(logits, golden(name).logits)
+
+
+def test_a_tied_head_learns_as_head_and_as_table():
+    model, params = imported("llama3")
+    assert "kernel" not in params["head"]
+    weights = split(model, params, parse_schedule("seq", model.config.num_layers))
+    loss = lambda w: forward(model, w, golden("llama3").tokens[:, :4]).logits_BTV.sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(weights)
+    assert np.all(np.any(np.asarray(grads.ends["embed"]["token"]) != 0, axis=1))  # each row is an output
