@@ -110,7 +110,7 @@ def test_regions_are_exact_after_as_many_iterations_as_layers(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "setting", ("jac:n=4,k=4", "sid:n=4,k=4", "diag:n=3,k=3", "exact:n=4", "idn:n=4,k=4,init=warm")
+    "setting", ("jac:n=4,k=4", "sid:n=4,k=4", "diag:n=3,k=3", "exact:n=3,k=3", "idn:n=4,k=4,init=warm")
 )
 @pytest.mark.parametrize("name", ("gemma2", "qwen3"))
 def test_every_correction_is_exact(name, setting):
