@@ -29,13 +29,15 @@ from snlp_jax.eval import evaluate_run
 from snlp_jax.eval.run import read_config, read_params
 from snlp_jax.forward import forward
 from snlp_jax.infer.engine import Engine, Request
-from snlp_jax.layout import prepare, split
+from snlp_jax.layout import abstract_weights, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.attention import attend, choose_implementation
 from snlp_jax.model.convert.__main__ import export_run, import_run
 from snlp_jax.model.layers import rotary_table, rotate
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.mesh import make_mesh
+from snlp_jax.parallel.plan_compile import Work
+from snlp_jax.parallel.plan_formula import expected, weight_bytes
 from snlp_jax.train.loop import train
 
 ROUNDING = 2e-5
@@ -235,3 +237,13 @@ def test_a_tied_head_learns_as_head_and_as_table():
     loss = lambda w: forward(model, w, golden("llama3").tokens[:, :4]).logits_BTV.sum()  # noqa: E731
     grads = jax.jit(jax.grad(loss))(weights)
     assert np.all(np.any(np.asarray(grads.ends["embed"]["token"]) != 0, axis=1))  # each row is an output
+
+
+def test_the_planner_counts_a_tied_head_once():
+    """The table is read as the head; looked up as embeddings, it would not count."""
+    model, params = imported("llama3")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    weights = abstract_weights(model, parse_schedule("seq", model.config.num_layers), mesh)
+    assert weight_bytes(weights) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    ends = expected(model, weights, mesh, Work("decode", 1, 32)).ops[-1]
+    assert (ends.kind, ends.bytes_read) == ("ends", params["embed"]["token"].nbytes)

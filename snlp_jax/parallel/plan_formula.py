@@ -47,8 +47,10 @@ def expected(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_
 
 
 def weight_bytes(weights: Weights) -> int:
-    """Matrices and norms of the layers and the head on one device; embeddings are looked up, not read."""
-    return bytes_per_device((weights.blocks, weights.ends["head"]))
+    """Matrices and norms of the layers and the head on one device; embeddings are looked up, not read, unless they are
+    the head too."""
+    head = weights.ends["head"]
+    return bytes_per_device((weights.blocks, head, () if "kernel" in head else weights.ends["embed"]["token"]))
 
 
 def _ops(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_chip_bytes: float) -> Iterator[Op]:

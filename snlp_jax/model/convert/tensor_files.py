@@ -169,6 +169,8 @@ def _read_header(path: Path) -> dict[str, _Tensor]:
                     continue
                 start, end = map(int, entry["data_offsets"])
                 dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
+                if not 0 <= start <= end or min(shape, default=0) < 0:
+                    raise broken
                 if dtype in READABLE and end - start != np.dtype(READABLE[dtype]).itemsize * math.prod(shape):
                     raise broken
                 tensors[name] = _Tensor(path, dtype, shape, 8 + length + start)
