@@ -61,12 +61,19 @@ class Checkpointer:
     """
 
     def __init__(
-        self, directory: str | Path, keep_last: int = 1, *, config_json: str = "{}", read_only: bool = False
+        self,
+        directory: str | Path,
+        keep_last: int = 1,
+        *,
+        config_json: str = "{}",
+        read_only: bool = False,
+        concurrent_gb: int | None = None,
     ) -> None:
         """Open a directory of checkpoints, created if missing, and remove what a killed save left in it.
 
         ``config_json`` is stored with every checkpoint. With ``read_only`` nothing in the directory is touched, so
-        that a running training may be evaluated; it must exist then (InputError).
+        that a running training may be evaluated; it must exist then (InputError). ``concurrent_gb`` bounds the copies
+        of parameters that are being written at once; no array may be larger.
         """
         self._directory = Path(directory).absolute()
         self._read_only = read_only
@@ -84,7 +91,8 @@ class Checkpointer:
             preservation_policy=_LatestAndBest(keep_last, self._val_losses),
         )
         with explain_full_disk(self._directory):
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            registry = None if concurrent_gb is None else _registry(concurrent_gb)
+            self._manager = ocp.CheckpointManager(self._directory, handler_registry=registry, options=options)
         for step in self.steps():
             try:
                 self._remember_val_loss(step, self.metadata(step)["metrics"])
@@ -285,6 +293,14 @@ class _LatestAndBest:
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
         kept = {*steps[-self.keep_last :], _best(steps, self.val_losses)}
         return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _registry(concurrent_gb: int) -> Any:
+    """Handlers of a checkpoint that is parameters alone, of which so much is written at once."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("params", ocp.args.StandardSave, ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gb))
+    registry.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    return registry
 
 
 def _best(steps: Sequence[int], val_losses: Mapping[int, float]) -> int | None:

@@ -102,7 +102,9 @@ def import_run(source: str, target: Path, tokenizer: str = "", mesh: MeshConfig 
         atomic_write(target / TOKENIZER_NAME, its_tokenizer.to_json())
         if told is not None:
             _keep_source(path, told, target)
-    with Checkpointer(target / CHECKPOINT_NAME, config_json=text) as checkpoints:
+    # Beside the parameters no more than one leaf, of which reading has held a copy too.
+    largest = -(-max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9)
+    with Checkpointer(target / CHECKPOINT_NAME, config_json=text, concurrent_gb=largest) as checkpoints:
         checkpoints.save(0, {"params": params}, None, {})
     atomic_write(target / CONFIG_NAME, text)  # last: a directory with it is a run
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
