@@ -30,6 +30,7 @@ import numpy as np
 
 from snlp_jax.errors import InputError
 from snlp_jax.linearize.covariance import Moments
+from snlp_jax.linearize.regression import ridge_regression, top_eigenvectors
 from snlp_jax.solver import Init, LayerProblem, PrefixState, sequential
 from snlp_jax.solver.calibrated import Calibrated, CalibratedInit, Calibration, Preheat, spread_streams
 from snlp_jax.solver.init import Guess
@@ -124,12 +125,12 @@ def fit_init(problems: "Problems | _Text", init: Init, *, rank: int, ridge: floa
     for l in range(text.num_layers):
         if isinstance(init, CalibratedInit):
             scale_L[l] = _ratio(np.trace(c_LDD[l]), np.trace(c_xx))
-            b_DD = _ridge(c_LDD[l] - scale_L[l] * c_xx, c_xx, ridge)
-            u_DX = _top_eigenvectors(b_DD @ c_xx @ b_DD.T, rank)
+            b_DD = ridge_regression(c_LDD[l] - scale_L[l] * c_xx, c_xx, ridge)
+            u_DX = top_eigenvectors(b_DD @ c_xx @ b_DD.T, rank)
             parts.append((u_DX, b_DD.T @ u_DX))
         else:
-            v_DX = _top_eigenvectors(c_xx, rank)
-            parts.append((_ridge(c_LDD[l] @ v_DX, v_DX.T @ c_xx @ v_DX, ridge), v_DX))
+            v_DX = top_eigenvectors(c_xx, rank)
+            parts.append((ridge_regression(c_LDD[l] @ v_DX, v_DX.T @ c_xx @ v_DX, ridge), v_DX))
     u_LDX, v_LDX = (np.stack(part) for part in zip(*parts, strict=True))
     explained_LD = scale_L[:, None] * moments.mean_x + np.einsum("LDX,LEX,E->LD", u_LDX, v_LDX, moments.mean_x)
     layers = {f"{name}_u": u_LDX, f"{name}_v": v_LDX, f"{name}_intercept": mean_LD - explained_LD}
@@ -321,9 +322,9 @@ def _scale_and_core(
     td: float, dd: float, tauv_XX: np.ndarray, ev_XX: np.ndarray, vv_XX: np.ndarray, ridge: float
 ) -> tuple[float, np.ndarray]:
     """c and M(c) of the regression of t on (d, U v), see :func:`_solve_basis`."""
-    explained_XX = _ridge(ev_XX, vv_XX, ridge)
+    explained_XX = ridge_regression(ev_XX, vv_XX, ridge)
     scale = float(_ratio(td - np.sum(tauv_XX * explained_XX), dd - np.sum(ev_XX * explained_XX)))
-    return scale, _ridge(tauv_XX - scale * ev_XX, vv_XX, ridge)
+    return scale, ridge_regression(tauv_XX - scale * ev_XX, vv_XX, ridge)
 
 
 BASIS_ROUNDS = 20
@@ -347,15 +348,16 @@ def _shared_bases(
     root_D = np.sqrt(np.maximum(values_D, np.finfo(np.float64).eps * values_D[-1]))
     root_DD, whiten_DD = ((vectors_DD * scales) @ vectors_DD.T for scales in (root_D, 1.0 / root_D))
     to_target, to_self = (
-        np.stack([_ridge(yx, xx, ridge) for yx, xx in zip(yx_LDD, xx_LDD, strict=True)]) for yx_LDD in (tx_LDD, xx_LDD)
+        np.stack([ridge_regression(yx, xx, ridge) for yx, xx in zip(yx_LDD, xx_LDD, strict=True)])
+        for yx_LDD in (tx_LDD, xx_LDD)
     )
     td_L, dd_L = (np.trace(moment, axis1=1, axis2=2) for moment in (tx_LDD, xx_LDD))
     c_L = _ratio(td_L, dd_L)
     for _ in range(BASIS_ROUNDS):
         b_LDD = to_target - c_L[:, None, None] * to_self
-        u_DX = _top_eigenvectors((b_LDD @ xx_LDD @ b_LDD.swapaxes(1, 2)).sum(0), rank)
+        u_DX = top_eigenvectors((b_LDD @ xx_LDD @ b_LDD.swapaxes(1, 2)).sum(0), rank)
         rows_LXD = u_DX.T @ b_LDD @ root_DD
-        v_DX = whiten_DD @ _top_eigenvectors((rows_LXD.swapaxes(1, 2) @ rows_LXD).sum(0), rank)
+        v_DX = whiten_DD @ top_eigenvectors((rows_LXD.swapaxes(1, 2) @ rows_LXD).sum(0), rank)
         tauv_LXX, ev_LXX, vv_LXX = u_DX.T @ tx_LDD @ v_DX, u_DX.T @ xx_LDD @ v_DX, v_DX.T @ xx_LDD @ v_DX
         c_L = np.stack(
             [_scale_and_core(td_L[l], dd_L[l], tauv_LXX[l], ev_LXX[l], vv_LXX[l], ridge)[0] for l in range(num_layers)]
@@ -363,20 +365,10 @@ def _shared_bases(
     return u_DX, v_DX
 
 
-def _ridge(c_yx: np.ndarray, c_xx: np.ndarray, ridge: float) -> np.ndarray:
-    """``C_yx (C_xx + ridge * tr(C_xx) / dim)^-1``; the least norm solution where that is singular."""
-    loaded = c_xx + ridge * np.trace(c_xx) / len(c_xx) * np.eye(len(c_xx))
-    return np.linalg.lstsq(loaded, c_yx.T, rcond=1e-12)[0].T
-
-
 def _ratio(numerator: Any, denominator: Any) -> Any:
     """1 where there is nothing to divide by: an update that is always 0."""
     safe = denominator > np.finfo(np.float64).tiny
     return np.where(safe, numerator / np.where(safe, denominator, 1.0), 1.0)
-
-
-def _top_eigenvectors(symmetric: np.ndarray, rank: int) -> np.ndarray:
-    return np.linalg.eigh(symmetric)[1][:, ::-1][:, :rank]
 
 
 def _check_rank(rank: int, width: int) -> int:

@@ -71,6 +71,13 @@ class Moments(NamedTuple):
         outer = lambda p, q: p[..., :, None] * q[..., None, :]  # noqa: E731
         return xx + outer(own.mean_x, own.mean_x), yx + outer(own.mean_y, own.mean_x)
 
+    def moved(self, x: Array, y: Array) -> "Moments":
+        """Of the samples (x_s + x, y_s + y): covariances do not change. In float64 on the host."""
+        own = self.on_host()
+        return own._replace(
+            mean_x=own.mean_x + np.asarray(x, np.float64), mean_y=own.mean_y + np.asarray(y, np.float64)
+        )
+
     def on_host(self) -> "Moments":
         """In float64."""
         return Moments(*(None if part is None else np.asarray(part, np.float64) for part in self))
