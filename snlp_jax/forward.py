@@ -31,7 +31,7 @@ from snlp_jax.solver import (
     solve,
 )
 from snlp_jax.solver.linear import layer
-from snlp_jax.types import Array, Params, PyTree
+from snlp_jax.types import Array, Groups, Params, PyTree
 
 
 class Left(NamedTuple):
@@ -153,7 +153,7 @@ def _by_layer(aux: Any) -> Any:
     """Keys and values of every layer [n, B, T, K, H] of what nodes, layers or chunks of them, leave behind."""
     if type(aux) is tuple:
         return tuple(map(_by_layer, aux))
-    return KeyValue(*(leaf.reshape(-1, *leaf.shape[-4:]) for leaf in aux.kv))
+    return None if aux.kv is None else KeyValue(*(leaf.reshape(-1, *leaf.shape[-4:]) for leaf in aux.kv))
 
 
 def run_in_order(
@@ -208,7 +208,8 @@ def layer_problem(
     stage = segment.stage if isinstance(segment, ParallelSegment) else PerLayer()
     num_nodes, layers_per_node = nodes_of(segment)
     num_shards = 1 if mesh is None else mesh.shape["layer"]
-    num_rows = stop - start if isinstance(blocks, list) else jax.tree.leaves(blocks)[0].shape[0]
+    is_stack = not isinstance(blocks, list | Groups) and jax.tree.leaves(blocks)
+    num_rows = jax.tree.leaves(blocks)[0].shape[0] if is_stack else stop - start
     settings: dict[str, Any] = {"num_rows": num_rows, "tables": tables, "num_shards": num_shards}
     ctx = pad_layers(model.context(ends, blocks, tokens_BT, start, stop, **settings), num_rows)
     # A sweep compiles the windows of its layers in, so devices can share one only if theirs are alike.

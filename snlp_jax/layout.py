@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
+from snlp_jax.model.kinds import cut
 from snlp_jax.parallel.region import num_padded, pad_layers
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, with_shardings
 from snlp_jax.solver import (
@@ -26,7 +27,7 @@ from snlp_jax.solver import (
     SkippedSegment,
 )
 from snlp_jax.solver.calibrated import check_calibration
-from snlp_jax.types import Params, PyTree
+from snlp_jax.types import Groups, Params, PyTree
 
 Layout = Literal["auto", "stack", "list"]
 Spread = Literal["tensor", "ring"]
@@ -42,8 +43,9 @@ LONG_SWEEP = 64
 class Weights:
     """Parameters split along a schedule, one entry of every tuple a segment.
 
-    An entry of ``blocks`` is a stack [n, ...] or a list with one tree a node (a layer, or a chunk of layers [M, ...]);
-    None for layers that are left out. An entry of ``fits`` is the calibration that the segment names, or None.
+    An entry of ``blocks`` is a stack [n, ...], or the stacks of a region's kinds of layers, or a list with one tree a
+    node (a layer, or a chunk of layers [M, ...]); None for layers that are left out. An entry of ``fits`` is the
+    calibration that the segment names, or None.
     """
 
     ends: Params
@@ -254,14 +256,15 @@ def split(
     *,
     is_ring: bool = False,
 ) -> Weights:
-    """Slice the stack along the schedule. Sequential segments also end where the head's mid-layer state is read; but
-    those that will go round the devices do not: that state comes back with the last one.
+    """Slice the stack along the schedule. Sequential segments also end where the head's mid-layer state is read, and
+    where layers of another kind begin; but those that will go round the devices do not: that state comes back with the
+    last one.
 
     Raises:
         InputError: see :func:`check_schedule`; or a region names a calibration that is not among ``fits`` or lacks
             what the region reads.
     """
-    segments = schedule.segments if is_ring else _cut_after(schedule.segments, model.config.mid_layer)
+    segments = schedule.segments if is_ring else _cut_further(model.config, schedule.segments)
     return with_schedule(model, _cut(model, params, segments, is_ring=is_ring), schedule, fits)
 
 
@@ -269,7 +272,7 @@ def _cut(model: LanguageModel, params: Params, segments: tuple[Segment, ...], *,
     def take(segment: Segment) -> PyTree:
         if isinstance(segment, SkippedSegment):
             return None
-        return jax.tree.map(lambda leaf: leaf[segment.start : segment.stop], params["blocks"])
+        return cut(model.config, params["blocks"], segment.start, segment.stop)
 
     ends = {"embed": params["embed"], "head": params["head"]}
     none, here = (None,) * len(segments), (is_ring,) * len(segments)
@@ -287,7 +290,7 @@ def with_schedule(
     check_schedule(model.config, schedule)
     pairs = zip(weights.segments, weights.is_spread, strict=True)
     is_ring = any(isinstance(segment, SequentialSegment) and is_spread for segment, is_spread in pairs)
-    segments = schedule.segments if is_ring else _cut_after(schedule.segments, model.config.mid_layer)
+    segments = schedule.segments if is_ring else _cut_further(model.config, schedule.segments)
 
     def find_fit(segment: Segment) -> Calibration | None:
         if not isinstance(segment, ParallelSegment) or not segment.fit:
@@ -321,6 +324,8 @@ def nodes_of(segment: Segment) -> tuple[int, int]:
 
 def _rows(tree: PyTree, num_rows: int) -> list[PyTree]:
     """One tree for each index of the leading axis."""
+    if isinstance(tree, Groups):
+        return [tree.layer(index) for index in range(num_rows)]
     return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(num_rows)]  # noqa: B023
 
 
@@ -329,11 +334,17 @@ def by_chunk(tree: PyTree, layers_per_chunk: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, layers_per_chunk, *leaf.shape[1:]), tree)
 
 
-def _cut_after(segments: Sequence[Segment], layer: int) -> tuple[Segment, ...]:
-    cut: list[Segment] = []
+def _cut_further(config: ModelConfig, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Segments outside of regions end after the mid-layer, and where layers are run, after the last of a kind."""
+    pieces: list[Segment] = []
     for segment in segments:
-        if not isinstance(segment, ParallelSegment) and segment.start <= layer < segment.stop - 1:
-            cut += [type(segment)(segment.start, layer + 1), type(segment)(layer + 1, segment.stop)]
-        else:
-            cut.append(segment)
-    return tuple(cut)
+        if isinstance(segment, ParallelSegment):
+            pieces.append(segment)
+            continue
+        kinds = config.kinds if isinstance(segment, SequentialSegment) else ()
+        ends = [i + 1 for i in range(segment.start, segment.stop - 1) if kinds and kinds[i] != kinds[i + 1]]
+        if segment.start <= config.mid_layer < segment.stop - 1:
+            ends.append(config.mid_layer + 1)
+        places = [segment.start, *sorted(set(ends)), segment.stop]
+        pieces += [type(segment)(start, stop) for start, stop in zip(places, places[1:], strict=False)]
+    return tuple(pieces)

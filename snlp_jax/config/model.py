@@ -2,10 +2,20 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from snlp_jax.config.check import require
 from snlp_jax.config.family import NormConfig, RopeConfig
+
+Branch = Literal["full", "linear", "none"]
+"""A sub-layer as trained, a map ``x W + b`` in place of its norm and itself, or nothing."""
+
+
+class Kind(NamedTuple):
+    """What a layer's two branches are; layers of one kind have trees of one structure."""
+
+    attn: Branch = "full"
+    mlp: Branch = "full"
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,15 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     rotary_multiple: int = 10
     vocab_multiple: int = 64
+    linear_attention: tuple[int, ...] = ()
+    """Layers, from 0, whose attention is a linear map (``snlp_jax/linearize``): no norm, no keys and values."""
+    linear_mlp: tuple[int, ...] = ()
+    """Layers whose MLP is a linear map."""
+    dropped_attention: tuple[int, ...] = ()
+    """Layers without attention; a layer that is one linear map has this and ``linear_mlp``."""
+    dropped_mlp: tuple[int, ...] = ()
+    linear_rank: int = 0
+    """Linear maps are products of [D, r] and [r, D]; 0 means whole matrices [D, D]."""
     remat: bool = False
     """Recompute each block in the backward pass: about one third more compute, activations of one block only."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -137,8 +156,28 @@ class ModelConfig:
         )
         require(self.sinkhorn_iters >= 1, f"model.sinkhorn_iters is {self.sinkhorn_iters}; it must be at least 1.")
         require(0 < self.sinkhorn_tau < math.inf, f"model.sinkhorn_tau is {self.sinkhorn_tau}; it must be positive.")
+        self._check_kinds()
         if self.use_value_embeds or self.use_smear:
             require(self.embed_dim >= 24, f"model.embed_dim {self.embed_dim} is below 24, which the gates read.")
+
+    def _check_kinds(self) -> None:
+        for branch in ("attention", "mlp"):
+            linear, dropped = f"linear_{branch}", f"dropped_{branch}"
+            for name in (linear, dropped):
+                layers = getattr(self, name)
+                outside = [layer for layer in layers if not 0 <= layer < self.num_layers]
+                last = self.num_layers - 1
+                require(not outside, f"model.{name} names {outside}, but layers are 0 to {last}; leave these out.")
+                require(
+                    tuple(sorted(set(layers))) == layers,
+                    f"model.{name} is {layers}; name every layer once, in order of depth.",
+                )
+            both = sorted(set(getattr(self, linear)) & set(getattr(self, dropped)))
+            require(not both, f"model.{linear} and model.{dropped} both name {both}; leave these out of one.")
+        require(
+            0 <= self.linear_rank <= self.embed_dim,
+            f"model.linear_rank is {self.linear_rank}; give 0, or at most model.embed_dim, which is {self.embed_dim}.",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -150,10 +189,37 @@ class ModelConfig:
         return self.mlp_dim or self.mlp_ratio * self.embed_dim
 
     @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of every layer."""
+
+        def branch(layer: int, linear: tuple[int, ...], dropped: tuple[int, ...]) -> Branch:
+            return "linear" if layer in linear else "none" if layer in dropped else "full"
+
+        return tuple(
+            Kind(
+                branch(layer, self.linear_attention, self.dropped_attention),
+                branch(layer, self.linear_mlp, self.dropped_mlp),
+            )
+            for layer in range(self.num_layers)
+        )
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers that have keys and values."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind.attn == "full")
+
+    @property
     def layer_weights(self) -> int:
-        """Entries of a layer's matrices, maps between streams left out."""
+        """Entries of the matrices of a layer as trained, maps between streams left out."""
+        return self.weights_of(Kind())
+
+    def weights_of(self, kind: Kind) -> int:
+        """:attr:`layer_weights` of a layer of a kind."""
+        linear = 2 * self.embed_dim * self.linear_rank or self.embed_dim**2
         attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
-        return attention + (2 + (self.mlp != "relu2")) * self.mlp_width * self.embed_dim
+        mlp = (2 + (self.mlp != "relu2")) * self.mlp_width * self.embed_dim
+        own = {"full": attention, "linear": linear, "none": 0}[kind.attn]
+        return own + {"full": mlp, "linear": linear, "none": 0}[kind.mlp]
 
     @property
     def num_rotated(self) -> int:
@@ -187,7 +253,7 @@ class ModelConfig:
 
     @property
     def value_embed_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that own a value-embedding table."""
+        """Indices of the layers that own a value-embedding table: they have values to add it to."""
         if not self.use_value_embeds:
             return ()
-        return tuple(i for i in range(self.num_layers) if i % 2 == (self.num_layers - 1) % 2)
+        return tuple(i for i in self.attention_layers if i % 2 == (self.num_layers - 1) % 2)

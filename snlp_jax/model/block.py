@@ -4,7 +4,8 @@
     u = x + Attention(rms(x));  h' = u + MLP(rms(u))
 
 without the scales in other families than nanochat's (Gemma: ``u = x + rms(Attention(rms(x)))`` and so on), or the same
-two branches on several streams (``snlp_jax/model/hyper.py``). A layer is computed in three stages so that
+two branches on several streams (``snlp_jax/model/hyper.py``). A branch may be linear, ``x W + b`` with its input before
+the norm in place of all of it, or dropped (``snlp_jax/model/kinds.py``). A layer is computed in three stages so that
 the layer-batched sweep can group attention by window without touching the weights: ``before`` (mix, norm, projections),
 ``attend``, ``after`` (output projection and MLP).
 """
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import Kind, ModelConfig
 from snlp_jax.model.hyper import Hyper, LayerMaps, residual_path
 from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, norm_weight, project, rms_norm, rotate, uniform, weigh
 from snlp_jax.types import Array
@@ -101,7 +102,8 @@ class Rings:
 class BlockAux(NamedTuple):
     """What a layer leaves behind."""
 
-    kv: KeyValue
+    kv: KeyValue | None
+    """None of a layer without attention; in a stack those of the layers that have it, in order of depth."""
     skip_BTRR: Array | None
     """Derivative of the skip path where it depends on the token (dynamic hyper-connections), else None."""
 
@@ -151,11 +153,30 @@ class Mlp(nnx.Module):
         return (jax.nn.silu(gate_BTF) if self.config.mlp == "swiglu" else jax.nn.gelu(gate_BTF)) * up_BTF
 
 
+class Linear(nnx.Module):
+    """``x W + b`` in place of a branch; W is one matrix, or two with ``linear_rank`` channels between them."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, X = config.embed_dim, config.linear_rank
+        if X:
+            self.down = nnx.Param(uniform(rngs.params(), (D, X), D**-0.5))
+            self.up = nnx.Param(jnp.zeros((X, D)))
+        else:
+            self.kernel = nnx.Param(jnp.zeros((D, D)))
+        self.bias = nnx.Param(jnp.zeros((D,)))
+
+    def __call__(self, x_BTD: Array, dtype: jnp.dtype) -> Array:
+        if hasattr(self, "kernel"):
+            return project(x_BTD, self.kernel[...], dtype, self.bias[...])
+        return project(project(x_BTD, self.down[...], dtype), self.up[...], dtype, self.bias[...])
+
+
 class Norms(nnx.Module):
     """Weights of the norms before a layer's branches, and of those behind them where there are such."""
 
-    def __init__(self, config: ModelConfig):
-        for name in ("attn", "mlp", *(("attn_post", "mlp_post") if config.norm.use_post else ())):
+    def __init__(self, config: ModelConfig, kind: Kind):
+        branches = [name for name in ("attn", "mlp") if getattr(kind, name) == "full"]
+        for name in (*branches, *(f"{name}_post" for name in branches if config.norm.use_post)):
             setattr(self, name, nnx.Param(norm_weight(config.norm, config.embed_dim)))
 
 
@@ -165,13 +186,19 @@ class Block(nnx.Module):
     ``layer`` is its index, and may be traced.
     """
 
-    def __init__(self, config: ModelConfig, layer: Array | int, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, layer: Array | int, kind: Kind, *, rngs: nnx.Rngs):
+        self.config, self.kind = config, kind
         self.path = residual_path(config)
-        self.attn = Attention(config, rngs=rngs)
-        self.mlp = Mlp(config, rngs=rngs)
-        if config.norm.weight != "none":
-            self.norms = Norms(config)
+        if kind.attn == "full":
+            self.attn = Attention(config, rngs=rngs)
+        elif kind.attn == "linear":
+            self.linear_attn = Linear(config, rngs=rngs)
+        if kind.mlp == "full":
+            self.mlp = Mlp(config, rngs=rngs)
+        elif kind.mlp == "linear":
+            self.linear_mlp = Linear(config, rngs=rngs)
+        if config.norm.weight != "none" and "full" in kind:
+            self.norms = Norms(config, kind)
         if config.use_x0_resid:
             depth = layer / max(config.num_layers - 1, 1)
             self.resid_scale = nnx.Param(jnp.asarray(1.15 - 0.10 * depth, jnp.float32))
@@ -179,11 +206,22 @@ class Block(nnx.Module):
         if config.num_streams:
             self.hyper = Hyper(config, layer, rngs=rngs)
 
-    def before(self, h: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> tuple[Any, Array, KeyValue]:
-        """``(what after needs, q_BTNH, keys and values)``, the latter in ``dtype``; h is [B, T, D] or [B, T, R, D]."""
+    def before(
+        self, h: Array, ctx: Context, shared: Shared, dtype: jnp.dtype
+    ) -> tuple[Any, Array | None, KeyValue | None]:
+        """``(what after needs, q_BTNH, keys and values)``, the latter in ``dtype`` and None without attention; h is
+        [B, T, D] or [B, T, R, D]."""
         x_BTD, carry = self.path.enter(self, h, ctx, shared)
+        if self.kind.attn != "full":
+            return (carry, self.replaced("attn", x_BTD, dtype)), None, None
         q_BTNH, kv = self.project(x_BTD, ctx, shared, dtype)
         return carry, q_BTNH, kv
+
+    def replaced(self, branch: str, x_BTD: Array, dtype: jnp.dtype) -> Array:
+        """What a branch that is linear or dropped adds to the stream at its input, which no norm has seen."""
+        if getattr(self.kind, branch) == "none":
+            return jnp.zeros_like(x_BTD)
+        return getattr(self, f"linear_{branch}")(x_BTD, dtype)
 
     def project(self, x_BTD: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> tuple[Array, KeyValue]:
         """Queries, keys and values of the normed attention input."""
@@ -211,10 +249,17 @@ class Block(nnx.Module):
             v = v + gate_BTK[..., None] * ctx.value_embed.rows_BTKH
         return q.astype(dtype), KeyValue(k.astype(dtype), v.astype(dtype))
 
-    def after(self, carry: Any, attended_BTNH: Array, ctx: Context, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+    def after(
+        self, carry: Any, attended_BTNH: Array | None, ctx: Context, dtype: jnp.dtype
+    ) -> tuple[Array, Array | None]:
         """Output projection and MLP: ``(h', skip_BTRR of the aux)``."""
-        attended_BTX = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
-        u_BTD, carry = self.path.between(self, carry, ctx, self.attn_out(attended_BTX, dtype))
+        if attended_BTNH is None:
+            carry, attn_BTD = carry
+        else:
+            attn_BTD = self.attn_out(attended_BTNH.reshape(*attended_BTNH.shape[:2], -1), dtype)
+        u_BTD, carry = self.path.between(self, carry, ctx, attn_BTD)
+        if self.kind.mlp != "full":
+            return self.path.leave(carry, ctx, self.replaced("mlp", u_BTD, dtype))
         hidden_BTF = self.mlp_hidden(rms_norm(u_BTD, self.config.norm.eps), dtype)
         return self.path.leave(carry, ctx, self.mlp_out(hidden_BTF, dtype))
 

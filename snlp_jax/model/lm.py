@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from snlp_jax.config import ModelConfig, RopeScaling
+from snlp_jax.config import Kind, ModelConfig, RopeScaling
 from snlp_jax.errors import InputError
 from snlp_jax.model.attention import Implementation, choose_implementation
 from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
 from snlp_jax.model.hyper import LayerMaps, static_maps
+from snlp_jax.model.kinds import join, kind_of, kinds_in
 from snlp_jax.model.layers import (
     GATE_INPUT,
     SMEAR_INPUT,
@@ -88,20 +89,21 @@ class LanguageModel:
         self._backend = backend
         self._fetch: Callable[[PyTree], PyTree] = lambda params: params
         self._kernels_here: Collection[Implementation] = get_args(Implementation)
-        block = nnx.eval_shape(lambda: Block(config, 0, rngs=nnx.Rngs(0)))
-        self._block_graph = nnx.graphdef(block)
+        self._block_graphs = {kind: _graph_of(config, kind) for kind in {Kind(), *config.kinds}}
 
     def init(self, key: Array) -> Params:
         """Fresh parameters. Jit it, with ``out_shardings`` where they should be born sharded."""
         config = self.config
         embed_key, head_key, *block_keys = jax.random.split(key, config.num_layers + 2)
 
-        def block(key: Array, layer: Array) -> PyTree:
-            return _pure(Block(config, layer, rngs=nnx.Rngs(key)))
+        def stack(kind: Kind, layers: tuple[int, ...]) -> PyTree:
+            block = lambda key, layer: _pure(Block(config, layer, kind, rngs=nnx.Rngs(key)))  # noqa: E731
+            return jax.vmap(block)(jnp.stack([block_keys[layer] for layer in layers]), jnp.asarray(layers))
 
+        kinds = kinds_in(config, 0, config.num_layers)
         return {
             "embed": _pure(Embedding(config, rngs=nnx.Rngs(embed_key))),
-            "blocks": jax.vmap(block)(jnp.stack(block_keys), jnp.arange(config.num_layers)),
+            "blocks": join([stack(*item) for item in kinds.items()], list(kinds.values())),
             "head": _pure(Head(config, rngs=nnx.Rngs(head_key))),
         }
 
@@ -436,12 +438,12 @@ class LanguageModel:
             return None
         if not isinstance(blocks, list):
             return static_maps(jax.tree.map(lambda leaf: leaf[:num_layers], blocks["hyper"]), self.config)
-        is_chunked = blocks[0]["mlp"]["up"].ndim == 3
+        is_chunked = blocks[0]["hyper"]["attn"]["post_logits"].ndim == 2
         join = jnp.concatenate if is_chunked else jnp.stack
         return static_maps(jax.tree.map(lambda *leaves: join(leaves), *(b["hyper"] for b in blocks)), self.config)
 
     def _merge(self, params: PyTree) -> Block:
-        return nnx.merge(self._block_graph, self._fetch(params))
+        return nnx.merge(self._block_graphs[kind_of(params)], self._fetch(params))
 
     def _layer_node(self) -> LayerNode:
         return LayerNode(self.config, self._merge, self.dtype)
@@ -481,6 +483,10 @@ class LanguageModel:
 def num_params(params: Params) -> int:
     """Number of parameters of a (possibly abstract) tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _graph_of(config: ModelConfig, kind: Kind) -> Any:
+    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, 0, kind, rngs=nnx.Rngs(0))))
 
 
 def _pure(module: nnx.Module) -> PyTree:

@@ -62,13 +62,15 @@ class NodeFns(NamedTuple):
 class Node(Protocol):
     """A layer or a chunk of layers."""
 
-    def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Array, KeyValue]:
-        """``(what after needs, queries, keys and values)``."""
+    def before(
+        self, params: PyTree, h: Array, ctx: Context, shared: Shared
+    ) -> tuple[Any, Array | None, KeyValue | None]:
+        """``(what after needs, queries, keys and values)``, the latter None of a node without attention."""
 
     def attend(self, q: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
         """Attention output of this node alone."""
 
-    def after(self, params: PyTree, carry: Any, out: Array, ctx: Context) -> tuple[Array, Array | None]:
+    def after(self, params: PyTree, carry: Any, out: Array | None, ctx: Context) -> tuple[Array, Array | None]:
         """``(h', skip_BTRR of the aux)``."""
 
     def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
@@ -83,7 +85,9 @@ class LayerNode:
     merge: Callable[[PyTree], Block]
     dtype: Any
 
-    def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Array, KeyValue]:
+    def before(
+        self, params: PyTree, h: Array, ctx: Context, shared: Shared
+    ) -> tuple[Any, Array | None, KeyValue | None]:
         return self.merge(params).before(h, ctx, shared, self.dtype)
 
     def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
@@ -92,7 +96,7 @@ class LayerNode:
         windows, softcap = tuple(sorted(set(self.config.windows))), self.config.attention_softcap
         return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel, shared.document_BT, softcap)
 
-    def after(self, params: PyTree, carry: Any, out_BTNH: Array, ctx: Context) -> tuple[Array, Array | None]:
+    def after(self, params: PyTree, carry: Any, out_BTNH: Array | None, ctx: Context) -> tuple[Array, Array | None]:
         return self.merge(params).after(carry, out_BTNH, ctx, self.dtype)
 
     def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
@@ -258,13 +262,19 @@ def node_fns(
     @maybe_remat
     def block(params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry, q, kv = node.before(params, h, ctx, shared)
-        new, skip_BTRR = node.after(params, carry, node.attend(q, kv, ctx, shared, choose_kernel(h.shape[1])), ctx)
+        out = None
+        if q is not None:
+            assert kv is not None
+            out = node.attend(q, kv, ctx, shared, choose_kernel(h.shape[1]))
+        new, skip_BTRR = node.after(params, carry, out, ctx)
         return new, BlockAux(kv, skip_BTRR)
 
     @maybe_remat
     def batched(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry_L, q, kv = jax.vmap(node.before, in_axes=(0, 0, 0, None))(params, h_L, ctx, shared)
-        out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]), softcap)
+        out = None
+        if q is not None:
+            out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]), softcap)
         new_L, skip_LBTRR = jax.vmap(node.after)(params, carry_L, out, ctx)
         return new_L, BlockAux(kv, skip_LBTRR)
 

@@ -1,0 +1,141 @@
+"""Branches replaced by affine maps, or dropped: an ordinary model with fewer weights and a smaller cache.
+
+``u = x + Attention(norm(x))`` becomes ``u = x + x W + b`` (or ``u = x``), and the MLP likewise: x is what the branch
+reads before its norm, and the map stands for all that it adds to the stream, norms behind it included (Erdogan et al.,
+"Neural Block Linearization", arXiv 2505.21077). A whole block is linearised by dropping its attention and fitting the
+map of its MLP to ``h' - x``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from snlp_jax.config import ModelConfig
+from snlp_jax.errors import InputError
+from snlp_jax.model.kinds import owners
+from snlp_jax.types import Array, Params
+
+
+class AffineMap(NamedTuple):
+    """``x W + b``."""
+
+    kernel_DD: Array | tuple[Array, Array]
+    """W, or its factors [D, r] and [r, D]."""
+    bias_D: Array
+
+
+def replace(
+    config: ModelConfig,
+    params: Params,
+    *,
+    attention: Mapping[int, AffineMap | None] | None = None,
+    mlp: Mapping[int, AffineMap | None] | None = None,
+    rank: int = 0,
+) -> tuple[ModelConfig, Params]:
+    """The config and the parameters of the model whose named layers' branches are maps, or dropped where None stands.
+
+    Layers that were replaced before stay as they are. Call it outside jit; what does not change is not copied.
+
+    Args:
+        rank: of the maps' factors; 0 keeps whole matrices. A matrix of a higher rank becomes the nearest of this one.
+
+    Raises:
+        InputError: a layer that does not exist or whose branch is replaced already, a map of another width, or a rank
+            that is not that of the maps which the model has.
+    """
+    given = {"attention": dict(attention or {}), "mlp": dict(mlp or {})}
+    fields: dict[str, Any] = {}
+    for name, maps in given.items():
+        before = {kind: getattr(config, f"{kind}_{name}") for kind in ("linear", "dropped")}
+        for layer, new in sorted(maps.items()):
+            if not 0 <= layer < config.num_layers:
+                raise InputError(f"there is no layer {layer}; layers are 0 to {config.num_layers - 1}.")
+            if layer in before["linear"] + before["dropped"]:
+                raise InputError(f"the {name} of layer {layer} is replaced already; leave it out.")
+            _check_width(new, config.embed_dim, f"the map for the {name} of layer {layer}")
+        for kind, layers in before.items():
+            added = [layer for layer, new in maps.items() if (new is None) == (kind == "dropped")]
+            fields[f"{kind}_{name}"] = tuple(sorted({*layers, *added}))
+    has_maps = bool(config.linear_attention + config.linear_mlp)
+    adds_maps = any(new is not None for maps in given.values() for new in maps.values())
+    if has_maps and adds_maps and rank != config.linear_rank:
+        raise InputError(f"rank {rank} is not that of the model's maps, which is {config.linear_rank}; give that one.")
+    fields["linear_rank"] = rank if adds_maps else config.linear_rank
+    new_config = dataclasses.replace(config, **fields)
+
+    blocks: dict[str, Any] = {}
+    rows = {"linear_attn": given["attention"], "linear_mlp": given["mlp"]}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"]):
+        keys = tuple(key.key for key in path)
+        if keys[0] not in rows:
+            _put(blocks, keys, _kept(config, new_config, "/".join(keys), leaf))
+    for name, maps in rows.items():
+        added = {layer: _leaves(new, rank) for layer, new in maps.items() if new is not None}
+        kept = dict(enumerate(owners(config, name)))
+        for row, layer in kept.items():
+            added[layer] = jax.tree.map(lambda leaf, row=row: leaf[row], params["blocks"][name])
+        if added:
+            in_order = [added[layer] for layer in sorted(added)]
+            blocks[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *in_order)
+    return new_config, {**params, "embed": _embed(config, new_config, params["embed"]), "blocks": blocks}
+
+
+def _kept(config: ModelConfig, new: ModelConfig, path: str, leaf: Array) -> Array | None:
+    before, after = owners(config, path), owners(new, path)
+    rows = [row for row, layer in enumerate(before) if layer in after]
+    if not rows:
+        return None
+    return leaf if len(rows) == len(before) else leaf[np.asarray(rows)]
+
+
+def _embed(config: ModelConfig, new: ModelConfig, embed: Params) -> Params:
+    """Without the value embeddings of layers that have no values any more."""
+    before, after = config.value_embed_layers, new.value_embed_layers
+    if before == after:
+        return embed
+    rows = np.asarray([row for row, layer in enumerate(before) if layer in after], int)
+    tables = {name: embed[name][rows] for name in ("value", "value_gate") if len(rows)}
+    return {name: leaf for name, leaf in embed.items() if name not in ("value", "value_gate")} | tables
+
+
+def _leaves(new: AffineMap, rank: int) -> dict[str, Array]:
+    bias_D = jnp.asarray(new.bias_D, jnp.float32)
+    if not rank:
+        kernel = new.kernel_DD
+        whole = kernel[0] @ kernel[1] if isinstance(kernel, tuple) else kernel
+        return {"kernel": jnp.asarray(whole, jnp.float32), "bias": bias_D}
+    down_DX, up_XD = new.kernel_DD if isinstance(new.kernel_DD, tuple) else _factors(new.kernel_DD, rank)
+    missing = rank - down_DX.shape[1]
+    if missing < 0:
+        down_DX, up_XD = _factors(down_DX @ up_XD, rank)
+    elif missing:
+        down_DX, up_XD = jnp.pad(down_DX, [(0, 0), (0, missing)]), jnp.pad(up_XD, [(0, missing), (0, 0)])
+    return {"down": jnp.asarray(down_DX, jnp.float32), "up": jnp.asarray(up_XD, jnp.float32), "bias": bias_D}
+
+
+def _factors(kernel_DD: Array, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest product of [D, r] and [r, D], singular values split evenly between the two."""
+    u_DX, s_X, v_XD = np.linalg.svd(np.asarray(kernel_DD, np.float64), full_matrices=False)
+    root_X = np.sqrt(s_X[:rank])
+    return u_DX[:, :rank] * root_X, root_X[:, None] * v_XD[:rank]
+
+
+def _check_width(new: AffineMap | None, width: int, what: str) -> None:
+    if new is None:
+        return
+    factors = new.kernel_DD if isinstance(new.kernel_DD, tuple) else (new.kernel_DD, new.kernel_DD)
+    shape = (*factors[0].shape[:1], *factors[1].shape[1:], *new.bias_D.shape)
+    if shape != (width,) * 3:
+        raise InputError(f"{what} is of width {shape[0]} to {shape[1]} with a bias of {shape[2]}; it must be {width}.")
+
+
+def _put(tree: dict[str, Any], keys: tuple[str, ...], leaf: Array | None) -> None:
+    if leaf is None:
+        return
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = leaf
