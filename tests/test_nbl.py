@@ -1,8 +1,14 @@
 """Neural block linearization: the maps and their errors from moments, and moments of a model's branches."""
 
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from snlp_jax.config import MeshConfig, ModelConfig, NormConfig
 from snlp_jax.errors import InputError
 from snlp_jax.linearize.covariance import Moments
 from snlp_jax.linearize.maps import (
@@ -16,6 +22,11 @@ from snlp_jax.linearize.maps import (
     squared_error,
     variance,
 )
+from snlp_jax.linearize.statistics import branch_moments
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.attention import attend
+from snlp_jax.model.layers import rms_norm
+from snlp_jax.parallel.mesh import make_mesh
 
 WIDTH = 6
 
@@ -169,3 +180,125 @@ def test_too_few_samples_are_refused():
     check_samples(12, 6)
     with pytest.raises(InputError, match="11 tokens are too few to fit maps of width 6; give at least 12"):
         check_samples(11, 6)
+
+
+# ---------------------------------------------------------------- moments of branches
+
+CONFIG = ModelConfig(
+    vocab_size=50, num_layers=3, embed_dim=24, num_heads=2, num_kv_heads=1, seq_len=8, window_pattern="SL",
+    short_window=3, compute_dtype="float32",
+)  # fmt: skip
+ALL = {"attention": (0, 1, 2), "mlp": (1,), "block": (0, 2)}
+CLOSE = 1e-6
+"""Frobenius-relative, of float32 products within a batch of a hundred samples: a few times 6e-8."""
+
+
+@functools.cache
+def problem(**changes):
+    """A model with random weights everywhere, and 48 windows."""
+    model = LanguageModel(dataclasses.replace(CONFIG, **changes))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), model.abstract_params()
+    )
+    tokens = rng.integers(CONFIG.vocab_size, size=(48, CONFIG.seq_len + 1), dtype=np.int32)
+    return model, params, tokens
+
+
+def batches_of(tokens, size):
+    return lambda: ({"tokens": tokens[i : i + size]} for i in range(0, len(tokens), size))
+
+
+@functools.cache
+def by_hand(changes=(), skip_first=0):
+    """Pairs (x, y) of every branch, float64 [samples, D], by the model's formulas written out layer by layer."""
+    model, params, tokens = problem(**dict(changes))
+    config = model.config
+    tokens = jnp.asarray(tokens[:, :-1])
+    x0 = model.embed(params, tokens)
+    shared, h = model.shared(x0), model.expand(x0)
+    ctx = model.context(params, params["blocks"], tokens, 0, config.num_layers)
+    found = {}
+    for l in range(config.num_layers):
+        own, its_ctx = jax.tree.map(lambda leaf: leaf[l], (params["blocks"], ctx))  # noqa: B023
+        block = model._merge(own)
+        x, carry = block.path.enter(block, h, its_ctx, shared)
+        q, kv = block.project(x, its_ctx, shared, jnp.float32)
+        out = attend(q, kv.key_BTKH, kv.value_BTKH, config.windows[l], "xla")
+        attn = block.attn_out(out.reshape(*out.shape[:2], -1), jnp.float32)
+        u, carry = block.path.between(block, carry, its_ctx, attn)
+        mlp = block.mlp_out(block.mlp_hidden(rms_norm(u), jnp.float32), jnp.float32)
+        h, _ = block.path.leave(carry, its_ctx, mlp)
+        rows = lambda leaf: np.asarray(leaf, np.float64)[:, skip_first:].reshape(-1, config.embed_dim)  # noqa: E731
+        x, attn, u, mlp = map(rows, (x, attn, u, mlp))
+        found |= {("attention", l): (x, attn), ("mlp", l): (u, mlp), ("block", l): (x, attn + mlp)}
+    return found
+
+
+def assert_moments_are(found, pairs):
+    for place, actual in found.items():
+        expected = moments(*pairs[place])
+        assert actual.count == expected.count
+        for name, one, other in zip(Moments._fields[1:], actual[1:], expected[1:], strict=True):
+            off = np.linalg.norm(one - other) / np.linalg.norm(other)
+            assert off < CLOSE, (place, name, off)
+
+
+@pytest.mark.parametrize("batch_size, num_devices", ((12, 1), (16, 2), (8, 4)))
+def test_moments_are_those_of_all_samples_on_any_split(batch_size, num_devices):
+    model, params, tokens = problem()
+    mesh = make_mesh(MeshConfig(data=num_devices)) if num_devices > 1 else None
+    batches = []
+    found = branch_moments(
+        model, params, batches_of(tokens, batch_size), ALL, mesh=mesh, on_batch=lambda: batches.append(1)
+    )
+    assert set(found) == {(name, l) for name, layers in ALL.items() for l in layers}
+    assert len(batches) == 48 // batch_size
+    assert_moments_are(found, by_hand())
+
+
+def test_the_first_tokens_of_a_window_can_be_left_out():
+    model, params, tokens = problem()
+    found = branch_moments(model, params, batches_of(tokens, 24), ALL, skip_first=3)
+    assert found["mlp", 1].count == 48 * (CONFIG.seq_len - 3)
+    assert_moments_are(found, by_hand(skip_first=3))
+
+
+def test_means_far_above_the_spread_cost_no_digits():
+    """Embeddings of 1000 +- 0.3, which the first layer reads as they are: their squares leave float32 no digit."""
+    model, params, tokens = problem(norm=NormConfig(use_embed=False), use_x0_resid=False, use_smear=False)
+    token = 1000 + params["embed"]["token"]
+    params = params | {"embed": params["embed"] | {"token": token}}
+    found = branch_moments(model, params, batches_of(tokens, 12), {"attention": (0,)})["attention", 0]
+    x = np.asarray(token, np.float64)[tokens[:, :-1].reshape(-1)]
+    centred = x - x.mean(0)
+    assert np.linalg.norm(found.xx - centred.T @ centred) / np.linalg.norm(centred.T @ centred) < CLOSE
+    np.testing.assert_allclose(found.mean_x, x.mean(0), rtol=1e-9)
+    in_float32 = jax.jit(Moments.of)(jnp.asarray(x, jnp.float32), jnp.asarray(x, jnp.float32))
+    assert np.linalg.norm(in_float32.mean_x - x.mean(0)) / 1000 > 1e-7  # the shift is what saves them
+
+
+def test_streams_have_branches_but_no_block():
+    changes = dict(num_streams=2, use_x0_resid=False, use_value_embeds=False)
+    model, params, tokens = problem(**changes)
+    found = branch_moments(model, params, batches_of(tokens, 48), {"attention": (1,), "mlp": (2,)})
+    assert_moments_are(found, by_hand(tuple(changes.items())))
+    with pytest.raises(InputError, match="a block on several residual streams is no map of one"):
+        branch_moments(model, params, batches_of(tokens, 48), {"block": (1,)})
+
+
+@pytest.mark.parametrize(
+    "wanted, settings, message",
+    (
+        ({"mlp": (3,)}, {}, "there is no layer 3 among 0 to 2"),
+        (ALL, {"skip_first": 8}, "skip_first is 8, but windows have 8 tokens; give 0 to 7"),
+        (ALL, {"batch": 0}, "there is no text to take statistics of"),
+        (ALL, {"batch": 3, "data": 2}, "batches of 3 windows over a mesh of .*'data': 2.*must divide the batch"),
+    ),
+)
+def test_bad_questions_are_one_sentence(wanted, settings, message):
+    model, params, tokens = problem()
+    size = settings.pop("batch", 48)
+    mesh = make_mesh(MeshConfig(data=settings.pop("data", 1)))
+    with pytest.raises(InputError, match=message):
+        branch_moments(model, params, batches_of(tokens[: size * 2], max(size, 1)), wanted, mesh=mesh, **settings)

@@ -1,0 +1,226 @@
+"""What the branches of a model read and add, over any amount of text: moments of (x, y), no sample kept.
+
+branch       x, before any norm                 y, what is added to the residual stream
+attention    the attention's input              its output (norms behind it included)
+mlp          the MLP's input                    its output
+block        the attention's input x            h' - x: both outputs, on one residual stream
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from snlp_jax.errors import InputError
+from snlp_jax.layout import prepare
+from snlp_jax.linearize.covariance import Moments
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.block import Block, Context, Shared
+from snlp_jax.parallel.mesh import kernels_on, over_data, put_batch
+from snlp_jax.solver import Schedule
+from snlp_jax.types import Array, Params, PyTree
+
+Branch = Literal["attention", "mlp", "block"]
+BRANCHES: tuple[Branch, ...] = ("attention", "mlp", "block")
+Place = tuple[Branch, int]
+"""A branch of a layer."""
+Batches = Callable[[], Iterable[Mapping[str, np.ndarray]]]
+"""Gives batches of equal shape anew at every call: ``tokens`` [B, T + 1], the last of which is not read, and where
+documents are masked ``document`` [B, T + 1]."""
+Shift = tuple[np.ndarray, np.ndarray]
+
+
+def branch_moments(
+    model: LanguageModel,
+    params: Params,
+    batches: Batches,
+    wanted: Mapping[Branch, Sequence[int]],
+    *,
+    skip_first: int = 0,
+    mesh: Mesh | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[Place, Moments]:
+    """Count, means, C_xx, C_yx, C_yy of the wanted branches of layers, in one pass over the text.
+
+    A layer is one compiled program, for each kind of layer there is, run layer after layer; a model whose layers have
+    been replaced in part compiles nothing anew. A batch is reduced in float32, on each device its own rows, and batches
+    and devices are merged in float64 on the host. Samples are taken relative to the means of the first batch, which is
+    evaluated twice for that, so that means far above the spread cost no digits.
+
+    Memory: on a device the weights, the activations of its rows of a batch and 12 D^2 bytes a branch of one layer; on
+    the host 24 D^2 bytes for every branch of every wanted layer (ask for fewer layers at a time where that is much: a
+    pass ends behind the last one). Neither grows with the text.
+
+    Args:
+        wanted: layers whose branch is whole, by branch.
+        skip_first: tokens at the beginning of every window that do not count: attention sinks behave like no other.
+        mesh: the rows of batches are spread over its data axis; weights are on every device.
+        on_batch: called after each.
+
+    Raises:
+        InputError: see :func:`check_wanted`; no text; every token skipped; rows that the devices cannot share.
+    """
+    check_wanted(model, wanted)
+    first = next(iter(batches()), None)
+    if first is None:
+        raise InputError("there is no text to take statistics of; give at least one batch.")
+    rows, length = first["tokens"].shape[0], first["tokens"].shape[1] - 1
+    if not 0 <= skip_first < length:
+        raise InputError(f"skip_first is {skip_first}, but windows have {length} tokens; give 0 to {length - 1}.")
+    if mesh is not None and (mesh.size != mesh.shape["data"] or rows % mesh.shape["data"]):
+        raise InputError(
+            f"batches of {rows} windows over a mesh of {dict(mesh.shape)}: statistics are spread over its data axis "
+            "alone, which must divide the batch."
+        )
+    tapped = _Tapped(model, params, wanted, skip_first, mesh)
+    shifts = {place: (part.mean_x, part.mean_y) for place, part in tapped.moments(first, {}).items()}
+    total: dict[Place, Moments] = {}
+    for batch in batches():
+        parts = tapped.moments(batch, shifts)
+        total = {place: total[place].merge(part) for place, part in parts.items()} if total else parts
+        on_batch()
+    return {place: part.moved(*shifts[place]) for place, part in total.items()}
+
+
+def check_wanted(model: LanguageModel, wanted: Mapping[Branch, Sequence[int]]) -> None:
+    """Refuse branches that a model does not have.
+
+    Raises:
+        InputError: names the branch and the layer; or whole blocks of a model with residual streams.
+    """
+    config = model.config
+    for branch, layers in wanted.items():
+        if branch == "block" and layers and config.num_streams:
+            raise InputError("a block on several residual streams is no map of one; linearise attention or MLPs.")
+        for layer in layers:
+            if not 0 <= layer < config.num_layers:
+                raise InputError(f"there is no layer {layer} among 0 to {config.num_layers - 1}; name another.")
+            if layer not in whole_layers(model, branch):
+                raise InputError(f"layer {layer} has no whole {branch}: it is linear or dropped; name another.")
+
+
+def whole_layers(model: LanguageModel, branch: Branch) -> tuple[int, ...]:
+    """Layers whose branch is as it was trained."""
+    names = {"attention": ("attn",), "mlp": ("mlp",), "block": ("attn", "mlp")}[branch]
+    kinds = enumerate(model.config.kinds)
+    return tuple(layer for layer, kind in kinds if all(getattr(kind, name) == "full" for name in names))
+
+
+# ---------------------------------------------------------------- what passes between the branches
+
+
+class Taps(NamedTuple):
+    """Of one layer, [B, T, D] each."""
+
+    x: Array
+    attn: Array
+    u: Array
+    mlp: Array
+
+
+@dataclass(frozen=True)
+class TappedPath:
+    """A residual path that also hands on what the branches read and add: :class:`Taps`, in what ``leave`` leaves."""
+
+    path: Any
+
+    def enter(self, block: Any, h: Array, ctx: Any, shared: Any) -> tuple[Array, Any]:
+        x_BTD, carry = self.path.enter(block, h, ctx, shared)
+        return x_BTD, (carry, x_BTD)
+
+    def between(self, block: Any, carry: Any, ctx: Any, attn_BTD: Array) -> tuple[Array, Any]:
+        carry, x_BTD = carry
+        u_BTD, carry = self.path.between(block, carry, ctx, attn_BTD)
+        return u_BTD, (carry, x_BTD, attn_BTD, u_BTD)
+
+    def leave(self, carry: Any, ctx: Any, mlp_BTD: Array) -> tuple[Array, Taps]:
+        carry, *taps = carry
+        return self.path.leave(carry, ctx, mlp_BTD)[0], Taps(*taps, mlp_BTD)
+
+
+class _TappedModel(LanguageModel):
+    """Its layers leave :class:`Taps` behind, as the derivative of their skip paths."""
+
+    def _merge(self, params: PyTree) -> Block:
+        block = super()._merge(params)
+        block.path = TappedPath(block.path)
+        return block
+
+
+class _Tapped:
+    """The compiled pieces of a pass, and the weights that they read."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        params: Params,
+        wanted: Mapping[Branch, Sequence[int]],
+        skip_first: int,
+        mesh: Mesh | None,
+    ):
+        num_layers = model.config.num_layers
+        self._model, self._mesh, self._skip_first = _TappedModel(model.config, model.backend), mesh, skip_first
+        self._model._kernels_here = model.adapted(kernels=kernels_on(mesh, is_spread=False))._kernels_here
+        self._wanted = [tuple(name for name in BRANCHES if l in wanted.get(name, ())) for l in range(num_layers)]
+        self._num_layers = max((l + 1 for l, names in enumerate(self._wanted) if names), default=0)
+        weights = prepare(model, params, Schedule.of(num_layers), num_tokens=1, layout="list")
+        self._ends, self._blocks = weights.ends, [tree for blocks in weights.blocks for tree in blocks]
+        if mesh is not None:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            self._ends, self._blocks = jax.device_put((self._ends, self._blocks), everywhere)
+        self._enter, self._step = jax.jit(self._enter_fn), jax.jit(self._step_fn, static_argnames="names")
+
+    def moments(self, batch: Mapping[str, np.ndarray], shifts: Mapping[Place, Shift]) -> dict[Place, Moments]:
+        """Of the samples minus their shifts (0 where there is none)."""
+        inputs = {name: batch[name][:, :-1] for name in ("tokens", "document") if name in batch}
+        inputs = put_batch(self._mesh, inputs, is_whole=True)
+        shared, h = self._enter(self._ends, inputs)
+        found: dict[Place, Moments] = {}
+        zero = np.zeros(self._model.config.embed_dim, np.float32)
+        for l, block in enumerate(self._blocks[: self._num_layers]):
+            ctx = self._model.context(self._ends, [block], inputs["tokens"], l, l + 1)
+            names = self._wanted[l]
+            shift = [shifts.get((name, l), (zero, zero)) for name in names]
+            shift = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), shift)
+            h, by_device = self._step(block, h, jax.tree.map(lambda leaf: leaf[0], ctx), shared, shift, names=names)
+            for name, stacked in zip(names, jax.device_get(by_device), strict=True):
+                parts = [Moments(*(leaf[i] for leaf in stacked)) for i in range(len(stacked.count))]
+                total = parts[0].on_host()
+                for part in parts[1:]:
+                    total = total.merge(part)
+                found[name, l] = total
+        return found
+
+    def _enter_fn(self, ends: PyTree, inputs: Mapping[str, Array]) -> tuple[Shared, Array]:
+        document_BT = inputs.get("document")
+        x0_BTD = over_data(self._mesh, self._model.embed(ends, inputs["tokens"], None, document_BT))
+        return self._model.shared(x0_BTD, None, document_BT), self._model.expand(x0_BTD)
+
+    def _step_fn(
+        self, block: PyTree, h: Array, ctx: Context, shared: Shared, shifts: list[tuple[Array, Array]], *, names: Any
+    ) -> tuple[Array, list[Moments]]:
+        """The layer's output, and moments with an axis of devices before the others."""
+        new, aux = self._model.block_fn()(block, h, ctx, shared)
+        taps = aux.skip_BTRR
+        assert isinstance(taps, Taps)
+        pairs = {
+            "attention": (taps.x, taps.attn),
+            "mlp": (taps.u, taps.mlp),
+            "block": (taps.x, taps.attn + taps.mlp),  # not h' - x, which would round
+        }
+        num_devices = 1 if self._mesh is None else self._mesh.shape["data"]
+
+        def samples(x_BTD: Array, shift_D: Array) -> Array:
+            x_BTD = x_BTD[:, self._skip_first :].astype(jnp.float32) - shift_D[None, None]
+            return over_data(self._mesh, x_BTD.reshape(num_devices, -1, x_BTD.shape[-1]))
+
+        def reduce(name: str, shift: tuple[Array, Array]) -> Moments:
+            rows = (samples(each, by) for each, by in zip(pairs[name], shift, strict=True))
+            return jax.vmap(lambda x, y: Moments.of(x, y, with_yy=True))(*rows)
+
+        found = [reduce(name, shift) for name, shift in zip(names, shifts, strict=True)]
+        return over_data(self._mesh, new), jax.tree.map(lambda leaf: over_data(self._mesh, leaf), found)
