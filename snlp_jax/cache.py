@@ -23,7 +23,7 @@ from snlp_jax.model.attention import slot_positions
 from snlp_jax.model.block import KeyValue, Ring, Rings
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
 from snlp_jax.solver import Exact, ParallelSegment
-from snlp_jax.types import Array
+from snlp_jax.types import Array, Groups
 
 FEW_WRITES = 16
 """Tokens (batch x length) up to which each is written by itself: in place, where a scatter on a CPU is a loop."""
@@ -60,26 +60,37 @@ def plan_rings(model: LanguageModel, weights: Weights, capacity: int, block: int
     """The rings of every segment, for texts of up to ``capacity`` tokens and up to ``block`` written at once.
 
     Layers in a list have a ring each. Those in a stack share one array where their sizes agree, and are grouped by size
-    where not; but over devices, and for a correction that takes them one by one, all are as long as the longest.
+    where not; but over devices, and for a correction that takes them one by one, all are as long as the longest. Layers
+    without attention have none and are not counted; stacks of several kinds have their own.
     """
     plans: list[RingPlan | None] = []
     for segment, blocks, is_spread in zip(weights.segments, weights.blocks, weights.is_spread, strict=True):
-        if blocks is None:
+        layers = [i for i in model.config.attention_layers if segment.start <= i < segment.stop]
+        if blocks is None or not layers:
             plans.append(None)
             continue
-        windows = model.config.windows[segment.start : segment.stop]
-        sizes = [min(window, capacity) + block for window in windows]
+        sizes = [min(model.config.windows[i], capacity) + block for i in layers]
         if isinstance(blocks, list):
             plans.append(RingPlan(tuple(sizes), tuple((index,) for index in range(len(sizes)))))
+            continue
+        if isinstance(blocks, Groups):
+            plans.append(_grouped(sizes, [model.config.kinds[i] for i in layers]))
             continue
         one_by_one = isinstance(segment, ParallelSegment) and isinstance(segment.correction, Exact)
         if is_spread or one_by_one or len(set(sizes)) == 1:
             num_rows = jax.tree.leaves(blocks)[0].shape[0]
             plans.append(RingPlan((max(sizes),), (tuple(range(num_rows)),)))
             continue
-        groups = {size: tuple(i for i, own in enumerate(sizes) if own == size) for size in sorted(set(sizes))}
-        plans.append(RingPlan(tuple(groups), tuple(groups.values())))
+        plans.append(_grouped(sizes, [()] * len(sizes)))
     return tuple(plans)
+
+
+def _grouped(sizes: Sequence[int], kinds: Sequence[tuple]) -> RingPlan:
+    """A ring for every kind and size."""
+    groups: dict[tuple, tuple[int, ...]] = {}
+    for index, key in sorted(enumerate(zip(sizes, kinds, strict=True)), key=lambda item: item[1][0]):
+        groups[key] = (*groups.get(key, ()), index)
+    return RingPlan(tuple(size for size, _ in groups), tuple(groups.values()))
 
 
 def fill(plan: RingPlan, kv: KeyValue, length_B: Array) -> Rings:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from snlp_jax.cache import Past
-from snlp_jax.layout import Weights, by_chunk, nodes_of
+from snlp_jax.layout import Weights, as_rows, by_chunk, nodes_of
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import KeyValue, Rings, Shared
 from snlp_jax.parallel.mesh import kernels_on, over_data
@@ -19,6 +19,7 @@ from snlp_jax.solver import (
     BatchAxes,
     Calibration,
     Chunkwise,
+    Exact,
     FusedSplit,
     Kept,
     LayerProblem,
@@ -233,15 +234,22 @@ def layer_problem(
     of_nodes = functools.partial(by_chunk, layers_per_chunk=layers_per_node) if isinstance(stage, Chunkwise) else None
     blocks = of_nodes(blocks) if of_nodes and not isinstance(blocks, list) else blocks
     num_layers = num_rows // layers_per_node
+    attention = [i for i, kind in enumerate(model.config.kinds[start:stop]) if kind.attn == "full"]
+    attention += range(stop - start, num_rows)
+    one_by_one = isinstance(segment, SequentialSegment) or isinstance(segment.correction, Exact)
     evaluations: list[tuple[Any, Shared]] = []
     for rings in past if isinstance(past, tuple) else () if past is None else (past,):
-        if isinstance(blocks, list) or (isinstance(segment, SequentialSegment) and len(rings.groups) > 1):
-            blocks = blocks if isinstance(blocks, list) else [layer(blocks, i) for i in range(num_layers)]
-            rows = [layer(ctx, i)._replace(past=rings.layer(i)) for i in range(num_layers)]
+        is_mixed = isinstance(blocks, Groups)
+        is_several = isinstance(segment, SequentialSegment) and len(rings.groups) > 1
+        if isinstance(blocks, list) or is_several or (is_mixed and one_by_one):
+            blocks = as_rows(blocks, num_layers)
+            past_of = {i: rings.layer(row) for row, i in enumerate(attention)}
+            rows = [layer(ctx, i)._replace(past=past_of.get(i)) for i in range(num_layers)]
             evaluations.append((rows, shared))
             continue
-        own = ctx._replace(past=rings.groups[0]) if len(rings.groups) == 1 else ctx
-        of_all = shared if len(rings.groups) == 1 else shared._replace(past=rings)
+        is_one = len(rings.groups) == 1 and not is_mixed
+        own = ctx._replace(past=rings.groups[0]) if is_one else ctx
+        of_all = shared if is_one else shared._replace(past=rings)
         evaluations.append((own if of_nodes is None else of_nodes(own), of_all))
     if not evaluations:
         evaluations.append((ctx if of_nodes is None else of_nodes(ctx), shared))
@@ -260,7 +268,7 @@ def layer_problem(
         real=(first, first + num_nodes) if num_layers > num_nodes else None,
         batch_axes=None
         if isinstance(own, list)
-        else BatchAxes(*model.batch_axes(own, shared, int(of_nodes is not None))),
+        else BatchAxes(*model.batch_axes(own, of_all, int(of_nodes is not None))),
         warm_L=warm,
         evaluations=tuple(evaluations) if isinstance(past, tuple) else (),
     )

@@ -8,10 +8,10 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import Kind, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.kinds import cut
+from snlp_jax.model.kinds import cut, each_stack
 from snlp_jax.parallel.region import num_padded, pad_layers
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, with_shardings
 from snlp_jax.solver import (
@@ -20,6 +20,7 @@ from snlp_jax.solver import (
     FusedSplit,
     HyperConnection,
     ParallelSegment,
+    PerLayer,
     ScaledIdentity,
     Schedule,
     Segment,
@@ -104,13 +105,13 @@ def _lay_out(model: LanguageModel, weights: Weights, num_tokens: int, layout: La
         if isinstance(segment, SkippedSegment):
             return blocks
         if isinstance(segment, SequentialSegment):
-            return _rows(blocks, segment.num_layers) if layout == "list" or (layout == "auto" and on_cpu) else blocks
+            return as_rows(blocks, segment.num_layers) if layout == "list" or (layout == "auto" and on_cpu) else blocks
         unrolled_is_faster = layout == "auto" and on_cpu and num_tokens >= LONG_SWEEP
         # A split stage shares one product among all layers, which only a stack can do.
         if isinstance(segment.stage, FusedSplit) or not (layout == "list" or unrolled_is_faster):
             return blocks
         is_chunked = isinstance(segment.stage, Chunkwise)
-        return _rows(by_chunk(blocks, segment.layers_per_node) if is_chunked else blocks, segment.num_nodes)
+        return as_rows(by_chunk(blocks, segment.layers_per_node) if is_chunked else blocks, segment.num_nodes)
 
     return dataclasses.replace(weights, blocks=tuple(map(lay_out, weights.segments, weights.blocks)))
 
@@ -125,12 +126,13 @@ def abstract_weights(model: LanguageModel, schedule: Schedule, mesh: Mesh, seque
 def weights_shardings(model: LanguageModel, weights: Weights, mesh: Mesh) -> Weights:
     """The sharding of every leaf of weights that are laid out on a mesh."""
     place = lambda tree, layout, prefix="": shardings_of(tree, model.config, mesh, layout, prefix)  # noqa: E731
+    place_blocks = lambda blocks, layout: each_stack(lambda stack: place(stack, layout, "blocks/"), blocks)  # noqa: E731
     layouts = [BY_LAYER if is_spread else BY_FEATURE for is_spread in weights.is_spread]
     on_all = NamedSharding(mesh, PartitionSpec())
     return dataclasses.replace(
         weights,
         ends=place(weights.ends, BY_FEATURE),
-        blocks=tuple(place(blocks, layout, "blocks/") for blocks, layout in zip(weights.blocks, layouts, strict=True)),
+        blocks=tuple(map(place_blocks, weights.blocks, layouts)),
         tables=tuple(place(tables, layout, "embed/") for tables, layout in zip(weights.tables, layouts, strict=True)),
         fits=jax.tree.map(lambda _: on_all, weights.fits),
     )
@@ -150,6 +152,7 @@ def arrange(
         InputError: see :func:`check_mesh` and :func:`split`.
     """
     check_mesh(schedule, mesh)
+    check_alike(model.config, mesh)
     is_ring = mesh.shape["layer"] > 1 and sequential == "ring"
     return _spread(model, params, split(model, params, schedule, fits, is_ring=is_ring), mesh, sequential)
 
@@ -168,7 +171,7 @@ def _spread(model: LanguageModel, params: Params, weights: Weights, mesh: Mesh, 
             nodes, layers_per_node = nodes_of(segment)
             num_shards, num_rows = num_devices, layers_per_node * num_padded(nodes, num_devices)
         is_spread.append(spread)
-        blocks.append(pad_layers(stack, num_rows))
+        blocks.append(pad_layers(stack, num_rows) if num_rows > segment.num_layers else stack)
         is_skipped, shards = isinstance(segment, SkippedSegment), (num_shards, num_rows)
         tables.append(None if is_skipped else model.value_tables(params, segment.start, segment.stop, *shards))
     embed = {name: leaf for name, leaf in weights.ends["embed"].items() if name not in ("value", "value_gate")}
@@ -229,6 +232,20 @@ def check_mesh(schedule: Schedule, mesh: Mesh) -> None:
             raise InputError("a split stage shares one product among all layers and cannot be sharded.")
 
 
+def check_alike(config: ModelConfig, mesh: Mesh) -> None:
+    """Refuse to spread layers that differ.
+
+    Raises:
+        InputError: names them.
+    """
+    replaced = [layer for layer, kind in enumerate(config.kinds) if kind != Kind()]
+    if replaced and mesh.shape["layer"] > 1:
+        raise InputError(
+            f"layers {replaced} have linear or dropped branches, and layers that differ cannot be spread over "
+            f"mesh.layer {mesh.shape['layer']}; set it to 1 and use mesh.data or mesh.tensor."
+        )
+
+
 def check_schedule(config: ModelConfig, schedule: Schedule) -> None:
     """Refuse a schedule that a model cannot run.
 
@@ -246,6 +263,11 @@ def check_schedule(config: ModelConfig, schedule: Schedule) -> None:
             raise InputError("scales=own is for residual scalars, and this model mixes streams; leave it out.")
         if isinstance(region.stage, FusedSplit) and config.num_streams:
             raise InputError("a split stage is for a single residual stream; use chunks such as stage=4xF2.")
+        replaced = [i for i in range(region.start, region.stop) if config.kinds[i] != Kind()]
+        if replaced and not isinstance(region.stage, PerLayer):
+            name = "a split stage" if isinstance(region.stage, FusedSplit) else f"stage={region.stage.num_chunks}xF"
+            what = f"{name}{'' if isinstance(region.stage, FusedSplit) else region.layers_per_node}"
+            raise InputError(f"{what} fuses layers as trained, but layers {replaced} are replaced; leave out stage=.")
 
 
 def split(
@@ -322,8 +344,10 @@ def nodes_of(segment: Segment) -> tuple[int, int]:
     return segment.num_layers, 1
 
 
-def _rows(tree: PyTree, num_rows: int) -> list[PyTree]:
+def as_rows(tree: PyTree, num_rows: int) -> list[PyTree]:
     """One tree for each index of the leading axis."""
+    if isinstance(tree, list):
+        return tree
     if isinstance(tree, Groups):
         return [tree.layer(index) for index in range(num_rows)]
     return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(num_rows)]  # noqa: B023
@@ -335,14 +359,13 @@ def by_chunk(tree: PyTree, layers_per_chunk: int) -> PyTree:
 
 
 def _cut_further(config: ModelConfig, segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Segments outside of regions end after the mid-layer, and where layers are run, after the last of a kind."""
+    """Segments outside of regions end after the mid-layer, and after the last of several layers of a kind."""
     pieces: list[Segment] = []
     for segment in segments:
         if isinstance(segment, ParallelSegment):
             pieces.append(segment)
             continue
-        kinds = config.kinds if isinstance(segment, SequentialSegment) else ()
-        ends = [i + 1 for i in range(segment.start, segment.stop - 1) if kinds and kinds[i] != kinds[i + 1]]
+        ends = [i + 1 for i in range(segment.start, segment.stop - 1) if config.kinds[i] != config.kinds[i + 1]]
         if segment.start <= config.mid_layer < segment.stop - 1:
             ends.append(config.mid_layer + 1)
         places = [segment.start, *sorted(set(ends)), segment.stop]

@@ -220,7 +220,7 @@ class Programs:
         """Write what the evaluated tokens leave behind; ``last_B``: index of the last that stays, where it is not 0."""
 
         def write(rings: Any, left: Left | None) -> Any:
-            if left is None:
+            if left is None or rings is None:
                 return rings
             if isinstance(rings, Rings):
                 return append(rings, left.kv, length_B)

@@ -47,11 +47,6 @@ def kinds_in(config: ModelConfig, start: int, stop: int) -> dict[Kind, tuple[int
     return layers
 
 
-def is_mixed(config: ModelConfig, start: int, stop: int) -> bool:
-    """Whether layers ``start`` to ``stop - 1`` are of several kinds."""
-    return len(set(config.kinds[start:stop])) > 1
-
-
 def take(config: ModelConfig, blocks: PyTree, layers: Sequence[int]) -> PyTree:
     """The stack [n, ...] of layers of one kind, cut from ragged stacks: a slice where they stand next to each other in
     theirs, else a copy."""
@@ -74,6 +69,20 @@ def cut(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
         return take(config, blocks, tuple(range(start, stop)))
     members = tuple(tuple(layer - start for layer in layers) for layers in kinds.values())
     return Groups(tuple(take(config, blocks, layers) for layers in kinds.values()), members)
+
+
+def each_stack(fn: Callable[[PyTree], PyTree], blocks: PyTree) -> PyTree:
+    """``fn`` of a stack, or of the stack of every kind."""
+    if isinstance(blocks, Groups):
+        return Groups(tuple(map(fn, blocks.groups)), blocks.members)
+    return fn(blocks)
+
+
+def of_all(blocks: PyTree, name: str) -> PyTree:
+    """The stack of a sub-tree that all layers have, in order of depth; copied where they are of several kinds."""
+    if not isinstance(blocks, Groups):
+        return blocks[name]
+    return join([{name: group[name]} for group in blocks.groups], blocks.members)[name]
 
 
 def join(groups: Sequence[PyTree], members: Sequence[Sequence[int]]) -> PyTree:

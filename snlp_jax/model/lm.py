@@ -5,7 +5,7 @@ maths; only plain jax transforms touch them. The model hands out pieces of the s
 ``context``); ``snlp_jax/forward.py`` joins them with a solver.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,7 +17,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.model.attention import Implementation, choose_implementation
 from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
 from snlp_jax.model.hyper import LayerMaps, static_maps
-from snlp_jax.model.kinds import join, kind_of, kinds_in
+from snlp_jax.model.kinds import join, kind_of, kinds_in, of_all
 from snlp_jax.model.layers import (
     GATE_INPUT,
     SMEAR_INPUT,
@@ -36,6 +36,7 @@ from snlp_jax.model.nodes import (
     Node,
     NodeFn,
     NodeFns,
+    by_group,
     node_fns,
     split_sweep,
 )
@@ -276,8 +277,9 @@ class LanguageModel:
         own: Any = None if shared.first_B is None else 0
         document: Any = None if shared.document_BT is None else 0
         local: Any = None if shared.local_cos_TH is None else own
-        of_all = Shared(0, own, own, own, None, document, local, local)  # type: ignore[arg-type]
-        return Context(None, value_embed, None, past), of_all, before  # type: ignore[arg-type]
+        rings: Any = None if shared.past is None else 1
+        shared_axes = Shared(0, own, own, own, rings, document, local, local)  # type: ignore[arg-type]
+        return Context(None, value_embed, None, past), shared_axes, before  # type: ignore[arg-type]
 
     def logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
         """``logits_BTV`` float32, soft-capped, cropped to the tokenizer's vocabulary; sums the states' streams."""
@@ -319,16 +321,18 @@ class LanguageModel:
 
         ``forward_mode`` selects XLA attention, the only one with a forward-mode derivative.
         """
-        return self._layer_fns(0, 0, forward_mode).block_fn
+        return self._node_fns(self._layer_node(), (), forward_mode).block_fn
 
     def sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> NodeFn:
         """All of layers ``start`` to ``stop - 1`` at once; equals ``vmap(block_fn)``."""
-        return self._layer_fns(start, stop, forward_mode).sweep_fn
+        fns = lambda windows: self._node_fns(self._layer_node(), windows, forward_mode)  # noqa: E731
+        return by_group(lambda windows: fns(windows).sweep_fn, self.config.windows[start:stop])
 
     @property
     def refresh_fn(self) -> NodeFn:
         """Of layers evaluated at once, their keys and values alone, as what they leave behind."""
-        return self._layer_fns(0, 0, False).refresh_fn
+        refresh_fn = self._node_fns(self._layer_node(), (), False).refresh_fn
+        return by_group(lambda _: refresh_fn, (0,) * self.config.num_layers)
 
     @property
     def residual_map(self) -> Callable[[PyTree, Context, BlockAux], Array]:
@@ -437,7 +441,7 @@ class LanguageModel:
         if not self.config.num_streams or self.config.hyper_maps == "dynamic":
             return None
         if not isinstance(blocks, list):
-            return static_maps(jax.tree.map(lambda leaf: leaf[:num_layers], blocks["hyper"]), self.config)
+            return static_maps(jax.tree.map(lambda leaf: leaf[:num_layers], of_all(blocks, "hyper")), self.config)
         is_chunked = blocks[0]["hyper"]["attn"]["post_logits"].ndim == 2
         join = jnp.concatenate if is_chunked else jnp.stack
         return static_maps(jax.tree.map(lambda *leaves: join(leaves), *(b["hyper"] for b in blocks)), self.config)
@@ -448,11 +452,7 @@ class LanguageModel:
     def _layer_node(self) -> LayerNode:
         return LayerNode(self.config, self._merge, self.dtype)
 
-    def _layer_fns(self, start: int, stop: int, forward_mode: bool) -> NodeFns:
-        windows = self.config.windows[start:stop]
-        return self._node_fns(self._layer_node(), windows, forward_mode)
-
-    def _node_fns(self, node: Node, windows: tuple[int, ...], forward_mode: bool) -> NodeFns:
+    def _node_fns(self, node: Node, windows: Sequence[int], forward_mode: bool) -> NodeFns:
         kernels, one_by_one_from = self._kernels(forward_mode), LARGE_STATE if self.backend == "cpu" else None
         settings: dict[str, Any] = {"one_by_one_from": one_by_one_from, "softcap": self.config.attention_softcap}
         return node_fns(node, windows, kernels, remat=self.config.remat, **settings)

@@ -33,10 +33,10 @@ from snlp_jax.model.attention import (
     attend_pieces,
     slot_positions,
 )
-from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Ring, Shared
+from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Ring, Rings, Shared
 from snlp_jax.model.hyper import BranchMaps, LayerMaps, join, residual_path
 from snlp_jax.model.layers import project, rms_norm
-from snlp_jax.types import Array, PyTree
+from snlp_jax.types import Array, Groups, PyTree
 
 NodeFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, BlockAux]]
 ChooseKernel = Callable[[int], Implementation]
@@ -288,6 +288,55 @@ def node_fns(
         return h_L, BlockAux(kv, None)
 
     return NodeFns(block, sweep, node.residual_map, refresh)
+
+
+def by_group(fn_of: Callable[[Sequence[int]], NodeFn], windows: Sequence[int]) -> NodeFn:
+    """A sweep (or refresh) that takes layers of several kinds too: each kind's stack is read where it lies, and
+    activations are permuted. ``fn_of(windows)`` is the one of layers of one kind."""
+    whole = fn_of(windows)
+
+    def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
+        if not isinstance(params, Groups):
+            return whole(params, h_L, ctx, shared)
+        attention = sorted(i for stack, own in _pairs(params) if "attn" in stack for i in own)
+        news, auxs = [], []
+        for stack, own in _pairs(params):
+            rows = np.asarray(own)
+            its_h, its_ctx = jax.tree.map(lambda leaf, rows=rows: leaf[rows], (h_L, ctx))
+            its_shared = shared
+            if shared.past is not None:
+                its_past = _past_of(shared.past, [attention.index(i) for i in own if i in attention])
+                its_shared = shared._replace(past=its_past)
+                if its_past is not None and len(its_past.groups) == 1:
+                    its_ctx, its_shared = its_ctx._replace(past=its_past.groups[0]), shared._replace(past=None)
+            new, aux = fn_of([windows[i] for i in own])(stack, its_h, its_ctx, its_shared)
+            news.append((own, new))
+            auxs.append((own, aux))
+        kvs = [(own, aux.kv) for own, aux in auxs if aux.kv is not None]
+        skips = [(own, aux.skip_BTRR) for own, aux in auxs if aux.skip_BTRR is not None]
+        return _in_order(news), BlockAux(_in_order(kvs), _in_order(skips))
+
+    return sweep
+
+
+def _pairs(params: Groups) -> list[tuple[PyTree, tuple[int, ...]]]:
+    return list(zip(params.groups, params.members, strict=True))
+
+
+def _past_of(past: Rings, layers: Sequence[int]) -> Rings | None:
+    """The rings of some layers, counted from the first of these, which share theirs with no others."""
+    place = {layer: index for index, layer in enumerate(layers)}
+    pairs = [(g, m) for g, m in zip(past.groups, past.members, strict=True) if m[0] in place]
+    members = tuple(tuple(place[layer] for layer in m) for _, m in pairs)
+    return Rings(tuple(group for group, _ in pairs), members) if pairs else None
+
+
+def _in_order(parts: Sequence[tuple[Sequence[int], PyTree]]) -> PyTree:
+    """Rows of several groups in the order of their layers."""
+    if len(parts) < 2:
+        return parts[0][1] if parts else None
+    order = np.argsort([i for own, _ in parts for i in own])
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *(rows for _, rows in parts))
 
 
 def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKernel, *, remat: bool) -> NodeFn:

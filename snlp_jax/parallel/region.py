@@ -155,7 +155,7 @@ def _on_each_device(
         "common": (None if calibration is None else calibration.common, on_all),
         "rows_place": (jnp.arange(mesh.shape[rows]) if rows else None, state),
     }
-    for name in ("params", "ctx", "warm_L", "layers"):
+    for name in ("params", "ctx", "warm_L", "layers") if num_layers > problem.num_layers else ():
         arrays[name] = pad_layers(arrays[name][0], num_layers), arrays[name][1]
 
     def local(parts: dict[str, PyTree]) -> Solution:

@@ -315,7 +315,7 @@ class Exact(Correction):
             return jax.tree.map(jnp.subtract, new, h), new
 
         def substitute_all(d: PyTree) -> tuple[PyTree, PyTree]:
-            if not problem.is_unrolled:
+            if problem.is_stack:
                 rows = (problem.params, problem.ctx, x_L, y_L, h_L, is_padding_L)
                 return jax.lax.scan(substitute, d, rows)
             news = []

@@ -240,6 +240,19 @@ def layer(tree: PyTree, index: int | slice | jax.Array) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
+def stack_rows(rows: Sequence[PyTree]) -> PyTree:
+    """Trees of all layers as one whose leaves lead with the layer axis: with that of the layers which have them, where
+    some have None in place of a sub-tree."""
+    present = [row for row in rows if row is not None]
+    if not present:
+        return None
+    parts = [jax.tree.flatten(row, is_leaf=lambda node, row=row: node is not row) for row in present]
+    tree = parts[0][1]
+    if jax.tree_util.treedef_is_leaf(tree):
+        return jnp.stack(present)
+    return tree.unflatten([stack_rows(column) for column in zip(*(leaves for leaves, _ in parts), strict=True)])
+
+
 def shift(h_L: PyTree, entering: PyTree) -> PyTree:
     """Inputs of the layers from their outputs: ``x_1 = entering``, ``x_l = h_{l-1}``."""
     return jax.tree.map(lambda h, h_in: jnp.concatenate([h_in[None], h[:-1]]), h_L, entering)

@@ -2,7 +2,9 @@
 
 The seam of the project is ``block_fn(params_l, h, ctx_l, shared) -> (h', aux_l)``. ``params`` and ``ctx`` lead with
 the layer axis (or are lists with one entry a layer), ``shared`` is the same for all layers, ``aux`` is what a layer
-leaves behind (keys and values, statistics). The trace h = (h_1 .. h_N) solves ``h_l = f_l(h_{l-1})``.
+leaves behind (keys and values, statistics). Layers may differ: their parameters are then a list, or stacked by
+structure, and what only some of them leave behind is stacked over those. The trace h = (h_1 .. h_N) solves
+``h_l = f_l(h_{l-1})``.
 """
 
 import dataclasses
@@ -14,7 +16,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from snlp_jax.solver.linear import Axis, layer
+from snlp_jax.solver.linear import Axis, layer, stack_rows
+from snlp_jax.types import Groups
 
 PyTree = Any
 BlockFn = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -55,13 +58,14 @@ class LayerProblem:
 
     Attributes:
         block_fn: one layer; must be differentiable in forward mode where a correction asks for that.
-        params: leaves [N, ...], or a list of N trees (unrolled; what a CPU prefers for long sequences).
+        params: leaves [N, ...], or a list of N trees (unrolled; what a CPU prefers for long sequences), or ``Groups``
+            of layers whose trees differ.
         ctx: per-layer inputs that are not parameters: leaves [N, ...], or a list of N trees where params are one.
         shared: inputs common to all layers.
         h_in: state entering the first layer; any pytree, no layer axis.
         num_layers: N (on one device's shard, where ``axis`` is set).
         sweep_fn: ``(params, x_L, ctx, shared) -> (y_L, aux_L)``, all (local) layers at once; must equal
-            ``vmap(block_fn)``.
+            ``vmap(block_fn)``. It takes ``Groups`` where params are such; without it they are evaluated one by one.
         residual_map: ``(params_l, ctx_l, aux_l) -> a_l``, the structured derivative of the layer's skip path: a scalar,
             or matrices [..., R, R] that mix residual streams. None means 1.
         warm_L: a trace from elsewhere, for the ``Warm`` initial trace.
@@ -96,7 +100,7 @@ class LayerProblem:
     evaluations: tuple[tuple[PyTree, PyTree], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.is_unrolled:
+        if self.is_stack:
             chex.assert_tree_shape_prefix((self.params, self.ctx), (self.num_layers,))
 
     def at(self, evaluation: int) -> "LayerProblem":
@@ -110,9 +114,19 @@ class LayerProblem:
     def is_unrolled(self) -> bool:
         return isinstance(self.params, list)
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether the layers are alike and can be scanned."""
+        return not isinstance(self.params, list | Groups)
+
     def layer(self, index: int) -> tuple[PyTree, PyTree]:
         """``(params_l, ctx_l)`` of one layer."""
-        pick = lambda tree: tree[index] if isinstance(tree, list) else layer(tree, index)  # noqa: E731
+
+        def pick(tree: PyTree) -> PyTree:
+            if isinstance(tree, Groups):
+                return tree.layer(index)
+            return tree[index] if isinstance(tree, list) else layer(tree, index)
+
         return pick(self.params), pick(self.ctx)
 
     def indices(self) -> jax.Array:
@@ -134,12 +148,12 @@ class LayerProblem:
 
     def sweep(self, x_L: PyTree) -> tuple[PyTree, PyTree]:
         """Evaluate all layers at once at inputs ``x_L``: ``(y_L, aux_L)``, both leading with the layer axis."""
-        if self.is_unrolled:
+        if self.is_unrolled or (self.sweep_fn is None and not self.is_stack):
             outputs = [
                 self.block_fn(*self._block_args(index, layer(x_L, index)), self.shared)
                 for index in range(self.num_layers)
             ]
-            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+            return stack_rows(outputs)
         sweep_fn = self.sweep_fn or jax.vmap(self.block_fn, in_axes=(0, 0, 0, None))
         y_L, aux_L = sweep_fn(self.params, x_L, self.ctx, self.shared)
         return self.pass_on(x_L, y_L), aux_L
@@ -156,8 +170,11 @@ class LayerProblem:
         """[N] scalars or [N, ..., R, R] matrices: the derivative of every layer's skip path."""
         if self.residual_map is None:
             return jnp.ones((self.num_layers,))
-        if self.is_unrolled:
-            rows = (self.residual_map(*self.layer(i), layer(aux_L, i)) for i in range(self.num_layers))
+        if not self.is_stack:
+            # What only some layers leave behind is no layer's row, and no map of the skip path.
+            is_whole = lambda leaf: leaf.shape[0] == self.num_layers  # noqa: E731
+            common_L = jax.tree.map(lambda leaf: leaf if is_whole(leaf) else None, aux_L)
+            rows = (self.residual_map(*self.layer(i), layer(common_L, i)) for i in range(self.num_layers))
             return jnp.stack(list(rows))
         return jax.vmap(self.residual_map)(self.params, self.ctx, aux_L)
 
@@ -165,7 +182,13 @@ class LayerProblem:
         """What the layers leave behind at inputs ``x_L``, where that is cheaper than an evaluation."""
         if self.refresh_fn is None:
             return self.sweep(x_L)[1]
-        return self.refresh_fn(self.params, x_L, self.ctx, self.shared)[1]
+        if not self.is_unrolled:
+            return self.refresh_fn(self.params, x_L, self.ctx, self.shared)[1]
+        rows = []
+        for index in range(self.num_layers):
+            params, x, ctx = jax.tree.map(lambda leaf: leaf[None], self._block_args(index, layer(x_L, index)))
+            rows.append(layer(self.refresh_fn(params, x, ctx, self.shared)[1], 0))
+        return stack_rows(rows)
 
     def _block_args(self, index: int, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         params, ctx = self.layer(index)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from snlp_jax.solver.corrections import Correction
 from snlp_jax.solver.init import Guess, Init
-from snlp_jax.solver.linear import Corrected, layer, pass_round, shift, tell_owned
+from snlp_jax.solver.linear import Corrected, layer, pass_round, shift, stack_rows, tell_owned
 from snlp_jax.solver.problem import BatchAxes, Iteration, LayerProblem
 
 PyTree = Any
@@ -221,14 +221,14 @@ def _one_by_one(problem: LayerProblem, with_trace: bool, with_aux: bool) -> tupl
             new = jax.tree.map(lambda old, new: jnp.where(is_padding, old, new), h, new)
         return new, (new if with_trace else None, aux if with_aux else None)
 
-    if not problem.is_unrolled:
+    if problem.is_stack:
         value, (trace, aux) = jax.lax.scan(body, problem.h_in, (problem.params, problem.ctx, is_padding_L))
         return value, trace, aux
     h, rows = problem.h_in, []
     for index in range(problem.num_layers):
         h, row = body(h, (*problem.layer(index), None))
         rows.append(row)
-    trace, aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    trace, aux = stack_rows(rows)
     return h, trace, aux
 
 
