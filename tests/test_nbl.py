@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snlp_jax.config import MeshConfig, ModelConfig, NormConfig
+from snlp_jax.config import LinearizeConfig, MeshConfig, ModelConfig, NormConfig
 from snlp_jax.errors import InputError
+from snlp_jax.forward import forward
+from snlp_jax.layout import prepare
 from snlp_jax.linearize.covariance import Moments
 from snlp_jax.linearize.maps import (
     MAX_CONDITION,
@@ -22,11 +24,14 @@ from snlp_jax.linearize.maps import (
     squared_error,
     variance,
 )
+from snlp_jax.linearize.nbl import Candidate, check_linearize, choose, linearize
+from snlp_jax.linearize.replace import replace
 from snlp_jax.linearize.statistics import branch_moments
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.attention import attend
 from snlp_jax.model.layers import rms_norm
 from snlp_jax.parallel.mesh import make_mesh
+from snlp_jax.solver import Schedule
 
 WIDTH = 6
 
@@ -125,7 +130,7 @@ def test_low_rank_is_optimal_in_the_metric_of_the_inputs(rank):
     plain = u[:, :rank] * s[:rank] @ vt[:rank]
     nudge = 0.01 * np.random.default_rng(2).normal(size=up.shape)
     for weight in (plain, (down @ (up + nudge)).T, ((down + nudge.T) @ up).T):
-        other = type(low)(weight, both.mean_y - weight @ both.mean_x, None, 0.0)
+        other = type(low)(weight, both.mean_y - weight @ both.mean_x, None, 0.0, 1.0)
         assert squared_error(other, both) > squared_error(low, both)
     np.testing.assert_allclose(fit_map(both, rank=WIDTH).weight_YX, full.weight_YX, atol=1e-12)
 
@@ -302,3 +307,110 @@ def test_bad_questions_are_one_sentence(wanted, settings, message):
     mesh = make_mesh(MeshConfig(data=settings.pop("data", 1)))
     with pytest.raises(InputError, match=message):
         branch_moments(model, params, batches_of(tokens[: size * 2], max(size, 1)), wanted, mesh=mesh, **settings)
+
+
+# ---------------------------------------------------------------- replacing them
+
+
+def last_states(model, params, tokens):
+    weights = prepare(model, params, Schedule.of(model.config.num_layers), num_tokens=tokens[:, :-1].size)
+    run = jax.jit(lambda weights, tokens: forward(model, weights, tokens).h_last)
+    return np.asarray(run(weights, tokens[:, :-1]), np.float64)
+
+
+@functools.cache
+def last_is_linear():
+    """A model whose last layer adds its attention alone."""
+    model, params, tokens = problem()
+    mlp = params["blocks"]["mlp"]
+    blocks = params["blocks"] | {"mlp": mlp | {"down": mlp["down"].at[-1].set(0.0)}}
+    return model, params | {"blocks": blocks}, tokens
+
+
+@pytest.mark.parametrize("branch, rank", (("attention", 0), ("mlp", 5), ("block", 0)))
+def test_a_replaced_branch_errs_as_its_moments_say(branch, rank):
+    """The squared error of the last layer's outputs, measured by running the model that the maps are put into."""
+    model, params, tokens = last_is_linear() if branch == "attention" else problem()
+    (found,) = branch_moments(model, params, batches_of(tokens, 24), {branch: (2,)}).values()
+    fit = fit_map(found, rank=rank)
+    settings = {"mlp": {2: fit.affine}} if branch != "attention" else {"attention": {2: fit.affine}}
+    settings |= {"attention": {2: None}} if branch == "block" else {}
+    config, new = replace(model.config, params, **settings, rank=rank)
+    error = last_states(LanguageModel(config), new, tokens) - last_states(model, params, tokens)
+    measured = np.mean(np.sum(error**2, axis=-1))
+    # float32 states, whose rounding the error is far above
+    assert squared_error(fit, found) == pytest.approx(measured, rel=1e-4) and measured > 1e-2
+
+
+def found_by(config, **changes):
+    model, params, tokens = problem(**changes)
+    return linearize(model, params, batches_of(tokens[:32], 16), batches_of(tokens[32:], 16), config)
+
+
+def test_the_lowest_are_chosen():
+    made = found_by(LinearizeConfig(attention=1, mlp=2))
+    (only,) = made.rounds
+    assert [each.place for each in only.candidates] == [(name, l) for l in range(3) for name in ("attention", "mlp")]
+    for rank_by in ("heldout", "nmse_residual", "nmse", "cca"):
+        chosen = choose(only.candidates, {"attention": 1, "mlp": 2}, LinearizeConfig(mlp=1, rank_by=rank_by))
+        for branch, count in (("attention", 1), ("mlp", 2)):
+            scores = sorted((each.score(rank_by), each.place) for each in only.candidates if each.branch == branch)
+            assert [place for _, place in scores[:count]] == [place for place in chosen if place[0] == branch]
+        assert rank_by != "heldout" or chosen == only.chosen
+    config = made.model.config
+    assert {("attention", l) for l in config.linear_attention} | {("mlp", l) for l in config.linear_mlp} == set(
+        only.chosen
+    )
+
+
+def test_a_greedy_choice_looks_at_the_model_so_far():
+    """The second round's candidates are measured on the model whose first map is in place."""
+    model, params, tokens = problem()
+    options = LinearizeConfig(attention=2, greedy=True, rank_by="random", seed=2)
+    made = found_by(options)
+    first, second = made.rounds
+    ((_, layer),) = first.chosen
+    assert [each.layer for each in second.candidates] == [l for l in range(3) if l != layer]
+    new_map = next(each.fit.affine for each in first.candidates if each.layer == layer)
+    config, new = replace(model.config, params, attention={layer: new_map})
+    others = [l for l in range(3) if l != layer]
+    again = branch_moments(LanguageModel(config), new, batches_of(tokens[:32], 16), {"attention": others})
+    for each in second.candidates:
+        np.testing.assert_allclose(each.nmse, nmse(fit_map(again[each.place]), again[each.place]), rtol=1e-6)
+    untouched = {each.layer: each.nmse for each in first.candidates}
+    assert layer < 2 and any(each.nmse != untouched[each.layer] for each in second.candidates)
+    one_by_one = found_by(dataclasses.replace(options, layers_at_once=1))
+    assert [each.chosen for each in one_by_one.rounds] == [each.chosen for each in made.rounds]
+
+
+def test_blocks_are_chosen_first_and_drops_are_the_same_layers():
+    options = LinearizeConfig(attention=2, blocks=1, drop=True)
+    dropped, kept = found_by(options), found_by(dataclasses.replace(options, drop=False))
+    assert dropped.rounds[0].chosen == kept.rounds[0].chosen
+    (block,) = [layer for branch, layer in kept.rounds[0].chosen if branch == "block"]
+    rest = tuple(layer for layer in range(3) if layer != block)
+    assert (kept.model.config.linear_mlp, kept.model.config.dropped_attention) == ((block,), (block,))
+    assert kept.model.config.linear_attention == rest and not kept.model.config.dropped_mlp
+    assert (dropped.model.config.dropped_mlp, dropped.model.config.dropped_attention) == ((block,), (0, 1, 2))
+    with pytest.raises(InputError, match="layer 0 has no whole attention: it is linear or dropped"):
+        model, params = kept.model, kept.params
+        branch_moments(model, params, batches_of(problem()[2], 16), {"attention": (0,)})
+
+
+def test_chance_is_a_choice_of_the_seed():
+    model, params, _ = problem()
+    candidates = [Candidate(l, "attention", 0.0, 1.0, 0.1 * l, 0.1 * l, 0.1 * l, 1.0, None) for l in range(8)]
+    pick = lambda seed, **more: choose(  # noqa: E731
+        candidates, {"attention": 3}, LinearizeConfig(attention=3, rank_by="random"), seed=seed, **more
+    )
+    assert pick(0) == pick(0) and len({frozenset(pick(seed)) for seed in range(9)}) > 4
+    check_linearize(model, LinearizeConfig(attention=3))
+    for options, message in (
+        ({"attention": 4}, "--attention is 4, but the model has 3 whole attentions; lower it"),
+        ({"mlp": 3, "blocks": 1}, "--mlp is 3 besides the 1 of --blocks, but the model has 3 whole mlps; lower it"),
+        ({"mlp": 1, "rank": 25}, "--rank is 25, but the model's width is 24"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_linearize(model, LinearizeConfig(**options))
+    with pytest.raises(InputError, match="nothing is to be replaced"):
+        LinearizeConfig()

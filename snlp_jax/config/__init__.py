@@ -9,6 +9,7 @@ from snlp_jax.config.dial import Dial
 from snlp_jax.config.evaluate import EvalConfig, TaskConfig
 from snlp_jax.config.experiment import Config
 from snlp_jax.config.family import NormConfig, RopeConfig, RopeScaling
+from snlp_jax.config.linearize import LinearizeConfig
 from snlp_jax.config.lora import LoraConfig
 from snlp_jax.config.loss import (
     CorrectionName,
@@ -37,6 +38,7 @@ __all__ = [
     "InitName",
     "Kind",
     "LayerSkipConfig",
+    "LinearizeConfig",
     "LoraConfig",
     "LossConfig",
     "LossTerm",

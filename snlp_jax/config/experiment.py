@@ -54,6 +54,11 @@ class Config:
             f"lora.rank is {self.lora.rank}, but train.init_from is empty; name the run that they adapt.",
         )
         require(
+            self.lora.rank == 0 or self.train.trainable == "",
+            f"train.trainable is {self.train.trainable!r}, but adapters choose what they train by lora.targets; leave "
+            "one out.",
+        )
+        require(
             self.lora.rank == 0 or "gate" not in self.lora.targets or self.model.mlp != "relu2",
             "lora.targets holds 'gate', which an MLP with model.mlp 'relu2' lacks; leave it out.",
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +62,9 @@ class TrainConfig:
     optimizer starts afresh."""
     init_checkpoint: Literal["best", "last"] = "best"
     """Of that run: the one of the lowest validation loss, or the newest."""
+    trainable: str = ""
+    """Train only the parameters whose whole path matches this regular expression, such as 'blocks/linear_.*' (the maps
+    of a linearised model); empty trains all."""
     ema_decay: float = 0.0
     """Average the parameters exponentially over the steps; evaluations, samples and readers of the checkpoint then get
     the average. Step t, from 0, decays by (1 + t) / (10 + t) at most. 0 switches it off."""
@@ -91,6 +95,10 @@ class TrainConfig:
         counts = ("eval_every", "checkpoint_every", "sample_every", "sample_tokens", "frontier_every", "profile_steps")
         for name in counts:
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more.")
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            require(False, f"train.trainable {self.trainable!r} is no regular expression ({error}).")
         require(0 <= self.ema_decay < 1, f"train.ema_decay is {self.ema_decay}; give 0, or less than 1.")
         require(
             self.batch_size % self.num_microbatches == 0,

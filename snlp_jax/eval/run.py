@@ -69,7 +69,7 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     specs = [parse_calibration(text, config.model.num_layers) for text in config.eval.calibrations]
     model = LanguageModel(config.model)
     step, params = read_params(run_dir, model, which)
-    data = _read_data(run_dir, config)
+    data = read_data(run_dir, config)
     for spec in specs:
         _note(f"fitted calibration {spec.name!r} in {fit_to_run(run_dir, model, params, data, spec)[1]}.")
     fits = load_fits(run_dir, params, list(settings.values()))
@@ -116,7 +116,7 @@ def read_tokenizer(run_dir: Path) -> Tokenizer:
     return load_tokenizer_json(path.read_text(encoding="utf-8"))
 
 
-def _read_data(run_dir: Path, config: Config) -> TokenData:
+def read_data(run_dir: Path, config: Config) -> TokenData:
     """The corpus in the tokens of the run, even where it has changed since and would give another tokenizer."""
     tokenizer = read_tokenizer(run_dir)
     own = dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME))

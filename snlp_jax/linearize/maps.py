@@ -12,12 +12,14 @@ residual (the authors' convention, Y = y + x) by tr Cov(y + x), which is what th
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from snlp_jax.errors import InputError
 from snlp_jax.linearize.covariance import Moments
 from snlp_jax.linearize.regression import inverse_root, top_eigenvectors
+from snlp_jax.linearize.replace import AffineMap
 
 MAX_CONDITION = 1e7
 """Of C_xx without a ridge. Beyond it the smallest eigenvalues are below the rounding of products in float32, relative
@@ -36,6 +38,14 @@ class BranchMap:
     """Of low rank: orthonormal columns U with ``W = U U^T W``; else None."""
     ridge: float
     """Relative to the mean eigenvalue of C_xx."""
+    condition: float
+    """Of C_xx without it; infinite where that is singular."""
+
+    @property
+    def affine(self) -> AffineMap:
+        """As the model reads it."""
+        kernel_DD: Any = self.weight_YX.T if self.basis_YR is None else self.factors
+        return AffineMap(kernel_DD, self.bias_Y)  # type: ignore[arg-type]  # becomes jax arrays there
 
     @property
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +92,7 @@ class Regression:
             basis_YR = top_eigenvectors(moved_YX @ moved_YX.T, rank)
             weight_YX = basis_YR @ (basis_YR.T @ weight_YX)
         own = self.moments.on_host()
-        return BranchMap(weight_YX, own.mean_y - weight_YX @ own.mean_x, basis_YR, ridge)
+        return BranchMap(weight_YX, own.mean_y - weight_YX @ own.mean_x, basis_YR, ridge, self.condition)
 
 
 def fit_map(

@@ -6,6 +6,8 @@ mlp          the MLP's input                    its output
 block        the attention's input x            h' - x: both outputs, on one residual stream
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.layout import prepare
 from snlp_jax.linearize.covariance import Moments
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Block, Context, Shared
+from snlp_jax.model.kinds import kind_of
+from snlp_jax.model.lm import _graph_of
 from snlp_jax.parallel.mesh import kernels_on, over_data, put_batch
 from snlp_jax.solver import Schedule
 from snlp_jax.types import Array, Params, PyTree
@@ -46,8 +51,8 @@ def branch_moments(
 ) -> dict[Place, Moments]:
     """Count, means, C_xx, C_yx, C_yy of the wanted branches of layers, in one pass over the text.
 
-    A layer is one compiled program, for each kind of layer there is, run layer after layer; a model whose layers have
-    been replaced in part compiles nothing anew. A batch is reduced in float32, on each device its own rows, and batches
+    A layer is one compiled program, for each kind of layer there is, run layer after layer; a model of which more is
+    replaced since compiles no layer anew. A batch is reduced in float32, on each device its own rows, and batches
     and devices are merged in float64 on the host. Samples are taken relative to the means of the first batch, which is
     evaluated twice for that, so that means far above the spread cost no digits.
 
@@ -76,11 +81,11 @@ def branch_moments(
             f"batches of {rows} windows over a mesh of {dict(mesh.shape)}: statistics are spread over its data axis "
             "alone, which must divide the batch."
         )
-    tapped = _Tapped(model, params, wanted, skip_first, mesh)
-    shifts = {place: (part.mean_x, part.mean_y) for place, part in tapped.moments(first, {}).items()}
+    run = _Pass(model, params, wanted, skip_first, mesh)
+    shifts = {place: (part.mean_x, part.mean_y) for place, part in run.moments(first, {}).items()}
     total: dict[Place, Moments] = {}
     for batch in batches():
-        parts = tapped.moments(batch, shifts)
+        parts = run.moments(batch, shifts)
         total = {place: total[place].merge(part) for place, part in parts.items()} if total else parts
         on_batch()
     return {place: part.moved(*shifts[place]) for place, part in total.items()}
@@ -138,21 +143,70 @@ class TappedPath:
         return u_BTD, (carry, x_BTD, attn_BTD, u_BTD)
 
     def leave(self, carry: Any, ctx: Any, mlp_BTD: Array) -> tuple[Array, Taps]:
-        carry, *taps = carry
-        return self.path.leave(carry, ctx, mlp_BTD)[0], Taps(*taps, mlp_BTD)
+        carry, x_BTD, attn_BTD, u_BTD = carry
+        return self.path.leave(carry, ctx, mlp_BTD)[0], Taps(x_BTD, attn_BTD, u_BTD, mlp_BTD)
 
 
 class _TappedModel(LanguageModel):
-    """Its layers leave :class:`Taps` behind, as the derivative of their skip paths."""
+    """Layers of any kind, which leave :class:`Taps` behind as the derivative of their skip paths."""
 
     def _merge(self, params: PyTree) -> Block:
+        kind = kind_of(params)
+        if kind not in self._block_graphs:
+            self._block_graphs[kind] = _graph_of(self.config, kind)
         block = super()._merge(params)
-        block.path = TappedPath(block.path)
+        block.path = TappedPath(block.path)  # type: ignore[assignment]
         return block
 
 
-class _Tapped:
-    """The compiled pieces of a pass, and the weights that they read."""
+class _Programs(NamedTuple):
+    """Compiled when first called, once for every kind of layer."""
+
+    enter: Callable[[PyTree, Mapping[str, Array]], tuple[Shared, Array]]
+    """Of the embedding and the inputs: what all layers read, and what enters the first."""
+    step: Callable[..., tuple[Array, list[Moments]]]
+    """Of a layer: its output, and moments with an axis of devices before the others."""
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(config: ModelConfig, backend: str, skip_first: int, mesh: Mesh | None) -> _Programs:
+    """Of all models of a config, whichever of their branches have been replaced: ``config`` has none."""
+    model = _TappedModel(config, backend)
+    model._kernels_here = model.adapted(kernels=kernels_on(mesh, is_spread=False))._kernels_here
+    num_devices = 1 if mesh is None else mesh.shape["data"]
+
+    def enter(ends: PyTree, inputs: Mapping[str, Array]) -> tuple[Shared, Array]:
+        document_BT = inputs.get("document")
+        x0_BTD = over_data(mesh, model.embed(ends, inputs["tokens"], None, document_BT))
+        return model.shared(x0_BTD, None, document_BT), model.expand(x0_BTD)
+
+    def samples(x_BTD: Array, shift_D: Array) -> Array:
+        x_BTD = x_BTD[:, skip_first:].astype(jnp.float32) - shift_D[None, None]
+        return over_data(mesh, x_BTD.reshape(num_devices, -1, x_BTD.shape[-1]))
+
+    def step(
+        block: PyTree, h: Array, ctx: Context, shared: Shared, shifts: list[tuple[Array, Array]], *, names: Any
+    ) -> tuple[Array, list[Moments]]:
+        new, aux = model.block_fn()(block, h, ctx, shared)
+        taps = aux.skip_BTRR
+        assert isinstance(taps, Taps)
+        pairs = {
+            "attention": (taps.x, taps.attn),
+            "mlp": (taps.u, taps.mlp),
+            "block": (taps.x, taps.attn + taps.mlp),  # not h' - x, which would round
+        }
+        reduce = jax.vmap(lambda x, y: Moments.of(x, y, with_yy=True))
+        found = [
+            reduce(*(samples(each, by) for each, by in zip(pairs[name], shift, strict=True)))
+            for name, shift in zip(names, shifts, strict=True)
+        ]
+        return over_data(mesh, new), jax.tree.map(lambda leaf: over_data(mesh, leaf), found)
+
+    return _Programs(jax.jit(enter), jax.jit(step, static_argnames="names"))
+
+
+class _Pass:
+    """The programs, and the weights that they read."""
 
     def __init__(
         self,
@@ -163,8 +217,11 @@ class _Tapped:
         mesh: Mesh | None,
     ):
         num_layers = model.config.num_layers
-        self._model, self._mesh, self._skip_first = _TappedModel(model.config, model.backend), mesh, skip_first
-        self._model._kernels_here = model.adapted(kernels=kernels_on(mesh, is_spread=False))._kernels_here
+        whole: dict[str, Any] = dict.fromkeys(
+            ("linear_attention", "linear_mlp", "dropped_attention", "dropped_mlp"), ()
+        )
+        self._model, self._mesh = model, mesh
+        self._programs = _programs(dataclasses.replace(model.config, **whole), model.backend, skip_first, mesh)
         self._wanted = [tuple(name for name in BRANCHES if l in wanted.get(name, ())) for l in range(num_layers)]
         self._num_layers = max((l + 1 for l, names in enumerate(self._wanted) if names), default=0)
         weights = prepare(model, params, Schedule.of(num_layers), num_tokens=1, layout="list")
@@ -172,55 +229,21 @@ class _Tapped:
         if mesh is not None:
             everywhere = NamedSharding(mesh, PartitionSpec())
             self._ends, self._blocks = jax.device_put((self._ends, self._blocks), everywhere)
-        self._enter, self._step = jax.jit(self._enter_fn), jax.jit(self._step_fn, static_argnames="names")
 
     def moments(self, batch: Mapping[str, np.ndarray], shifts: Mapping[Place, Shift]) -> dict[Place, Moments]:
         """Of the samples minus their shifts (0 where there is none)."""
         inputs = {name: batch[name][:, :-1] for name in ("tokens", "document") if name in batch}
         inputs = put_batch(self._mesh, inputs, is_whole=True)
-        shared, h = self._enter(self._ends, inputs)
+        shared, h = self._programs.enter(self._ends, inputs)
         found: dict[Place, Moments] = {}
         zero = np.zeros(self._model.config.embed_dim, np.float32)
         for l, block in enumerate(self._blocks[: self._num_layers]):
             ctx = self._model.context(self._ends, [block], inputs["tokens"], l, l + 1)
-            names = self._wanted[l]
+            ctx, names = jax.tree.map(lambda leaf: leaf[0], ctx), self._wanted[l]
             shift = [shifts.get((name, l), (zero, zero)) for name in names]
             shift = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), shift)
-            h, by_device = self._step(block, h, jax.tree.map(lambda leaf: leaf[0], ctx), shared, shift, names=names)
+            h, by_device = self._programs.step(block, h, ctx, shared, shift, names=names)
             for name, stacked in zip(names, jax.device_get(by_device), strict=True):
                 parts = [Moments(*(leaf[i] for leaf in stacked)) for i in range(len(stacked.count))]
-                total = parts[0].on_host()
-                for part in parts[1:]:
-                    total = total.merge(part)
-                found[name, l] = total
+                found[name, l] = functools.reduce(Moments.merge, parts[1:], parts[0].on_host())
         return found
-
-    def _enter_fn(self, ends: PyTree, inputs: Mapping[str, Array]) -> tuple[Shared, Array]:
-        document_BT = inputs.get("document")
-        x0_BTD = over_data(self._mesh, self._model.embed(ends, inputs["tokens"], None, document_BT))
-        return self._model.shared(x0_BTD, None, document_BT), self._model.expand(x0_BTD)
-
-    def _step_fn(
-        self, block: PyTree, h: Array, ctx: Context, shared: Shared, shifts: list[tuple[Array, Array]], *, names: Any
-    ) -> tuple[Array, list[Moments]]:
-        """The layer's output, and moments with an axis of devices before the others."""
-        new, aux = self._model.block_fn()(block, h, ctx, shared)
-        taps = aux.skip_BTRR
-        assert isinstance(taps, Taps)
-        pairs = {
-            "attention": (taps.x, taps.attn),
-            "mlp": (taps.u, taps.mlp),
-            "block": (taps.x, taps.attn + taps.mlp),  # not h' - x, which would round
-        }
-        num_devices = 1 if self._mesh is None else self._mesh.shape["data"]
-
-        def samples(x_BTD: Array, shift_D: Array) -> Array:
-            x_BTD = x_BTD[:, self._skip_first :].astype(jnp.float32) - shift_D[None, None]
-            return over_data(self._mesh, x_BTD.reshape(num_devices, -1, x_BTD.shape[-1]))
-
-        def reduce(name: str, shift: tuple[Array, Array]) -> Moments:
-            rows = (samples(each, by) for each, by in zip(pairs[name], shift, strict=True))
-            return jax.vmap(lambda x, y: Moments.of(x, y, with_yy=True))(*rows)
-
-        found = [reduce(name, shift) for name, shift in zip(names, shifts, strict=True)]
-        return over_data(self._mesh, new), jax.tree.map(lambda leaf: over_data(self._mesh, leaf), found)

@@ -1,6 +1,7 @@
 """One jitted, donated training step, and what it carries along."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from snlp_jax.config import Config
+from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.sharding import TRAINING, shardings_of, spread_matrices, with_shardings
 from snlp_jax.train.lora import init_adapters, make_lora_optimizer, merge
@@ -43,14 +45,40 @@ def init_state(
 
 
 def optimizer_of(model: LanguageModel, config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """The optimizer of a training run, on the mesh that holds its parameters."""
+    """The optimizer of a training run, on the mesh that holds its parameters.
+
+    Raises:
+        InputError: ``train.trainable`` matches nothing.
+    """
     if config.lora.rank > 0:
         return make_lora_optimizer(config.lora, config.optim, config.train.num_steps)
     tokens_per_step = config.train.batch_size * config.model.seq_len
     settings: dict[str, Any] = {}
     if mesh is not None and mesh.size > 1:
         settings["spread"] = functools.partial(spread_matrices, config=model.config, mesh=mesh)
-    return make_optimizer(config.optim, model.abstract_params(), config.train.num_steps, tokens_per_step, **settings)
+    params = model.abstract_params()
+    optimizer = make_optimizer(config.optim, params, config.train.num_steps, tokens_per_step, **settings)
+    if not config.train.trainable:
+        return optimizer
+    if not any(jax.tree.leaves(_matches(params, config.train.trainable))):
+        raise InputError(f"train.trainable {config.train.trainable!r} matches the path of no parameter.")
+    rest = lambda tree: jax.tree.map(lambda is_ours: not is_ours, _matches(tree, config.train.trainable))  # noqa: E731
+    return optax.chain(optimizer, optax.masked(optax.set_to_zero(), rest))  # weight decay moves what has no gradient
+
+
+def frozen(params: Params, trainable: str) -> Params:
+    """The parameters, of which those whose path does not match are constants to the gradient."""
+    if not trainable:
+        return params
+    stop = lambda leaf, is_ours: leaf if is_ours else jax.lax.stop_gradient(leaf)  # noqa: E731
+    return jax.tree.map(stop, params, _matches(params, trainable))
+
+
+def _matches(params: Params, pattern: str) -> Any:
+    """Of every leaf whether its whole path matches."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    is_ours = lambda path, _: re.fullmatch(pattern, name(path)) is not None  # noqa: E731
+    return jax.tree_util.tree_map_with_path(is_ours, params)
 
 
 def abstract_state(
@@ -155,7 +183,8 @@ def make_step(
 
         def gradient(rows: Batch) -> tuple[Any, dict[str, Array]]:
             def loss(trained: Any) -> tuple[Array, dict[str, Array]]:
-                params = merge(state["base"], trained, lora) if lora.rank > 0 else trained
+                own = frozen(trained, config.train.trainable)
+                params = merge(state["base"], trained, lora) if lora.rank > 0 else own
                 return loss_fn(model, params, rows, config.loss, plan, weights, key, **settings)
 
             grads, metrics = jax.grad(loss, has_aux=True)(state["params"])

@@ -1,0 +1,137 @@
+"""The command from a trained run to a linearised one, which everything else then reads."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import FAST_COMPILE, ROOT, tiny
+
+from snlp_jax.config import EvalConfig, LinearizeConfig, TrainConfig
+from snlp_jax.errors import InputError
+from snlp_jax.eval import evaluate_run
+from snlp_jax.eval.run import read_config, read_params
+from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.linearize.__main__ import TABLE_NAME, Args, linearize_run
+from snlp_jax.model import LanguageModel
+from snlp_jax.train.loop import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A trained model of four layers; some ten thousand tokens of text."""
+    folder = tmp_path_factory.mktemp("nbl")
+    train(tiny(folder / "tiny"))
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def linearised(run_dir):
+    return make(run_dir, "made", attention=2, blocks=1)
+
+
+def make(run_dir, name, data="", **options):
+    options = LinearizeConfig(**{"tokens": 2048, "batch_size": 16, **options})
+    return linearize_run(Args(run_dir, options, data, str(run_dir.parent / name), num_windows=16))
+
+
+def test_the_command_makes_a_run(run_dir, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "snlp_jax.linearize", str(run_dir), "--attention", "2", "--mlp", "1"]
+    command += ["--tokens", "2048", "--batch-size", "16", "--num-windows", "16", "--out", str(out)]
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu"}
+    said = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "chosen 1" in said.stdout and "perplexity on 16 held-out windows" in said.stdout
+    config = read_config(out)
+    model = config.model
+    assert len(model.linear_attention) == 2 and len(model.linear_mlp) == 1 and config.name == "out"
+    told = json.loads((out / TABLE_NAME).read_text())
+    (table,) = (each["table"] for each in told["rounds"])
+    assert len(table) == 8 and {row["branch"] for row in table} == {"attention", "mlp"}
+    by_rank = sorted((row for row in table if row["branch"] == "attention"), key=lambda row: row["held_out"])
+    assert tuple(sorted(row["layer"] for row in by_rank[:2])) == model.linear_attention
+    assert all(0 <= row["nmse"] <= 1 and row["nmse_residual"] <= row["cca_bound"] for row in table)
+    again = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2 and "exists and is not empty; name another directory with --out" in again.stderr
+
+
+def test_a_linearised_run_is_evaluated_calibrated_and_decoded(linearised):
+    config = read_config(linearised)
+    assert len(config.model.linear_attention) == 2 and len(config.model.linear_mlp) == 1
+    solvers = ("idn:n=3,k=1", "cal:n=3,k=1,init=cal,fit=c3")
+    evaluation = EvalConfig(solvers=solvers, calibrations=("c3:n=3,k=1,rank=2,init_rank=2,tokens=512",))
+    evaluation = dataclasses.replace(
+        evaluation, num_windows=16, batch_size=16, greedy_tokens=4, greedy_prompts=1, timing_repeats=0
+    )
+    report = evaluate_run(linearised, dataclasses.replace(config, eval=evaluation))
+    told = json.loads((linearised / TABLE_NAME).read_text())
+    # The same windows in another program, float32.
+    assert report.results[0].ppl == pytest.approx(told["ppl"]["after"], rel=1e-5)
+    model = LanguageModel(config.model)
+    engine = Engine(model, read_params(linearised, model, "best")[1])
+    (done,) = engine.generate([Request([1, 2, 3], max_new_tokens=4)])
+    assert len(done.tokens) == 4
+
+
+def test_greedy_choices_drops_and_chance(run_dir):
+    greedy = make(run_dir, "greedy", attention=2, greedy=True, rank_by="cca", layers_at_once=3)
+    told = json.loads((greedy / TABLE_NAME).read_text())
+    assert [len(each["table"]) for each in told["rounds"]] == [4, 3]  # what remains, on the model so far
+    dropped = make(run_dir, "dropped", attention=2, drop=True)
+    one_shot = make(run_dir, "one_shot", attention=2, rank=3)
+    ours, theirs = read_config(one_shot).model, read_config(dropped).model
+    assert theirs.dropped_attention == ours.linear_attention and not theirs.linear_attention
+    assert ours.linear_rank == 3 and read_params(one_shot, LanguageModel(ours), "best")[0] == 0
+    seeds = {
+        read_config(make(run_dir, f"random{seed}", attention=2, drop=True, rank_by="random", seed=seed)).model
+        for seed in range(3)
+    }
+    assert len({config.dropped_attention for config in seeds}) > 1
+    further = make(one_shot, "further", attention=1, rank=3)
+    assert set(read_config(further).model.linear_attention) > set(ours.linear_attention)
+    with pytest.raises(InputError, match="the model has maps of rank 3 already"):
+        make(one_shot, "no", attention=1)
+
+
+def test_the_maps_alone_are_trained(linearised):
+    """``train.trainable`` names them; every other parameter keeps its bits."""
+    config = read_config(linearised)
+    fields = {"num_steps": 3, "batch_size": 4, "eval_batches": 2, "log_every": 1}
+    tuned = dataclasses.replace(
+        config,
+        name="tuned",
+        run_dir=str(linearised.parent / "tuned"),
+        train=TrainConfig(init_from=str(linearised), trainable="blocks/linear_.*", **fields),
+    )
+    train(tuned)
+    model = LanguageModel(config.model)
+    before, after = (read_params(path, model, "last")[1] for path in (linearised, tuned.run_path))
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert (not np.array_equal(old, new)) == name.startswith("blocks/linear_"), name
+
+
+def test_input_is_checked_before_anything_is_compiled(run_dir, monkeypatch):
+    monkeypatch.setattr("snlp_jax.linearize.__main__.read_params", lambda *_: pytest.fail("too late"))
+    cases = (
+        ({"attention": 5}, "--attention is 5, but the model has 4 whole attentions; lower it"),
+        ({"attention": 3, "blocks": 2}, "--attention is 3 besides the 2 of --blocks, but the model has 4 whole"),
+        ({"blocks": 5}, "--blocks is 5, but the model has 4 whole blocks; lower it"),
+        ({"attention": 1, "rank": 33}, "--rank is 33, but the model's width is 32"),
+        ({"attention": 1, "tokens": 32}, "32 tokens are too few to fit maps of width 32; give at least 64"),
+        ({"attention": 1, "skip_first": 16}, "--skip-first is 16, but windows have 16 tokens"),
+    )
+    for options, message in cases:
+        with pytest.raises(InputError, match=message):
+            make(run_dir, "never", **options)
+    short = run_dir.parent / "short.txt"
+    short.write_text("a few words\n\nand others\n\nand yet others")
+    with pytest.raises(InputError, match="0 tokens are too few to fit maps of width 32"):
+        make(run_dir, "never", data=str(short), attention=1)
+    assert not (run_dir.parent / "never").exists()
