@@ -130,8 +130,8 @@ def test_input_is_checked_before_anything_is_compiled(run_dir, monkeypatch):
     for options, message in cases:
         with pytest.raises(InputError, match=message):
             make(run_dir, "never", **options)
-    short = run_dir.parent / "short.txt"
-    short.write_text("a few words\n\nand others\n\nand yet others")
+    short = run_dir.parent / "short.jsonl"
+    short.write_text('{"text": "a few words"}\n{"text": "and others"}\n')
     with pytest.raises(InputError, match="0 tokens are too few to fit maps of width 32"):
         make(run_dir, "never", data=str(short), attention=1)
     assert not (run_dir.parent / "never").exists()

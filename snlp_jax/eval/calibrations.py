@@ -95,6 +95,24 @@ def fit_to_run(
     Raises:
         InputError: a kind or rank that the model cannot have, or too little text for one batch.
     """
+    calibration, num_tokens = fit_spec(model, params, data, spec)
+    about = About(
+        kind=spec.kind,
+        start=spec.region.start,
+        stop=spec.region.stop,
+        num_iters=spec.region.num_iters,
+        num_tokens=num_tokens,
+        seed=SEED,
+        fingerprint=fingerprint(params),
+        stage=stage_text(spec.region),
+        init=next(name for name, init in INITS.items() if init is type(spec.region.init)),
+    )
+    return calibration, save_calibration(run_dir, spec.name, calibration, about)
+
+
+def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec) -> tuple[Calibration, int]:
+    """The calibration, and the number of tokens of training text that it is fitted to. For errors see
+    :func:`fit_to_run`."""
     windows = _training_windows(data, model.config.seq_len, spec.num_tokens)
     calibration = fit_calibration(
         region_problems(model, params, spec.region, windows),
@@ -105,18 +123,7 @@ def fit_to_run(
         init=spec.region.init,
         init_rank=min(spec.init_rank, model.config.embed_dim),
     )
-    about = About(
-        kind=spec.kind,
-        start=spec.region.start,
-        stop=spec.region.stop,
-        num_iters=spec.region.num_iters,
-        num_tokens=windows[:, 1:].size,
-        seed=SEED,
-        fingerprint=fingerprint(params),
-        stage=stage_text(spec.region),
-        init=next(name for name, init in INITS.items() if init is type(spec.region.init)),
-    )
-    return calibration, save_calibration(run_dir, spec.name, calibration, about)
+    return calibration, windows[:, 1:].size
 
 
 def load_fits(run_dir: Path, params: Params, schedules: Sequence[Schedule]) -> dict[str, Calibration]:

@@ -104,17 +104,33 @@ def linearize(
             on_batch=on_batch,
         )
         chosen = choose(candidates, counts, config, seed=config.seed + number)
-        maps = {each.place: each.fit.affine for each in candidates if each.place in chosen and not config.drop}
-        new: dict[str, dict[int, Any]] = {"attention": {}, "mlp": {}}
-        for branch, layer in chosen:
-            if branch == "block":
-                new["attention"][layer] = None
-            new["mlp" if branch == "block" else branch][layer] = maps.get((branch, layer))
-        new_config, params = replace(model.config, params, **new, rank=config.rank)
-        model = LanguageModel(new_config, model.backend)
+        model, params = apply(model, params, candidates, chosen, drop=config.drop, rank=config.rank)
         rounds.append(Round(tuple(sorted(candidates, key=lambda each: each.layer)), chosen))
         on_round(rounds[-1])
     return Linearized(model, params, tuple(rounds))
+
+
+def apply(
+    model: LanguageModel,
+    params: Params,
+    candidates: Sequence[Candidate],
+    chosen: Sequence[Place],
+    *,
+    drop: bool = False,
+    rank: int = 0,
+) -> tuple[LanguageModel, Params]:
+    """The model with the maps of the chosen candidates in place of their branches, or with nothing there.
+
+    ``rank`` is what the maps were fitted with.
+    """
+    maps = {each.place: each.fit.affine for each in candidates if each.place in chosen and not drop}
+    new: dict[str, dict[int, Any]] = {"attention": {}, "mlp": {}}
+    for branch, layer in chosen:
+        if branch == "block":
+            new["attention"][layer] = None
+        new["mlp" if branch == "block" else branch][layer] = maps.get((branch, layer))
+    config, params = replace(model.config, params, **new, rank=rank)
+    return LanguageModel(config, model.backend), params
 
 
 def measure(
