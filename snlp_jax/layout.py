@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snlp_jax.config import Kind, ModelConfig
+from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.kinds import cut, each_stack
@@ -238,11 +238,10 @@ def check_alike(config: ModelConfig, mesh: Mesh) -> None:
     Raises:
         InputError: names them.
     """
-    replaced = [layer for layer, kind in enumerate(config.kinds) if kind != Kind()]
-    if replaced and mesh.shape["layer"] > 1:
+    if config.replaced_layers and mesh.shape["layer"] > 1:
         raise InputError(
-            f"layers {replaced} have linear or dropped branches, and layers that differ cannot be spread over "
-            f"mesh.layer {mesh.shape['layer']}; set it to 1 and use mesh.data or mesh.tensor."
+            f"layers {config.replaced_layers} have linear or dropped branches, and layers that differ cannot be spread "
+            f"over a mesh with layer={mesh.shape['layer']}; use its data or tensor axis."
         )
 
 
@@ -263,7 +262,7 @@ def check_schedule(config: ModelConfig, schedule: Schedule) -> None:
             raise InputError("scales=own is for residual scalars, and this model mixes streams; leave it out.")
         if isinstance(region.stage, FusedSplit) and config.num_streams:
             raise InputError("a split stage is for a single residual stream; use chunks such as stage=4xF2.")
-        replaced = [i for i in range(region.start, region.stop) if config.kinds[i] != Kind()]
+        replaced = [i for i in config.replaced_layers if region.start <= i < region.stop]
         if replaced and not isinstance(region.stage, PerLayer):
             name = "a split stage" if isinstance(region.stage, FusedSplit) else f"stage={region.stage.num_chunks}xF"
             what = f"{name}{'' if isinstance(region.stage, FusedSplit) else region.layers_per_node}"

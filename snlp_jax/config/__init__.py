@@ -23,12 +23,13 @@ from snlp_jax.config.loss import (
     SolverTerm,
 )
 from snlp_jax.config.mesh import MeshConfig
-from snlp_jax.config.model import Kind, ModelConfig
+from snlp_jax.config.model import Branch, Kind, ModelConfig
 from snlp_jax.config.serialize import from_json, load_config, load_dial, load_study, to_json
 from snlp_jax.config.study import Study
 from snlp_jax.config.train import OptimConfig, TrainConfig
 
 __all__ = [
+    "Branch",
     "Config",
     "CorrectionName",
     "DataConfig",

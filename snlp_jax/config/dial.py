@@ -106,4 +106,4 @@ class Dial:
 
 def scaling_params(model: ModelConfig) -> int:
     """Parameters in the layers' matrices and in the head, which the rules count; embeddings are left out."""
-    return model.num_layers * model.layer_weights + model.embed_dim * model.padded_vocab_size
+    return model.block_weights + model.embed_dim * model.padded_vocab_size

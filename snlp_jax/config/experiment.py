@@ -9,7 +9,7 @@ from snlp_jax.config.evaluate import EvalConfig
 from snlp_jax.config.lora import LoraConfig
 from snlp_jax.config.loss import LossConfig
 from snlp_jax.config.mesh import MeshConfig
-from snlp_jax.config.model import ModelConfig
+from snlp_jax.config.model import Kind, ModelConfig
 from snlp_jax.config.train import OptimConfig, TrainConfig
 
 
@@ -50,27 +50,46 @@ class Config:
             "the weight 0.",
         )
         require(
-            self.lora.rank == 0 or self.train.init_from != "",
-            f"lora.rank is {self.lora.rank}, but train.init_from is empty; name the run that they adapt.",
-        )
-        require(
-            self.lora.rank == 0 or self.train.trainable == "",
-            f"train.trainable is {self.train.trainable!r}, but adapters choose what they train by lora.targets; leave "
-            "one out.",
-        )
-        require(
-            self.lora.rank == 0 or "gate" not in self.lora.targets or self.model.mlp != "relu2",
-            "lora.targets holds 'gate', which an MLP with model.mlp 'relu2' lacks; leave it out.",
-        )
-        require(
             not (self.data.mask_documents and self.model.attention == "cudnn"),
             "data.mask_documents does not run on model.attention 'cudnn'; use 'auto', 'xla' or 'splash'.",
         )
+        if self.lora.rank > 0:
+            _check_lora(self)
         _check_mesh(self)
 
     @property
     def run_path(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
+
+
+def _check_lora(config: Config) -> None:
+    """Refuse adapters of nothing."""
+    lora, model = config.lora, config.model
+    require(
+        config.train.init_from != "",
+        f"lora.rank is {lora.rank}, but train.init_from is empty; name the run that they adapt.",
+    )
+    require(
+        config.train.trainable == "",
+        f"train.trainable is {config.train.trainable!r}, but adapters choose what they train by lora.targets; leave "
+        "one out.",
+    )
+    require(
+        "gate" not in lora.targets or model.mlp != "relu2",
+        "lora.targets holds 'gate', which an MLP with model.mlp 'relu2' lacks; leave it out.",
+    )
+    linear = {"linear_attn", "linear_mlp"}
+    require(
+        not linear & set(lora.targets) or model.linear_rank == 0,
+        f"lora.targets holds linear maps, but these have model.linear_rank {model.linear_rank}; leave them out.",
+    )
+    found = {f"{name}_{kind[name]}" for kind in map(Kind._asdict, model.kinds) for name in kind}
+    for target in lora.targets:
+        branch = "attn" if target in ("query", "key", "value", "out", "linear_attn") else "mlp"
+        require(
+            f"{branch}_{'linear' if target in linear else 'full'}" in found,
+            f"lora.targets holds {target!r}, which no layer of this model has; leave it out.",
+        )
 
 
 def _check_mesh(config: Config) -> None:
@@ -79,6 +98,11 @@ def _check_mesh(config: Config) -> None:
     require(
         config.model.num_layers % mesh.layer == 0,
         f"model.num_layers {config.model.num_layers} is not a multiple of mesh.layer {mesh.layer}; change one.",
+    )
+    require(
+        mesh.layer == 1 or not config.model.replaced_layers,
+        f"mesh.layer is {mesh.layer}, but layers {config.model.replaced_layers} of the model have linear or dropped "
+        "branches, and layers that differ cannot be spread; use mesh.data or mesh.tensor.",
     )
     ring = mesh.ring_microbatches
     require(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from snlp_jax.config.check import require
 
-Target = Literal["query", "key", "value", "out", "up", "gate", "down"]
+Target = Literal["query", "key", "value", "out", "up", "gate", "down", "linear_attn", "linear_mlp"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class LoraConfig:
     """Of A [in, rank] and B [rank, out]; 0 trains all parameters."""
     alpha: float = 16.0
     targets: tuple[Target, ...] = ("query", "key", "value", "out", "up", "down")
-    """Matrices of every layer that get adapters; ``gate`` is for models whose MLP has one."""
+    """Matrices of every layer that get adapters; ``gate`` is for models whose MLP has one, ``linear_attn`` and
+    ``linear_mlp`` for those with linear maps in place of branches."""
     lr: float = 2e-3
     """Of AdamW on the adapters; ``optim.lr_scale`` and the schedule multiply it, the other rates play no part."""
 

@@ -204,6 +204,11 @@ class ModelConfig:
         )
 
     @property
+    def replaced_layers(self) -> tuple[int, ...]:
+        """Layers with a branch that is linear or dropped."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind != Kind())
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers that have keys and values."""
         return tuple(layer for layer, kind in enumerate(self.kinds) if kind.attn == "full")
@@ -212,6 +217,11 @@ class ModelConfig:
     def layer_weights(self) -> int:
         """Entries of the matrices of a layer as trained, maps between streams left out."""
         return self.weights_of(Kind())
+
+    @property
+    def block_weights(self) -> int:
+        """Entries of all layers' matrices, maps between streams left out."""
+        return sum(map(self.weights_of, self.kinds))
 
     def weights_of(self, kind: Kind) -> int:
         """:attr:`layer_weights` of a layer of a kind."""

@@ -74,13 +74,11 @@ def replace(
         if keys[0] not in rows:
             _put(blocks, keys, _kept(config, new_config, "/".join(keys), leaf))
     for name, maps in rows.items():
-        added = {layer: _leaves(new, rank) for layer, new in maps.items() if new is not None}
-        kept = dict(enumerate(owners(config, name)))
-        for row, layer in kept.items():
-            added[layer] = jax.tree.map(lambda leaf, row=row: leaf[row], params["blocks"][name])
-        if added:
-            in_order = [added[layer] for layer in sorted(added)]
-            blocks[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *in_order)
+        leaves = {layer: _leaves(new, rank) for layer, new in maps.items() if new is not None}
+        for row, layer in enumerate(owners(config, name)):
+            leaves[layer] = jax.tree.map(lambda leaf, row=row: leaf[row], params["blocks"][name])
+        if leaves:
+            blocks[name] = jax.tree.map(lambda *rows: jnp.stack(rows), *(leaves[layer] for layer in sorted(leaves)))
     return new_config, {**params, "embed": _embed(config, new_config, params["embed"]), "blocks": blocks}
 
 
@@ -117,7 +115,7 @@ def _leaves(new: AffineMap, rank: int) -> dict[str, Array]:
     return {"down": jnp.asarray(down_DX, jnp.float32), "up": jnp.asarray(up_XD, jnp.float32), "bias": bias_D}
 
 
-def _factors(kernel_DD: Array, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def _factors(kernel_DD: Any, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """The nearest product of [D, r] and [r, D], singular values split evenly between the two."""
     u_DX, s_X, v_XD = np.linalg.svd(np.asarray(kernel_DD, np.float64), full_matrices=False)
     root_X = np.sqrt(s_X[:rank])

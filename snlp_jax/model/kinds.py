@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snlp_jax.config import Kind, ModelConfig
+from snlp_jax.config import Branch, Kind, ModelConfig
 from snlp_jax.types import Array, Groups, PyTree
 
 _SUBTREES = {
@@ -35,7 +35,10 @@ def owners(config: ModelConfig, path: str) -> tuple[int, ...]:
 
 def kind_of(block: PyTree) -> Kind:
     """The kind of a layer, or of a stack of layers of one kind, from the tree of its parameters."""
-    find = lambda name: "full" if name in block else "linear" if f"linear_{name}" in block else "none"  # noqa: E731
+
+    def find(name: str) -> Branch:
+        return "full" if name in block else "linear" if f"linear_{name}" in block else "none"
+
     return Kind(find("attn"), find("mlp"))
 
 
@@ -69,6 +72,13 @@ def cut(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
         return take(config, blocks, tuple(range(start, stop)))
     members = tuple(tuple(layer - start for layer in layers) for layers in kinds.values())
     return Groups(tuple(take(config, blocks, layers) for layers in kinds.values()), members)
+
+
+def in_a_row(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
+    """As :func:`cut`, to be run in order under jit: layers that differ are a list, none of them copied twice."""
+    if len(kinds_in(config, start, stop)) == 1:
+        return cut(config, blocks, start, stop)
+    return [jax.tree.map(lambda leaf: leaf[0], take(config, blocks, (layer,))) for layer in range(start, stop)]
 
 
 def each_stack(fn: Callable[[PyTree], PyTree], blocks: PyTree) -> PyTree:

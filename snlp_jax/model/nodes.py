@@ -156,7 +156,8 @@ class ChunkNode:
             return jax.vmap(one)(*rows)
         return jnp.stack([one(*(leaf[j] for leaf in rows)) for j in range(len(q_MBTNH))])  # a vmap would run them all
 
-    def after(self, params: PyTree, carry: Any, out_MBTNH: Array, ctx: Context) -> tuple[Array, Array | None]:
+    def after(self, params: PyTree, carry: Any, out_MBTNH: Array | None, ctx: Context) -> tuple[Array, Array | None]:
+        assert out_MBTNH is not None, "layers that are fused have attention"
         path, wide, weights_M = residual_path(self.config), self._wide(ctx), self._branch_weights(params)
         attended_MBTX = out_MBTNH.reshape(*out_MBTNH.shape[:3], -1)
         if self.config.norm.use_post or self.config.use_out_bias:
@@ -263,8 +264,7 @@ def node_fns(
     def block(params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry, q, kv = node.before(params, h, ctx, shared)
         out = None
-        if q is not None:
-            assert kv is not None
+        if q is not None and kv is not None:
             out = node.attend(q, kv, ctx, shared, choose_kernel(h.shape[1]))
         new, skip_BTRR = node.after(params, carry, out, ctx)
         return new, BlockAux(kv, skip_BTRR)
@@ -273,7 +273,7 @@ def node_fns(
     def batched(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry_L, q, kv = jax.vmap(node.before, in_axes=(0, 0, 0, None))(params, h_L, ctx, shared)
         out = None
-        if q is not None:
+        if q is not None and kv is not None:
             out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]), softcap)
         new_L, skip_LBTRR = jax.vmap(node.after)(params, carry_L, out, ctx)
         return new_L, BlockAux(kv, skip_LBTRR)

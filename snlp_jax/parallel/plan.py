@@ -164,6 +164,11 @@ def parse_mesh(text: str, chips: Slice) -> MeshConfig:
 def make_arms(args: Args, config: Config, chips: Slice) -> list[Arm]:
     """The plan, then its two twins on the same chips."""
     mesh, num_layers = parse_mesh(args.mesh, chips), config.model.num_layers
+    if config.model.replaced_layers:
+        raise InputError(
+            f"layers {config.model.replaced_layers} have linear or dropped branches, and the planner counts layers as "
+            "trained; plan the model without them."
+        )
     if args.work.batch_size % mesh.data and not args.train:
         raise InputError(f"--batch {args.work.batch_size} is not a multiple of data={mesh.data}; change one.")
     setting = args.solver or next(iter(config.eval.solvers), "seq")

@@ -56,6 +56,8 @@ TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"blocks/mlp/(up|gate)", ("layers", "channels", "features")),
     (r"blocks/mlp/(up|gate)_bias", ("layers", "features")),
     (r"blocks/mlp/down", ("layers", "features", "channels")),
+    (r"blocks/linear_(attn|mlp)/(kernel|down)", ("layers", "channels", "features")),
+    (r"blocks/linear_(attn|mlp)/up", ("layers", "features", "channels")),
     (r"blocks/hyper/(attn|mlp)/phi", ("layers", "channels")),
     (r"blocks/.*", ("layers",)),
     (r"embed/token", ("vocabulary", "channels")),

@@ -246,11 +246,11 @@ def stack_rows(rows: Sequence[PyTree]) -> PyTree:
     present = [row for row in rows if row is not None]
     if not present:
         return None
-    parts = [jax.tree.flatten(row, is_leaf=lambda node, row=row: node is not row) for row in present]
-    tree = parts[0][1]
-    if jax.tree_util.treedef_is_leaf(tree):
+    if jax.tree_util.all_leaves(present):
         return jnp.stack(present)
-    return tree.unflatten([stack_rows(column) for column in zip(*(leaves for leaves, _ in parts), strict=True)])
+    children = lambda row: jax.tree.flatten(row, is_leaf=lambda node: node is not row)  # noqa: E731
+    columns = zip(*(children(row)[0] for row in present), strict=True)
+    return jax.tree.unflatten(children(present[0])[1], [stack_rows(column) for column in columns])
 
 
 def shift(h_L: PyTree, entering: PyTree) -> PyTree:

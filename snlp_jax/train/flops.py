@@ -24,17 +24,17 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def train_flops_per_token(config: ModelConfig) -> float:
-    """Forward and backward of the sequential pass: 6 per matrix weight, 12 per visible key, head channel and layer,
-    and with R residual streams 6 per channel and entry of the maps between them.
+    """Forward and backward of the sequential pass: 6 per matrix weight, 12 per visible key, head channel and layer with
+    attention, and with R residual streams 6 per channel and entry of the maps between them.
 
     Auxiliary loss terms and recomputation are not counted: utilisation is that of plain training.
     """
     D, H = config.embed_dim, config.head_dim
-    matrices = config.num_layers * config.layer_weights + D * config.padded_vocab_size
+    matrices = config.block_weights + D * config.padded_vocab_size
     if R := config.num_streams:
         entries = R * R + 2 * R
         matrices += 2 * config.num_layers * D * entries * (1 + R * (config.hyper_maps == "dynamic"))
-    visible = sum(min(window, config.seq_len) for window in config.windows)
+    visible = sum(min(config.windows[layer], config.seq_len) for layer in config.attention_layers)
     return 6.0 * matrices + 12.0 * config.num_heads * H * visible
 
 

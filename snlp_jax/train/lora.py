@@ -19,19 +19,25 @@ from snlp_jax.types import Array, Params
 Adapters = dict[str, Any]
 """``{'blocks': {'attn': {'query': {'a': ..., 'b': ...}, ...}, 'mlp': ...}}``."""
 
-PLACES = {"query": "attn", "key": "attn", "value": "attn", "out": "attn", "up": "mlp", "gate": "mlp", "down": "mlp"}
+PLACES = {
+    **{name: ("attn", name) for name in ("query", "key", "value", "out")},
+    **{name: ("mlp", name) for name in ("up", "gate", "down")},
+    **{name: (name, "kernel") for name in ("linear_attn", "linear_mlp")},
+}
+"""Target -> where its stack of matrices lies among the blocks."""
 
 
 def init_adapters(key: Array, params: Params, config: LoraConfig) -> Adapters:
     """A normal with variance 1 / in, B zero, for every target."""
     blocks: dict[str, Any] = {}
     for name, its_key in zip(config.targets, jax.random.split(key, len(config.targets)), strict=True):
-        L, fan_in, fan_out = params["blocks"][PLACES[name]][name].shape
+        place, matrix = PLACES[name]
+        L, fan_in, fan_out = params["blocks"][place][matrix].shape
         adapter = {
             "a": fan_in**-0.5 * jax.random.normal(its_key, (L, fan_in, config.rank)),
             "b": jnp.zeros((L, config.rank, fan_out)),
         }
-        blocks.setdefault(PLACES[name], {})[name] = adapter
+        blocks.setdefault(place, {})[matrix] = adapter
     return {"blocks": blocks}
 
 

@@ -28,7 +28,9 @@ from jax.sharding import Mesh
 
 from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, LossTerm, SolverCEConfig, SolverTerm
 from snlp_jax.forward import layer_problem, run_in_order
+from snlp_jax.layout import check_alike
 from snlp_jax.model import LanguageModel
+from snlp_jax.model.kinds import cut, each_stack, in_a_row
 from snlp_jax.notation import CORRECTIONS, INITS
 from snlp_jax.parallel import over_data, solve_sharded
 from snlp_jax.parallel.mesh import kernels_on
@@ -111,6 +113,8 @@ def loss_fn(
         mesh: devices that hold ``params`` in the training layout (``snlp_jax/parallel/sharding.py``).
         ring_microbatches: parts in which the batch goes round the devices of the layer axis.
     """
+    if mesh is not None:
+        check_alike(model.config, mesh)
     inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
     L, mid = model.config.num_layers, model.config.mid_layer
     ring = mesh if mesh is not None and mesh.shape["layer"] > 1 else None
@@ -137,11 +141,13 @@ def loss_fn(
 
     def problem(segment: SequentialSegment | ParallelSegment, h_start: Array) -> LayerProblem:
         first, stop = (segment.start, segment.stop) if ring is None else (0, L)
-        blocks = jax.tree.map(lambda leaf: leaf[first:stop], params["blocks"]) if ring is None else params["blocks"]
-        here, its_mesh = in_order, ring
+        blocks, here, its_mesh = params["blocks"], in_order, ring
         if isinstance(segment, ParallelSegment):
             here, its_mesh = at_once, region_mesh
-            blocks = gather(blocks, prefix="blocks/") if ring is None else blocks
+        if ring is None and isinstance(segment, ParallelSegment):
+            blocks = each_stack(functools.partial(gather, prefix="blocks/"), cut(model.config, blocks, first, stop))
+        elif ring is None:
+            blocks = in_a_row(model.config, blocks, first, stop)
         settings: dict[str, Any] = {"key": key, "mesh": its_mesh, "stack": (first, stop)}
         return layer_problem(here, params, blocks, inputs_BT, shared, segment, h_start, **settings)
 

@@ -24,6 +24,8 @@ LABELS: tuple[tuple[str, str], ...] = (
     (r"blocks/mlp/(up|gate|down)", "matrix"),
     (r"blocks/(attn/(query|key)_norm|norms/\w+)|head/norm", "vector"),
     (r"blocks/(attn|mlp)/\w+_bias", "vector"),
+    (r"blocks/linear_(attn|mlp)/(kernel|down|up)", "matrix"),
+    (r"blocks/linear_(attn|mlp)/bias", "vector"),
     (r"embed/value_gate", "matrix"),
     (r"embed/token", "embed"),
     (r"embed/value", "value_embed"),

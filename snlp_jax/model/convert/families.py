@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from snlp_jax.config import ModelConfig, NormConfig, RopeConfig, RopeScaling
 from snlp_jax.errors import InputError
-from snlp_jax.model.convert.table import Row
+from snlp_jax.model.convert.table import Row, check_whole
 
 TRAINING_LEN = 2048
 """``seq_len`` of an imported model, unless its context is shorter; fine-tuning may choose another."""
@@ -178,6 +178,7 @@ def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> M
 
 def family_rows(config: ModelConfig, family: Family) -> list[Row]:
     """Where every tensor of a model goes."""
+    check_whole(config)
     layers = tuple(range(config.num_layers))
     rows = [Row("embed/token", "model.embed_tokens.weight", "same"), Row("head/norm", "model.norm.weight", "same")]
     if not config.use_tied_head:

@@ -13,7 +13,7 @@ import numpy as np
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.model.convert.table import Row, get_leaf, set_leaf
+from snlp_jax.model.convert.table import Row, check_whole, get_leaf, set_leaf
 from snlp_jax.model.lm import LanguageModel
 from snlp_jax.types import Params
 
@@ -110,6 +110,7 @@ def to_nanochat(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
 
 def nanochat_rows(config: ModelConfig) -> list[Row]:
     """Where every tensor of a state dict goes."""
+    check_whole(config)
     all_layers = tuple(range(config.num_layers))
     rows = [
         Row("embed/token", "transformer.wte.weight", "same"),

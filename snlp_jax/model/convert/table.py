@@ -136,6 +136,19 @@ def check_rows(rows: Sequence[Row], shapes: Params) -> None:
             raise InputError(f"this format has no tensor for {name!r}, which the model has.")
 
 
+def check_whole(config: ModelConfig) -> None:
+    """Refuse a model that no other format knows.
+
+    Raises:
+        InputError: names its layers that are not as trained.
+    """
+    if config.replaced_layers:
+        raise InputError(
+            f"layers {config.replaced_layers} have linear or dropped branches, which this format has no tensors for; "
+            "give the run that they were replaced in."
+        )
+
+
 def get_leaf(params: Params, path: str) -> Any:
     for key in path.split("/"):
         params = params[key]
