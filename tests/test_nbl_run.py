@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_run import FAST_COMPILE, ROOT, tiny
 
+from benchmarks import pretrained
 from snlp_jax.config import EvalConfig, LinearizeConfig, TrainConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run
@@ -135,3 +136,27 @@ def test_input_is_checked_before_anything_is_compiled(run_dir, monkeypatch):
     with pytest.raises(InputError, match="0 tokens are too few to fit maps of width 32"):
         make(run_dir, "never", data=str(short), attention=1)
     assert not (run_dir.parent / "never").exists()
+
+
+def test_the_benchmark_compares_methods(run_dir, tmp_path):
+    """Sizes of seconds; the figures themselves mean nothing."""
+    config = read_config(run_dir)
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    args = pretrained.Args(run_dir, batch_size=8, distances=(8,), num_keys=4, quick=True, out=str(out), plot=str(plot))
+    report = pretrained.main(args)
+    assert json.loads(json.dumps(report)) == json.loads(out.read_text()) and plot.stat().st_size > 10_000
+    assert report["failed"] == []
+    rows = {row["name"]: row for row in report["methods"]}
+    families = ["sequential", "nbl attention", "drop attention", "nbl block", "drop block", "idn", "sid", "pairs"]
+    assert list(dict.fromkeys(row["family"] for row in report["methods"])) == [*families, "skip", "cal", "nbl + cal"]
+    assert rows["seq"]["ppl_change"] == 0 and rows["seq"]["retrieval"]["8"]["change"] == 0
+    L, (m,) = config.model.num_layers, report["args"]["attention"]
+    for row in rows.values():
+        assert row["prefill_ms"] > 0 and row["decode_ms"] > 0 and 0 <= row["retrieval"]["absent"]["exact"] <= 1
+    # All windows are shorter than the text: a layer's share of the cache is its window's, the others' bytes are gone.
+    assert rows[f"nbl attention {m}"]["cache_bytes"] < rows["seq"]["cache_bytes"]
+    assert rows[f"drop attention {m}"]["cache_bytes"] == rows[f"nbl attention {m}"]["cache_bytes"]
+    # K = N is the sequential pass.
+    assert L // 2 == 2 and rows["idn:n=2,k=2"]["ppl"] == pytest.approx(rows["seq"]["ppl"], rel=1e-5)
+    with pytest.raises(InputError, match="--attention is 9, but the model has 4 whole attentions"):
+        pretrained.main(dataclasses.replace(args, attention=(9,)))

@@ -1,0 +1,485 @@
+"""What can be had from a trained model without training it: quality and time of every method, in one table.
+
+    python benchmarks/pretrained.py runs/plain16
+    python benchmarks/pretrained.py runs/llama --tasks arc_easy.jsonl --distances 256 1024 --layouts stack
+
+    seq                  the sequential pass, the twin of all others
+    nbl attention m      m attentions replaced by affine maps (snlp_jax/linearize); drop: the same ones left out
+    nbl block m          m whole layers, each by one map; drop: the same ones left out (LLM-Drop)
+    idn, sid             the solver on the last half of the layers, K = 1, 2
+    cal                  the same with calibrated surrogates and initial trace
+    nbl + cal            both: calibrated on the linearised model
+    pairs                layers two by two
+    skip                 layers left out before the last
+
+Perplexity and its paired bootstrap interval on held-out windows; multiple choice (``--tasks``); planted keys
+(benchmarks/retrieval.py); ``prefill``, the whole forward of ``--prefill-len`` tokens with all logits; ``decode``, a
+token of the cached engine behind ``--context`` tokens, by the rule last_eval; bytes of the cache. Weights are cast and
+laid out beforehand, every method is compiled in the same layouts of which the faster counts, and all run round robin
+after a warm-up: a ratio is the twin's time of the same round over the method's. Every method and layout holds weights
+of its own. Maps, surrogates and choices of layers see training text alone.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Column, Table
+
+from benchmarks.decode import Arm, RecordedEngine, round_robin
+from benchmarks.retrieval import Probe, planted_keys
+from benchmarks.speed import header, out_path
+from snlp_jax.config import Config, LinearizeConfig
+from snlp_jax.data.pipeline import TokenData, val_batches
+from snlp_jax.entry import enable_compilation_cache
+from snlp_jax.errors import InputError
+from snlp_jax.eval.calibrations import fit_spec, parse_calibration
+from snlp_jax.eval.frontier import pareto_front
+from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change, token_mean
+from snlp_jax.eval.run import read_config, read_data, read_params
+from snlp_jax.eval.task_data import Task, load_tasks
+from snlp_jax.eval.tasks import Outcome, compare_outcomes, score_choices
+from snlp_jax.eval.text_model import Score, TextModel
+from snlp_jax.forward import forward
+from snlp_jax.infer.engine import Request
+from snlp_jax.io.files import atomic_write
+from snlp_jax.layout import Layout, prepare
+from snlp_jax.linearize.__main__ import draw_text
+from snlp_jax.linearize.nbl import Candidate, apply, check_linearize, choose, measure
+from snlp_jax.linearize.statistics import Branch, whole_layers
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
+from snlp_jax.solver import Calibration, Schedule
+from snlp_jax.types import Params
+
+AUTO = (-1,)
+"""A few sizes that go with the depth."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare methods on a trained model."""
+
+    run_dir: tyro.conf.Positional[Path]
+    checkpoint: Literal["best", "last"] = "best"
+    attention: tuple[int, ...] = AUTO
+    """Numbers of replaced attentions."""
+    blocks: tuple[int, ...] = AUTO
+    """Numbers of replaced layers."""
+    rank_by: Literal["heldout", "nmse_residual", "nmse", "cca"] = "heldout"
+    skip_first: int = 0
+    """Tokens of each window that no map is fitted to."""
+    fit_tokens: int = 524_288
+    """Of training text, for the maps."""
+    calibration_tokens: int = 65_536
+    num_windows: int = 256
+    batch_size: int = 16
+    tasks: tuple[str, ...] = ()
+    """Files of multiple choice, see snlp_jax/eval/task_data.py."""
+    num_examples: int = 200
+    distances: tuple[int, ...] = AUTO
+    """Tokens between a planted key and the question for it."""
+    num_keys: int = 64
+    prefill_len: int = 512
+    context: int = 512
+    new_tokens: int = 64
+    layouts: tuple[Layout, ...] = ("stack", "list")
+    repeats: int = 9
+    num_bootstrap: int = 2000
+    quick: bool = False
+    """A few methods at small sizes, for tests."""
+    out: str = ""
+    """Empty: benchmarks/results/pretrained_NAME_DEVICE_DATE.json."""
+    plot: str = "docs/linearize.png"
+    """Empty draws none."""
+
+    def __post_init__(self) -> None:
+        for name in ("fit_tokens", "num_windows", "batch_size", "num_keys", "prefill_len", "context", "repeats"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
+        if self.new_tokens < 2:
+            raise InputError(
+                f"--new-tokens is {self.new_tokens}; it must be at least 2, as the prefill makes the first."
+            )
+
+    def sized(self, num_layers: int, seq_len: int) -> "Args":
+        """With numbers in place of AUTO, and small ones with ``quick``."""
+        L, changes = num_layers, {}
+        if self.attention == AUTO:
+            changes["attention"] = _distinct(L // 8, L // 4, 3 * L // 8, L // 2)
+        if self.blocks == AUTO:
+            changes["blocks"] = _distinct(L // 16, L // 8, L // 4)
+        if self.distances == AUTO:
+            changes["distances"] = _distinct(seq_len // 8, seq_len // 4, seq_len // 2, seq_len - 64, 2 * seq_len)
+        sized = dataclasses.replace(self, **changes)
+        if not self.quick:
+            return sized
+        return dataclasses.replace(
+            sized,
+            attention=sized.attention[-1:],
+            blocks=sized.blocks[-1:],
+            distances=sized.distances[:1],
+            fit_tokens=min(self.fit_tokens, 4096),
+            calibration_tokens=min(self.calibration_tokens, 512),
+            num_windows=min(self.num_windows, 8),
+            num_keys=min(self.num_keys, 4),
+            prefill_len=min(self.prefill_len, 16),
+            context=min(self.context, 8),
+            new_tokens=min(self.new_tokens, 4),
+            layouts=self.layouts[:1],
+            repeats=1,
+            num_bootstrap=20,
+        )
+
+
+@dataclass
+class Method:
+    """One way to evaluate the model, and what was found of it."""
+
+    family: str
+    name: str
+    model: LanguageModel
+    params: Params
+    schedule: Schedule
+    fits: dict[str, Calibration] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Measure everything and return what the JSON file holds."""
+    began, config = time.perf_counter(), read_config(args.run_dir)
+    args = args.sized(config.model.num_layers, config.model.seq_len)
+    _check(args, config)
+    tasks = load_tasks(args.tasks, num_examples=args.num_examples, num_shots=0, templates=()) if args.tasks else ()
+    data = read_data(args.run_dir, config)
+    model = LanguageModel(config.model)
+    sizes = {"batch_size": args.batch_size, "num_batches": -(-args.num_windows // args.batch_size)}
+    batches = val_batches(data, seq_len=config.model.seq_len, **sizes)
+    probe = planted_keys(data.tokenizer, data.val, args.distances, args.num_keys, config.model.max_context)
+    step, params = read_params(args.run_dir, model, args.checkpoint)
+    report = header(config.model, dataclasses.asdict(args) | {"run_dir": str(args.run_dir)})
+    report = {name: value for name, value in report.items() if name not in ("limits", "cells", "skipped")}
+    report["run"] = {"name": config.name, "step": step, "corpus_hash": data.content_hash}
+    _say("fitting maps and surrogates")
+    methods, report["candidates"] = make_methods(model, params, data, config, args)
+    measure_quality(methods, batches, probe, tasks, data, args)
+    prompts = [_prompts(batches, args.context, index) for index in range(args.repeats)]
+    report["failed"] += measure_prefill(methods, batches, args) + measure_decoding(methods, prompts, args)
+    report["methods"] = [{"family": each.family, "name": each.name} | each.row for each in methods]
+    for cost in ("prefill_ms", "decode_ms"):
+        timed = [row for row in report["methods"] if cost in row]
+        for row, is_on in zip(timed, pareto_front([(row[cost], row["nll"]) for row in timed]), strict=True):
+            row[f"on_{cost.removesuffix('_ms')}_front"] = is_on
+    report["calibrated_loss_share"] = calibrated_share(report["methods"])
+    report["elapsed_s"] = round(time.perf_counter() - began, 1)
+    report["load_average"]["end"] = os.getloadavg()[0]
+    out = out_path(args.out, f"pretrained_{config.name}", report)
+    atomic_write(out, json.dumps(report, indent=1) + "\n")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(_table(report["methods"], args))
+    if report["calibrated_loss_share"] is not None:
+        print(f"calibrated, K = 2: {report['calibrated_loss_share']:.2f} of what the better of idn and sid loses.")
+    if args.plot:
+        atomic_write(Path(args.plot), draw(report["methods"], f"{config.name}, {report['device']['kind']}"))
+        print(f"wrote {args.plot}")
+    print(f"{report['elapsed_s']} s; wrote {out}")
+    return report
+
+
+# -- Methods -----------------------------------------------------------------------------------------------------------
+
+
+def make_methods(
+    model: LanguageModel, params: Params, data: TokenData, config: Config, args: Args
+) -> tuple[list[Method], list[dict[str, Any]]]:
+    """All methods, the sequential pass first, and the table by which layers were chosen."""
+    L, half = model.config.num_layers, max(model.config.num_layers // 2, 1)
+    options = _options(args)
+    fit, held_out, _ = draw_text(data, config, options)
+    places: dict[Branch, Sequence[int]] = {"attention": whole_layers(model, "attention")}
+    if not model.config.num_streams:
+        places["block"] = whole_layers(model, "block")
+    candidates = measure(model, params, fit, held_out, dict(places), options)
+    sequential = Schedule.of(L)
+    methods = [Method("sequential", "seq", model, params, sequential)]
+
+    def replaced(branch: Branch, count: int, drop: bool = False) -> tuple[LanguageModel, Params]:
+        chosen = choose(candidates, {branch: count}, options)
+        return apply(model, params, candidates, chosen, drop=drop)
+
+    for branch, counts in (("attention", args.attention), ("block", args.blocks if "block" in places else ())):
+        for drop in (False, True):
+            what = "drop" if drop else "nbl"
+            for count in counts:
+                own = replaced(branch, count, drop)  # type: ignore[arg-type]
+                methods.append(Method(f"{what} {branch}", f"{what} {branch} {count}", *own, sequential))
+    iterations = (min(2, half),) if args.quick else tuple(k for k in (1, 2) if k <= half)
+    settings = [f"{name}:n={half},k={k}" for name in _corrections(model) for k in iterations]
+    sizes = _distinct(*(n // 2 * 2 for n in (L // 4, half, 3 * L // 4)))
+    settings += [f"pairs:n={n}" for n in (sizes[:1] if args.quick else sizes)]
+    skips = [c for c in args.blocks if c < L - 1]
+    settings += [f"skip:{L - 1 - c}-{L - 1}" for c in skips]
+    for text in settings:
+        family = text.partition(":")[0]
+        methods.append(Method(family, text, model, params, parse_schedule(text, L)))
+    linearised = [
+        (f"nbl {count} + ", *replaced("attention", count)) for count in args.attention[: 1 if args.quick else 2]
+    ]
+    for prefix, its_model, its_params in [("", model, params), *linearised]:
+        for k in iterations[-1:] if prefix else iterations:
+            name = f"c{k}"
+            about = f"{name}:n={half},k={k},tokens={args.calibration_tokens}"
+            calibration, _ = fit_spec(its_model, its_params, data, parse_calibration(about, L))
+            text = f"cal:n={half},k={k},init=cal,fit={name}"
+            schedule, family = parse_schedule(text, L), "nbl + cal" if prefix else "cal"
+            methods.append(
+                Method(family, f"{prefix}cal:n={half},k={k}", its_model, its_params, schedule, {name: calibration})
+            )
+    return methods, [_candidate_row(each) for each in candidates]
+
+
+def _options(args: Args, **fields: int) -> LinearizeConfig:
+    chosen = {"attention": max(args.attention, default=0), "blocks": max(args.blocks, default=0), **fields}
+    return LinearizeConfig(
+        **chosen,
+        rank_by=args.rank_by,
+        tokens=args.fit_tokens,
+        skip_first=args.skip_first,
+    )
+
+
+def _check(args: Args, config: Config) -> None:
+    """Refuse what would fail only after a long time."""
+    model = LanguageModel(config.model)
+    if args.attention:
+        check_linearize(model, _options(args, blocks=0))
+    if args.blocks and not config.model.num_streams:
+        check_linearize(model, _options(args, attention=0))
+    longest = max(args.prefill_len, args.context + args.new_tokens)
+    if longest > config.model.max_context:
+        raise InputError(f"{longest} tokens are timed, but the model reads {config.model.max_context}; lower them.")
+
+
+def _corrections(model: LanguageModel) -> tuple[str, ...]:
+    return ("idn", "hcn") if model.config.num_streams else ("idn", "sid") if model.config.use_x0_resid else ("idn",)
+
+
+def _candidate_row(each: Candidate) -> dict[str, Any]:
+    row = {f.name: getattr(each, f.name) for f in dataclasses.fields(each) if f.name != "fit"}
+    return row | {"condition": each.condition if math.isfinite(each.condition) else None}
+
+
+# -- Quality -----------------------------------------------------------------------------------------------------------
+
+
+def measure_quality(
+    methods: Sequence[Method],
+    batches: Sequence[np.ndarray],
+    probe: Probe,
+    tasks: Sequence[Task],
+    data: TokenData,
+    args: Args,
+) -> None:
+    """Perplexity, planted keys and tasks of every method beside the first."""
+    reference: tuple[np.ndarray, list[Score], list[Outcome]] | None = None
+    for method in methods:
+        _say(f"quality of {method.name}")
+        settings: dict[str, Any] = {"batch_size": args.batch_size, "fits": method.fits}
+        text_model = TextModel(method.model, method.params, data.tokenizer, method.schedule, **settings)
+        nll_WT = np.concatenate([np.asarray(text_model.token_fn(windows)[0]) for windows in batches])
+        keys = text_model.score(probe.all_spans)
+        outcomes = [score_choices(text_model.log_likelihoods, task) for task in tasks]
+        reference = reference or (nll_WT, keys, outcomes)
+        method.row |= {
+            "nll": token_mean(nll_WT),
+            "ppl": perplexity(nll_WT),
+            "ppl_change": relative_change(nll_WT, reference[0]),
+            "ppl_interval": paired_interval(nll_WT, reference[0], num_bootstrap=args.num_bootstrap),
+            "retrieval": probe.report(keys, reference[1], args.num_bootstrap),
+            "tasks": {
+                task.name: {
+                    rule: dataclasses.asdict(found)
+                    for rule, found in compare_outcomes(mine, its, args.num_bootstrap)[0].items()
+                }
+                for task, mine, its in zip(tasks, outcomes, reference[2], strict=True)
+            },
+            "depth": method.schedule.depth,
+        }
+
+
+def calibrated_share(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Loss in nats of the calibrated solver at K = 2 over that of the better of the others; None without them."""
+    base = rows[0]["nll"]
+    lost = {row["name"].partition(":")[0]: row["nll"] - base for row in rows if row["name"].endswith(",k=2")}
+    others = [lost[name] for name in ("idn", "sid", "hcn") if name in lost]
+    return lost["cal"] / min(others) if others and "cal" in lost and min(others) > 0 else None
+
+
+# -- Time --------------------------------------------------------------------------------------------------------------
+
+
+def measure_prefill(methods: Sequence[Method], batches: Sequence[np.ndarray], args: Args) -> list[dict[str, Any]]:
+    """Milliseconds of a compiled forward pass; what could not be compiled."""
+    tokens_BT = np.resize(batches[0][0, :-1], (1, args.prefill_len)).astype(np.int32)
+    calls: dict[tuple[int, Layout], Any] = {}
+    seconds: dict[tuple[int, Layout], list[float]] = {}
+    failed = []
+    for index, method in enumerate(methods):
+        _say(f"compiling the forward pass of {method.name}")
+        for layout in args.layouts:
+            try:
+                settings: dict[str, Any] = {"num_tokens": tokens_BT.size, "layout": layout, "fits": method.fits}
+                weights = prepare(method.model, method.params, method.schedule, **settings)
+                run = jax.jit(lambda weights, tokens, model=method.model: forward(model, weights, tokens).logits_BTV)
+                calls[index, layout] = run.lower(weights, tokens_BT).compile(), weights
+                jax.block_until_ready(calls[index, layout][0](weights, tokens_BT))
+            except (RuntimeError, ValueError, InputError) as error:
+                failed.append({"name": method.name, "layout": layout, "error": str(error).splitlines()[0][:300]})
+
+    def once(key: tuple[int, Layout], _: int) -> None:
+        run, weights = calls[key]
+        began = time.perf_counter()
+        jax.block_until_ready(run(weights, tokens_BT))
+        seconds.setdefault(key, []).append(time.perf_counter() - began)
+
+    round_robin(list(calls), args.repeats, math.inf, once)
+    _record(methods, seconds, "prefill")
+    return failed
+
+
+def measure_decoding(methods: Sequence[Method], prompts: Sequence[list[int]], args: Args) -> list[dict[str, Any]]:
+    """Milliseconds of a token by the cached engine, and the bytes of its cache; what could not be compiled."""
+    by_round = [[Request(prompt, args.new_tokens)] for prompt in prompts]
+    arms: dict[tuple[int, Layout], Arm] = {}
+    failed = []
+    for index, method in enumerate(methods):
+        _say(f"compiling the decoder of {method.name}")
+        for layout in args.layouts:
+            try:
+                engine = RecordedEngine(method.model, method.params, method.schedule, layout=layout, fits=method.fits)
+                arm = Arm(method.name, layout, method.schedule, engine)
+                arm.warm_up(by_round[0])
+                arms[index, layout] = arm
+                method.row["cache_bytes"] = engine.num_cache_bytes
+            except (RuntimeError, ValueError, InputError) as error:
+                failed.append({"name": method.name, "layout": layout, "error": str(error).splitlines()[0][:300]})
+
+    def once(key: tuple[int, Layout], index: int) -> None:
+        arms[key].runs.append(arms[key].generate(by_round[index]))
+
+    round_robin(list(arms), args.repeats, math.inf, once)
+    _record(methods, {key: [run.seconds for run in arm.runs] for key, arm in arms.items()}, "decode")
+    return failed
+
+
+def _record(methods: Sequence[Method], seconds: dict[tuple[int, Layout], list[float]], what: str) -> None:
+    """Median, quartiles and ratio to the sequential pass of every method's faster layout."""
+    twin: list[float] | None = None
+    for index, method in enumerate(methods):
+        mine = {layout: times for (its, layout), times in seconds.items() if its == index}
+        if not mine:
+            continue
+        layout = min(mine, key=lambda each: float(np.median(mine[each])))
+        twin = mine[layout] if twin is None else twin
+        low, median, high = (1e3 * float(value) for value in np.quantile(mine[layout], (0.25, 0.5, 0.75)))
+        ratios = [its / own for its, own in zip(twin, mine[layout], strict=True)]
+        low_ratio, ratio, high_ratio = (float(value) for value in np.quantile(ratios, (0.25, 0.5, 0.75)))
+        method.row |= {
+            f"{what}_ms": median,
+            f"{what}_ms_quartiles": (low, high),
+            f"{what}_layout": layout,
+            f"{what}_ratio": ratio,
+            f"{what}_ratio_quartiles": (low_ratio, high_ratio),
+        }
+
+
+def _prompts(batches: Sequence[np.ndarray], context: int, index: int) -> list[int]:
+    """Another piece of held-out text each round; again from the start where the text is short."""
+    return np.resize(np.roll(np.concatenate(batches)[:, :-1].reshape(-1), -index * context), context).tolist()
+
+
+# -- What is said ------------------------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[dict[str, Any]], args: Args) -> Table:
+    names = ["PPL", "change", "95 %", "prefill ms", "ratio", "decode ms", "ratio", "cache"]
+    names += [f"key at {d}" for d in args.distances] + ["absent"] + [Path(task).stem for task in args.tasks]
+    table = Table("method", *(Column(name, justify="right") for name in names), padding=(0, 0))
+    for row in rows:
+        low, high = row["ppl_interval"] or (math.nan, math.nan)
+        cells = [f"{row['ppl']:.3f}", f"{row['ppl_change']:+.2%}", f"{low:+.2%} to {high:+.2%}"]
+        for what in ("prefill", "decode"):
+            front = "*" if row.get(f"on_{what}_front") else ""
+            cells += [f"{row[f'{what}_ms']:.2f}{front}", f"{row[f'{what}_ratio']:.2f}"] if f"{what}_ms" in row else "--"
+        share = row.get("cache_bytes", math.nan) / rows[0].get("cache_bytes", math.nan)
+        cells.append(f"{share:.0%}")
+        cells += [f"{found['log_prob']:.1f} {found['exact']:.0%}" for found in row["retrieval"].values()]
+        cells += [f"{found['per_byte']['share']:.1%}" for found in row["tasks"].values()]
+        table.add_row(row["name"], *cells)
+    return table
+
+
+def draw(rows: Sequence[dict[str, Any]], title: str) -> bytes:
+    """A PNG: change of perplexity against both times, one line a family.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import io
+
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("the plot needs matplotlib; pip install 'snlp-jax[plots]', or give --plot ''.") from error
+    figure = Figure(figsize=(11.5, 4.8), layout="constrained", dpi=160)
+    FigureCanvasAgg(figure)
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    for axis, what in zip(figure.subplots(1, 2, sharey=True), ("prefill", "decode"), strict=True):
+        for number, family in enumerate(families):
+            mine = sorted(
+                (row[f"{what}_ms"], 100 * row["ppl_change"])
+                for row in rows
+                if row["family"] == family and f"{what}_ms" in row
+            )
+            style = {"color": f"C{number % 10}", "marker": "o^sDvPX*<>"[number % 10], "markersize": 6, "linewidth": 1}
+            if mine:
+                axis.plot(*zip(*mine, strict=True), **style, linestyle=":" if "drop" in family else "-", label=family)
+        axis.set_yscale("symlog", linthresh=1)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel({"prefill": "forward pass, ms", "decode": "decoded token, ms"}[what])
+        axis.grid(color="#e6e9eb", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("change of perplexity, %")
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _distinct(*sizes: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(size for size in sizes if size > 0))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        enable_compilation_cache()
+        main(tyro.cli(Args, description=__doc__))
+    except InputError as error:
+        sys.exit(f"error: {error}")
