@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from problems import SMALL, random_params, random_tokens
 from tiny_run import tiny
 
@@ -137,6 +138,23 @@ def test_one_iteration_is_the_same_in_every_layout():
         np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING)
     kv = outs[0].left[-1].kv
     assert kv.key_BTKH.shape[0] == 3  # layers 0, 3 and 5, of two kinds
+
+
+def test_a_sweep_over_kinds_permutes_no_weight():
+    """What is gathered, cut or joined for one token is smaller than the smallest matrix."""
+    config, params = mixed()
+    model, schedule = LanguageModel(config), parse_schedule("sid:n=6,k=2", 6)
+    weights = prepare(model, params, schedule, num_tokens=1, layout="stack")
+    traced = jax.make_jaxpr(lambda w, t: forward(model, w, t).logits_BTV)(weights, jnp.zeros((1, 1), jnp.int32))
+
+    def moved(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("gather", "slice", "dynamic_slice", "concatenate", "scatter"):
+                yield equation.outvars[0].aval.size
+            for inner in jaxprs_in_params(equation.params):
+                yield from moved(inner)
+
+    assert 0 < max(moved(traced.jaxpr)) < D * D
 
 
 # ---------------------------------------------------------------- decoding

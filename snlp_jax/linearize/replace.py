@@ -142,8 +142,8 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], leaf: Array | None) -> Non
 def merge_affine(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """The same function with fewer layers: neighbours that are affine as a whole become one linear MLP.
 
-    A layer whose branches are both linear or dropped is ``h -> h (I + A) (I + M) + c``; several in a row are one map with
-    ``I + W = prod (I + A_i) (I + M_i)``, multiplied out in float64. Layers that are dropped as a whole go.
+    A layer whose branches are both linear or dropped is ``h -> h (I + A) (I + M) + c``; several in a row are one map
+    with ``I + W = prod (I + A_i) (I + M_i)``, multiplied out in float64. Layers that are dropped as a whole go.
 
     Raises:
         InputError: the model's layers read x0 or several streams, or it counts its layers (value embeddings in every
