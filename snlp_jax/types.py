@@ -30,6 +30,12 @@ class Groups:
     def num_layers(self) -> int:
         return sum(map(len, self.members))
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Where every layer stands in the groups one behind the other."""
+        order = [index for members in self.members for index in members]
+        return tuple(sorted(range(len(order)), key=order.__getitem__))
+
     def layer(self, index: int) -> PyTree:
         """One layer's tree."""
         group, members = next((g, m) for g, m in zip(self.groups, self.members, strict=True) if index in m)

@@ -170,13 +170,19 @@ class LayerProblem:
         """[N] scalars or [N, ..., R, R] matrices: the derivative of every layer's skip path."""
         if self.residual_map is None:
             return jnp.ones((self.num_layers,))
-        if not self.is_stack:
-            # What only some layers leave behind is no layer's row, and no map of the skip path.
-            is_whole = lambda leaf: leaf.shape[0] == self.num_layers  # noqa: E731
-            common_L = jax.tree.map(lambda leaf: leaf if is_whole(leaf) else None, aux_L)
+        if self.is_stack:
+            return jax.vmap(self.residual_map)(self.params, self.ctx, aux_L)
+        # What only some layers leave behind is no layer's row, and no map of the skip path.
+        is_whole = lambda leaf: leaf.shape[0] == self.num_layers  # noqa: E731
+        common_L = jax.tree.map(lambda leaf: leaf if is_whole(leaf) else None, aux_L)
+        if isinstance(self.params, list):
             rows = (self.residual_map(*self.layer(i), layer(common_L, i)) for i in range(self.num_layers))
             return jnp.stack(list(rows))
-        return jax.vmap(self.residual_map)(self.params, self.ctx, aux_L)
+        of_groups = []
+        for group, members in zip(self.params.groups, self.params.members, strict=True):
+            its_ctx, its_aux = layer((self.ctx, common_L), jnp.asarray(members))
+            of_groups.append(jax.vmap(self.residual_map)(group, its_ctx, its_aux))
+        return jnp.concatenate(of_groups)[jnp.asarray(self.params.rows)]
 
     def refresh(self, x_L: PyTree) -> PyTree:
         """What the layers leave behind at inputs ``x_L``, where that is cheaper than an evaluation."""
