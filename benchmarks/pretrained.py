@@ -5,6 +5,7 @@
 
     seq                  the sequential pass, the twin of all others
     nbl attention m      m attentions replaced by affine maps (snlp_jax/linearize); drop: the same ones left out
+    ... by, greedy       the layers chosen by another measure or by chance, or one by one on the model so far
     nbl block m          m whole layers, each by one map; drop: the same ones left out (LLM-Drop)
     idn, sid             the solver on the last half of the layers, K = 1, 2
     cal                  the same with calibrated surrogates and initial trace
@@ -26,7 +27,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +57,8 @@ from snlp_jax.infer.engine import Request
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import Layout, prepare
 from snlp_jax.linearize.__main__ import draw_text
-from snlp_jax.linearize.nbl import Candidate, apply, check_linearize, choose, measure
-from snlp_jax.linearize.statistics import Branch, whole_layers
+from snlp_jax.linearize.nbl import Candidate, apply, check_linearize, choose, linearize, measure
+from snlp_jax.linearize.statistics import Batches, Branch, whole_layers
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import Calibration, Schedule
@@ -224,6 +225,8 @@ def make_methods(
             for count in counts:
                 own = replaced(branch, count, drop)  # type: ignore[arg-type]
                 methods.append(Method(f"{what} {branch}", f"{what} {branch} {count}", *own, sequential))
+    for text, own in _rankings(model, params, fit, held_out, candidates, args):
+        methods.append(Method("nbl, ranking", text, *own, sequential))
     iterations = (min(2, half),) if args.quick else tuple(k for k in (1, 2) if k <= half)
     settings = [f"{name}:n={half},k={k}" for name in _corrections(model) for k in iterations]
     sizes = _distinct(*(n // 2 * 2 for n in (L // 4, half, 3 * L // 4)))
@@ -247,6 +250,24 @@ def make_methods(
                 Method(family, f"{prefix}cal:n={half},k={k}", its_model, its_params, schedule, {name: calibration})
             )
     return methods, [_candidate_row(each) for each in candidates]
+
+
+def _rankings(
+    model: LanguageModel,
+    params: Params,
+    fit: Batches,
+    held_out: Batches,
+    candidates: Sequence[Candidate],
+    args: Args,
+) -> Iterator[tuple[str, tuple[LanguageModel, Params]]]:
+    """One number of attentions, otherwise chosen: by other measures, by chance, or one by one on the model so far."""
+    for count in args.attention[:2][-1:]:
+        options = _options(args, attention=count, blocks=0)
+        for rank_by in ("random",) if args.quick else ("cca", "nmse", "random"):
+            chosen = choose(candidates, {"attention": count}, dataclasses.replace(options, rank_by=rank_by))
+            yield f"nbl attention {count} by {rank_by}", apply(model, params, candidates, chosen)
+        made = linearize(model, params, fit, held_out, dataclasses.replace(options, greedy=True))
+        yield f"nbl attention {count} greedy", (made.model, made.params)
 
 
 def _options(args: Args, **fields: int) -> LinearizeConfig:
