@@ -31,6 +31,7 @@ from snlp_jax.eval.run import read_config, read_params
 from snlp_jax.forward import forward
 from snlp_jax.infer import Engine, Request
 from snlp_jax.infer.__main__ import Args, open_engine
+from snlp_jax.infer.sampling import Features
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.layout import prepare
 from snlp_jax.linearize.replace import AffineMap, merge_affine, replace
@@ -105,7 +106,7 @@ def test_stacks_hold_the_layers_that_have_them():
     assert num_params(low_params) < num_params(params)
 
 
-@pytest.mark.parametrize("layout", ["stack", "list"])
+@pytest.mark.parametrize("layout", ["stack", pytest.param("list", marks=pytest.mark.slow)])
 def test_layers_in_order_are_the_definition(layout):
     config, params = mixed()
     actual = run(config, params, layout=layout).logits_BTV
@@ -116,8 +117,17 @@ ROUNDING = 2e-5
 """Logits of up to 15 in float32: two programs that add up in another order differ by 1.5e-5 each."""
 
 
-@pytest.mark.parametrize("layout", ["stack", "list"])
-@pytest.mark.parametrize("setting", ["jac:1-5,k=4", "sid:n=6,k=6", "exact:n=6,k=4"])
+@pytest.mark.parametrize(
+    ("setting", "layout"),
+    [
+        ("jac:1-5,k=4", "stack"),
+        ("exact:n=6,k=4", "stack"),
+        ("sid:n=6,k=6", "list"),
+        pytest.param("idn:n=6,k=6,tol=1e-9", "stack", marks=pytest.mark.slow),
+        pytest.param("diag:n=6,k=6,init=batch_forward", "stack", marks=pytest.mark.slow),
+        pytest.param("exact:n=6,k=4", "list", marks=pytest.mark.slow),
+    ],
+)
 def test_regions_of_several_kinds_solve_the_chain(setting, layout):
     """K = N is exact for any correction, whether kinds are evaluated as stacks or layers one by one. Newton's method
     settles one layer an iteration, and with it the affine ones that follow: K = 4 do, as 2 of the 6 are affine."""
@@ -173,10 +183,12 @@ def decoded():
     ("setting", "settings"),
     [
         ("seq", {}),
-        ("seq", {"layout": "list"}),
-        ("sid:n=3,k=3", {"rule": "last_eval"}),
-        ("sid:n=3,k=3", {"rule": "refreshed", "layout": "list"}),
         ("sid:n=3,k=2", {"rule": "per_iteration"}),
+        pytest.param("seq", {"layout": "list"}, marks=pytest.mark.slow),
+        pytest.param("sid:n=3,k=3", {"rule": "last_eval"}, marks=pytest.mark.slow),
+        pytest.param("sid:n=3,k=3,init=warm", {}, marks=pytest.mark.slow),
+        pytest.param("exact:n=4,k=4", {}, marks=pytest.mark.slow),
+        pytest.param("sid:n=3,k=3", {"rule": "refreshed", "layout": "list"}, marks=pytest.mark.slow),
     ],
 )
 def test_decoding_is_the_whole_pass(setting, settings):
@@ -188,7 +200,7 @@ def test_decoding_is_the_whole_pass(setting, settings):
     decoding.assert_is_the_whole_pass(config, setting, requests, done, params=params)
 
 
-@pytest.mark.parametrize("draft", ["sid:n=3,k=1", "skip:n=2"])
+@pytest.mark.parametrize("draft", ["skip:n=2", pytest.param("sid:n=3,k=1", marks=pytest.mark.slow)])
 def test_speculation_with_several_kinds_gives_the_sequential_text(draft):
     config, params = decoded()
     model, requests = LanguageModel(config), decoding.requests_of(config, new=12)
@@ -200,18 +212,18 @@ def test_speculation_with_several_kinds_gives_the_sequential_text(draft):
 def test_the_cache_shrinks_by_the_layers_without_attention():
     """Of 6 layers with one window 4 have no attention: the cache is a third, in every layout."""
     config = dataclasses.replace(SMALL, window_pattern="L", num_layers=6)
-    model, requests = LanguageModel(config), decoding.requests_of(SMALL, new=4)
-    whole = random_params(model)
+    whole = random_params(LanguageModel(config))
 
-    def cache_bytes(config, params, setting):
+    def cache_slots(config, params, setting):
+        """Of all layers; each is a key and a value of equal size."""
         engine = Engine(LanguageModel(config), params, parse_schedule(setting, 6))
-        state, _ = engine._prefill(requests)
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(state.rings))
+        plans = engine._programs_for(64, Features(False, False, False)).plans
+        return sum(plan.num_slots for plan in plans if plan is not None)
 
-    full = cache_bytes(config, whole, "seq")
+    full = cache_slots(config, whole, "seq")
     shrunk = replace(config, whole, attention={1: random_map(1), 2: random_map(2), 3: None, 5: None})
     for setting in ("seq", "sid:n=4,k=1"):
-        assert 3 * cache_bytes(*shrunk, setting) == full
+        assert 3 * cache_slots(*shrunk, setting) == full
 
 
 # ---------------------------------------------------------------- training
@@ -245,6 +257,7 @@ def test_a_step_of_training_moves_every_map():
     assert metrics["solver_ce"] != metrics["sequential_ce"]
 
 
+@pytest.mark.slow
 def test_adapters_of_maps_leave_the_rest_alone():
     before, after, _ = one_step(mixed(), LoraConfig(rank=2, targets=("linear_attn", "linear_mlp", "query")))
     assert set(after["blocks"]) == {"linear_attn", "linear_mlp", "attn"}
@@ -291,11 +304,10 @@ def test_branches_that_are_affine_are_replaced_by_themselves():
     for part, name in (("attn", "out"), ("mlp", "down")):
         blocks[part][name] = blocks[part][name].at[2].set(0.0)
     own = lambda part, name: AffineMap(jnp.zeros((D, D)), blocks[part][name][2])  # noqa: E731
-    for rank in (0, 3):
-        replaced = replace(config, params, attention={2: own("attn", "out_bias")}, rank=rank)
-        replaced = replace(*replaced, mlp={2: own("mlp", "down_bias")}, rank=rank)  # one after the other
-        actual = run(*replaced).logits_BTV
-        np.testing.assert_allclose(actual, run(config, params).logits_BTV, rtol=0, atol=ROUNDING)
+    replaced = replace(config, params, attention={2: own("attn", "out_bias")})
+    replaced = replace(*replaced, mlp={2: own("mlp", "down_bias")})  # one after the other
+    actual = run(*replaced).logits_BTV
+    np.testing.assert_allclose(actual, run(config, params).logits_BTV, rtol=0, atol=ROUNDING)
 
 
 def test_low_rank_maps_are_the_nearest():
@@ -308,7 +320,7 @@ def test_low_rank_maps_are_the_nearest():
     np.testing.assert_allclose(error, np.linalg.norm(np.linalg.svd(whole.kernel_DD)[1][4:]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("maps", ["static", "dynamic"])
+@pytest.mark.parametrize("maps", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_branches_between_streams(maps):
     """A branch reads the mixed stream; a layer without branches is its skip path alone."""
     config = dataclasses.replace(SMALL, use_x0_resid=False, num_streams=2, hyper_maps=maps)
@@ -337,7 +349,7 @@ def test_affine_neighbours_are_one_layer():
     assert [merged.windows[i] for i in (0, 2, 3)] == [config.windows[i] for i in (0, 3, 5)]
     assert jax.tree.map(jnp.shape, merged_params) == jax.tree.map(jnp.shape, LanguageModel(merged).abstract_params())
     actual = run(merged, merged_params).logits_BTV
-    np.testing.assert_allclose(actual, run(config, params).logits_BTV, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(actual, run(config, params, "idn:n=6,k=6", "stack").logits_BTV, rtol=0, atol=ROUNDING)
 
 
 def run_directory(path, config, params):
