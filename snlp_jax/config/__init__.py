@@ -23,6 +23,7 @@ from snlp_jax.config.loss import (
 )
 from snlp_jax.config.mesh import MeshConfig
 from snlp_jax.config.model import ModelConfig
+from snlp_jax.config.search import Objective, SearchConfig, parse_share
 from snlp_jax.config.serialize import from_json, load_config, load_dial, load_study, to_json
 from snlp_jax.config.study import Study
 from snlp_jax.config.train import OptimConfig, TrainConfig
@@ -43,9 +44,11 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "NormConfig",
+    "Objective",
     "OptimConfig",
     "RopeConfig",
     "RopeScaling",
+    "SearchConfig",
     "SolverCEConfig",
     "SolverTerm",
     "Study",
@@ -55,5 +58,6 @@ __all__ = [
     "load_config",
     "load_dial",
     "load_study",
+    "parse_share",
     "to_json",
 ]
