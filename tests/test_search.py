@@ -61,7 +61,7 @@ def test_space_holds_what_can_gain_and_no_other():
     names = [candidate.name for candidate in candidates]
     assert names[0] == "seq" and len(set(names)) == len(names)
     assert {"idn:n=8,k=2", "sid:n=2,k=1", "idn:n=12,k=4", "idn:n=8,k=1,init=batch_forward", "pairs:n=8"} <= {*names}
-    assert {"idn:4-8,k=1+idn:8-12,k=1", "idn:n=8,k=1,stage=4xF2", "idn:n=8,k=4,tol=0.1"} <= {*names}
+    assert {"idn:4-8,k=1+idn:8-12,k=1", "idn:n=8,k=1,stage=4xF2", "idn:n=8,k=4,tol=0.2"} <= {*names}
     assert "idn:n=3,k=3" not in names, "K = N is exact, as deep as the sequential pass, and evaluates more"
     assert all(each.schedule.depth < 12 for each in candidates[1:] if not each.tolerance)
     assert all(parse_schedule(each.setting, 12) == each.schedule for each in candidates)
@@ -94,7 +94,7 @@ def test_harder_is_more_layers_or_fewer_iterations_of_one_family():
     by_name = {candidate.name: candidate for candidate in candidates_of(TWELVE, DEPTH)}
     harder = lambda one, other: by_name[one].is_harder_than(by_name[other])  # noqa: E731
     assert harder("idn:n=8,k=1", "idn:n=8,k=2") and harder("idn:n=9,k=2", "idn:n=8,k=2")
-    assert harder("idn:n=8,k=4,tol=0.3", "idn:n=8,k=4,tol=0.1")
+    assert harder("idn:n=8,k=4,tol=0.5", "idn:n=8,k=4,tol=0.2")
     assert not harder("idn:n=9,k=3", "idn:n=8,k=2") and not harder("idn:n=8,k=2", "idn:n=8,k=2")
     assert not harder("sid:n=9,k=1", "idn:n=8,k=1")
 

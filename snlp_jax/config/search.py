@@ -27,7 +27,7 @@ class SearchConfig:
     region_sizes: tuple[int, ...] = ()
     """Numbers of layers that are solved together; by default about a dozen."""
     max_iters: int = 4
-    tolerances: tuple[float, ...] = (0.1, 0.3)
+    tolerances: tuple[float, ...] = (0.2, 0.5)
     """Of iterations that stop by themselves (not for objective decode)."""
     finalists: int = 4
     """Settings that are timed again at the end."""

@@ -2,7 +2,14 @@
 
 from snlp_jax.linearize.calibrate import Kind, fit_calibration, fit_init
 from snlp_jax.linearize.covariance import Moments
-from snlp_jax.linearize.store import About, check_name, fingerprint, load_calibration, save_calibration
+from snlp_jax.linearize.store import (
+    About,
+    check_name,
+    fingerprint,
+    load_calibration,
+    save_calibration,
+    stored_calibrations,
+)
 
 __all__ = [
     "About",
@@ -14,4 +21,5 @@ __all__ = [
     "fit_init",
     "load_calibration",
     "save_calibration",
+    "stored_calibrations",
 ]
