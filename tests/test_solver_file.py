@@ -22,9 +22,10 @@ from snlp_jax.eval.search.record import verdict
 from snlp_jax.eval.solver_file import SolverFile, read_solver_file, setting_of, with_settings, write_solver_file
 from snlp_jax.infer.__main__ import Args, open_engine
 from snlp_jax.io.checkpoint import Checkpointer
-from snlp_jax.linearize import fingerprint
+from snlp_jax.linearize import About, fingerprint, save_calibration, stored_calibrations
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
+from snlp_jax.solver import Calibration
 from snlp_jax.train.loop import train
 from snlp_jax.train.observe import frontier_settings
 
@@ -132,6 +133,16 @@ def test_readings_are_interleaved():
     assert times.tolist() == [[97, 98, 99]] * 5
     rounds = [[name for name, _ in seen[start : start + 3]] for start in range(6, len(seen), 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len({*map(tuple, rounds)}) > 1
+
+
+def test_calibrations_of_the_checkpoint_are_found(tmp_path):
+    about = About("scalar", 1, 4, 2, 64, 0, "mine", init="h0")
+    fit = Calibration({"scale": np.ones(3)}, {})
+    for name, its in (("a", about), ("b", dataclasses.replace(about, fingerprint="another"))):
+        save_calibration(tmp_path, name, fit, its)
+    (tmp_path / "calibrations" / "broken.npz").write_bytes(b"x")
+    assert stored_calibrations(tmp_path, "mine") == {"a": about}
+    assert stored_calibrations(tmp_path / "nowhere", "mine") == {}
 
 
 def search_of(run_dir: Path, **fields):
