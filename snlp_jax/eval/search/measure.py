@@ -94,7 +94,7 @@ def _regions(weights: Weights) -> tuple:
 
 
 class Prefill:
-    """Readers of a forward from random tokens to all logits."""
+    """Readers of a forward from held-out tokens to all logits; iterations may stop by themselves as they do in use."""
 
     def __init__(
         self,
@@ -104,10 +104,11 @@ class Prefill:
         *,
         batch_size: int,
         seq_len: int,
+        windows: np.ndarray,
     ):
-        rng = np.random.default_rng(TIMING_SEED)
         self.model, self.params, self.fits = model, model.cast(params), fits
-        self.tokens_BT = jax.numpy.asarray(rng.integers(model.config.vocab_size, size=(batch_size, seq_len)), "int32")
+        text = windows[:, :-1].reshape(-1)
+        self.tokens_BT = jax.numpy.asarray(np.resize(text, (batch_size, seq_len)), "int32")
         self.what = f"ms a forward of {batch_size} x {seq_len} tokens"
 
     @property

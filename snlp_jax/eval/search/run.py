@@ -15,7 +15,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.evaluate import mean_depth
 from snlp_jax.eval.run import Which, open_run
-from snlp_jax.eval.search.cost import CostModel, choose_probes, depth_cost, parts_of
+from snlp_jax.eval.search.cost import CostModel, Parts, choose_probes, depth_cost, parts_of
 from snlp_jax.eval.search.measure import Decode, Prefill, Quality, Reader, interleave
 from snlp_jax.eval.search.race import FIRST_RUNG, Bounds, Race, Sums
 from snlp_jax.eval.search.record import Found, Row
@@ -24,7 +24,6 @@ from snlp_jax.eval.solver_file import SolverFile
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.linearize import fingerprint, stored_calibrations
 from snlp_jax.notation import parse_schedule
-from snlp_jax.solver import Schedule
 
 SEED = 0
 """Of the order of the windows."""
@@ -68,7 +67,12 @@ class Search:
         batch_size = min(config.eval.batch_size, FIRST_RUNG)
         self.quality = Quality(opened.model, opened.params, windows, batch_size, self.fits)
         self.iterations: dict[int, list[float]] = {}
+        """Made on average in each region of candidates that stop by themselves."""
+        self.seen_ms: list[tuple[Parts, float]] = []
+        """What the cost model is fitted to."""
         self.readers: dict[Any, Reader] = {}
+        self.timed: set[int] = set()
+        """Candidates whose cost is no prediction."""
         self.clock = self._clock(windows["tokens"])
         self.cost_model: CostModel | None = None
         self.slack = 0.0
@@ -122,7 +126,7 @@ class Search:
                     f"eval.timing_len takes {seq_len} tokens, but the model reads {config.model.max_context} at most; "
                     "lower it."
                 )
-            return Prefill(*of, batch_size=batch_size, seq_len=seq_len)
+            return Prefill(*of, batch_size=batch_size, seq_len=seq_len, windows=tokens_WT[: self.num_windows])
         prompt_len = max(1, min(config.eval.greedy_prompt_len or 64, tokens_WT.shape[1] - 1))
         num_tokens = min(NEW_TOKENS, config.model.max_context - prompt_len)
         prompts = tokens_WT[: self.num_windows, :prompt_len]
@@ -131,12 +135,11 @@ class Search:
     def _costs(self) -> tuple[list[float], float]:
         """Of every candidate, and how far they may be off."""
         if self.clock is None:
-            optimistic = [_fastest(candidate) for candidate in self.candidates]
-            return [depth_cost(c.schedule, depth) for c, depth in zip(self.candidates, optimistic, strict=True)], 0.0
+            return list(map(self._cost, range(len(self.candidates)))), 0.0
         solvers = [index for index, candidate in enumerate(self.candidates) if not candidate.speculate]
         drafters = [index for index, candidate in enumerate(self.candidates) if candidate.speculate]
-        parts = [parts_of(self.candidates[i].schedule, _fewest(self.candidates[i])) for i in solvers]
-        all_parts = [parts_of(self.candidates[i].schedule) for i in solvers]  # random text may need all iterations
+        parts = [parts_of(self.candidates[i].schedule, self._iterations(i)) for i in solvers]
+        all_parts = [parts_of(self.candidates[i].schedule) for i in solvers]
         fixed = [place for place, i in enumerate(solvers) if not self.candidates[i].tolerance]
         probes = [fixed[place] for place in choose_probes([all_parts[place] for place in fixed])]
         readers = [self._reader(0, layout) for layout in ("stack", "list")]
@@ -147,7 +150,8 @@ class Search:
         by_layout = dict(zip(("stack", "list"), map(float, medians[:2]), strict=True))
         self.twin = min(by_layout, key=lambda layout: by_layout[layout])
         seen = [by_layout[self.clock.auto_layout], *map(float, medians[2 : 1 + len(probes)])]
-        self.cost_model = CostModel.fit([all_parts[place] for place in probes], seen)
+        self.seen_ms = list(zip((all_parts[place] for place in probes), seen, strict=True))
+        self.cost_model = CostModel.fit(*zip(*self.seen_ms, strict=True))
         costs = dict(zip(solvers, map(self.cost_model.predict, parts), strict=True))
         costs |= dict(zip(drafters, map(float, medians[1 + len(probes) :]), strict=True))
         costs[0] = by_layout[self.twin]
@@ -170,17 +174,35 @@ class Search:
         total = seen + num_windows
         its = [(a * seen + b * num_windows) / total for a, b in zip(before, made, strict=True)]
         self.iterations[index] = its
+        for other, its_candidate in enumerate(self.candidates):
+            if its_candidate.tolerance and other not in self.iterations:
+                self.race.costs[other] = self._cost(other)
+        return self.race.costs[index] if index in self.timed else self._cost(index)
+
+    def _cost(self, index: int) -> float:
+        """Predicted, with what is known of iterations now."""
+        schedule = self.candidates[index].schedule
         if self.clock is None:
-            return depth_cost(candidate.schedule, self._mean_depth(index))
+            return depth_cost(schedule, self._mean_depth(index))
         assert self.cost_model is not None
-        return self.cost_model.predict(parts_of(candidate.schedule, its))
+        return self.cost_model.predict(parts_of(schedule, self._iterations(index)))
+
+    def _iterations(self, index: int) -> list[float] | None:
+        """Of each region: as measured; else the fewest that the same tolerance has led to, or one; None for all."""
+        candidate = self.candidates[index]
+        if index in self.iterations or not candidate.tolerance:
+            return self.iterations.get(index)
+        like = [
+            min(made)
+            for other, made in self.iterations.items()
+            if (self.candidates[other].tolerance, self.candidates[other].num_iters)
+            == (candidate.tolerance, candidate.num_iters)
+        ]
+        return [min(like, default=1.0)] * len(candidate.schedule.regions)
 
     def _mean_depth(self, index: int) -> float:
-        schedule = self.candidates[index].schedule
-        made = self.iterations.get(index)
-        if made is None:
-            return _fastest(self.candidates[index])
-        return mean_depth(schedule, [np.asarray(each) for each in made])
+        schedule, made = self.candidates[index].schedule, self._iterations(index)
+        return schedule.depth if made is None else mean_depth(schedule, [np.asarray(each) for each in made])
 
     # -- The end -------------------------------------------------------------------------------------------------------
 
@@ -188,7 +210,7 @@ class Search:
         """The first of the standing candidates, by the clock where time is what counts.
 
         A machine may have become slower or faster since the costs were measured: what is timed now counts by its
-        ratio to the sequential pass of the same rounds.
+        ratio to the sequential pass of the same rounds. The cost model learns from it for those that were not timed.
         """
         if self.clock is None:
             return standing[0]
@@ -197,6 +219,14 @@ class Search:
         for index in leaders:
             ratio = float(np.median(self.times_ms[index] / self.times_ms[0]))
             self.race.costs[index] = ratio * self.race.costs[0]
+            self.timed.add(index)
+            if not self.candidates[index].is_lossless:
+                parts = parts_of(self.candidates[index].schedule, self._iterations(index))
+                self.seen_ms.append((parts, float(self.race.costs[index])))
+        self.cost_model = CostModel.fit(*zip(*self.seen_ms, strict=True))
+        for index, candidate in enumerate(self.candidates):
+            if index not in self.timed and not candidate.is_lossless:
+                self.race.costs[index] = self._cost(index)
         return min(leaders, key=lambda index: (self.race.costs[index], index))
 
     def _time(self, indices: list[int]) -> None:
@@ -235,7 +265,7 @@ class Search:
                     mean,
                     candidate.schedule.num_block_evals,
                     mean if self.clock is None else float(race.costs[index]) * ms_now,
-                    self.clock is None or index in self.times_ms or candidate.is_lossless,
+                    self.clock is None or index in self.timed or candidate.is_lossless,
                     len(sums.total_W) if sums else 0,
                     bounds.change if bounds else None,
                     (bounds.low, bounds.high) if bounds else None,
@@ -312,13 +342,3 @@ def shuffled_windows(data: TokenData, seq_len: int, num_windows: int) -> dict[st
 def draft_len(candidate: Candidate, config: Config) -> int:
     """Drafts a round that were timed."""
     return min(DRAFT_LEN, config.model.num_mtp_heads) if candidate.speculate == "mtp" else DRAFT_LEN
-
-
-def _fewest(candidate: Candidate) -> list[float] | None:
-    """Iterations of each region, as few as there may be."""
-    return [1.0] * len(candidate.schedule.regions) if candidate.tolerance else None
-
-
-def _fastest(candidate: Candidate) -> float:
-    schedule: Schedule = candidate.schedule
-    return schedule.depth if not candidate.tolerance else mean_depth(schedule, [np.ones(1) for _ in schedule.regions])
