@@ -1,6 +1,7 @@
 """The search: its space, its costs, and a race that keeps the best."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -97,6 +98,11 @@ def test_harder_is_more_layers_or_fewer_iterations_of_one_family():
     assert harder("idn:n=8,k=4,tol=0.5", "idn:n=8,k=4,tol=0.2")
     assert not harder("idn:n=9,k=3", "idn:n=8,k=2") and not harder("idn:n=8,k=2", "idn:n=8,k=2")
     assert not harder("sid:n=9,k=1", "idn:n=8,k=1")
+    ladder = ("idn:n=8,k=1,stage=4xF2", "idn:n=8,k=1", "idn:4-8,k=1+idn:8-12,k=1", "pairs:n=8")
+    assert all(harder(one, other) for one, other in itertools.pairwise(ladder))
+    ladder = ("idn:n=8,k=1", "idn:n=8,k=1,init=batch_forward", "idn:n=8,k=2")
+    assert all(harder(one, other) for one, other in itertools.pairwise(ladder))
+    assert harder("idn:n=8,k=4,tol=0.2", "idn:n=8,k=4") and not harder("idn:n=8,k=4,tol=0.2", "idn:n=8,k=3")
 
 
 # -- Costs -------------------------------------------------------------------------------------------------------------
@@ -230,7 +236,7 @@ def test_limit_of_nothing_leaves_the_sequential_pass():
     winner, race = race_of(made_up(0), limit=0.0, noise=1e-4)
     assert winner == "seq"
     assert set(race.statuses()) <= {"passed", "failed", "implied", "beaten", "undecided"}
-    winner, _ = race_of(dict.fromkeys(made_up(0), 0.0) | {"idn:n=12,k=1": -0.05}, limit=0.0)
+    winner, _ = race_of(dict.fromkeys(made_up(0), 0.0) | {"idn:n=12,k=1": -0.05}, limit=0.0, noise=1e-4)
     assert winner == "idn:n=12,k=1", "better than the sequential pass is within any limit"
 
 

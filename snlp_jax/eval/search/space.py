@@ -27,11 +27,15 @@ class Candidate:
     schedule: Schedule
     speculate: str = ""
     family: str = ""
-    """Settings of one family differ in ``size``, ``num_iters`` and ``tolerance`` alone."""
+    """The correction; candidates of one family are ordered by what follows."""
     size: int = 0
     """Layers from the first region's start to the last one's end."""
     num_iters: int = 0
     tolerance: float = 0.0
+    guess_iters: float = 0.0
+    """Iterations that the guess is worth: an evaluation without a correction counts as half of one."""
+    coupling: int = 0
+    """How much is solved at once: pairs of layers, two regions, one, one of fused layers."""
 
     @property
     def name(self) -> str:
@@ -43,12 +47,13 @@ class Candidate:
         return self.schedule.is_sequential
 
     def is_harder_than(self, other: "Candidate") -> bool:
-        """Whether it asks more of the model than another of its family: more layers in no more iterations.
+        """Whether it asks more of the model than another of its family: no fewer layers, no more iterations, no sharper
+        tolerance, no smaller regions.
 
         A guide, no theorem: a model may have been trained for the larger region.
         """
-        mine = (self.size, -self.num_iters, self.tolerance)
-        its = (other.size, -other.num_iters, other.tolerance)
+        mine = (self.size, -self.num_iters - self.guess_iters, self.tolerance, self.coupling)
+        its = (other.size, -other.num_iters - other.guess_iters, other.tolerance, other.coupling)
         return self.family == other.family != "" and mine != its and all(a >= b for a, b in zip(mine, its, strict=True))
 
 
@@ -73,13 +78,14 @@ def candidates_of(
     if too_large:
         raise InputError(f"region size {too_large[0]} exceeds the model's {L} layers; give at most {L}.")
     found = {"seq": Candidate("seq", Schedule.of(L))}
-    for text, family, size, num_iters, tolerance in _texts(model, search, calibrations or {}):
+    for text, family, size, num_iters, tolerance, coupling in _texts(model, search, calibrations or {}):
         schedule = parse_schedule(text, L)
+        guess = 0.5 * max(region.init.num_evals for region in schedule.regions)
         # Iterations that stop by themselves may stop after the first.
         fewest = schedule.depth - (num_iters - 1 if tolerance else 0)
         if fewest >= L or not _can_run(model, schedule, search.objective):
             continue
-        found.setdefault(text, Candidate(text, schedule, "", family, size, num_iters, tolerance))
+        found.setdefault(text, Candidate(text, schedule, "", family, size, num_iters, tolerance, guess, coupling))
     drafters = _drafters(model) if search.objective == "decode" else ()
     return [*found.values(), *(Candidate("seq", Schedule.of(L), drafter) for drafter in drafters)]
 
@@ -97,32 +103,32 @@ def rule_of(schedule: Schedule) -> CacheRule:
 
 def _texts(
     model: ModelConfig, search: SearchConfig, calibrations: Mapping[str, About]
-) -> Iterator[tuple[str, str, int, int, float]]:
-    """Setting, family, size, iterations and tolerance."""
+) -> Iterator[tuple[str, str, int, int, float, int]]:
+    """Setting, family, size, iterations, tolerance and coupling."""
     L, sizes = model.num_layers, sorted(set(search.region_sizes)) or region_sizes(model.num_layers)
     corrections = ("hcn", "idn") if model.num_streams else ("idn", "sid") if model.use_x0_resid else ("idn",)
     for name in corrections:
         for n in sizes:
             for k in range(1, min(search.max_iters, n) + 1):
-                yield f"{name}:n={n},k={k}", name, n, k, 0.0
-                yield f"{name}:n={n},k={k},init=batch_forward", f"{name} batch_forward", n, k, 0.0
+                yield f"{name}:n={n},k={k}", name, n, k, 0.0, 2
+                yield f"{name}:n={n},k={k},init=batch_forward", name, n, k, 0.0, 2
             for tolerance in search.tolerances:
                 most = min(search.max_iters, n)
-                yield f"{name}:n={n},k={most},tol={tolerance:g}", f"{name} tol", n, most, tolerance
+                yield f"{name}:n={n},k={most},tol={tolerance:g}", name, n, most, tolerance, 2
     name = corrections[0]
     for n in sizes:
         first, middle = L - n, L - n // 2
         for k in range(1, min(MAX_CUT_ITERS, search.max_iters) + 1):
             if n >= 4:
-                yield f"{name}:{first}-{middle},k={k}+{name}:{middle}-{L},k={k}", f"{name} halves", n, k, 0.0
+                yield f"{name}:{first}-{middle},k={k}+{name}:{middle}-{L},k={k}", name, n, k, 0.0, 1
             if n >= 4 and n % 2 == 0:
-                yield f"{name}:n={n},k={k},stage={n // 2}xF2", f"{name} chunks", n, k, 0.0
+                yield f"{name}:n={n},k={k},stage={n // 2}xF2", name, n, k, 0.0, 3
         if n % 2 == 0:
-            yield f"pairs:n={n}", "pairs", n, 1, 0.0
+            yield f"pairs:n={n}", "idn", n, 1, 0.0, 0
     for fit, about in calibrations.items():
         stage = f",stage={about.stage}" if about.stage else ""
         head = f"cal:{about.start}-{about.stop},k={about.num_iters},init={about.init or 'h0'},fit={fit}{stage}"
-        yield head, "", about.stop - about.start, about.num_iters, 0.0
+        yield head, "", about.stop - about.start, about.num_iters, 0.0, 2
 
 
 def _can_run(model: ModelConfig, schedule: Schedule, objective: Objective) -> bool:
