@@ -77,7 +77,7 @@ class CostModel:
     ms: dict[str, float]
     """Of one unit of each part."""
     error: float
-    """Largest relative error among what was measured, after the fit."""
+    """Root mean square of the relative errors of what was measured, after the fit."""
 
     @classmethod
     def fit(cls, parts: Sequence[Parts], times_ms: Sequence[float]) -> "CostModel":
@@ -87,7 +87,7 @@ class CostModel:
         scale_F = np.maximum(relative_PF.max(axis=0), 1e-30)
         solution_F, _ = nnls(relative_PF / scale_F, np.ones(len(times_ms)))
         errors = relative_PF @ (solution_F / scale_F) - 1
-        return cls(dict(zip(names, map(float, solution_F / scale_F), strict=True)), float(np.abs(errors).max()))
+        return cls(dict(zip(names, map(float, solution_F / scale_F), strict=True)), float(np.sqrt(np.mean(errors**2))))
 
     def predict(self, parts: Parts) -> float:
         return sum(count * self.ms[name] for name, count in parts.items())

@@ -31,7 +31,8 @@ PROBE_REPEATS = 9
 LEAST_REPEATS = 9
 LEAST_SLACK = 0.05
 """Predicted times are not trusted to less, whatever the fit says, ..."""
-MOST_SLACK = 0.3
+MOST_SLACK = 0.15
+"""... nor less than this."""
 MAX_ROUNDS = 24
 """Winners that fresh windows or the clock may refute before the search settles for what is lossless."""
 NEW_TOKENS = 48
@@ -155,7 +156,7 @@ class Search:
         costs = dict(zip(solvers, map(self.cost_model.predict, parts), strict=True))
         costs |= dict(zip(drafters, map(float, medians[1 + len(probes) :]), strict=True))
         costs[0] = by_layout[self.twin]
-        slack = min(max(LEAST_SLACK, 1.5 * self.cost_model.error), MOST_SLACK)
+        slack = min(max(LEAST_SLACK, self.cost_model.error), MOST_SLACK)
         return [costs[index] for index in range(len(self.candidates))], slack
 
     def _reader(self, index: int, layout: Any = "auto") -> Reader:
