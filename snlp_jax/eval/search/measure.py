@@ -21,6 +21,8 @@ from snlp_jax.types import Array, Params
 
 NUM_WARMUP = 2
 TIMING_SEED = 0
+NUM_TEXTS = 16
+"""Of a timed forward."""
 
 Reader = Callable[[int], float]
 """Runs once, with the number of the round, and returns milliseconds."""
@@ -94,7 +96,8 @@ def _regions(weights: Weights) -> tuple:
 
 
 class Prefill:
-    """Readers of a forward from held-out tokens to all logits; iterations may stop by themselves as they do in use."""
+    """Readers of a forward from held-out tokens to all logits; every round has another text, so that iterations stop by
+    themselves as often as they do in use."""
 
     def __init__(
         self,
@@ -107,8 +110,9 @@ class Prefill:
         windows: np.ndarray,
     ):
         self.model, self.params, self.fits = model, model.cast(params), fits
-        text = windows[:, :-1].reshape(-1)
-        self.tokens_BT = jax.numpy.asarray(np.resize(text, (batch_size, seq_len)), "int32")
+        shape = (NUM_TEXTS, batch_size, seq_len)
+        text = windows[:, :seq_len].reshape(-1)  # again from the start where it is short
+        self.texts_BT = list(jax.numpy.asarray(np.resize(text, shape), "int32"))
         self.what = f"ms a forward of {batch_size} x {seq_len} tokens"
 
     @property
@@ -117,14 +121,15 @@ class Prefill:
         return "list" if self.model.backend == "cpu" else "stack"
 
     def reader(self, candidate: Candidate, layout: Layout = "auto") -> Reader:
-        settings: dict[str, Any] = {"num_tokens": self.tokens_BT.size, "layout": layout, "fits": self.fits}
+        settings: dict[str, Any] = {"num_tokens": self.texts_BT[0].size, "layout": layout, "fits": self.fits}
         weights = prepare(self.model, self.params, candidate.schedule, **settings)
         logits = lambda weights, tokens: forward(self.model, weights, tokens).logits_BTV  # noqa: E731
-        compiled = jax.jit(logits).lower(weights, self.tokens_BT).compile()
+        compiled = jax.jit(logits).lower(weights, self.texts_BT[0]).compile()
 
-        def read(_: int) -> float:
+        def read(number: int) -> float:
+            tokens_BT = self.texts_BT[number % NUM_TEXTS]
             began = time.perf_counter()
-            jax.block_until_ready(compiled(weights, self.tokens_BT))
+            jax.block_until_ready(compiled(weights, tokens_BT))
             return 1e3 * (time.perf_counter() - began)
 
         return read
