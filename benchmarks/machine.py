@@ -123,6 +123,17 @@ def made_up(args: ShapeArgs) -> ModelConfig:
     return dataclasses.replace(SHAPES[name], **given)
 
 
+def memory_left() -> int:
+    """Bytes that the device, or on a CPU the host, still has; 0 where it does not say."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
 def header(config: ModelConfig, args: dict[str, Any]) -> dict[str, Any]:
     """What every report opens with, and its empty lists."""
     device = jax.devices()[0]

@@ -145,8 +145,8 @@ def test_a_region_costs_equally_many_kernels_and_copies_no_weight(topology):
         assert step["read"] < 1.1 * num_evals * step["weights"]
         assert step["read"] >= num_evals * step["weights"] or topology.startswith("v5e")
     assert small["moved_before"] == large["moved_before"] == twice["moved_before"] == 0
-    # Small arrays are fused a little differently at different sizes; a TPU's prefix sum has one more step.
-    assert abs(large["kernels"] - small["kernels"]) <= (4 if topology.startswith("v5e") else 2)
+    # Small arrays are fused a little differently at different sizes, and the prefix sum has one more step.
+    assert abs(large["kernels"] - small["kernels"]) <= 0.06 * small["kernels"]
     assert abs(large["products"] - small["products"]) <= 1
     assert 2 * large["kernels"] < 24 / 6 * in_order["kernels"]
     assert twice["kernels"] < 2 * small["kernels"]

@@ -57,16 +57,15 @@ def test_what_a_scan_on_a_cpu_copies_is_found():
     assert sum(op.count * op.bytes_written for op in copied) >= 8 * 12 * MATRIX
 
 
-@pytest.mark.parametrize("pattern", ["L", "SL"])
-def test_a_region_costs_equally_many_kernels_at_any_size(pattern):
+def test_a_region_costs_equally_many_kernels_at_any_size():
     """But for the prefix sum of the correction, which takes log2 of the layers. A step is one iteration over all layers
     and the ends; in order every layer costs its own."""
-    of_region = {n: decode_program(n, f"idn:n={n},k=1", "auto", pattern) for n in (8, 12, 16)}
+    of_region = {n: decode_program(n, f"idn:n={n},k=1") for n in (8, 12, 16)}
     products = {n: sum(op.flops > 0 for op in program.ops) for n, program in of_region.items()}
     assert products[8] == products[12] == products[16]
     kernels = {n: program.num_kernels for n, program in of_region.items()}
     assert kernels[8] == kernels[12]
     assert kernels[16] - kernels[8] <= 3  # one more step: a sum, and its even and odd rows put together
-    in_order = [decode_program(n, "seq", "auto", pattern).num_kernels for n in (8, 16)]
+    in_order = [decode_program(n, "seq").num_kernels for n in (8, 16)]
     assert in_order[1] - in_order[0] >= 8 * 6  # at least a layer's six products
     assert kernels[16] < in_order[1] / 4
