@@ -132,19 +132,19 @@ for num_layers, setting, layout, memory in json.loads(sys.argv[2]):
 
 @pytest.mark.parametrize("topology", ["h100:1", "v5e:2x4"])
 def test_a_region_costs_equally_many_kernels_and_copies_no_weight(topology):
-    """One step of the engine's decoding loop, 12 and 24 layers of width 640 in one region. Layers in order, unrolled:
-    one product a matrix and more, each. Where XLA may choose how weights lie in memory, nothing is transposed before
-    the loop either."""
+    """One step of the engine's decoding loop, 12 and 24 layers of width 640 in one region, whose weights lie in memory
+    as they are or as XLA likes best. Layers in order, unrolled: one product a matrix and more, each."""
     cases = [[12, "idn:n=12,k=1", "stack", "default"], [12, "idn:n=12,k=1", "stack", "chosen"]]
     cases += [[24, "idn:n=24,k=1", "stack", "chosen"], [12, "idn:n=12,k=2", "stack", "chosen"]]
     cases += [[6, "seq", "list", "default"]]
     default, small, large, twice, in_order = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
-    for step, num_evals in ((default, 1), (small, 1), (large, 1), (twice, 2)):
+    for step, num_evals in ((default, 1), (small, 1), (large, 1), (twice, 2), (in_order, 1)):
         assert step["moved"] == 0
         # Beside the weights: cache, head, and the state of every layer. A TPU keeps some weights on the chip.
         assert step["read"] < 1.1 * num_evals * step["weights"]
         assert step["read"] >= num_evals * step["weights"] or topology.startswith("v5e")
     assert small["moved_before"] == large["moved_before"] == twice["moved_before"] == 0
+    assert default["moved_before"] == 0 or topology.startswith("v5e")
     # Small arrays are fused a little differently at different sizes, and the prefix sum has one more step.
     assert abs(large["kernels"] - small["kernels"]) <= 0.06 * small["kernels"]
     assert abs(large["products"] - small["products"]) <= 1
