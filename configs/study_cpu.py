@@ -43,9 +43,6 @@ def make_arms(num_layers: int, depth: int) -> dict[str, dict[str, Any]]:
         "ce_idn": {"loss": {"hidden_norm": norm, "solver_ce": entropy}},
         "ce_late_40": {"loss": {"solver_ce": entropy | {"start_fraction": 0.6}}},
         "ce_late_20": {"loss": {"solver_ce": entropy | {"start_fraction": 0.8}}},
-        "ce_k2_late_40": {
-            "loss": {"solver_ce": entropy | {"num_iters": 2, "region_sizes": (two,), "start_fraction": 0.6}}
-        },
         "ce_annealed": {"loss": {"solver_ce": entropy | {"ramp_fraction": 1.0}}},
         "ce_weak": {"loss": {"solver_ce": entropy | {"weight": 0.25}}},
         "ce_strong": {"loss": {"solver_ce": entropy | {"weight": 4.0}}},
