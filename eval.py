@@ -2,10 +2,12 @@
 
     python eval.py runs/demo --solvers idn:n=8,k=1 idn:n=8,k=2
 
-Writes eval.json, eval.csv and eval.png into RUN_DIR/eval. Settings are written as in snlp_jax/notation.py; without any,
-a small grid is measured. With --diagnose, writes diagnose.json and diagnose.png instead: the error of every layer after
-every iteration, and the norms of the layers' Jacobians. With --tasks, writes tasks.json and tasks.csv instead:
-multiple choice, generated answers and bits per byte. Flags that are not given come from the run's saved config.
+Writes eval.json, eval.csv and eval.png into RUN_DIR/eval. Settings are written as in snlp_jax/notation.py, or are
+solver files; without any, a small grid is measured. With --diagnose, writes diagnose.json and diagnose.png instead: the
+error of every layer after every iteration, and the norms of the layers' Jacobians. With --tasks, writes tasks.json and
+tasks.csv instead: multiple choice, generated answers and bits per byte. With --search, finds the fastest setting within
+a limit of perplexity instead and writes it to RUN_DIR/solver.json, beside search.json, search.csv and search.png. Flags
+that are not given come from the run's saved config.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from snlp_jax.config import EvalConfig, TaskConfig
+from snlp_jax.config import EvalConfig, SearchConfig, TaskConfig
 from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 
@@ -29,6 +31,7 @@ class Args:
     diagnose: bool = False
     """Instead of quality and cost: where each setting's regions err, and how strongly their layers amplify it."""
     task: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(default_factory=TaskConfig)
+    search: Annotated[SearchConfig, tyro.conf.arg(name="")] = field(default_factory=SearchConfig)
     eval: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
 
 
@@ -36,11 +39,22 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
 
     from snlp_jax.eval import evaluate_run, print_report, read_config, write_report  # after --help: they import jax
+    from snlp_jax.eval.solver_file import with_settings
 
     config = read_config(args.run_dir)
     args = tyro.cli(Args, description=__doc__, default=dataclasses.replace(args, eval=config.eval))
-    if args.diagnose and args.task.tasks:
-        raise InputError("--diagnose and --tasks are two different evaluations; give one of them.")
+    if args.diagnose + bool(args.task.tasks) + args.search.search > 1:
+        raise InputError("--diagnose, --tasks and --search are different evaluations; give one of them.")
+    if args.search.search:
+        from snlp_jax.eval.search import print_found, search_run, write_found
+
+        its_config = dataclasses.replace(config, eval=args.eval)
+        best = search_run(args.run_dir, its_config, args.search, args.checkpoint)
+        print_found(best)
+        written, notice = write_found(best, args.run_dir)
+        print("\n".join(filter(None, ["wrote " + ", ".join(map(str, written)), notice])))
+        return
+    args = dataclasses.replace(args, eval=with_settings(args.eval, config.model.num_layers, args.run_dir))
     if args.task.tasks:
         from snlp_jax.eval.task_report import print_tasks, write_tasks
         from snlp_jax.eval.tasks import tasks_of_run

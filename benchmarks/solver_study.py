@@ -1,9 +1,9 @@
 """Every solver method against equal-depth controls, on trained models: quality, cost, and what wins at equal depth.
 
     python benchmarks/study.py configs/study_demo.py --stage steps      # trains what is measured here
-    python benchmarks/solver_study.py --seeds 0 1 2 --arms plain demo mhc
+    python benchmarks/solver_study.py --seeds 0 1 2 --arms plain late mhc
 
-Reads runs/study/study_demo/ARM-steps-SEED: ``plain`` is trained without any solver loss, ``demo`` for one Identity
+Reads runs/study/study_demo/ARM-steps-SEED: ``plain`` is trained without any solver loss, ``late`` for one Identity
 iteration, ``mhc`` has four residual streams and is trained for one HyperConnection iteration. Calibrations are fitted
 to each run's own training text. Times (one token, the fair twin of eval.py) are taken on the first seed. Prints a
 table for each arm, in markdown, sorted by depth, and writes benchmarks/results/solver_study_DATE.json after every run;
@@ -62,7 +62,7 @@ SOLVERS = (
 """``{own}`` is the correction that fits the arm's residual path."""
 ONLY: dict[str, tuple[str, ...]] = {
     "plain": ("idn:n=8,k=2,trust=0.1", "idn:n=8,k=2,damp=0.1"),
-    "demo": ("idn:n=8,k=2,trust=0.1", "idn:n=8,k=2,damp=0.1"),
+    "late": ("idn:n=8,k=2,trust=0.1", "idn:n=8,k=2,damp=0.1"),
     "mhc": ("idn:n=8,k=1", "idn:n=8,k=2", "idn:n=8,k=4"),
 }
 
@@ -70,7 +70,7 @@ ONLY: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
-    arms: tuple[str, ...] = ("plain", "demo", "mhc")
+    arms: tuple[str, ...] = ("plain", "late", "mhc")
     num_windows: int = 128
     """Held-out windows, the same for every run."""
     timing_repeats: int = 50
@@ -91,7 +91,7 @@ def measure(arm: str, seed: int, args: Args) -> dict:
     """Evaluate one run's last checkpoint under all settings."""
     run_dir = ROOT / args.runs.format(arm=arm, seed=seed)
     config = read_config(run_dir)
-    is_timed = seed == args.seeds[0] and args.timing_repeats > 0 and arm != "plain"  # whose programs are the demo's
+    is_timed = seed == args.seeds[0] and args.timing_repeats > 0 and arm != "plain"  # whose programs are those of late
     settings = dataclasses.replace(
         config.eval,
         solvers=settings_of(arm),

@@ -1,28 +1,29 @@
-"""Time of one forward pass: sequential against layer-parallel, on random weights.
+"""Time of forward passes, cached steps and their parts: sequential against layer-parallel, on random weights.
 
-    python benchmarks/speed.py                                     demo shape on a CPU, d32s elsewhere
-    python benchmarks/speed.py --shape d2048 --lengths 1 128
-    python benchmarks/speed.py --num-layers 16 --embed-dim 256 --num-heads 4 --solvers idn:n=8,k=1
+    python benchmarks/speed.py                           the cells of this backend's preset, the most important first
+    python benchmarks/speed.py --preset quick            a small model, a minute
+    python benchmarks/speed.py --kinds cached --shape d2048 --contexts 512 --batches 1 8
+    python benchmarks/speed.py --num-layers 16 --embed-dim 256 --num-heads 4 --lengths 128 --solvers idn:n=8,k=1
 
-Every arm is the whole forward (embedding, layers, head), compiled ahead of time; weights are cast and laid out once,
-outside, and passed as arguments; all arms of a cell (dtype, batch, length) run round robin after a warm-up. The fair
-twin is the faster of two sequential passes: a scan over the stack, and layers unrolled over a list. A length of 1 has
-no cache: it stands for the weight traffic of decoding. Nothing is said about quality, which random weights do not have.
+What the kinds of cells time is said in benchmarks/speed_cells.py and benchmarks/speed_parts.py. All programs of a cell
+are compiled ahead of time, their weights cast and laid out outside and passed as arguments, and they run round robin,
+every second round backwards, after a warm-up. The fair twin is the fastest sequential form: a scan over the stack, or
+layers unrolled over a list, the latter on a GPU also with the memory layout of XLA's choice; on a GPU again without
+command buffers (CUDA graphs), and with loops in them too, in a process of its own each. Limits are the bandwidth of a
+copy and the rate of a matrix product, measured in the same run. Nothing is said about quality, which random weights do
+not have. Writes JSON after every cell, a table in Markdown and, with matplotlib, a plot.
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import os
-import platform
-import re
-import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,319 +32,314 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Column, Table
 
+from benchmarks.machine import (
+    ROOT,
+    SHAPES,
+    Dtype,
+    ShapeArgs,
+    header,
+    made_up,
+    measure_limits,
+    memory_left,
+    out_path,
+    random_params,
+    work,
+)
+from benchmarks.speed_cells import Cell, Form, Job, Kind, Layout, Setup, cached_jobs, forward_jobs, region_jobs
+from benchmarks.speed_parts import part_jobs, train_jobs
+from benchmarks.speed_presets import PRESETS, default_settings
+from benchmarks.speed_report import markdown, plot, terminal_table
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.eval.weights import prepare_all
-from snlp_jax.forward import forward
 from snlp_jax.io.files import atomic_write
-from snlp_jax.io.provenance import git_commit
-from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
-from snlp_jax.solver import Schedule, SequentialSegment
+from snlp_jax.solver import Chunkwise
 
-ROOT = Path(__file__).resolve().parents[1]
-Dtype = Literal["float32", "bfloat16"]
-Layout = Literal["stack", "list", "mixed"]
+__all__ = ["Dtype", "ShapeArgs", "header", "made_up", "measure_limits", "out_path", "random_params", "work"]
 
-
-def _d32(embed_dim: int) -> ModelConfig:
-    num_heads = embed_dim // 128
-    size = {"num_layers": 32, "embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_heads}
-    return ModelConfig(vocab_size=32_768, seq_len=2048, window_pattern="SSSL", **size)
-
-
-SHAPES = {"demo": ModelConfig(), "d32s": _d32(640), "d1024": _d32(1024), "d2048": _d32(2048)}
-
-
-@dataclass(frozen=True)
-class ShapeArgs:
-    """Which model: shared by the benchmarks that make one up."""
-
-    shape: Literal["auto", "demo", "d32s", "d1024", "d2048"] = "auto"
-    """auto: demo on a CPU, d32s elsewhere. The six flags below replace single fields of it."""
-    num_layers: int | None = None
-    embed_dim: int | None = None
-    num_heads: int | None = None
-    vocab_size: int | None = None
-    seq_len: int | None = None
-    window_pattern: str | None = None
+CommandBuffers = Literal["each", "default", "off", "all"]
+LONG = 64
+"""Tokens from which a CPU is also timed with an unrolled region."""
+_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+COMMAND_BUFFERS = {"off": "", "all": _GRAPHS}
 
 
 @dataclass(frozen=True)
 class Args(ShapeArgs):
-    """Time the forward pass, sequential against layer-parallel."""
+    """Time forward passes, cached steps and their parts, sequential against layer-parallel."""
 
+    preset: Literal["auto", "cpu", "gpu", "quick"] = "auto"
+    """auto: that of this backend. Left aside where kinds, lengths, batches, contexts or a shape are given."""
+    kinds: tuple[Kind, ...] = ()
+    """forward, cached, region, parts, train; of a preset its cells of these kinds, with the other flags forward."""
     lengths: tuple[int, ...] = ()
-    """Tokens of a sequence; empty: 1 64 256 on a CPU, 1 128 2048 elsewhere."""
-    batches: tuple[int, ...] = (1,)
-    solvers: tuple[str, ...] = ()
-    """Settings in the notation of snlp_jax/notation.py; empty: the paper's d32s rows, scaled to the depth."""
-    layouts: tuple[Layout, ...] = ()
-    """Of the solver's arms: stack, list, or mixed (a list for the layers in order, a stack for the region).
-    Empty: mixed and list on a CPU, stack and mixed elsewhere."""
+    """Tokens of a sequence that pass through the layers."""
+    batches: tuple[int, ...] = ()
+    contexts: tuple[int, ...] = ()
+    """Tokens in the cache before them, for the kinds that have one."""
     dtypes: tuple[Dtype, ...] = ()
-    """Empty: float32 on a CPU, bfloat16 elsewhere."""
+    """Empty: float32 on a CPU, bfloat16 elsewhere; of a preset as it says."""
+    solvers: tuple[str, ...] = ()
+    """Settings in the notation of snlp_jax/notation.py; empty: the paper's rows, scaled to the depth."""
+    layouts: tuple[Layout, ...] = ()
+    """Of the solver: stack, list, or mixed (a list for the layers in order, a stack for the region). Empty: mixed, for
+    long sequences on a CPU list too."""
+    command_buffers: CommandBuffers = "each"
+    """On a GPU: in this process as XLA has them by default, and in processes of their own without any and with loops
+    too; or one of these alone."""
     repeats: int = 20
     calls: int = 0
-    """Forward passes issued back to back in one reading; 0: 1 on a CPU, 5 elsewhere, to hide the host's dispatch."""
-    time_budget: float = 450.0
-    """Seconds, shared out evenly over the cells, after which nothing new is compiled; the rest is listed as skipped."""
+    """Runs issued back to back in one reading; 0: 1 on a CPU, 5 elsewhere, to hide the host's dispatch."""
+    steps: int = 0
+    """Tokens or iterations in a row in one run of kinds that can; 0: 8 on a CPU, 32 elsewhere."""
+    time_budget: float = 480.0
+    """Seconds after which nothing new is compiled; the rest is listed as skipped."""
     out: str = ""
-    """Empty: benchmarks/results/speed_DEVICE_DATE.json."""
+    """Empty: benchmarks/results/speed_DEVICE_DATE.json; table and plot lie beside it."""
 
     def __post_init__(self) -> None:
-        if not self.batches or min(*self.lengths, *self.batches, self.repeats) < 1:
-            raise InputError("lengths, batches and repeats must all be at least 1.")
-
-
-@dataclass
-class Arm:
-    """One way to compute the forward pass."""
-
-    setting: str
-    layout: Layout
-    schedule: Schedule
-    weights: Weights
-    run: Callable[[], jax.Array] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    dispatch: list[float] = field(default_factory=list)
+        numbers = (*self.lengths, *self.batches, *self.contexts, self.repeats)
+        if min(numbers) < 1:
+            raise InputError("lengths, batches, contexts and repeats must all be at least 1.")
 
 
 def main(args: Args) -> dict[str, Any]:
     """Measure everything and return what the JSON file holds. The file is rewritten after each cell."""
+    # Before jax looks for devices: processes with other flags share the GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     began, on_cpu = time.perf_counter(), jax.default_backend() == "cpu"
-    config = made_up(args)
-    settings = args.solvers or default_settings(config.num_layers)
-    for setting in settings:
-        parse_schedule(setting, config.num_layers)  # a mistake is told before anything is measured
-    layouts = args.layouts or (("mixed", "list") if on_cpu else ("stack", "mixed"))
-    calls = args.calls or (1 if on_cpu else 5)
-    dtypes = args.dtypes or (("float32",) if on_cpu else ("bfloat16",))
-    lengths = args.lengths or ((1, 64, 256) if on_cpu else (1, 128, 2048))
-    cells = list(itertools.product(dtypes, args.batches, lengths))
-    report = header(config, dataclasses.asdict(args) | {"calls": calls, "out": ""})
-    out = out_path(args.out, "speed", report)
-    console, model, arms = Console(width=None if sys.stdout.isatty() else 140), None, []
-    for index, (dtype, batch, length) in enumerate(cells):
-        if model is None or model.config.compute_dtype != dtype:
-            report["limits"][dtype] = measure_limits(jnp.dtype(dtype), on_cpu)
-            # cuDNN attention takes no float32.
-            attention = "xla" if dtype == "float32" else config.attention
-            model = LanguageModel(dataclasses.replace(config, compute_dtype=dtype, attention=attention))
-            arms = make_arms(model, settings, layouts)
-        # Four fifths of a cell's share of the budget are for compiling; what a cell leaves unused goes to the next.
-        share = args.time_budget / len(cells)
-        deadline = began + share * (index + 1)
-        tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, length)))
-        where = {"dtype": dtype, "batch": batch, "length": length}
-        for arm in arms:
-            arm.run, arm.seconds, arm.dispatch = None, [], []
-            who = where | {"setting": arm.setting, "layout": arm.layout}
-            if time.perf_counter() > deadline - share / 5:
-                report["skipped"].append(who)
-                continue
-            try:
-                compile_arm(arm, model, tokens)
-            except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that refuses the shape
-                report["failed"].append(who | {"error": str(error).splitlines()[0][:300]})
-        alive = [arm for arm in arms if arm.run is not None]
-        measure(alive, args.repeats, calls, deadline)
-        cell = where | summarize(alive, model.config, batch, length, report["limits"][dtype])
-        report["cells"].append(cell)
+    cells, custom = cells_of(args, on_cpu)
+    mode = args.command_buffers if jax.default_backend() == "gpu" else "default"
+    report = header(custom, dataclasses.asdict(args) | {"out": ""}) | {"command_buffers": mode}
+    for cell in cells:
+        for setting in settings_of(args, _config(cell, custom)):  # a mistake is told before anything is measured
+            parse_schedule(setting, _config(cell, custom).num_layers)
+    if mode in COMMAND_BUFFERS:
+        cells = [cell for cell in cells if cell.kind in ("cached", "region") and cell.length == 1]
+    out, console = out_path(args.out, "speed", report), Console(width=None if sys.stdout.isatty() else 150)
+    if mode == "each":
+        for other in COMMAND_BUFFERS:
+            console.print(f"command buffers: {other} ...", markup=False)
+            add_child(report, args, other, 0.2 * args.time_budget)
+    deadline = began + args.time_budget
+    calls, steps = args.calls or (1 if on_cpu else 5), args.steps or (8 if on_cpu else 32)
+    setup: Setup | None = None
+    made_for: tuple | None = None
+    for index, cell in enumerate(cells):
+        left = deadline - time.perf_counter()
+        share = max(left / (len(cells) - index), min(left, 0.2 * args.time_budget))
+        where = dataclasses.asdict(cell)
+        if left <= 0:
+            report["skipped"].append(where | {"why": "no time left"})
+            continue
+        config = _adapted(_config(cell, custom), cell)
+        if reason := too_large(config, cell, on_cpu):
+            report["skipped"].append(where | {"why": reason})
+            continue
+        if cell.dtype not in report["limits"]:
+            report["limits"][cell.dtype] = measure_limits(jnp.dtype(cell.dtype), on_cpu)
+        settings = settings_of(args, config)
+        if cell.kind != "train" and made_for != (cell.shape, cell.dtype, settings):
+            setup, made_for = None, (cell.shape, cell.dtype, settings)
+            gc.collect()
+            model = LanguageModel(config)
+            setup = Setup(model, random_params(model), settings)
+        jobs = jobs_of(setup, config, cell, args, on_cpu, steps)
+        alive = compile_all(jobs, where, report, time.perf_counter() + 0.8 * share, deadline)
+        measure(alive, args.repeats, calls, time.perf_counter() + max(share / 5, 5.0))
+        row = where | {"command_buffers": "default" if mode == "each" else mode}
+        row |= summarize(alive, report["limits"][cell.dtype])
+        report["cells"].append(row)
         report["elapsed_s"] = round(time.perf_counter() - began, 1)
         report["load_average"]["end"] = os.getloadavg()[0]
         atomic_write(out, json.dumps(report, indent=1) + "\n")
-        console.print(_table(cell))
+        console.print(terminal_table(row))
+        del jobs, alive
+    atomic_write(out, json.dumps(report, indent=1) + "\n")
     for who in report["skipped"] + report["failed"]:
-        console.print("not measured:", *who.values(), markup=False)
-    console.print(f"{report['elapsed_s']} s; wrote {out}", markup=False)
+        console.print("not measured:", *(f"{key}={value}" for key, value in who.items()), markup=False)
+    atomic_write(out.with_suffix(".md"), markdown(report))
+    drawn = plot(report, out.with_suffix(".png"))
+    console.print(f"{time.perf_counter() - began:.0f} s; wrote {out}, .md{' and .png' if drawn else ''}", markup=False)
     return report
 
 
-def default_settings(num_layers: int) -> tuple[str, ...]:
-    """The paper's rows for 32 layers, their regions scaled to ``num_layers`` and no more iterations than layers."""
-    rows = ((24, 1, "h0"), (24, 2, "h0"), (24, 4, "h0"), (12, 2, "batch_forward"), (8, 1, "h0"), (8, 4, "h0"))
-    scaled = [(max(1, round(num_layers * n / 32)), k, init) for n, k, init in rows]
-    return tuple(dict.fromkeys(f"idn:n={n},k={min(k, n)},init={init}" for n, k, init in scaled))
+def cells_of(args: Args, on_cpu: bool) -> tuple[list[Cell], ModelConfig]:
+    """What to time, and the model of the cells whose shape is "custom"."""
+    custom = made_up(args)
+    names = ("num_layers", "embed_dim", "num_heads", "vocab_size", "seq_len", "window_pattern")
+    is_custom = args.shape != "auto" or any(getattr(args, name) is not None for name in names)
+    if not (args.lengths or args.batches or args.contexts or is_custom):
+        name: Any = args.preset if args.preset != "auto" else ("cpu" if on_cpu else "gpu")
+        cells = [cell for cell in PRESETS[name] if not args.kinds or cell.kind in args.kinds]
+        return [cell for cell in cells if not args.dtypes or cell.dtype in args.dtypes], custom
+    dtypes: Any = args.dtypes or (("float32",) if on_cpu else ("bfloat16",))
+    lengths, context = args.lengths or (1,), args.contexts or (min(256, custom.seq_len),)
+    cells = []
+    for kind, dtype, batch, length in itertools.product(
+        args.kinds or ("forward",), dtypes, args.batches or (1,), lengths
+    ):
+        # Only what a cache makes sense for; a region and its parts have one at one token.
+        cached = kind == "cached" or (kind in ("region", "parts") and length == 1)
+        cells += [Cell(kind, "custom", dtype, batch, length, c) for c in (context if cached else (0,))]
+    return cells, custom
 
 
-def random_params(model: LanguageModel) -> Any:
-    """Fresh parameters in the compute dtype whose output projections are not zero."""
-
-    def init(key: jax.Array) -> Any:
-        params = model.init(key)
-        for index, (part, name) in enumerate((("attn", "out"), ("mlp", "down"))):
-            shape = params["blocks"][part][name].shape
-            noise = jax.random.normal(jax.random.fold_in(key, index), shape)
-            params["blocks"][part][name] = 0.5 * shape[-2] ** -0.5 * noise
-        return model.cast(params)
-
-    return jax.jit(init)(jax.random.key(0))
+def settings_of(args: Args, config: ModelConfig) -> tuple[str, ...]:
+    settings = args.solvers or default_settings(config.num_layers, config.num_streams > 0)
+    return settings[:2] if args.preset == "quick" and not args.solvers else settings
 
 
-def make_arms(model: LanguageModel, settings: tuple[str, ...], layouts: tuple[Layout, ...]) -> list[Arm]:
-    """The two sequential arms, then every solver setting in every layout. They share what arrays they can."""
-    params = random_params(model)
-    ends = {name: params[name] for name in ("embed", "head")}
-    schedules = {setting: parse_schedule(setting, model.config.num_layers) for setting in ("seq", *settings)}
-
-    def lay_out(kind: Literal["stack", "list"]) -> dict[str, Weights]:
-        laid_out = prepare_all(model, params, list(schedules.values()), num_tokens=1, layout=kind)
-        return dict(zip(schedules, laid_out, strict=True))
-
-    stacks, lists = lay_out("stack"), lay_out("list")
-
-    def arm(setting: str, layout: Layout) -> Arm:
-        segments = stacks[setting].segments
-        is_list = [layout == "list" or (layout == "mixed" and isinstance(s, SequentialSegment)) for s in segments]
-        blocks = tuple((lists if use else stacks)[setting].blocks[index] for index, use in enumerate(is_list))
-        weights = dataclasses.replace(stacks[setting], ends=ends, blocks=blocks)
-        return Arm(setting, layout, schedules[setting], weights)
-
-    wanted: list[tuple[str, Layout]] = [("seq", "stack"), ("seq", "list")]
-    wanted += [(setting, layout) for layout in layouts for setting in settings]
-    return [arm(setting, layout) for setting, layout in wanted]
-
-
-def compile_arm(arm: Arm, model: LanguageModel, tokens: jax.Array) -> None:
-    """Compile ahead of time and run twice."""
-    began = time.perf_counter()
-    program = jax.jit(lambda weights, tokens: forward(model, weights, tokens).logits_BTV)
-    compiled = program.lower(arm.weights, tokens).compile()
-    arm.facts = {"compile_s": round(time.perf_counter() - began, 2)}
-    arm.run = lambda: compiled(arm.weights, tokens)
-    arm.facts["is_finite"] = bool(jnp.isfinite(arm.run()).all())
-    jax.block_until_ready(arm.run())
-    memory = compiled.memory_analysis()
-    sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
-    peak = sizes["argument"] + sizes["output"] + sizes["temp"] - sizes["alias"]
-    arm.facts |= {"peak_bytes": peak, "temp_bytes": sizes["temp"]}
+def jobs_of(setup: Setup | None, config: ModelConfig, cell: Cell, args: Args, on_cpu: bool, steps: int) -> list[Job]:
+    """The sequential forms first: without them nothing can be said."""
+    if cell.kind == "train":
+        return train_jobs(config, cell)
+    assert setup is not None
+    rows, largest = cell.batch * cell.length, max(setup.settings, key=lambda name: _region_size(setup, name))
+    one_row = rows == 1 and not on_cpu
+    sequential = [Form("stack"), Form("list")] + [Form("list", is_chosen=True)] * one_row
+    forms: dict[str, list[Form]] = {"seq": sequential}
+    usual: tuple[Layout, ...] = args.layouts or (("mixed", "list") if on_cpu and rows >= LONG else ("mixed",))
+    for index, setting in enumerate(setup.settings):
+        is_fused = any(isinstance(region.stage, Chunkwise) for region in setup.schedules[setting].regions)
+        layouts = [layout for layout in usual if not (layout == "list" and is_fused and cell.kind == "cached")]
+        forms[setting] = [Form(layout, is_chosen) for layout in layouts for is_chosen in (one_row,)]
+        if one_row and index == 0:
+            forms[setting].append(Form("mixed"))
+    if cell.kind == "forward":
+        return forward_jobs(setup, cell, forms)
+    if cell.kind == "cached":
+        return cached_jobs(setup, cell, forms, steps)
+    plain = next(name for name in (largest, *setup.settings) if "stage=" not in name)
+    if cell.kind == "parts":
+        return part_jobs(setup, cell, plain, Form("stack", is_chosen=one_row))
+    own = [Form("stack")] + [Form("stack", True)] * one_row + [Form("list")] * (on_cpu and rows >= LONG)
+    return region_jobs(setup, cell, plain, {"seq": sequential, plain: own}, steps)
 
 
-def measure(arms: list[Arm], repeats: int, calls: int, deadline: float) -> None:
-    """Rounds over all arms, every second one backwards; at least five, however late it is."""
+def compile_all(
+    jobs: list[Job], where: dict[str, Any], report: dict[str, Any], deadline: float, last: float
+) -> list[Job]:
+    """Compile and run each twice; what fails or comes too late is told in the report. A cell without both a sequential
+    and a parallel form says nothing: these two may take until the ``last`` moment."""
+    alive: list[Job] = []
+    for job in jobs:
+        is_pair = len({other.is_sequential for other in alive}) == 2
+        if time.perf_counter() > (deadline if is_pair else last):
+            report["skipped"].append(where | job.name | {"why": "no time left in this cell"})
+            continue
+        try:
+            job.run = job.make(job)
+            jax.block_until_ready(job.run())
+            left = jax.block_until_ready(job.run())
+            floats = [leaf for leaf in jax.tree.leaves(left) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            job.facts["is_finite"] = all(bool(jnp.isfinite(leaf).all()) for leaf in floats)
+            alive.append(job)
+        except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that refuses the shape
+            report["failed"].append(where | job.name | {"error": str(error).splitlines()[0][:300]})
+    return alive
+
+
+def measure(jobs: list[Job], repeats: int, calls: int, deadline: float) -> None:
+    """Rounds over all jobs, every second one backwards; at least five, however late it is."""
     for index in range(repeats):
         if index >= 5 and time.perf_counter() > deadline:
             return
-        for arm in arms[:: -1 if index % 2 else 1]:
-            began = time.perf_counter()
+        for job in jobs[:: -1 if index % 2 else 1]:
+            assert job.run is not None
+            began, left = time.perf_counter(), None
             for _ in range(calls):
-                logits = arm.run()
+                left = job.run()
             issued = time.perf_counter()
-            jax.block_until_ready(logits)
-            arm.seconds.append((time.perf_counter() - began) / calls)
-            arm.dispatch.append((issued - began) / calls)
+            jax.block_until_ready(left)
+            job.seconds.append((time.perf_counter() - began) / calls / job.units)
+            job.dispatch.append((issued - began) / calls / job.units)
 
 
-def summarize(arms: list[Arm], config: ModelConfig, batch: int, length: int, limits: dict[str, float]) -> dict:
-    """Times, the fair twin, speed-ups and fractions of the machine's limit."""
-    sequential = {arm.layout: statistics.median(arm.seconds) for arm in arms if arm.setting == "seq"}
-    twin = min(sequential, key=lambda layout: sequential[layout], default=None)
+def summarize(jobs: list[Job], limits: dict[str, float]) -> dict[str, Any]:
+    """Times, the fair twin, speed-ups and fractions of the machine's limits."""
+    sequential = [job for job in jobs if job.is_sequential]
+    twin = min(sequential, key=lambda job: float(np.median(job.seconds)), default=None)
+    fastest = min((min(job.seconds) for job in sequential), default=None)
     rows = []
-    for arm in arms:
-        lower, median, upper = (float(q) for q in np.quantile(arm.seconds, (0.25, 0.5, 0.75)))
-        num_bytes, flops = work(config, arm.schedule, batch, length)
-        limit = max(num_bytes / limits["copy_bytes_per_s"], flops / limits["matmul_flops_per_s"])
-        row = {"setting": arm.setting, "layout": arm.layout, "depth": arm.schedule.depth, "runs": len(arm.seconds)}
-        row |= {"median_ms": 1e3 * median, "lower_quartile_ms": 1e3 * lower, "upper_quartile_ms": 1e3 * upper}
-        row |= {"min_ms": 1e3 * min(arm.seconds), "dispatch_ms": 1e3 * statistics.median(arm.dispatch)}
-        row |= {"speedup": sequential[twin] / median if twin else None, "num_block_evals": arm.schedule.num_block_evals}
-        row |= {"weight_bytes": num_bytes, "flops": flops, "limit_ms": 1e3 * limit, "fraction_of_limit": limit / median}
-        rows.append(row | arm.facts)
-    return {"twin": twin, "twin_ms": 1e3 * sequential[twin] if twin else None, "arms": rows}
+    for job in jobs:
+        lower, median, upper = (float(q) for q in np.quantile(job.seconds, (0.25, 0.5, 0.75)))
+        by_bytes, by_flops = job.num_bytes / limits["copy_bytes_per_s"], job.flops / limits["matmul_flops_per_s"]
+        row = job.name | {"runs": len(job.seconds), "median_ms": 1e3 * median, "lower_quartile_ms": 1e3 * lower}
+        row |= {"upper_quartile_ms": 1e3 * upper, "min_ms": 1e3 * min(job.seconds)}
+        row |= {"dispatch_ms": 1e3 * float(np.median(job.dispatch))}
+        if twin is not None and fastest is not None:
+            ratios = np.divide(twin.seconds, job.seconds)  # of the same round
+            row |= {"speedup": float(np.median(twin.seconds)) / median, "speedup_of_min": fastest / min(job.seconds)}
+            row |= {f"speedup_{name}": float(np.quantile(ratios, q)) for name, q in (("lower", 0.25), ("upper", 0.75))}
+        row |= {"bytes": job.num_bytes, "flops": job.flops, "limit_ms": 1e3 * max(by_bytes, by_flops)}
+        row |= {"fraction_of_copy": by_bytes / median, "fraction_of_matmul": by_flops / median}
+        if peak := job.facts.get("peak_flops"):
+            row["mfu"] = job.flops / median / peak
+        rows.append(row | job.facts)
+    return {"twin": None if twin is None else twin.name, "jobs": rows}
 
 
-def work(config: ModelConfig, schedule: Schedule, batch: int, length: int) -> tuple[int, int]:
-    """Bytes of weights that a forward must read, and its FLOPs.
-
-    A layer's weights are read once an evaluation; activations are left out. Attention counts the visible pairs of
-    query and key, twice two FLOPs a channel each; norms and other elementwise work are left out.
-    """
-    D, kv_dim, V = config.embed_dim, config.num_kv_heads * config.head_dim, config.padded_vocab_size
-    itemsize, num_tokens = jnp.dtype(config.compute_dtype).itemsize, batch * length
-    layer_weights = 2 * D * D + 2 * D * kv_dim + 2 * config.mlp_ratio * D * D
-    gathered = num_tokens * (D + len(config.value_embed_layers) * kv_dim)
-    num_bytes = itemsize * (schedule.num_block_evals * layer_weights + D * V + gathered)
-    flops = 2 * num_tokens * (schedule.num_block_evals * layer_weights + D * V)
-    for segment in schedule.segments:
-        evals = segment.num_block_evals // segment.num_layers
-        for window in config.windows[segment.start : segment.stop]:
-            pairs = int(np.minimum(np.arange(length), window).sum()) + length
-            flops += 4 * evals * batch * D * pairs
-    return num_bytes, flops
+def too_large(config: ModelConfig, cell: Cell, on_cpu: bool) -> str:
+    """Why a cell is left out for want of memory; empty where it fits."""
+    tables = (2 + len(config.value_embed_layers)) * config.padded_vocab_size * config.embed_dim
+    num_params = config.num_layers * config.layer_weights + tables
+    item = jnp.dtype(cell.dtype).itemsize
+    # Drawn in float32 and cast; stacks, lists and the forms whose layout XLA chooses; training with its optimizer.
+    need = num_params * (24 if cell.kind == "train" else 4 + (3 if on_cpu else 5) * item)
+    left = memory_left()
+    return f"needs about {need / 1e9:.1f} GB of {left / 1e9:.1f}" if left and need > 0.9 * left else ""
 
 
-def measure_limits(dtype: Any, on_cpu: bool) -> dict[str, float]:
-    """What this machine reaches now: bytes read plus written by an addition in place, and FLOPs of a square product."""
-    num_bytes, side = (2**26, 1024) if on_cpu else (2**30, 8192)
-    a = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
-    copy = jax.jit(lambda x: x + jnp.ones((), dtype), donate_argnums=0)  # into the same memory: no new pages
-    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
-
-    def fastest(run: Callable[[jax.Array], jax.Array], x: jax.Array, in_place: bool) -> float:
-        readings = []
-        for _ in range(11):  # the first compiles
-            began = time.perf_counter()
-            y = jax.block_until_ready(run(x))
-            readings.append(time.perf_counter() - began)
-            x = y if in_place else x
-        return min(readings)
-
-    x = jnp.ones(num_bytes // dtype.itemsize, dtype)
-    return {
-        "copy_bytes_per_s": 2 * num_bytes / fastest(copy, x, True),
-        "matmul_flops_per_s": 2 * side**3 / fastest(product, a, False),
-    }
-
-
-def made_up(args: ShapeArgs) -> ModelConfig:
-    """The model that the flags describe."""
-    name = ("demo" if jax.default_backend() == "cpu" else "d32s") if args.shape == "auto" else args.shape
-    names = ("num_layers", "embed_dim", "num_heads", "vocab_size", "seq_len", "window_pattern")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "num_heads" in given:
-        given["num_kv_heads"] = given["num_heads"]
-    return dataclasses.replace(SHAPES[name], **given)
+def add_child(report: dict[str, Any], args: Args, mode: str, seconds: float) -> None:
+    """The latency-bound cells again in a process of its own, whose XLA reads other flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "speed.json"
+        own = dataclasses.replace(args, command_buffers=mode, time_budget=0.7 * seconds, out=str(out))  # type: ignore[arg-type]
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer={COMMAND_BUFFERS[mode]}".strip()
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths}
+        command = [sys.executable, str(Path(__file__).resolve()), *flags_of(own)]
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+            why = done.stderr.strip().splitlines()[-1:] or [f"it ended with {done.returncode}"]
+        except subprocess.TimeoutExpired:
+            why = [f"it took more than {seconds:.0f} s"]
+        found = json.loads(out.read_text()) if out.exists() else None
+    if found is None:
+        report["failed"].append({"command_buffers": mode, "error": why[0][:300]})
+        return
+    report["cells"] += found["cells"]
+    for name in ("skipped", "failed"):
+        report[name] += [{"command_buffers": mode} | row for row in found[name]]
 
 
-def header(config: ModelConfig, args: dict[str, Any]) -> dict[str, Any]:
-    """What every report opens with, and its empty lists."""
-    device = jax.devices()[0]
-    machine = {"backend": device.platform, "machine": platform.machine(), "num_cores": os.cpu_count()}
-    return {
-        "date": date.today().isoformat(),
-        "commit": git_commit(),
-        "device": {"kind": device.device_kind} | machine,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "flax")},
-        "model": dataclasses.asdict(config),
-        "args": args,
-        "load_average": {"start": os.getloadavg()[0]},
-        "limits": {},
-    } | {name: [] for name in ("cells", "skipped", "failed")}
+def flags_of(args: Args) -> list[str]:
+    """The command line that gives ``args``."""
+    flags: list[str] = []
+    for each in dataclasses.fields(args):
+        value = getattr(args, each.name)
+        if value != each.default:
+            values = value if isinstance(value, tuple) else (value,)
+            flags += [f"--{each.name.replace('_', '-')}", *map(str, values)]
+    return flags
 
 
-def out_path(given: str, benchmark: str, report: dict[str, Any]) -> Path:
-    """``given``, or benchmarks/results/BENCHMARK_DEVICE_DATE.json; its folder exists then."""
-    name = re.sub(r"[^a-z0-9]+", "-", report["device"]["kind"].lower()).strip("-")
-    out = Path(given or ROOT / f"benchmarks/results/{benchmark}_{name}_{report['date']}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
+def _config(cell: Cell, custom: ModelConfig) -> ModelConfig:
+    return custom if cell.shape == "custom" else SHAPES[cell.shape]
 
 
-def _table(cell: dict[str, Any]) -> Table:
-    title = f"{cell['dtype']}, batch {cell['batch']}, {cell['length']} tokens; twin: sequential {cell['twin']}"
-    numbers = ("depth", "median ms", "quartiles", "speed-up", "of limit", "peak MB", "compile s")
-    table = Table("setting", "layout", *(Column(name, justify="right") for name in numbers), title=title)
-    for arm in cell["arms"]:
-        speedup = "-" if arm["speedup"] is None else f"{arm['speedup']:.2f}x"
-        quartiles = f"{arm['lower_quartile_ms']:.3f}-{arm['upper_quartile_ms']:.3f}"
-        times = (str(arm["depth"]), f"{arm['median_ms']:.3f}", quartiles, speedup, f"{arm['fraction_of_limit']:.0%}")
-        table.add_row(arm["setting"], arm["layout"], *times, f"{arm['peak_bytes'] / 1e6:.0f}", str(arm["compile_s"]))
-    return table
+def _adapted(config: ModelConfig, cell: Cell) -> ModelConfig:
+    # cuDNN attention takes no float32.
+    attention: Any = "xla" if cell.dtype == "float32" else config.attention
+    return dataclasses.replace(config, compute_dtype=cell.dtype, attention=attention)
+
+
+def _region_size(setup: Setup, setting: str) -> int:
+    regions = setup.schedules[setting].regions
+    return regions[-1].num_layers if regions and regions[-1].stop == setup.model.config.num_layers else 0
 
 
 if __name__ == "__main__":

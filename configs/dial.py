@@ -20,10 +20,8 @@ dial = Dial(
             remat=True,
         ),
         data=DataConfig(tokenizer="bpe", bpe_vocab_size=32_768),
-        # The demo's: cross entropy through one iteration on the last two thirds, in the last 40 % of the steps.
-        loss=LossConfig(
-            solver_ce=SolverCEConfig(weight=1.0, region_sizes=(8,), num_iters=1, start_fraction=0.6, ramp_fraction=0.0)
-        ),
+        # The demo's: cross entropy through one iteration that leaves a third of the depth.
+        loss=LossConfig(solver_ce=SolverCEConfig(weight=0.25, region_sizes=(9,), num_iters=1, ramp_fraction=0.0)),
         train=TrainConfig(log_every=10, eval_every=250, eval_batches=16, checkpoint_every=250, frontier_every=250),
     )
 )

@@ -22,15 +22,13 @@ config = dataclasses.replace(
         source="../shared/data/gsm8k/train.jsonl", format="chat", prompt_field="question", response_field="answer"
     ),
     optim=OptimConfig(warmup_steps=10),  # at full rates: the demo has read Python, and English is new to it
-    loss=LossConfig(
-        solver_ce=dataclasses.replace(demo.loss.solver_ce, start_fraction=0.0),
-    ),
+    loss=LossConfig(solver_ce=dataclasses.replace(demo.loss.solver_ce, weight=1.0)),
     train=TrainConfig(
         num_steps=300, batch_size=4, eval_every=100, eval_batches=16, checkpoint_every=100, init_from="runs/demo"
     ),
     eval=dataclasses.replace(
         demo.eval,
-        solvers=("idn:n=8,k=1", "idn:n=8,k=2"),
+        solvers=("idn:n=9,k=1", "idn:n=10,k=2"),
         num_windows=64,
         batch_size=4,
         greedy_tokens=0,

@@ -1,4 +1,5 @@
-"""Programs compiled ahead of time for TPUs and GPUs that are not here: how many collectives they execute.
+"""Programs compiled ahead of time for TPUs and GPUs that are not here: how many collectives they execute, and how many
+kernels and copies of weights a decoding step costs.
 
 Needs the compilers: ``make aot`` installs libtpu and the CUDA plugin into an environment of their own and runs this
 file there. Each target compiles in a process of its own, because the two plugins and the suite's eight CPU devices want
@@ -47,15 +48,19 @@ CASES = (
 )
 """What is compiled, with how many chips on the tensor axis, and the collectives beside those of the ends: K in a region
 and one more for a batched guess, two a layer in order or one a device in a ring; and with a tensor axis two a sweep."""
-PLUGINS = {"v5e:2x4": "libtpu", "h100:8": "jax_cuda13_plugin"}
+PLUGINS = {"v5e": "libtpu", "h100": "jax_cuda13_plugin"}
 
 
 def compiled_counts(topology, cases=CASES, attention="xla", width=256):
-    if find_spec(PLUGINS[topology]) is None:
-        pytest.skip(f"{PLUGINS[topology]} is not installed here; `make aot` runs this with it")
+    return run_script(SCRIPT, topology, json.dumps([case[:4] for case in cases]), attention, str(width))
+
+
+def run_script(script, topology, *arguments):
+    plugin = PLUGINS[topology.partition(":")[0]]
+    if find_spec(plugin) is None:
+        pytest.skip(f"{plugin} is not installed here; `make aot` runs this with it")
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    what = json.dumps([case[:4] for case in cases])
-    run = [sys.executable, "-c", SCRIPT, topology, what, attention, str(width)]
+    run = [sys.executable, "-c", script, topology, *arguments]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -67,7 +72,7 @@ def assert_counts(cases, found):
         assert counts == {kind: region.get(kind, 0) + HEAD.get(kind, 0) for kind in region | HEAD}, case
 
 
-@pytest.mark.parametrize("topology", PLUGINS)
+@pytest.mark.parametrize("topology", ["v5e:2x4", "h100:8"])
 def test_collectives_of_the_compiled_programs(topology):
     assert_counts(CASES, compiled_counts(topology))
 
@@ -77,3 +82,71 @@ def test_splash_attention_runs_where_layers_are_spread():
     several lines of the text, which the counter has to step over."""
     cases = [("forward", 1, "idn:n=8,k=2", "ring", {"all-gather": 2, "collective-permute": 8 - 1, "all-reduce": 1})]
     assert_counts(cases, compiled_counts("v5e:2x4", cases, attention="auto", width=1024))
+
+
+KERNELS_SCRIPT = """
+import dataclasses, json, sys
+import jax, jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from benchmarks.speed_cells import decoding
+from snlp_jax.config import ModelConfig
+from snlp_jax.layout import prepare
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
+from snlp_jax.parallel.chips import Slice
+from snlp_jax.parallel.hlo import read_program
+from snlp_jax.parallel.plan_compile import described_devices, prepare_environment
+
+prepare_environment()
+chips = Slice.parse(sys.argv[1])
+here = jax.sharding.SingleDeviceSharding(described_devices(chips)[0])
+put = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+for num_layers, setting, layout, memory in json.loads(sys.argv[2]):
+    config = ModelConfig(
+        num_layers=num_layers, embed_dim=640, num_heads=5, num_kv_heads=5, seq_len=128, vocab_size=256, attention="xla",
+        compute_dtype="bfloat16",
+    )
+    model, schedule = LanguageModel(config, backend=chips.chip.backend), parse_schedule(setting, num_layers)
+    lay_out = lambda params: prepare(model, params, schedule, num_tokens=1, layout=layout)
+    weights = jax.eval_shape(lay_out, model.abstract_params())
+    programs, state = decoding(model, weights, batch=1, context=16)
+    settings = {"donate_argnums": 1}
+    if memory == "chosen":
+        liked = jax.tree.map(lambda leaf: Format(Layout.AUTO, here), weights)
+        settings["in_shardings"] = (liked, None, None)
+    else:
+        weights = put(weights)
+    steps = put(jax.ShapeDtypeStruct((), jnp.int32))
+    compiled = jax.jit(programs.decode, **settings).lower(weights, put(state), steps).compile()
+    with_step, before = (read_program(compiled.as_text(), unknown_trips=trips) for trips in (1, 0))
+    written = lambda program: sum(int(op.count * op.bytes_written) for op in program.moves(2 * 640 * 640))
+    print(json.dumps({
+        "kernels": with_step.num_kernels - before.num_kernels,
+        "products": sum(op.count for op in with_step.ops if op.flops > 0),
+        "moved_before": written(before), "moved": written(with_step) - written(before),
+        "read": int(with_step.bytes_read - before.bytes_read),
+        "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights.blocks)),
+    }))
+"""
+
+
+@pytest.mark.parametrize("topology", ["h100:1", "v5e:2x4"])
+def test_a_region_costs_equally_many_kernels_and_copies_no_weight(topology):
+    """One step of the engine's decoding loop, 12 and 24 layers of width 640 in one region, whose weights lie in memory
+    as they are or as XLA likes best. Layers in order, unrolled: one product a matrix and more, each."""
+    cases = [[12, "idn:n=12,k=1", "stack", "default"], [12, "idn:n=12,k=1", "stack", "chosen"]]
+    cases += [[24, "idn:n=24,k=1", "stack", "chosen"], [12, "idn:n=12,k=2", "stack", "chosen"]]
+    cases += [[6, "seq", "list", "default"]]
+    default, small, large, twice, in_order = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
+    for step, num_evals in ((default, 1), (small, 1), (large, 1), (twice, 2), (in_order, 1)):
+        assert step["moved"] == 0
+        # Beside the weights: cache, head, and the state of every layer. A TPU keeps some weights on the chip.
+        assert step["read"] < 1.1 * num_evals * step["weights"]
+        assert step["read"] >= num_evals * step["weights"] or topology.startswith("v5e")
+    assert small["moved_before"] == large["moved_before"] == twice["moved_before"] == 0
+    assert default["moved_before"] == 0 or topology.startswith("v5e")
+    # Small arrays are fused a little differently at different sizes, and the prefix sum has one more step.
+    assert abs(large["kernels"] - small["kernels"]) <= 0.06 * small["kernels"]
+    assert abs(large["products"] - small["products"]) <= 1
+    assert 2 * large["kernels"] < 24 / 6 * in_order["kernels"]
+    assert twice["kernels"] < 2 * small["kernels"]

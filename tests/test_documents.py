@@ -10,6 +10,8 @@ from problems import SMALL, VARIANTS, random_params, relative_error
 
 from snlp_jax.config import Config, DataConfig, HiddenNormConfig, LossConfig, MeshConfig, ModelConfig, SolverCEConfig
 from snlp_jax.errors import InputError
+from snlp_jax.eval.calibrations import BATCH_SIZE, region_problems
+from snlp_jax.eval.diagnose import diagnose
 from snlp_jax.forward import forward
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel, attention
@@ -158,6 +160,29 @@ def test_masks_on_a_mesh(mesh_config: MeshConfig) -> None:
         assert float(its_parts[name]) == pytest.approx(float(parts[name]), rel=5e-5)
     for one, other in zip(jax.tree.leaves(its_grads), jax.tree.leaves(grads), strict=True):
         assert relative_error(one, other) < 5e-3
+
+
+@pytest.mark.slow
+def test_calibration_and_diagnosis_read_documents_alone() -> None:
+    """A region's input is each document's own; errors over a window are the mean of those over its equal documents."""
+    model, batch = LanguageModel(SMALL), packed()
+    params, schedule = random_params(model), parse_schedule("idn:n=3,k=1", SMALL.num_layers)
+    region, (rows, places) = schedule.regions[0], alone(batch)
+    fill = lambda x: np.resize(x, (BATCH_SIZE, T + 1))  # noqa: E731
+    (masked,) = region_problems(model, params, region, fill(batch.tokens), fill(batch.document))()
+    (apart,) = region_problems(model, params, region, fill(rows.tokens))()
+    assert masked.shared.document_BT is not None  # what the fit's own evaluations read
+    for index, (row, place) in enumerate(places):
+        expected = apart.h_in[index, : place.stop - place.start]
+        assert relative_error(masked.h_in[row, place], expected) < ROUNDING
+
+    tokens_BT = batch.tokens[:1, :16]
+    document_BT = np.repeat([[0, 1]], 8, axis=1)
+    together, halves = (
+        diagnose(model, params, some, {"region": region}, None, its_documents).regions[0].errors
+        for some, its_documents in ((tokens_BT, document_BT), (tokens_BT.reshape(2, 8), None))
+    )
+    np.testing.assert_allclose(together, halves, rtol=1e-3, atol=1e-5)  # errors of exact states are rounding alone
 
 
 def test_without_documents_nothing_is_compiled_for_them() -> None:

@@ -24,6 +24,7 @@ from snlp_jax.config.loss import (
 )
 from snlp_jax.config.mesh import MeshConfig
 from snlp_jax.config.model import Branch, Kind, ModelConfig
+from snlp_jax.config.search import Objective, SearchConfig, parse_share
 from snlp_jax.config.serialize import from_json, load_config, load_dial, load_study, to_json
 from snlp_jax.config.study import Study
 from snlp_jax.config.train import OptimConfig, TrainConfig
@@ -47,9 +48,11 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "NormConfig",
+    "Objective",
     "OptimConfig",
     "RopeConfig",
     "RopeScaling",
+    "SearchConfig",
     "SolverCEConfig",
     "SolverTerm",
     "Study",
@@ -59,5 +62,6 @@ __all__ = [
     "load_config",
     "load_dial",
     "load_study",
+    "parse_share",
     "to_json",
 ]

@@ -115,7 +115,7 @@ def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: Calibr
     :func:`fit_to_run`."""
     windows = _training_windows(data, model.config.seq_len, spec.num_tokens)
     calibration = fit_calibration(
-        region_problems(model, params, spec.region, windows),
+        region_problems(model, params, spec.region, windows["tokens"], windows.get("document")),
         num_iters=spec.region.num_iters,
         kind=spec.kind,
         rank=min(spec.rank, model.config.embed_dim),
@@ -123,7 +123,7 @@ def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: Calibr
         init=spec.region.init,
         init_rank=min(spec.init_rank, model.config.embed_dim),
     )
-    return calibration, windows[:, 1:].size
+    return calibration, windows["tokens"][:, 1:].size
 
 
 def load_fits(run_dir: Path, params: Params, schedules: Sequence[Schedule]) -> dict[str, Calibration]:
@@ -150,30 +150,39 @@ def stage_text(region: ParallelSegment) -> str:
 
 
 def region_problems(
-    model: LanguageModel, params: Params, region: ParallelSegment, windows: np.ndarray
+    model: LanguageModel,
+    params: Params,
+    region: ParallelSegment,
+    windows: np.ndarray,
+    documents: np.ndarray | None = None,
 ) -> Callable[[], Iterator[LayerProblem]]:
-    """The region's chains on batches of windows, int32 [n, T + 1], made anew at every call: nothing is kept."""
+    """The region's chains on batches of windows, int32 [n, T + 1], made anew at every call: nothing is kept.
+
+    ``documents`` numbers each token's document, [n, T + 1], where tokens attend to their own alone.
+    """
     alone = dataclasses.replace(region, fit="")  # what is being fitted is not there yet
     weights = split(model, model.cast(params), Schedule.of(model.config.num_layers, alone))
     position = weights.segments.index(alone)
     before = cut_before(weights, position)
 
     @jax.jit
-    def enter(weights: Weights, tokens_BT: Array) -> tuple[Shared, Array]:
-        states = run_segments(model, weights, tokens_BT)
+    def enter(weights: Weights, tokens_BT: Array, document_BT: Array | None) -> tuple[Shared, Array]:
+        states = run_segments(model, weights, tokens_BT, document_BT=document_BT)
         return states.shared, states.h_last
 
     def stream() -> Iterator[LayerProblem]:
         for start in range(0, len(windows) - BATCH_SIZE + 1, BATCH_SIZE):
-            tokens_BT = jnp.asarray(windows[start : start + BATCH_SIZE, :-1])
-            shared, h_in = enter(before, tokens_BT)
+            rows = slice(start, start + BATCH_SIZE)
+            tokens_BT = jnp.asarray(windows[rows, :-1])
+            shared, h_in = enter(before, tokens_BT, None if documents is None else jnp.asarray(documents[rows, :-1]))
             yield layer_problem(model, weights.ends, weights.blocks[position], tokens_BT, shared, alone, h_in)
 
     return stream
 
 
-def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> np.ndarray:
-    """About ``num_tokens`` tokens of training text, whole batches of windows drawn without replacement."""
+def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
+    """About ``num_tokens`` tokens of training text, whole batches of windows drawn without replacement: ``tokens``
+    [n, T + 1] and, where they are masked, ``document``."""
     source = data.windows("train", seq_len)
     wanted = min(-(-num_tokens // seq_len), len(source)) // BATCH_SIZE * BATCH_SIZE
     if wanted == 0:
@@ -182,4 +191,5 @@ def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> np.ndar
             f"windows and tokens={num_tokens} was asked for; raise tokens= or give more text."
         )
     chosen = np.random.default_rng(SEED).permutation(len(source))[:wanted]
-    return np.stack([source[int(index)]["tokens"] for index in chosen])
+    rows = [source[int(index)] for index in chosen]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from snlp_jax.config import Config
-from snlp_jax.data.pipeline import val_batches
+from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.evaluate import parse_settings
 from snlp_jax.eval.report import TABLE_WIDTH, finite_or_none, write_files
@@ -102,8 +102,9 @@ def diagnose_run(run_dir: Path, config: Config, which: Which = "best") -> Diagno
     """
     parallel_regions(parse_settings(config.model, config.eval))  # refused before anything is read or fitted
     run = open_run(run_dir, config, which)
-    (windows,) = val_batches(run.data, seq_len=config.model.seq_len, batch_size=NUM_WINDOWS, num_batches=1)
-    diagnosis = diagnose(run.model, run.params, windows[:, :-1], parallel_regions(run.settings), run.fits)
+    (windows,) = held_out_batches(run.data, seq_len=config.model.seq_len, batch_size=NUM_WINDOWS, num_batches=1)
+    tokens_BT, document_BT = windows["tokens"][:, :-1], windows["document"][:, :-1] if "document" in windows else None
+    diagnosis = diagnose(run.model, run.params, tokens_BT, parallel_regions(run.settings), run.fits, document_BT)
     return dataclasses.replace(diagnosis, info=run.about | diagnosis.info)
 
 
@@ -131,6 +132,7 @@ def diagnose(
     tokens_BT: np.ndarray,
     regions: Mapping[str, ParallelSegment],
     fits: Mapping[str, Calibration] | None = None,
+    document_BT: np.ndarray | None = None,
 ) -> Diagnosis:
     """Measure every region, one sequence at a time: that bounds the memory, and a Jacobian does not mix sequences.
 
@@ -144,7 +146,8 @@ def diagnose(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for name, region in progress.track(regions.items(), description="diagnosing"):
             weights = split(model, params, Schedule.of(model.config.num_layers, region), fits)
-            windows = [jax.device_get(measure(weights, tokens_T[None])) for tokens_T in tokens_BT]
+            rows = [jax.tree.map(lambda x, b=b: x[b : b + 1], (tokens_BT, document_BT)) for b in range(len(tokens_BT))]
+            windows = [jax.device_get(measure(weights, *row)) for row in rows]
             results.append(_summary(name, region, windows))
     info = circumstances() | {
         "dtype": jnp.dtype(model.dtype).name,
@@ -156,14 +159,15 @@ def diagnose(
     return Diagnosis(tuple(results), info)
 
 
-def _make_measure_fn(model: LanguageModel) -> Callable[[Weights, Any], _Measured]:
-    """Jitted ``(weights, tokens [1, T])``; compiles once a region. The layers after the region are not run."""
+def _make_measure_fn(model: LanguageModel) -> Callable[..., _Measured]:
+    """Jitted ``(weights, tokens [1, T], documents [1, T] or None)``; compiles once a region. The layers after the
+    region are not run."""
 
     @jax.jit
-    def measure(weights: Weights, tokens_BT: Array) -> _Measured:
+    def measure(weights: Weights, tokens_BT: Array, document_BT: Array | None) -> _Measured:
         position, region = next((i, s) for i, s in enumerate(weights.segments) if isinstance(s, ParallelSegment))
         region_fit = weights.fits[position]
-        states = run_segments(model, cut_before(weights, position), tokens_BT)
+        states = run_segments(model, cut_before(weights, position), tokens_BT, document_BT=document_BT)
         h, around = states.h_last, (model, weights.ends, weights.blocks[position], tokens_BT, states.shared)
         problem = layer_problem(*around, region, h, region_fit)
         num_iters = 1 if isinstance(region.stage, FusedSplit) else region.num_nodes

@@ -246,7 +246,7 @@ def _result(
         setting=text,
         is_oracle=schedule.is_oracle,
         depth=schedule.depth,
-        mean_depth=_mean_depth(schedule, comparison.iterations),
+        mean_depth=mean_depth(schedule, comparison.iterations),
         num_block_evals=schedule.num_block_evals,
         ppl=perplexity(nlls[0], weight_WT),
         ppl_change=relative_change(*nlls, weight_WT),
@@ -264,7 +264,7 @@ def _result(
     )
 
 
-def _mean_depth(schedule: Schedule, iterations: Sequence[Any]) -> float:
+def mean_depth(schedule: Schedule, iterations: Sequence[Any]) -> float:
     """Dependent block evaluations of an average sequence, which may stop before the last iteration."""
     depth = float(schedule.depth)
     for region, made in zip(schedule.regions, iterations, strict=True):

@@ -25,6 +25,7 @@ from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.run import Which, read_config, read_params, read_tokenizer
+from snlp_jax.eval.solver_file import setting_of
 from snlp_jax.eval.text_model import Prompt, TextModel
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
@@ -82,7 +83,8 @@ class SolverLM(LM):  # type: ignore[misc]  # Any, where lm_eval is not installed
             raise InputError(f"checkpoint={checkpoint} is neither 'best' nor 'last'.")
         path = Path(str(run_dir))
         config = read_config(path)
-        schedule = parse_schedule(str(setting).replace(";", ","), config.model.num_layers)
+        num_layers = config.model.num_layers
+        schedule = parse_schedule(setting_of(str(setting).replace(";", ","), num_layers, path), num_layers)
         check_schedule(config.model, schedule)
         if not str(batch_size or 0).isdigit():  # "auto", "auto:4"
             batch_size = None

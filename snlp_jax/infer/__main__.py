@@ -4,6 +4,7 @@
     python -m snlp_jax.infer runs/demo --prompt "import " "class A:" --solver idn:n=8,k=2 --temperature 0.8
     python -m snlp_jax.infer runs/demo --speculate idn:n=8,k=1
     python -m snlp_jax.infer runs/demo --speculate mtp
+    python -m snlp_jax.infer runs/demo --solver auto
     python -m snlp_jax.infer runs/sft_dialogue --chat --prompt "What is a fable?"
 
 Text appears as it is made; a line with speed, acceptance of drafts and solver iterations goes to stderr. Without a
@@ -11,11 +12,12 @@ prompt each line that is typed (or piped in) is one. Several prompts are one bat
 snlp_jax/notation.py.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -26,10 +28,12 @@ from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.run import read_config, read_params, read_tokenizer
+from snlp_jax.eval.solver_file import SolverFile, is_solver_file, read_solver_file
 from snlp_jax.infer.engine import Engine, Request
 from snlp_jax.infer.rules import CacheRule, check_settings
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import Spread, check_schedule
+from snlp_jax.linearize import fingerprint
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_drafter, parse_schedule
 from snlp_jax.parallel.mesh import make_mesh
@@ -46,15 +50,17 @@ class Args:
     checkpoint: Literal["best", "last"] = "best"
     """The one of the lowest validation loss, or the newest."""
     solver: str = "seq"
-    """How a token is decoded, for example idn:n=8,k=2; the sequential pass by default."""
-    rule: CacheRule = "last_eval"
-    """What the cache keeps of a parallel region: of the last evaluation, of the corrected trace, or of every
-    evaluation: the solver on the whole text, however few its iterations."""
+    """How a token is decoded, for example idn:n=8,k=2; the sequential pass by default. Or a file that eval.py --search
+    has written, whose drafter and rule are taken too; auto for the run's own."""
+    rule: CacheRule | None = None
+    """What the cache keeps of a parallel region: of the last evaluation (the default, unless a solver file says
+    otherwise), of the corrected trace, or of every evaluation: the solver on the whole text, however few its
+    iterations."""
     speculate: str = ""
     """Draft with this setting, or mtp for the model's multi-token-prediction heads, and verify with the sequential
     pass: the same text, faster where drafts are good."""
     draft_len: int = 0
-    """Drafts a round; 0 adapts the number to acceptance and costs, down to none."""
+    """Drafts a round; 0 adapts the number to acceptance and costs, down to none (or is that of the solver file)."""
     max_draft: int | None = None
     """Most drafts a round; by default the draft length, or 8 where it adapts (the number of heads at most)."""
     max_new_tokens: int = 128
@@ -95,12 +101,14 @@ def open_engine(args: Args) -> Engine:
     """
     config = read_config(args.run_dir)
     num_layers = config.model.num_layers
+    args, found = with_solver_file(args, num_layers)
+    rule = args.rule or "last_eval"
     schedule = parse_schedule(args.solver, num_layers)
     draft = parse_drafter(args.speculate, num_layers) if args.speculate else None
     # Mistakes are told before anything is read.
     sampling_of(args)
     num_heads = config.model.num_mtp_heads
-    check_settings(schedule, args.rule, draft, args.draft_len or None, args.max_draft, num_heads)
+    check_settings(schedule, rule, draft, args.draft_len or None, args.max_draft, num_heads)
     schedules = [each for each in (schedule, draft) if isinstance(each, Schedule)]
     for each in schedules:
         check_schedule(config.model, each)
@@ -109,11 +117,14 @@ def open_engine(args: Args) -> Engine:
     mesh = make_mesh(args.mesh) if args.mesh != MeshConfig() else None
     model, tokenizer = LanguageModel(config.model), read_tokenizer(args.run_dir)
     _, params = read_params(args.run_dir, model, args.checkpoint)
+    if found is not None and found.fingerprint != fingerprint(params):
+        text = "note: this solver file was made for another checkpoint; what it says of quality may not hold."
+        print(text, file=sys.stderr)
     return Engine(
         model,
         params,
         schedule,
-        rule=args.rule,
+        rule=rule,
         draft=draft,
         draft_len=args.draft_len or None,
         max_draft=args.max_draft,
@@ -122,6 +133,19 @@ def open_engine(args: Args) -> Engine:
         fits=load_fits(args.run_dir, params, schedules),
         tokenizer=tokenizer,
     )
+
+
+def with_solver_file(args: Args, num_layers: int) -> tuple[Args, SolverFile | None]:
+    """Flags with what the solver file says, where one is named; what is given besides goes first."""
+    if not is_solver_file(args.solver):
+        return args, None
+    found = read_solver_file(args.solver, num_layers, args.run_dir)
+    changes: dict[str, Any] = {"solver": found.setting}
+    if found.speculate and not args.speculate:
+        changes |= {"speculate": found.speculate, "draft_len": args.draft_len or found.draft_len}
+    is_drafting = bool(args.speculate or found.speculate)  # a drafter reads the exact cache
+    changes["rule"] = args.rule or (None if is_drafting else found.rule)
+    return dataclasses.replace(args, **changes), found
 
 
 def sampling_of(args: Args, row: int = 0) -> Sampling:

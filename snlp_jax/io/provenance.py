@@ -1,6 +1,7 @@
 """Which version of the code, and which machine, a number came from."""
 
 import datetime
+import functools
 import subprocess
 from pathlib import Path
 
@@ -19,8 +20,12 @@ def circumstances() -> dict[str, str]:
     }
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """Commit of the checkout that this file stands in, with "-dirty" for changed files; None outside of one."""
+    """Commit of the checkout that this file stands in, with "-dirty" for changed files; None outside of one.
+
+    As it was when first asked: what is committed while a program runs is not what it runs.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -6,7 +6,14 @@ from snlp_jax.linearize.maps import BranchMap, cca_bound, fit_map, nmse
 from snlp_jax.linearize.nbl import Candidate, Linearized, apply, choose, linearize, measure
 from snlp_jax.linearize.replace import AffineMap, replace
 from snlp_jax.linearize.statistics import Branch, branch_moments
-from snlp_jax.linearize.store import About, check_name, fingerprint, load_calibration, save_calibration
+from snlp_jax.linearize.store import (
+    About,
+    check_name,
+    fingerprint,
+    load_calibration,
+    save_calibration,
+    stored_calibrations,
+)
 
 __all__ = [
     "About",
@@ -32,4 +39,5 @@ __all__ = [
     "nmse",
     "replace",
     "save_calibration",
+    "stored_calibrations",
 ]

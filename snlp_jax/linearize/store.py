@@ -60,6 +60,20 @@ def save_calibration(run_dir: Path, name: str, calibration: Calibration, about: 
     return path
 
 
+def stored_calibrations(run_dir: Path, fingerprint: str) -> dict[str, About]:
+    """Name -> what it was fitted to, of the calibrations in a run's folder that belong to these parameters."""
+    found = {}
+    for path in sorted((Path(run_dir) / FOLDER).glob("*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = About(**json.loads(str(file[_ABOUT])))
+        except Exception:  # a foreign or broken archive fails in many ways; nobody asked for it by name
+            continue
+        if about.fingerprint == fingerprint:
+            found[path.stem] = about
+    return found
+
+
 def load_calibration(
     run_dir: Path, name: str, *, fingerprint: str, start: int, stop: int, stage: str = ""
 ) -> tuple[Calibration, About]:

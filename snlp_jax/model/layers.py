@@ -42,9 +42,21 @@ def project(x: Array, kernel: Array, dtype: Any, bias: Array | None = None) -> A
     contracted as two axes.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    product = jnp.dot(rows, kernel.astype(dtype), preferred_element_type=jnp.float32)
-    product = product.reshape(*x.shape[:-1], kernel.shape[-1])
+    product = _product(rows, kernel.astype(dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
     return product if bias is None else product + _along_last(bias, x.ndim)
+
+
+def _product(x_SI: Array, kernel_IO: Array) -> Array:
+    """``x @ kernel`` in float32.
+
+    XLA turns one row's product into a multiplication and a sum, and on GPUs writes all products out in between, in
+    float32: twice the kernel's bytes. A second row of zeros keeps it a matrix product there.
+    """
+    product = lambda x_SI: jnp.dot(x_SI, kernel_IO, preferred_element_type=jnp.float32)  # noqa: E731
+    if len(x_SI) > 1:
+        return product(x_SI)
+    with_zeros = lambda x_SI: product(jnp.pad(x_SI, ((0, 1), (0, 0))))[:1]  # noqa: E731
+    return jax.lax.platform_dependent(x_SI, cuda=with_zeros, rocm=with_zeros, default=product)
 
 
 def _along_last(vector: Array, ndim: int) -> Array:

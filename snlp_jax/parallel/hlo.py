@@ -46,6 +46,8 @@ class Op:
     """Devices that take part in a collective."""
     launches: int = 1
     """Kernels: none for a copy that runs beside others, or for arithmetic with single numbers."""
+    name: str = ""
+    """In the program's text."""
 
     @property
     def is_collective(self) -> bool:
@@ -76,6 +78,13 @@ class Program:
     def flops(self) -> float:
         return sum(op.count * op.flops for op in self.ops)
 
+    def moves(self, at_least: int) -> tuple[Op, ...]:
+        """Operations without a matrix product that write ``at_least`` bytes to memory: copies and transposes, slices
+        of a stack, products that are not summed at once. An array that is updated in place counts by its update."""
+        return tuple(
+            op for op in self.ops if not op.is_collective and op.flops == 0 and op.bytes_written >= max(at_least, 1)
+        )
+
     @property
     def bytes_read(self) -> int:
         return sum(op.count * op.bytes_read for op in self.ops)
@@ -97,19 +106,23 @@ def count_collectives(text: str) -> Counter:
     ).collectives
 
 
-def read_program(text: str) -> Program:
+def read_program(text: str, unknown_trips: int | None = None) -> Program:
     """The operations that the optimised HLO ``text`` executes on one device.
 
+    Args:
+        unknown_trips: of loops whose number of trips depends on data; 1 gives one step of a decoding loop.
+
     Raises:
-        ValueError: a loop whose number of trips depends on data, or the text has no entry computation.
+        ValueError: such a loop where ``unknown_trips`` does not say, or the text has no entry computation.
     """
-    reader = _Reader(parse_module(text))
+    reader = _Reader(parse_module(text), unknown_trips)
     return Program(tuple(reader.execute(reader.module.entry, 1)))
 
 
 @dataclass
 class _Reader:
     module: Module
+    unknown_trips: int | None = None
     _flops: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -127,6 +140,7 @@ class _Reader:
                 yield self._exchange(op, computation, times)
             elif op.opcode == "while":
                 trips, body = self._trips(op, computation), _BODY.findall(op.attributes)[0]
+                trips = self.unknown_trips if trips is None else trips
                 if trips is None and (strict or any(each.is_collective for each in self.execute(body, 1, strict))):
                     raise ValueError(f"the number of trips of loop {op.name!r} depends on data: its work has no count.")
                 yield from self.execute(body, times * (1 if trips is None else trips), strict)
@@ -143,6 +157,7 @@ class _Reader:
                     bytes_read=sum(self._read(op, index, computation) for index in range(len(op.operands))),
                     bytes_written=self._written(op, computation),
                     launches=int(not (op.opcode.endswith("-start") or (not op.called and op.is_scalar))),
+                    name=op.name,
                 )
 
     def _inside(self, name: str) -> Iterator[tuple[dict[str, Instruction], Instruction]]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from snlp_jax.config import Config
 from snlp_jax.eval.evaluate import parse_settings
+from snlp_jax.eval.solver_file import with_settings
 from snlp_jax.forward import forward
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import circumstances
@@ -41,12 +42,11 @@ def frontier_settings(config: Config) -> dict[str, Schedule]:
     sequential pass first. Those with fitted maps, which belong to one checkpoint, are left out.
 
     Raises:
-        InputError: names the setting that the model cannot run.
+        InputError: names the setting that the model cannot run, or the solver file that cannot be read.
     """
-    solvers = config.eval.solvers or _short_list(config)
-    settings = parse_settings(
-        config.model, dataclasses.replace(config.eval, solvers=solvers, greedy_tokens=0, timing_len=0)
-    )
+    own = with_settings(config.eval, config.model.num_layers, config.run_path)
+    solvers = own.solvers or _short_list(config)
+    settings = parse_settings(config.model, dataclasses.replace(own, solvers=solvers, greedy_tokens=0, timing_len=0))
     return {text: schedule for text, schedule in settings.items() if not any(region.fit for region in schedule.regions)}
 
 

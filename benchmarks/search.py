@@ -1,0 +1,149 @@
+"""The frontier search beside the full grid: what each finds, and what each takes.
+
+    python benchmarks/search.py runs/demo --objective depth
+    python benchmarks/search.py runs/demo --objective prefill --region-sizes 4 8 12
+
+The grid measures every candidate of the search's space: its PPL change on all windows that the search chooses on, and
+for a time its median. Its best is the cheapest whose upper bound is within the limit; for
+a time the first few are timed again beside the search's winner, interleaved, since medians of hours apart cannot be
+compared. The
+search comes first, in the same process and without a cache of compiled programs, so that neither profits.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from benchmarks.speed import out_path
+from snlp_jax.config import SearchConfig
+from snlp_jax.errors import InputError
+from snlp_jax.eval.run import read_config
+from snlp_jax.eval.search.cost import depth_cost
+from snlp_jax.eval.search.measure import interleave
+from snlp_jax.eval.search.race import Bounds, Sums
+from snlp_jax.eval.search.run import LEAST_REPEATS, Search
+from snlp_jax.io.files import atomic_write
+from snlp_jax.io.provenance import circumstances
+
+GROUP = 8
+"""Candidates of the grid that are timed together, beside the sequential pass."""
+NUM_AGAIN = 5
+"""Candidates within the limit that are timed again."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare the search with the full grid."""
+
+    run_dir: tyro.conf.Positional[Path]
+    checkpoint: Literal["best", "last"] = "best"
+    search: Annotated[SearchConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: SearchConfig(search=True, objective="depth")
+    )
+    num_windows: int = 128
+    """To choose on; as many again confirm."""
+    repeats: int = 15
+    """Of each timing."""
+    timing_len: int = 0
+    """Tokens of a forward; 0 means seq_len."""
+    out: str = ""
+    """Empty: benchmarks/results/search_DEVICE_DATE.json."""
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Run both and return what the JSON file holds."""
+    config = read_config(args.run_dir)
+    changes = {"num_windows": args.num_windows, "timing_repeats": args.repeats, "timing_len": args.timing_len}
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changes))
+    jax.config.update("jax_enable_compilation_cache", False)
+    report: dict[str, Any] = circumstances() | {"args": dataclasses.asdict(args) | {"run_dir": str(args.run_dir)}}
+    report["load_average"] = {"start": os.getloadavg()[0]}
+    began = time.perf_counter()
+    search = Search(args.run_dir, config, args.search, args.checkpoint)
+    found = search.run()
+    report["search"] = {"seconds": time.perf_counter() - began, "winner": found.winner.name}
+    report["search"] |= {"measured": found.solver.measured, "num_measured": found.info["num_measured"]}
+    jax.clear_caches()
+    grid = Search(args.run_dir, config, args.search, args.checkpoint)
+    report["grid"] = run_grid(grid)
+    compare(report, grid, found.winner.name)
+    report["load_average"]["end"] = os.getloadavg()[0]
+    names = {"device": {"kind": report["device"]}, "date": report["date"][:10]}
+    out = out_path(args.out, f"search_{args.search.objective}", names)
+    atomic_write(out, json.dumps(report, indent=1) + "\n")
+    Console().print({key: report[key] for key in ("verdict", "search")}, f"wrote {out}")
+    return report
+
+
+def run_grid(search: Search) -> dict[str, Any]:
+    """Every candidate, on all windows to choose on."""
+    began, rows = time.perf_counter(), []
+    alpha = (1 - search.search.confidence) / 2
+    costs = timed(search)
+    for index, candidate in enumerate(search.candidates):
+        bounds, depth = Bounds(0.0, 0.0, 0.0), float(candidate.schedule.depth)
+        if not candidate.is_lossless:
+            sums, made = search.quality.measure(candidate.schedule, 0, search.num_windows)
+            bounds = Sums(*sums).bounds(alpha)
+            if candidate.tolerance:
+                search.iterations[index] = made
+                depth = search._mean_depth(index)
+        cost = depth_cost(candidate.schedule, depth) if costs is None else costs[index]
+        rows.append({"name": candidate.name, "cost": cost, "depth": depth} | bounds._asdict())
+        Console(stderr=True).print(f"{index + 1} of {len(search.candidates)}: {rows[-1]}", highlight=False)
+    within = [row for row in rows if row["high"] <= search.search.limit]
+    best = min(within, key=lambda row: row["cost"])
+    return {"seconds": time.perf_counter() - began, "winner": best["name"], "rows": rows}
+
+
+def timed(search: Search) -> list[float] | None:
+    """Of every candidate the median ratio to the sequential pass, timed in groups; None where depth is the cost."""
+    if search.clock is None:
+        return None
+    twins = [search._reader(0, layout) for layout in ("stack", "list")]
+    search.twin = ("stack", "list")[int(np.median(interleave(twins, LEAST_REPEATS), axis=0).argmin())]
+    ratios = [1.0]
+    others = range(1, len(search.candidates))
+    for start in range(0, len(others), GROUP):
+        group = others[start : start + GROUP]
+        search._time([0, *group])
+        ratios += [float(np.median(search.times_ms[index] / search.times_ms[0])) for index in group]
+        for index in group:  # or memory would hold all candidates' weights
+            search.readers.pop((index, "auto"), None)
+    return ratios
+
+
+def compare(report: dict[str, Any], grid: Search, winner: str) -> None:
+    """Whether the search has found what the grid has, in what share of its time."""
+    share = report["search"]["seconds"] / report["grid"]["seconds"]
+    rows = {row["name"]: row for row in report["grid"]["rows"]}
+    mine, best = rows[winner], rows[report["grid"]["winner"]]
+    verdict = {"share_of_time": share, "grid_winner": best["name"], "num_candidates": len(rows)}
+    if grid.clock is None:
+        verdict |= {"depth": mine["depth"], "grid_depth": best["depth"], "is_as_deep": mine["cost"] <= best["cost"]}
+    else:
+        index = {candidate.name: place for place, candidate in enumerate(grid.candidates)}
+        within = [row for row in rows.values() if row["high"] <= grid.search.limit]
+        leaders = [index[row["name"]] for row in sorted(within, key=lambda row: row["cost"])[:NUM_AGAIN]]
+        grid._time(list(dict.fromkeys([0, index[winner], *leaders])))
+        medians = {grid.candidates[i].name: float(np.median(times)) for i, times in grid.times_ms.items()}
+        ratio = medians[winner] / min(medians.values())
+        verdict |= {"again_ms": medians, "time_over_grid_best": ratio, "is_within_5_percent": ratio <= 1.05}
+    report["verdict"] = verdict | {"is_under_a_quarter": share < 0.25}
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except InputError as error:
+        sys.exit(f"error: {error}")
