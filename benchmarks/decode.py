@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks.draft_costs import fit_costs
-from benchmarks.speed import Dtype, ShapeArgs, header, made_up, measure_limits, out_path, random_params, work
+from benchmarks.machine import Dtype, ShapeArgs, header, made_up, measure_limits, out_path, random_params, work
 from snlp_jax.config import EvalConfig, ModelConfig
 from snlp_jax.data.pipeline import val_batches
 from snlp_jax.errors import InputError

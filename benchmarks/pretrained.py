@@ -39,8 +39,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks.decode import Arm, RecordedEngine, round_robin
+from benchmarks.machine import header, out_path
 from benchmarks.retrieval import Probe, planted_keys
-from benchmarks.speed import header, out_path
 from snlp_jax.config import Config, LinearizeConfig
 from snlp_jax.data.pipeline import TokenData, val_batches
 from snlp_jax.entry import enable_compilation_cache

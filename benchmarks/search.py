@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from benchmarks.speed import out_path
+from benchmarks.machine import out_path
 from snlp_jax.config import SearchConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import read_config

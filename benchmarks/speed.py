@@ -44,7 +44,6 @@ from benchmarks.machine import (
     memory_left,
     out_path,
     random_params,
-    work,
 )
 from benchmarks.speed_cells import Cell, Form, Job, Kind, Layout, Setup, cached_jobs, forward_jobs, region_jobs
 from benchmarks.speed_parts import part_jobs, train_jobs
@@ -56,8 +55,6 @@ from snlp_jax.io.files import atomic_write
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import Chunkwise
-
-__all__ = ["Dtype", "ShapeArgs", "header", "made_up", "measure_limits", "out_path", "random_params", "work"]
 
 CommandBuffers = Literal["each", "default", "off", "all"]
 LONG = 64

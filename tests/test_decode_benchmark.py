@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.decode import Args, Arm, Run, Summary, main, step_bytes
 from benchmarks.draft_costs import Costs, fit_costs
-from benchmarks.speed import work
+from benchmarks.machine import work
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.notation import parse_drafter, parse_schedule
