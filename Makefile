@@ -21,6 +21,8 @@ $(error JAX must be cpu, cuda13 or tpu, not '$(JAX)')
 endif
 
 PYTHON := .venv/bin/python
+# Two processes, each of which keeps to whole files: most of the time is compilation, which one core does.
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile
 STAMP := .venv/.installed-$(JAX)
 
 .PHONY: demo test slow lint format types aot venv clean-venv
@@ -31,10 +33,10 @@ demo: $(STAMP)
 	$(PYTHON) eval.py runs/demo
 
 test: $(STAMP)
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 slow: $(STAMP)
-	$(PYTHON) -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .
