@@ -461,7 +461,7 @@ def test_script_writes_every_setting_beside_the_sequential_pass(
     if num_files > 1:
         return
     for arguments, sentence in (
-        (["--diagnose", "--tasks", *task_paths], "--diagnose and --tasks are two different evaluations"),
+        (["--diagnose", "--tasks", *task_paths], "--diagnose, --tasks and --search are different evaluations"),
         (["--tasks", *task_paths, "--num-shots", "-1"], "num_shots is -1"),
         (["--tasks", *task_paths, "--solvers", "idn:n=4,k=1,stage=2xF2"], "'last_eval' has no exact limit for fused"),
     ):
