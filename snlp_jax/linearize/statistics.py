@@ -22,9 +22,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.layout import prepare
 from snlp_jax.linearize.covariance import Moments
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.block import Block, Context, Shared
-from snlp_jax.model.kinds import kind_of
-from snlp_jax.model.lm import _graph_of
+from snlp_jax.model.block import Context, Shared
 from snlp_jax.parallel.mesh import kernels_on, over_data, put_batch
 from snlp_jax.solver import Schedule
 from snlp_jax.types import Array, Params, PyTree
@@ -129,7 +127,8 @@ class Taps(NamedTuple):
 
 @dataclass(frozen=True)
 class TappedPath:
-    """A residual path that also hands on what the branches read and add: :class:`Taps`, in what ``leave`` leaves."""
+    """A residual path that also hands on what the branches read and add: :class:`Taps`, in place of the derivative of
+    the skip path that ``leave`` leaves behind."""
 
     path: Any
 
@@ -147,18 +146,6 @@ class TappedPath:
         return self.path.leave(carry, ctx, mlp_BTD)[0], Taps(x_BTD, attn_BTD, u_BTD, mlp_BTD)
 
 
-class _TappedModel(LanguageModel):
-    """Layers of any kind, which leave :class:`Taps` behind as the derivative of their skip paths."""
-
-    def _merge(self, params: PyTree) -> Block:
-        kind = kind_of(params)
-        if kind not in self._block_graphs:
-            self._block_graphs[kind] = _graph_of(self.config, kind)
-        block = super()._merge(params)
-        block.path = TappedPath(block.path)  # type: ignore[assignment]
-        return block
-
-
 class _Programs(NamedTuple):
     """Compiled when first called, once for every kind of layer."""
 
@@ -171,8 +158,7 @@ class _Programs(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _programs(config: ModelConfig, backend: str, skip_first: int, mesh: Mesh | None) -> _Programs:
     """Of all models of a config, whichever of their branches have been replaced: ``config`` has none."""
-    model = _TappedModel(config, backend)
-    model._kernels_here = model.adapted(kernels=kernels_on(mesh, is_spread=False))._kernels_here
+    model = LanguageModel(config, backend).adapted(kernels=kernels_on(mesh, is_spread=False), wrap_path=TappedPath)
     num_devices = 1 if mesh is None else mesh.shape["data"]
 
     def enter(ends: PyTree, inputs: Mapping[str, Array]) -> tuple[Shared, Array]:

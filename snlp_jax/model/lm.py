@@ -16,16 +16,14 @@ from snlp_jax.config import Kind, ModelConfig, RopeScaling
 from snlp_jax.errors import InputError
 from snlp_jax.model.attention import Implementation, choose_implementation
 from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
+from snlp_jax.model.ends import Embedding, Head
 from snlp_jax.model.hyper import LayerMaps, static_maps
 from snlp_jax.model.kinds import join, kind_of, kinds_in, of_all
 from snlp_jax.model.layers import (
-    GATE_INPUT,
     SMEAR_INPUT,
-    norm_weight,
     project,
     rms_norm,
     rotary_table,
-    uniform,
     weigh,
 )
 from snlp_jax.model.nodes import (
@@ -43,42 +41,6 @@ from snlp_jax.model.nodes import (
 from snlp_jax.types import Array, Params, PyTree
 
 
-class Embedding(nnx.Module):
-    """Token table, smear, and the value-embedding tables of the layers that have one."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        V, kv_dim = config.padded_vocab_size, config.num_kv_heads * config.head_dim
-        self.token = nnx.Param(0.8 * jax.random.normal(rngs.params(), (V, config.embed_dim)))
-        if config.use_smear:
-            self.smear_gate = nnx.Param(0.02 * jax.random.uniform(rngs.params(), (SMEAR_INPUT,)))
-            self.smear_scale = nnx.Param(jnp.zeros(()))
-        num_tables = len(config.value_embed_layers)
-        if num_tables:
-            self.value = nnx.Param(uniform(rngs.params(), (num_tables, V, kv_dim), config.embed_dim**-0.5))
-            gate_shape = (num_tables, GATE_INPUT, config.num_kv_heads)
-            self.value_gate = nnx.Param(0.02 * jax.random.uniform(rngs.params(), gate_shape))
-
-
-class Head(nnx.Module):
-    """Output projection, unless it is the token table, its norm's weight, the weight of the mid-layer state it
-    subtracts, and the matrices [M, D, D] before it that make it look further ahead.
-
-    These begin as the identity: each head then says what the next-token head says, in a space that the projection can
-    read. From 0 the norm behind them would have a derivative of 1 / sqrt(eps), about 3000.
-    """
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        shape = (config.embed_dim, config.padded_vocab_size)
-        if not config.use_tied_head:
-            self.kernel = nnx.Param(0.001 * jax.random.normal(rngs.params(), shape))
-        if config.norm.weight != "none":
-            self.norm = nnx.Param(norm_weight(config.norm, config.embed_dim))
-        if config.use_mid_subtract:
-            self.mid_scale = nnx.Param(jnp.asarray(0.2, jnp.float32))  # not weakly typed: a step would compile twice
-        if config.num_mtp_heads:
-            self.mtp = nnx.Param(jnp.tile(jnp.eye(config.embed_dim), (config.num_mtp_heads, 1, 1)))
-
-
 class LanguageModel:
     """Pure functions of ``(params, inputs)`` for one :class:`ModelConfig`; holds no arrays.
 
@@ -90,7 +52,8 @@ class LanguageModel:
         self._backend = backend
         self._fetch: Callable[[PyTree], PyTree] = lambda params: params
         self._kernels_here: Collection[Implementation] = get_args(Implementation)
-        self._block_graphs = {kind: _graph_of(config, kind) for kind in {Kind(), *config.kinds}}
+        self._block_graphs = {kind: _graph_of(config, kind) for kind in set(config.kinds)}
+        self._wrap_path: Callable[[Any], Any] = lambda path: path
 
     def init(self, key: Array) -> Params:
         """Fresh parameters. Jit it, with ``out_shardings`` where they should be born sharded."""
@@ -117,15 +80,17 @@ class LanguageModel:
         *,
         fetch: Callable[[PyTree], PyTree] | None = None,
         kernels: Collection[Implementation] | None = None,
+        wrap_path: Callable[[Any], Any] | None = None,
     ) -> "LanguageModel":
-        """The same model for programs over several devices.
+        """The same model for programs over several devices, or that look into its layers.
 
         Args:
             fetch: applied to one layer's parameters wherever its maths reads them: what is split can be gathered there.
             kernels: attention kernels that run there besides XLA's own; others are replaced by that under ``auto``.
+            wrap_path: gives what stands in place of a layer's residual path (``snlp_jax/model/hyper.py``).
         """
         model = LanguageModel(self.config, self._backend)
-        model._fetch = fetch or self._fetch
+        model._fetch, model._wrap_path = fetch or self._fetch, wrap_path or self._wrap_path
         model._kernels_here = self._kernels_here if kernels is None else ("xla", *kernels)
         return model
 
@@ -447,7 +412,13 @@ class LanguageModel:
         return static_maps(jax.tree.map(lambda *leaves: join(leaves), *(b["hyper"] for b in blocks)), self.config)
 
     def _merge(self, params: PyTree) -> Block:
-        return nnx.merge(self._block_graphs[kind_of(params)], self._fetch(params))
+        """The layer that these are the parameters of, which may be of a kind that the config has none of."""
+        kind = kind_of(params)
+        if kind not in self._block_graphs:
+            self._block_graphs[kind] = _graph_of(self.config, kind)
+        block = nnx.merge(self._block_graphs[kind], self._fetch(params))
+        block.path = self._wrap_path(block.path)
+        return block
 
     def _layer_node(self) -> LayerNode:
         return LayerNode(self.config, self._merge, self.dtype)
