@@ -4,10 +4,9 @@
     python benchmarks/search.py runs/demo --objective prefill --region-sizes 4 8 12
 
 The grid measures every candidate of the search's space: its PPL change on all windows that the search chooses on, and
-for a time its median. Its best is the cheapest whose upper bound is within the limit; for
-a time the first few are timed again beside the search's winner, interleaved, since medians of hours apart cannot be
-compared. The
-search comes first, in the same process and without a cache of compiled programs, so that neither profits.
+for a time its median. Its best is the cheapest whose upper bound is within the limit; for a time the first few are
+timed again beside the search's winner, interleaved, since medians of hours apart cannot be compared. The search comes
+first, in the same process and without a cache of compiled programs, so that neither profits.
 """
 
 import dataclasses

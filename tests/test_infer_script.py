@@ -7,15 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from problems import random_params
-from tiny_run import MODEL, tiny
+from tiny_run import random_run, tiny
 
-from snlp_jax.config import to_json
-from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.entry import run_entry
 from snlp_jax.infer.__main__ import main
-from snlp_jax.io.checkpoint import Checkpointer
-from snlp_jax.model import LanguageModel
 from snlp_jax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -24,15 +19,7 @@ CLOSING = r"\[\d+ tokens, \d+ tokens/s[^\n]*\]\n"
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """What training leaves behind, of random weights."""
-    path = tmp_path_factory.mktemp("infer") / "run"
-    config = tiny(path)
-    path.mkdir()
-    (path / "config.json").write_text(to_json(config))
-    (path / "tokenizer.json").write_text(ByteTokenizer().to_json())
-    with Checkpointer(path / "checkpoints", config_json=to_json(config)) as checkpointer:
-        checkpointer.save(3, {"params": random_params(LanguageModel(MODEL))}, None, {"val_loss": 1.0})
-    return path
+    return random_run(tmp_path_factory.mktemp("infer") / "run")
 
 
 @pytest.fixture

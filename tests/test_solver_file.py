@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from problems import random_params
-from tiny_run import MODEL, tiny
+from tiny_run import MODEL, random_run, tiny
 
-from snlp_jax.config import EvalConfig, SearchConfig, to_json
-from snlp_jax.data.tokenizer import ByteTokenizer
+from snlp_jax.config import EvalConfig, SearchConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.search import print_found, search_run, write_found
 from snlp_jax.eval.search.measure import Quality, interleave
@@ -21,7 +20,6 @@ from snlp_jax.eval.search.race import Sums
 from snlp_jax.eval.search.record import verdict
 from snlp_jax.eval.solver_file import SolverFile, read_solver_file, setting_of, with_settings, write_solver_file
 from snlp_jax.infer.__main__ import Args, open_engine
-from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.linearize import About, fingerprint, save_calibration, stored_calibrations
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
@@ -35,15 +33,7 @@ FOUND = SolverFile("idn:n=3,k=2", 4, measured={"objective": "depth", "limit": 0.
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """What training leaves behind, of random weights."""
-    path = tmp_path_factory.mktemp("search") / "run"
-    config = tiny(path)
-    path.mkdir()
-    (path / "config.json").write_text(to_json(config))
-    (path / "tokenizer.json").write_text(ByteTokenizer().to_json())
-    with Checkpointer(path / "checkpoints", config_json=to_json(config)) as checkpointer:
-        checkpointer.save(3, {"params": random_params(LanguageModel(MODEL))}, None, {"val_loss": 1.0})
-    return path
+    return random_run(tmp_path_factory.mktemp("search") / "run")
 
 
 def test_file_comes_back_as_it_was(tmp_path):

@@ -10,9 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from problems import random_params
 
-from snlp_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, SolverCEConfig, TrainConfig
+from snlp_jax.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SolverCEConfig,
+    TrainConfig,
+    to_json,
+)
+from snlp_jax.data.tokenizer import ByteTokenizer
+from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.io.metrics import read_metrics
+from snlp_jax.model import LanguageModel
 
 ROOT = Path(__file__).parent.parent
 FAST_COMPILE = "--xla_backend_optimization_level=0"
@@ -36,6 +49,17 @@ def tiny(run_dir: Path, **train_fields) -> Config:
         loss=LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(3,), start_fraction=0.5)),
         train=TrainConfig(**{"eval_batches": 2, **fields, **train_fields}),
     )
+
+
+def random_run(path: Path) -> Path:
+    """What training leaves behind, of random weights."""
+    config = tiny(path)
+    path.mkdir()
+    (path / "config.json").write_text(to_json(config))
+    (path / "tokenizer.json").write_text(ByteTokenizer().to_json())
+    with Checkpointer(path / "checkpoints", config_json=to_json(config)) as checkpointer:
+        checkpointer.save(3, {"params": random_params(LanguageModel(MODEL))}, None, {"val_loss": 1.0})
+    return path
 
 
 def write_config(config: Config, folder: Path) -> Path:

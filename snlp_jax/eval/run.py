@@ -19,6 +19,8 @@ from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
 TOKENIZER_NAME = "tokenizer.json"
+TEMPLATE_NAME = "chat_template.jinja"
+"""Of an imported model."""
 Which = Literal["best", "last"]
 
 

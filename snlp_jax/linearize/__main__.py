@@ -31,7 +31,7 @@ from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.fidelity import make_reference_fn
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
-from snlp_jax.eval.run import TOKENIZER_NAME, read_config, read_data, read_params
+from snlp_jax.eval.run import TEMPLATE_NAME, TOKENIZER_NAME, read_config, read_data, read_params
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
 from snlp_jax.io.files import atomic_write, explain_full_disk
 from snlp_jax.io.provenance import circumstances
@@ -47,7 +47,6 @@ from snlp_jax.solver import PerLayer, Schedule
 from snlp_jax.types import Params
 
 TABLE_NAME = "linearize.json"
-TEMPLATE_NAME = "chat_template.jinja"
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class LanguageModel:
         self._backend = backend
         self._fetch: Callable[[PyTree], PyTree] = lambda params: params
         self._kernels_here: Collection[Implementation] = get_args(Implementation)
-        self._block_graphs = {kind: _graph_of(config, kind) for kind in set(config.kinds)}
+        self._block_graphs: dict[Kind, Any] = {}
         self._wrap_path: Callable[[Any], Any] = lambda path: path
 
     def init(self, key: Array) -> Params:

@@ -25,7 +25,7 @@ from snlp_jax.config import Config, MeshConfig, ModelConfig, to_json
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
-from snlp_jax.eval.run import TOKENIZER_NAME, read_config, read_params
+from snlp_jax.eval.run import TEMPLATE_NAME, TOKENIZER_NAME, read_config, read_params
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
 from snlp_jax.io.files import atomic_write, explain_full_disk
 from snlp_jax.model import LanguageModel
@@ -37,7 +37,6 @@ from snlp_jax.parallel.sharding import TRAINING, shardings_of
 from snlp_jax.types import Params
 
 SOURCE_NAME = "source"
-TEMPLATE_NAME = "chat_template.jinja"
 KEPT = (TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", TEMPLATE_NAME)
 """Files of a Hugging Face folder, beside its config and weights, that an export gives back."""
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
