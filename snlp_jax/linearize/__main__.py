@@ -259,12 +259,8 @@ def _summary(
 
 
 def _rows(round: Round) -> list[dict[str, Any]]:
-    rows = []
-    for each in round.candidates:
-        row = {f.name: getattr(each, f.name) for f in dataclasses.fields(each) if f.name != "fit"}
-        row["condition"] = each.condition if math.isfinite(each.condition) else None
-        rows.append(row | {"chosen": round.chosen.index(each.place) + 1 if each.place in round.chosen else 0})
-    return rows
+    ranks = {place: rank for rank, place in enumerate(round.chosen, 1)}
+    return [each.row() | {"chosen": ranks.get(each.place, 0)} for each in round.candidates]
 
 
 def _write(
