@@ -41,7 +41,7 @@ from benchmarks.machine import header, out_path
 from benchmarks.pretrained_report import calibrated_share, draw, mark_fronts, table_of
 from benchmarks.retrieval import Probe, planted_keys
 from benchmarks.timing import Arm, RecordedEngine, faster_rows, first_line, round_robin
-from snlp_jax.config import Config, LinearizeConfig
+from snlp_jax.config import Config, LinearizeConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData, val_batches
 from snlp_jax.entry import enable_compilation_cache
 from snlp_jax.errors import InputError
@@ -115,15 +115,16 @@ class Args:
                 f"--new-tokens is {self.new_tokens}; it must be at least 2, as the prefill makes the first."
             )
 
-    def sized(self, num_layers: int, seq_len: int) -> "Args":
+    def sized(self, model: ModelConfig) -> "Args":
         """With numbers in place of AUTO, and small ones with ``quick``."""
-        L, changes = num_layers, {}
+        L, T, changes = model.num_layers, model.seq_len, {}
         if self.attention == AUTO:
             changes["attention"] = _distinct(L // 8, L // 4, 3 * L // 8, L // 2)
         if self.blocks == AUTO:
             changes["blocks"] = _distinct(L // 16, L // 8, L // 4)
         if self.distances == AUTO:
-            changes["distances"] = _distinct(seq_len // 8, seq_len // 4, seq_len // 2, seq_len - 64, 2 * seq_len)
+            reach = model.max_context - 128  # the other tokens are a key, its question and what stands before it
+            changes["distances"] = _distinct(*(min(d, reach) for d in (T // 8, T // 4, T // 2, T - 64, 2 * T)))
         sized = dataclasses.replace(self, **changes)
         if not self.quick:
             return sized
@@ -161,7 +162,7 @@ class Method:
 def main(args: Args) -> dict[str, Any]:
     """Measure everything and return what the JSON file holds."""
     began, config = time.perf_counter(), read_config(args.run_dir)
-    args = args.sized(config.model.num_layers, config.model.seq_len)
+    args = args.sized(config.model)
     _check(args, config)
     tasks = load_tasks(args.tasks, num_examples=args.num_examples, num_shots=0, templates=()) if args.tasks else ()
     data = read_data(args.run_dir, config)
