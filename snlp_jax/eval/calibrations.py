@@ -204,7 +204,7 @@ def region_problems(
     return stream
 
 
-def num_windows(data: TokenData, seq_len: int, num_tokens: int) -> int:
+def num_training_windows(data: TokenData, seq_len: int, num_tokens: int) -> int:
     """Windows of training text that hold about ``num_tokens`` tokens, whole batches of them.
 
     Raises:
@@ -223,6 +223,6 @@ def num_windows(data: TokenData, seq_len: int, num_tokens: int) -> int:
 def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
     """Drawn without replacement: ``tokens`` [n, T + 1] and, where they are masked, ``document``."""
     source = data.windows("train", seq_len)
-    chosen = np.random.default_rng(SEED).permutation(len(source))[: num_windows(data, seq_len, num_tokens)]
+    chosen = np.random.default_rng(SEED).permutation(len(source))[: num_training_windows(data, seq_len, num_tokens)]
     rows = [source[int(index)] for index in chosen]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

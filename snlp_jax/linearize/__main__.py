@@ -35,13 +35,7 @@ from snlp_jax.config import Config, LinearizeConfig, MeshConfig, to_json
 from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
-from snlp_jax.eval.calibrations import (
-    CalibrationSpec,
-    fit_spec,
-    num_windows,
-    parse_calibrations,
-    save_fit,
-)
+from snlp_jax.eval.calibrations import CalibrationSpec, fit_spec, num_training_windows, parse_calibrations, save_fit
 from snlp_jax.eval.fidelity import make_reference_fn
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
 from snlp_jax.eval.run import TEMPLATE_NAME, TOKENIZER_NAME, read_config, read_data, read_params
@@ -114,7 +108,7 @@ def linearize_run(args: Args) -> Path:
     tokens = read_data(run_dir, config)
     fit, held_out, about = draw_text(tokens, config, options, mesh)
     for spec in specs:
-        num_windows(tokens, config.model.seq_len, spec.num_tokens)
+        num_training_windows(tokens, config.model.seq_len, spec.num_tokens)  # refuses too little text
     size = min(options.batch_size, args.num_windows)
     shape = {"seq_len": config.model.seq_len, "batch_size": size, "num_batches": args.num_windows // size}
     windows = held_out_batches(tokens, **shape)
