@@ -1,5 +1,7 @@
 """Calibrations of a run: fitted to its training text, saved beside its checkpoint, found again by name.
 
+As --calibrations of eval.py, or of python -m snlp_jax.linearize, which fits them to the model that it makes:
+
     cal8:n=8,k=2                                       shared bases of rank 32 and a fitted initial trace
     cal8:n=8,k=2,kind=channel,init=h0,tokens=131072    diagonal surrogates for the guess h0
     pre8:4-12,k=1,kind=scalar,init=preheat,init_rank=8
@@ -50,6 +52,10 @@ class CalibrationSpec:
     """At most the model's width."""
     num_tokens: int = 65536
 
+    @property
+    def init_name(self) -> str:
+        return next(name for name, init in INITS.items() if init is type(self.region.init))
+
 
 def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
     """Read a calibration as written above.
@@ -74,6 +80,9 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
             start, stop, number("k", 2), Identity(), INITS[init_name](), parse_stage(fields, stop - start), fit=name
         )
         Schedule.of(num_layers, region)
+        for key in ("rank", "init_rank"):
+            if number(key, 1) < 1:
+                raise ValueError(f"{key}={fields[key]} is less than 1.")
         return CalibrationSpec(
             name,
             region,
@@ -87,6 +96,16 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
         raise InputError(f"calibration {text.strip()!r}: {error}") from error
 
 
+def parse_calibrations(texts: Sequence[str], num_layers: int) -> tuple[CalibrationSpec, ...]:
+    """One each. Raises InputError also where two have the same name, of which the second would replace the first."""
+    specs = tuple(parse_calibration(text, num_layers) for text in texts)
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"calibration {name!r} is given {names.count(name)} times; give each a name of its own.")
+    return specs
+
+
 def fit_to_run(
     run_dir: Path, model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec
 ) -> tuple[Calibration, Path]:
@@ -96,6 +115,11 @@ def fit_to_run(
         InputError: a kind or rank that the model cannot have, or too little text for one batch.
     """
     calibration, num_tokens = fit_spec(model, params, data, spec)
+    return calibration, save_fit(run_dir, params, spec, calibration, num_tokens)
+
+
+def save_fit(run_dir: Path, params: Params, spec: CalibrationSpec, calibration: Calibration, num_tokens: int) -> Path:
+    """Save what :func:`fit_spec` has found of these parameters beside their checkpoint."""
     about = About(
         kind=spec.kind,
         start=spec.region.start,
@@ -105,9 +129,9 @@ def fit_to_run(
         seed=SEED,
         fingerprint=fingerprint(params),
         stage=stage_text(spec.region),
-        init=next(name for name, init in INITS.items() if init is type(spec.region.init)),
+        init=spec.init_name,
     )
-    return calibration, save_calibration(run_dir, spec.name, calibration, about)
+    return save_calibration(run_dir, spec.name, calibration, about)
 
 
 def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec) -> tuple[Calibration, int]:
@@ -180,16 +204,25 @@ def region_problems(
     return stream
 
 
-def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
-    """About ``num_tokens`` tokens of training text, whole batches of windows drawn without replacement: ``tokens``
-    [n, T + 1] and, where they are masked, ``document``."""
-    source = data.windows("train", seq_len)
-    wanted = min(-(-num_tokens // seq_len), len(source)) // BATCH_SIZE * BATCH_SIZE
+def num_training_windows(data: TokenData, seq_len: int, num_tokens: int) -> int:
+    """Windows of training text that hold about ``num_tokens`` tokens, whole batches of them.
+
+    Raises:
+        InputError: there is no text for one batch, or fewer tokens were asked for.
+    """
+    have = len(data.windows("train", seq_len))
+    wanted = min(-(-num_tokens // seq_len), have) // BATCH_SIZE * BATCH_SIZE
     if wanted == 0:
         raise InputError(
-            f"calibration takes batches of {BATCH_SIZE} windows of {seq_len} tokens, but there are only {len(source)} "
+            f"calibration takes batches of {BATCH_SIZE} windows of {seq_len} tokens, but there are only {have} "
             f"windows and tokens={num_tokens} was asked for; raise tokens= or give more text."
         )
-    chosen = np.random.default_rng(SEED).permutation(len(source))[:wanted]
+    return wanted
+
+
+def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
+    """Drawn without replacement: ``tokens`` [n, T + 1] and, where they are masked, ``document``."""
+    source = data.windows("train", seq_len)
+    chosen = np.random.default_rng(SEED).permutation(len(source))[: num_training_windows(data, seq_len, num_tokens)]
     rows = [source[int(index)] for index in chosen]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
