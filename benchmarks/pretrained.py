@@ -8,8 +8,9 @@
     ... by, greedy       the layers chosen by another measure or by chance, or one by one on the model so far
     nbl block m          m whole layers, each by one map; drop: the same ones left out (LLM-Drop)
     idn, sid             the solver on the last half of the layers, K = 1, 2
-    cal                  the same with calibrated surrogates and initial trace
-    nbl + cal            both: calibrated on the linearised model
+    cal                  the same with calibrated surrogates and initial trace, fitted to the states in closed form
+    cal tuned            and tuned by the model's own output (snlp_jax/linearize/tune.py)
+    nbl + cal            both: tuned surrogates of the linearised model
     pairs                layers two by two
     skip                 layers left out before the last
 
@@ -85,6 +86,8 @@ class Args:
     fit_tokens: int = 524_288
     """Of training text, for the maps."""
     calibration_tokens: int = 65_536
+    tune_steps: int = 200
+    """Of the tuned calibrations."""
     num_windows: int = 256
     batch_size: int = 16
     tasks: tuple[str, ...] = ()
@@ -135,6 +138,7 @@ class Args:
             distances=sized.distances[:1],
             fit_tokens=min(self.fit_tokens, 4096),
             calibration_tokens=min(self.calibration_tokens, 512),
+            tune_steps=min(self.tune_steps, 1),
             num_windows=min(self.num_windows, 8),
             num_keys=min(self.num_keys, 4),
             prefill_len=min(self.prefill_len, 16),
@@ -188,8 +192,8 @@ def main(args: Args) -> dict[str, Any]:
     atomic_write(out, json.dumps(report, indent=1) + "\n")
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table_of(report["methods"], args.distances, args.tasks))
-    if report["calibrated_loss_share"] is not None:
-        print(f"calibrated, K = 2: {report['calibrated_loss_share']:.2f} of what the better of idn and sid loses.")
+    for name, share in report["calibrated_loss_share"].items():
+        print(f"{name}, K = 2: {share:.2f} of what the better of idn and sid loses.")
     if args.plot:
         atomic_write(Path(args.plot), draw(report["methods"], f"{config.name}, {report['device']['kind']}"))
         print(f"wrote {args.plot}")
@@ -238,16 +242,15 @@ def make_methods(
     linearised = [
         (f"nbl {count} + ", *replaced("attention", count)) for count in args.attention[: 1 if args.quick else 2]
     ]
-    for prefix, its_model, its_params in [("", model, params), *linearised]:
-        for k in iterations[-1:] if prefix else iterations:
-            name = f"c{k}"
-            about = f"{name}:n={half},k={k},tokens={args.calibration_tokens}"
-            calibration, _ = fit_spec(its_model, its_params, data, parse_calibration(about, L))
-            text = f"cal:n={half},k={k},init=cal,fit={name}"
-            schedule, family = parse_schedule(text, L), "nbl + cal" if prefix else "cal"
-            methods.append(
-                Method(family, f"{prefix}cal:n={half},k={k}", its_model, its_params, schedule, {name: calibration})
-            )
+    fits = [("", model, params, k, 0) for k in iterations] + [("", model, params, iterations[-1], args.tune_steps)]
+    fits += [(*each, iterations[-1], args.tune_steps) for each in linearised]
+    for prefix, its_model, its_params, k, steps in fits:
+        about = f"fit:n={half},k={k},tokens={args.calibration_tokens},tune={steps}"
+        calibration, _ = fit_spec(its_model, its_params, data, parse_calibration(about, L))
+        schedule, family = parse_schedule(f"cal:n={half},k={k},init=cal,fit=fit", L), "cal tuned" if steps else "cal"
+        name = f"{prefix}{family}:n={half},k={k}"
+        its_family = f"nbl + {family}" if prefix else family
+        methods.append(Method(its_family, name, its_model, its_params, schedule, {"fit": calibration}))
     return methods, [each.row() for each in candidates]
 
 

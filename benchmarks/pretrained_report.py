@@ -19,12 +19,12 @@ def mark_fronts(rows: Sequence[dict[str, Any]]) -> None:
             row[f"on_{cost.removesuffix('_ms')}_front"] = is_on
 
 
-def calibrated_share(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Loss in nats of the calibrated solver at K = 2 over that of the better of the others; None without them."""
+def calibrated_share(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Loss in nats of the calibrated solvers at K = 2 over that of the better of the others; empty without them."""
     base = rows[0]["nll"]
     lost = {row["name"].partition(":")[0]: row["nll"] - base for row in rows if row["name"].endswith(",k=2")}
-    others = [lost[name] for name in ("idn", "sid", "hcn") if name in lost]
-    return lost["cal"] / min(others) if others and "cal" in lost and min(others) > 0 else None
+    least = min((lost[name] for name in ("idn", "sid", "hcn") if name in lost), default=0.0)
+    return {name: lost[name] / least for name in ("cal", "cal tuned") if name in lost and least > 0}
 
 
 def table_of(rows: Sequence[dict[str, Any]], distances: Sequence[int], tasks: Sequence[str]) -> Table:

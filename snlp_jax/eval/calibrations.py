@@ -5,9 +5,11 @@ As --calibrations of eval.py, or of python -m snlp_jax.linearize, which fits the
     cal8:n=8,k=2                                       shared bases of rank 32 and a fitted initial trace
     cal8:n=8,k=2,kind=channel,init=h0,tokens=131072    diagonal surrogates for the guess h0
     pre8:4-12,k=1,kind=scalar,init=preheat,init_rank=8
+    cal8:n=8,k=2,tune=200                              tuned by the model's output afterwards, in 200 steps
 
 Keys: a region as in solver settings (n= or a span, stage=), ``k`` iterations, ``kind`` scalar, channel or basis,
-``rank`` of the bases, ``intercept`` 0 or 1, ``init`` (h0, batch_forward, cal, preheat), ``init_rank``, ``tokens``.
+``rank`` of the bases, ``intercept`` 0 or 1, ``init`` (h0, batch_forward, cal, preheat), ``init_rank``, ``tokens``,
+``tune`` steps (snlp_jax/linearize/tune.py).
 """
 
 import dataclasses
@@ -25,13 +27,14 @@ from snlp_jax.errors import InputError
 from snlp_jax.forward import layer_problem, run_segments
 from snlp_jax.layout import Weights, cut_before, split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
+from snlp_jax.linearize.tune import TUNE_BATCH, tune_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared
 from snlp_jax.notation import INITS, parse_fields, parse_number, parse_span, parse_stage
 from snlp_jax.solver import Calibration, Chunkwise, Identity, LayerProblem, ParallelSegment, Schedule
 from snlp_jax.types import Array, Params
 
-KEYS = ("n", "k", "kind", "rank", "intercept", "init", "init_rank", "tokens", "stage", "scales", "branches")
+KEYS = ("n", "k", "kind", "rank", "intercept", "init", "init_rank", "tokens", "tune", "stage", "scales", "branches")
 SEED = 0
 """Of the choice of training windows."""
 BATCH_SIZE = 32
@@ -51,6 +54,7 @@ class CalibrationSpec:
     init_rank: int = 128
     """At most the model's width."""
     num_tokens: int = 65536
+    tune_steps: int = 0
 
     @property
     def init_name(self) -> str:
@@ -83,6 +87,8 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
         for key in ("rank", "init_rank"):
             if number(key, 1) < 1:
                 raise ValueError(f"{key}={fields[key]} is less than 1.")
+        if number("tune", 0) < 0:
+            raise ValueError(f"tune={fields['tune']} is negative.")
         return CalibrationSpec(
             name,
             region,
@@ -91,6 +97,7 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
             bool(number("intercept", 0)),
             number("init_rank", CalibrationSpec.init_rank),
             number("tokens", CalibrationSpec.num_tokens),
+            number("tune", CalibrationSpec.tune_steps),
         )
     except ValueError as error:
         raise InputError(f"calibration {text.strip()!r}: {error}") from error
@@ -130,13 +137,14 @@ def save_fit(run_dir: Path, params: Params, spec: CalibrationSpec, calibration: 
         fingerprint=fingerprint(params),
         stage=stage_text(spec.region),
         init=spec.init_name,
+        tune_steps=spec.tune_steps,
     )
     return save_calibration(run_dir, spec.name, calibration, about)
 
 
 def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec) -> tuple[Calibration, int]:
-    """The calibration, and the number of tokens of training text that it is fitted to. For errors see
-    :func:`fit_to_run`."""
+    """The calibration, and the number of tokens of training text that it is fitted to, before any tuning. For errors
+    see :func:`fit_to_run`."""
     windows = _training_windows(data, model.config.seq_len, spec.num_tokens)
     calibration = fit_calibration(
         region_problems(model, params, spec.region, windows["tokens"], windows.get("document")),
@@ -147,7 +155,13 @@ def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: Calibr
         init=spec.region.init,
         init_rank=min(spec.init_rank, model.config.embed_dim),
     )
-    return calibration, windows["tokens"][:, 1:].size
+    num_tokens = windows["tokens"][:, 1:].size
+    if spec.tune_steps:
+        seq_len = model.config.seq_len
+        windows = _training_windows(data, seq_len, max(spec.tune_steps * TUNE_BATCH * seq_len, spec.num_tokens))
+        given = (windows["tokens"], windows.get("document"))
+        calibration = tune_calibration(model, params, spec.region, calibration, *given, num_steps=spec.tune_steps)
+    return calibration, num_tokens
 
 
 def load_fits(run_dir: Path, params: Params, schedules: Sequence[Schedule]) -> dict[str, Calibration]:
