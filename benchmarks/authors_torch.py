@@ -25,9 +25,9 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.decode import round_robin
 from benchmarks.machine import ShapeArgs, header, made_up, out_path, random_params
 from benchmarks.speed_cells import Cell, Form, Setup, forward_jobs
+from benchmarks.timing import round_robin
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write

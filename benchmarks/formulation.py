@@ -71,10 +71,9 @@ def main(args: Args) -> dict[str, Any]:
             measure(compile_all(jobs, where, report, far, far), args.repeats, 1, far)
             limits = {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1.0}  # not asked for here
             rows = summarize(jobs, limits)["jobs"]
-            report["cells"].append(
-                where | {f"{'seq' if row['setting'] == 'seq' else 'region'}_{row['layout']}_ms": row["median_ms"] for row in rows}
-            )
-            found = report["cells"][-1]
+            kind_of = lambda row: "seq" if row["setting"] == "seq" else "region"  # noqa: E731
+            found = where | {f"{kind_of(row)}_{row['layout']}_ms": row["median_ms"] for row in rows}
+            report["cells"].append(found)
             ms = [found[f"{kind}_{layout}_ms"] for kind in ("seq", "region") for layout in ("stack", "list")]
             table.add_row(str(width), str(tokens), *(f"{value:.2f}" for value in ms), f"{ms[2] / ms[3]:.2f}")
     out = out_path(args.out, "formulation", report)
