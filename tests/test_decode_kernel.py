@@ -7,13 +7,19 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from benchmarks.speed_cells import decoding, random_state
+from snlp_jax.cache import Past
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
+from snlp_jax.forward import forward
+from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.attention import attend_ring, choose_decoding
 from snlp_jax.model.decode_kernel import attend_ring_at_once
+from snlp_jax.notation import parse_schedule
 
 TARGETS = ("triton", "mosaic")
 CLOSE: dict[str, Any] = {"atol": 5e-6, "rtol": 1e-5}
@@ -87,6 +93,33 @@ def test_derivatives_are_those_of_xla_attention():
     size = lambda attend: lambda q: jnp.sum(attend(q, *rest, jnp.asarray([30])) ** 2)  # noqa: E731
     slope, expected = (jax.jit(jax.grad(size(attend)))(q) for attend in (kernel, attend_ring))
     chex.assert_trees_all_close(slope, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("setting", ["idn:n=3,k=2", "idn:n=4,k=1,stage=2xF2"])
+def test_a_cached_pass_is_that_with_xla_attention(monkeypatch, setting):
+    """Rings of two lengths, a region and layers in order, or layers fused by twos."""
+    interpreted = functools.partial(attend_ring_at_once, interpret=True)
+    monkeypatch.setattr("snlp_jax.model.nodes.attend_ring_at_once", interpreted)
+    config = ModelConfig(
+        num_layers=4, embed_dim=32, num_heads=2, num_kv_heads=1, vocab_size=32, seq_len=64, short_window=8,
+        window_pattern="SSL", attention_softcap=2.0, compute_dtype="float32",
+    )  # fmt: skip
+
+    def run(kernel):
+        model = LanguageModel(dataclasses.replace(config, decode_attention=kernel), "gpu")
+        wave = lambda leaf: 0.3 * np.cos(np.arange(leaf.size, dtype=np.float32) ** 2).reshape(leaf.shape)  # noqa: E731
+        params = jax.tree.map(wave, model.abstract_params())
+        weights = prepare(model, params, parse_schedule(setting, 4), num_tokens=2)
+        programs, state = decoding(model, weights, 1, 20, 2)
+        rings = random_state(state, 20).rings
+        past = Past(jnp.ones((1, 1), jnp.int32), jnp.asarray([20]), rings)
+        pass_of = lambda weights: forward(model, weights, jnp.asarray([[3, 4]]), past=past, kept=programs.kept)  # noqa: E731
+        return str(jax.make_jaxpr(pass_of)(weights)), jax.jit(pass_of)(weights).logits_BTV
+
+    (plain, expected), (fused, logits) = run("xla"), run("pallas")
+    assert "pallas_call" in fused and "pallas_call" not in plain
+    # Float32 through four layers; logits are of size one.
+    chex.assert_trees_all_close(logits, expected, atol=2e-5)
 
 
 def test_choice():
