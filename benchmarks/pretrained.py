@@ -17,14 +17,14 @@
 Perplexity and its paired bootstrap interval on held-out windows; multiple choice (``--tasks``); planted keys
 (benchmarks/retrieval.py); ``prefill``, the whole forward of ``--prefill-len`` tokens with all logits; ``decode``, a
 token of the cached engine behind ``--context`` tokens, by the rule last_eval; bytes of the cache. Weights are cast and
-laid out beforehand, every method is compiled in the same layouts of which the faster counts, and all run round robin
-after a warm-up: a ratio is the twin's time of the same round over the method's. Every method and layout holds weights
-of its own. Maps, surrogates and choices of layers see training text alone.
+laid out beforehand, every method is compiled in the same layouts of which the faster counts, and a few at a time run
+round robin beside the twin after a warm-up (benchmarks/timing.py): a ratio is the twin's time of the same round over
+the method's, and milliseconds are the twin's median over it. Every method and layout holds weights of its own. Maps,
+surrogates and choices of layers see training text alone. The file is written after each of the three measurements.
 """
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -41,7 +41,7 @@ from rich.console import Console
 from benchmarks.machine import header, out_path
 from benchmarks.pretrained_report import calibrated_share, draw, mark_fronts, table_of
 from benchmarks.retrieval import Probe, planted_keys
-from benchmarks.timing import Arm, RecordedEngine, faster_rows, first_line, round_robin
+from benchmarks.timing import Arm, RecordedEngine, time_beside_first
 from snlp_jax.config import Config, LinearizeConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData, val_batches
 from snlp_jax.entry import enable_compilation_cache
@@ -178,18 +178,25 @@ def main(args: Args) -> dict[str, Any]:
     report = header(config.model, dataclasses.asdict(args) | {"run_dir": str(args.run_dir)})
     report = {name: value for name, value in report.items() if name not in ("limits", "cells", "skipped")}
     report["run"] = {"name": config.name, "step": step, "corpus_hash": data.content_hash}
+    out = out_path(args.out, f"pretrained_{config.name}", report)
+
+    def write() -> None:
+        report["methods"] = [{"family": each.family, "name": each.name} | each.row for each in methods]
+        mark_fronts(report["methods"])
+        report["calibrated_loss_share"] = calibrated_share(report["methods"])
+        report["elapsed_s"] = round(time.perf_counter() - began, 1)
+        report["load_average"]["end"] = os.getloadavg()[0]
+        atomic_write(out, json.dumps(report, indent=1) + "\n")
+
     _say("fitting maps and surrogates")
     methods, report["candidates"] = make_methods(model, params, data, config, args)
     measure_quality(methods, batches, probe, tasks, data, args)
+    write()
+    report["failed"] += measure_prefill(methods, batches, args)
+    write()
     prompts = [_prompts(batches, args.context, index) for index in range(args.repeats)]
-    report["failed"] += measure_prefill(methods, batches, args) + measure_decoding(methods, prompts, args)
-    report["methods"] = [{"family": each.family, "name": each.name} | each.row for each in methods]
-    mark_fronts(report["methods"])
-    report["calibrated_loss_share"] = calibrated_share(report["methods"])
-    report["elapsed_s"] = round(time.perf_counter() - began, 1)
-    report["load_average"]["end"] = os.getloadavg()[0]
-    out = out_path(args.out, f"pretrained_{config.name}", report)
-    atomic_write(out, json.dumps(report, indent=1) + "\n")
+    report["failed"] += measure_decoding(methods, prompts, args)
+    write()
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table_of(report["methods"], args.distances, args.tasks))
     for name, share in report["calibrated_loss_share"].items():
@@ -337,7 +344,6 @@ def measure_quality(
 def measure_prefill(methods: Sequence[Method], batches: Sequence[np.ndarray], args: Args) -> list[dict[str, Any]]:
     """Milliseconds of a compiled forward pass; what could not be compiled."""
     tokens_BT = np.resize(batches[0][0, :-1], (1, args.prefill_len)).astype(np.int32)
-    seconds: dict[tuple[int, Layout], list[float]] = {}
 
     def compiled(method: Method, layout: Layout) -> tuple[Any, Any]:
         settings: dict[str, Any] = {"num_tokens": tokens_BT.size, "layout": layout, "fits": method.fits}
@@ -347,18 +353,13 @@ def measure_prefill(methods: Sequence[Method], batches: Sequence[np.ndarray], ar
         jax.block_until_ready(run(weights, tokens_BT))
         return run, weights
 
-    calls, failed = _make_all(methods, args.layouts, "forward pass", compiled)
-
-    def once(key: tuple[int, Layout], _: int) -> None:
-        run, weights = calls[key]
+    def seconds_of(call: tuple[Any, Any], _: int) -> float:
+        run, weights = call
         began = time.perf_counter()
         jax.block_until_ready(run(weights, tokens_BT))
-        seconds.setdefault(key, []).append(time.perf_counter() - began)
+        return time.perf_counter() - began
 
-    round_robin(list(calls), args.repeats, math.inf, once)
-    for index, row in faster_rows(seconds, "prefill").items():
-        methods[index].row |= row
-    return failed
+    return _timed("prefill", methods, args, compiled, seconds_of)
 
 
 def measure_decoding(methods: Sequence[Method], prompts: Sequence[list[int]], args: Args) -> list[dict[str, Any]]:
@@ -372,31 +373,25 @@ def measure_decoding(methods: Sequence[Method], prompts: Sequence[list[int]], ar
         method.row["cache_bytes"] = engine.num_cache_bytes
         return arm
 
-    arms, failed = _make_all(methods, args.layouts, "decoder", warm)
-
-    def once(key: tuple[int, Layout], index: int) -> None:
-        arms[key].runs.append(arms[key].generate(by_round[index]))
-
-    round_robin(list(arms), args.repeats, math.inf, once)
-    seconds = {key: [run.seconds for run in arm.runs] for key, arm in arms.items()}
-    for index, row in faster_rows(seconds, "decode").items():
-        methods[index].row |= row
-    return failed
+    return _timed("decode", methods, args, warm, lambda arm, index: arm.generate(by_round[index]).seconds)
 
 
-def _make_all(
-    methods: Sequence[Method], layouts: Sequence[Layout], what: str, make: Callable[[Method, Layout], T]
-) -> tuple[dict[tuple[int, Layout], T], list[dict[str, Any]]]:
-    """``make`` of every method, by its place, in every layout; and what could not be made."""
-    made, failed = {}, []
-    for index, method in enumerate(methods):
-        _say(f"compiling the {what} of {method.name}")
-        for layout in layouts:
-            try:
-                made[index, layout] = make(method, layout)
-            except (RuntimeError, ValueError, InputError) as error:  # out of memory, or a layout it cannot have
-                failed.append({"name": method.name, "layout": layout, "error": first_line(error)})
-    return made, failed
+def _timed(
+    what: str,
+    methods: Sequence[Method],
+    args: Args,
+    make: Callable[[Method, Layout], T],
+    seconds_of: Callable[[T, int], float],
+) -> list[dict[str, Any]]:
+    def made(index: int, layout: Layout) -> T:
+        _say(f"{what} of {methods[index].name}, {layout}")
+        return make(methods[index], layout)
+
+    jax.clear_caches()  # programs of what was measured before
+    rows, failed = time_beside_first(len(methods), args.layouts, made, seconds_of, args.repeats)
+    for index, row in rows.items():
+        methods[index].row |= {f"{what}_{name}": value for name, value in row.items()}
+    return [{"name": methods[index].name, "layout": layout, "error": why} for index, layout, why in failed]
 
 
 def _prompts(batches: Sequence[np.ndarray], context: int, index: int) -> list[int]:

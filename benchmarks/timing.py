@@ -1,20 +1,25 @@
 """What the benchmarks of decoding share: engines that record what they did, and rounds over all that is timed."""
 
+import gc
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
+from snlp_jax.errors import InputError
 from snlp_jax.infer.engine import Engine, Request, Statistics
 from snlp_jax.infer.pace import Pace
 from snlp_jax.layout import Layout
 from snlp_jax.notation import Drafter
 
 T = TypeVar("T")
+GROUP = 4
+"""Things that are timed together, beside the first."""
 
 
 class RecordedPace(Pace):
@@ -125,25 +130,57 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return lower, median, upper
 
 
-def faster_rows(seconds: Mapping[tuple[int, Layout], Sequence[float]], what: str) -> dict[int, dict[str, Any]]:
-    """Of everything that was timed in several layouts, in its faster one: median, quartiles, and ratio to the first of
-    all of the same round."""
+def time_beside_first(
+    num_things: int,
+    layouts: Sequence[Layout],
+    make: Callable[[int, Layout], T],
+    seconds_of: Callable[[T, int], float],
+    repeats: int,
+) -> tuple[dict[int, dict[str, Any]], list[tuple[int, Layout, str]]]:
+    """Thing -> the layout that is the faster for it, the median ratio of the first thing's time to its own in the same
+    round, the quartiles of that, and milliseconds; and what could not be made, with the reason.
+
+    A few things at once run round robin with the first, whose faster layout counts, and are then let go of: programs
+    of all of them together are more than a process may map. Milliseconds are the first thing's median over all rounds
+    divided by the ratio: the machine's speed changes between groups.
+    """
     rows: dict[int, dict[str, Any]] = {}
-    twin: Sequence[float] | None = None
-    for index in sorted({index for index, _ in seconds}):
-        mine = {layout: times for (its, layout), times in seconds.items() if its == index}
-        layout = min(mine, key=lambda each: float(np.median(mine[each])))
-        twin = mine[layout] if twin is None else twin
-        low, median, high = quartiles([1e3 * value for value in mine[layout]])
-        low_ratio, ratio, high_ratio = quartiles([its / own for its, own in zip(twin, mine[layout], strict=True)])
-        rows[index] = {
-            f"{what}_ms": median,
-            f"{what}_ms_quartiles": (low, high),
-            f"{what}_layout": layout,
-            f"{what}_ratio": ratio,
-            f"{what}_ratio_quartiles": (low_ratio, high_ratio),
-        }
-    return rows
+    failed: list[tuple[int, Layout, str]] = []
+
+    def made(indices: Iterable[int]) -> dict[tuple[int, Layout], T]:
+        things = {}
+        for index in indices:
+            for layout in layouts:
+                try:
+                    things[index, layout] = make(index, layout)
+                except (RuntimeError, ValueError, InputError) as error:  # out of memory, or a layout it cannot have
+                    failed.append((index, layout, first_line(error)))
+        return things
+
+    twins = made([0])
+
+    def timed(group: Sequence[int]) -> dict[tuple[int, Layout], list[float]]:
+        things = twins | made(group)
+        seconds: dict[tuple[int, Layout], list[float]] = {key: [] for key in things}
+        round_robin(
+            list(things), repeats, math.inf, lambda key, index: seconds[key].append(seconds_of(things[key], index))
+        )
+        return seconds
+
+    twin_seconds: list[float] = []
+    for start in range(1, num_things, GROUP):
+        seconds = timed(range(start, min(start + GROUP, num_things)))
+        gc.collect()
+        fastest: dict[int, tuple[int, Layout]] = {}
+        for key in sorted(seconds, key=lambda key: float(np.median(seconds[key]))):  # noqa: B023
+            fastest.setdefault(key[0], key)
+        twin_seconds += seconds[fastest[0]]
+        for index, key in fastest.items():
+            low, ratio, high = quartiles(np.divide(seconds[fastest[0]], seconds[key]).tolist())
+            rows.setdefault(index, {"layout": key[1], "ratio": ratio, "ratio_quartiles": (low, high)})
+    for row in rows.values():
+        row["ms"] = 1e3 * float(np.median(twin_seconds)) / row["ratio"]
+    return rows, failed
 
 
 def first_line(error: Exception) -> str:

@@ -190,7 +190,7 @@ def test_the_benchmark_compares_methods(run_dir, tmp_path):
     assert report["failed"] == []
     rows = {row["name"]: row for row in report["methods"]}
     families = ["sequential", "nbl attention", "drop attention", "nbl block", "drop block"]
-    families += ["nbl, ranking", "idn", "sid", "pairs", "skip", "cal", "nbl + cal"]
+    families += ["nbl, ranking", "idn", "sid", "pairs", "skip", "cal", "cal tuned", "nbl + cal tuned"]
     assert list(dict.fromkeys(row["family"] for row in report["methods"])) == families
     assert rows["seq"]["ppl_change"] == 0 and rows["seq"]["retrieval"]["8"]["change"] == 0
     L, (m,) = config.model.num_layers, report["args"]["attention"]
