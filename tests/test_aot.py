@@ -96,18 +96,19 @@ from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.chips import Slice
 from snlp_jax.parallel.hlo import read_program
 from snlp_jax.parallel.plan_compile import described_devices, prepare_environment
+from snlp_jax.quantize import quantize
 
 prepare_environment()
 chips = Slice.parse(sys.argv[1])
 here = jax.sharding.SingleDeviceSharding(described_devices(chips)[0])
 put = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
-for num_layers, setting, layout, memory in json.loads(sys.argv[2]):
+for num_layers, setting, layout, memory, precision in json.loads(sys.argv[2]):
     config = ModelConfig(
         num_layers=num_layers, embed_dim=640, num_heads=5, num_kv_heads=5, seq_len=128, vocab_size=256, attention="xla",
         compute_dtype="bfloat16",
     )
     model, schedule = LanguageModel(config, backend=chips.chip.backend), parse_schedule(setting, num_layers)
-    lay_out = lambda params: prepare(model, params, schedule, num_tokens=1, layout=layout)
+    lay_out = lambda params: prepare(model, quantize(params, precision), schedule, num_tokens=1, layout=layout)
     weights = jax.eval_shape(lay_out, model.abstract_params())
     programs, state = decoding(model, weights, batch=1, context=16)
     settings = {"donate_argnums": 1}
@@ -137,7 +138,12 @@ def test_a_region_costs_equally_many_kernels_and_copies_no_weight(topology):
     cases = [[12, "idn:n=12,k=1", "stack", "default"], [12, "idn:n=12,k=1", "stack", "chosen"]]
     cases += [[24, "idn:n=24,k=1", "stack", "chosen"], [12, "idn:n=12,k=2", "stack", "chosen"]]
     cases += [[6, "seq", "list", "default"]]
-    default, small, large, twice, in_order = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
+    cases = [[*case, "compute"] for case in cases] + [[12, "idn:n=12,k=1", "stack", "default", "int8"]]
+    default, small, large, twice, in_order, int8 = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
+    # The conversion is part of the products: kernels of eight bits are read as such, and never written in another form.
+    assert int8["moved"] == int8["moved_before"] == 0
+    assert int8["weights"] < 0.51 * default["weights"]
+    assert int8["read"] < 1.1 * int8["weights"]
     for step, num_evals in ((default, 1), (small, 1), (large, 1), (twice, 2), (in_order, 1)):
         assert step["moved"] == 0
         # Beside the weights: cache, head, and the state of every layer. A TPU keeps some weights on the chip.

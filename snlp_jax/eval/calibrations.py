@@ -113,7 +113,7 @@ def fit_to_run(
 def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec) -> tuple[Calibration, int]:
     """The calibration, and the number of tokens of training text that it is fitted to. For errors see
     :func:`fit_to_run`."""
-    windows = _training_windows(data, model.config.seq_len, spec.num_tokens)
+    windows = training_windows(data, model.config.seq_len, spec.num_tokens)
     calibration = fit_calibration(
         region_problems(model, params, spec.region, windows["tokens"], windows.get("document")),
         num_iters=spec.region.num_iters,
@@ -180,7 +180,7 @@ def region_problems(
     return stream
 
 
-def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
+def training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
     """About ``num_tokens`` tokens of training text, whole batches of windows drawn without replacement: ``tokens``
     [n, T + 1] and, where they are masked, ``document``."""
     source = data.windows("train", seq_len)
