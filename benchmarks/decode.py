@@ -25,11 +25,11 @@ import json
 import os
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,21 +40,19 @@ from rich.table import Column, Table
 
 from benchmarks.draft_costs import fit_costs
 from benchmarks.machine import Dtype, ShapeArgs, header, made_up, measure_limits, out_path, random_params, work
+from benchmarks.timing import Arm, RecordedEngine, Run, first_line, quartiles, round_robin
 from snlp_jax.config import EvalConfig, ModelConfig
 from snlp_jax.data.pipeline import val_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run, read_config
-from snlp_jax.infer.engine import Engine, Request, Statistics
-from snlp_jax.infer.pace import Pace
+from snlp_jax.infer.engine import Request
 from snlp_jax.infer.rules import check_settings
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import Layout, check_schedule
 from snlp_jax.model import LanguageModel
-from snlp_jax.notation import Drafter, parse_drafter, parse_schedule
+from snlp_jax.notation import parse_drafter, parse_schedule
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
-
-T = TypeVar("T")
 
 COST_ROUNDS = 8
 """Steps or rounds in one reading of the cost model."""
@@ -93,99 +91,6 @@ class Args(ShapeArgs):
             raise InputError(f"new_tokens is {self.new_tokens}; it must be at least 2, as the prefill makes the first.")
         if min(self.draft_lens, default=0) < 0:
             raise InputError("draft_lens must not be negative; 0 adapts the length.")
-
-
-class RecordedPace(Pace):
-    """A pace that counts the rounds of every draft length; 0 stands for plain steps."""
-
-    def __init__(self, max_draft: int, fixed: int | None = None) -> None:
-        super().__init__(max_draft, fixed)
-        self.rounds: Counter[int] = Counter()
-
-    def report(self, draft_len: int, seconds: float, rounds: int, tested: int, accepted: int, tokens: int) -> None:
-        self.rounds[draft_len] += rounds
-        super().report(draft_len, seconds, rounds, tested, accepted, tokens)
-
-
-class RecordedEngine(Engine):
-    """An engine that remembers what it has compiled and how large its cache is; shallow copies share the programs."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.compiled: dict[str, float] = {}
-        """Program, with the most drafts of a speculative one -> seconds."""
-        self.widths: set[int] = set()
-        """Most drafts of the speculative programs that were used."""
-        self.num_cache_bytes = 0
-
-    def _compiled(self, programs: Any, name: str, arguments: tuple, settings: Any = None, donate: Any = None) -> Any:
-        before = self._compile_seconds
-        run = super()._compiled(programs, name, arguments, settings, donate)
-        if name == "speculate":
-            self.widths.add(settings["max_draft"])
-            name = f"{name} {settings['max_draft']}"
-        if self._compile_seconds > before:
-            self.compiled[name] = round(self._compile_seconds - before, 2)
-        return run
-
-    def _prefill(self, requests: Sequence[Request]) -> Any:
-        state, programs = super()._prefill(requests)
-        self.num_cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.rings))
-        return state, programs
-
-
-class Run(NamedTuple):
-    """One call of :meth:`Engine.generate`."""
-
-    seconds: float
-    """Of a token of a row, without the prefill and the token that comes out of it."""
-    statistics: Statistics
-    text_BT: np.ndarray
-    rounds: Counter[int]
-    """Draft length -> rounds; 0 stands for plain steps."""
-
-
-@dataclass
-class Arm:
-    """One way to decode."""
-
-    setting: str
-    layout: Layout
-    schedule: Drafter
-    """Of plain steps, or the drafter."""
-    engine: RecordedEngine
-    draft_len: int | None = None
-    """0 adapts it; None does not speculate."""
-    compile_s: dict[str, float] = field(default_factory=dict)
-    """Of what an arm before it has not compiled already."""
-    runs: list[Run] = field(default_factory=list)
-
-    @property
-    def name(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("setting", "layout", "draft_len")}
-
-    def warm_up(self, requests: Sequence[Request]) -> None:
-        """Compile whatever may be needed, and run once."""
-        engine, self.runs = self.engine, []
-        engine.compiled.clear()
-        if self.draft_len == 0:
-            state, programs = engine._prefill(requests)
-            for length in range(engine.max_draft + 1):
-                engine.pace = RecordedPace(engine.max_draft, length)
-                state = engine._advance(programs, state, is_watched=True)
-        if self.draft_len is not None:
-            engine.pace = RecordedPace(engine.max_draft, self.draft_len or None)
-        self.generate(requests)
-        self.compile_s = dict(engine.compiled)
-
-    def generate(self, requests: Sequence[Request]) -> Run:
-        if self.draft_len == 0:
-            self.engine.pace.rounds.clear()
-        text_BT = np.asarray([completion.tokens for completion in self.engine.generate(requests)])
-        found = self.engine.statistics
-        fixed = Counter({self.draft_len or 0: found.steps})  # a pace of fixed length is told nothing
-        rounds = Counter(self.engine.pace.rounds) if self.draft_len == 0 else fixed
-        return Run(found.decode_seconds / (text_BT.shape[1] - 1), found, text_BT, rounds)
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -232,7 +137,7 @@ def main(args: Args) -> dict[str, Any]:
                 arm.warm_up(requests)
                 alive.append(arm)
             except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that refuses the shape
-                report["failed"].append(where | arm.name | {"error": str(error).splitlines()[0][:300]})
+                report["failed"].append(where | arm.name | {"error": first_line(error)})
 
         def measure(arm: Arm, index: int, by_round: list[list[Request]] = by_round) -> None:
             arm.runs.append(arm.generate(by_round[index % len(by_round)]))
@@ -310,15 +215,6 @@ def longest(draft_lens: Sequence[int], drafter: str, config: ModelConfig) -> int
     return max(draft_lens, default=0) or (config.num_mtp_heads if drafter == "mtp" else 8)
 
 
-def round_robin(things: Sequence[T], repeats: int, deadline: float, measure: Callable[[T, int], None]) -> None:
-    """Rounds over all things, counted from 0, every second one backwards; at least five, however late it is."""
-    for index in range(repeats):
-        if index >= 5 and time.perf_counter() > deadline:
-            return
-        for thing in things[:: -1 if index % 2 else 1]:
-            measure(thing, index)
-
-
 def median_seconds(arm: Arm) -> float:
     return float(np.median([run.seconds for run in arm.runs]))
 
@@ -358,11 +254,11 @@ class Summary:
                 return row
             row["acceptance"] = accepted / tested if tested else None
             row["tokens_per_round"] = float(np.mean(tokens_per_round))
-        row |= _quartiles("ms_per_token", [1e3 * run.seconds for run in runs])
+        row |= _with_quartiles("ms_per_token", [1e3 * run.seconds for run in runs])
         row |= {"min_ms_per_token": 1e3 * min(run.seconds for run in runs), "tokens_per_s": self.batch / seconds}
         if self.twin is not None:
             pairs = zip(self.twin.runs, runs, strict=True)
-            row |= _quartiles("ratio", [its.seconds / own.seconds for its, own in pairs])
+            row |= _with_quartiles("ratio", [its.seconds / own.seconds for its, own in pairs])
         row["bytes_per_token"] = sum(map(self._bytes, itertools.repeat(arm), runs)) / (len(runs) * num_steps)
         return row | {"fraction_of_copy": row["bytes_per_token"] / self.copy_bytes_per_s / seconds}
 
@@ -383,8 +279,8 @@ def _text(runs: list[Run], reference: list[Run]) -> dict[str, Any]:
     return {"equal_tokens": same, "rows_different": rows, "first_difference": first}
 
 
-def _quartiles(name: str, values: Sequence[float]) -> dict[str, float]:
-    lower, median, upper = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
+def _with_quartiles(name: str, values: Sequence[float]) -> dict[str, float]:
+    lower, median, upper = quartiles(values)
     return {name: median, f"{name}_lower": lower, f"{name}_upper": upper}
 
 

@@ -8,8 +8,9 @@
     ... by, greedy       the layers chosen by another measure or by chance, or one by one on the model so far
     nbl block m          m whole layers, each by one map; drop: the same ones left out (LLM-Drop)
     idn, sid             the solver on the last half of the layers, K = 1, 2
-    cal                  the same with calibrated surrogates and initial trace
-    nbl + cal            both: calibrated on the linearised model
+    cal                  the same with calibrated surrogates and initial trace, fitted to the states in closed form
+    cal tuned            and tuned by the model's own output (snlp_jax/linearize/tune.py)
+    nbl + cal            both: tuned surrogates of the linearised model
     pairs                layers two by two
     skip                 layers left out before the last
 
@@ -27,26 +28,25 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Column, Table
 
-from benchmarks.decode import Arm, RecordedEngine, round_robin
 from benchmarks.machine import header, out_path
+from benchmarks.pretrained_report import calibrated_share, draw, mark_fronts, table_of
 from benchmarks.retrieval import Probe, planted_keys
-from snlp_jax.config import Config, LinearizeConfig
+from benchmarks.timing import Arm, RecordedEngine, faster_rows, first_line, round_robin
+from snlp_jax.config import Config, LinearizeConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData, val_batches
 from snlp_jax.entry import enable_compilation_cache
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import fit_spec, parse_calibration
-from snlp_jax.eval.frontier import pareto_front
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change, token_mean
 from snlp_jax.eval.run import read_config, read_data, read_params
 from snlp_jax.eval.task_data import Task, load_tasks
@@ -63,6 +63,8 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
+
+T = TypeVar("T")
 
 AUTO = (-1,)
 """A few sizes that go with the depth."""
@@ -84,6 +86,8 @@ class Args:
     fit_tokens: int = 524_288
     """Of training text, for the maps."""
     calibration_tokens: int = 65_536
+    tune_steps: int = 200
+    """Of the tuned calibrations."""
     num_windows: int = 256
     batch_size: int = 16
     tasks: tuple[str, ...] = ()
@@ -114,15 +118,16 @@ class Args:
                 f"--new-tokens is {self.new_tokens}; it must be at least 2, as the prefill makes the first."
             )
 
-    def sized(self, num_layers: int, seq_len: int) -> "Args":
+    def sized(self, model: ModelConfig) -> "Args":
         """With numbers in place of AUTO, and small ones with ``quick``."""
-        L, changes = num_layers, {}
+        L, T, changes = model.num_layers, model.seq_len, {}
         if self.attention == AUTO:
             changes["attention"] = _distinct(L // 8, L // 4, 3 * L // 8, L // 2)
         if self.blocks == AUTO:
             changes["blocks"] = _distinct(L // 16, L // 8, L // 4)
         if self.distances == AUTO:
-            changes["distances"] = _distinct(seq_len // 8, seq_len // 4, seq_len // 2, seq_len - 64, 2 * seq_len)
+            reach = model.max_context - 128  # the other tokens are a key, its question and what stands before it
+            changes["distances"] = _distinct(*(min(d, reach) for d in (T // 8, T // 4, T // 2, T - 64, 2 * T)))
         sized = dataclasses.replace(self, **changes)
         if not self.quick:
             return sized
@@ -133,6 +138,7 @@ class Args:
             distances=sized.distances[:1],
             fit_tokens=min(self.fit_tokens, 4096),
             calibration_tokens=min(self.calibration_tokens, 512),
+            tune_steps=min(self.tune_steps, 1),
             num_windows=min(self.num_windows, 8),
             num_keys=min(self.num_keys, 4),
             prefill_len=min(self.prefill_len, 16),
@@ -160,7 +166,7 @@ class Method:
 def main(args: Args) -> dict[str, Any]:
     """Measure everything and return what the JSON file holds."""
     began, config = time.perf_counter(), read_config(args.run_dir)
-    args = args.sized(config.model.num_layers, config.model.seq_len)
+    args = args.sized(config.model)
     _check(args, config)
     tasks = load_tasks(args.tasks, num_examples=args.num_examples, num_shots=0, templates=()) if args.tasks else ()
     data = read_data(args.run_dir, config)
@@ -178,19 +184,16 @@ def main(args: Args) -> dict[str, Any]:
     prompts = [_prompts(batches, args.context, index) for index in range(args.repeats)]
     report["failed"] += measure_prefill(methods, batches, args) + measure_decoding(methods, prompts, args)
     report["methods"] = [{"family": each.family, "name": each.name} | each.row for each in methods]
-    for cost in ("prefill_ms", "decode_ms"):
-        timed = [row for row in report["methods"] if cost in row]
-        for row, is_on in zip(timed, pareto_front([(row[cost], row["nll"]) for row in timed]), strict=True):
-            row[f"on_{cost.removesuffix('_ms')}_front"] = is_on
+    mark_fronts(report["methods"])
     report["calibrated_loss_share"] = calibrated_share(report["methods"])
     report["elapsed_s"] = round(time.perf_counter() - began, 1)
     report["load_average"]["end"] = os.getloadavg()[0]
     out = out_path(args.out, f"pretrained_{config.name}", report)
     atomic_write(out, json.dumps(report, indent=1) + "\n")
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(_table(report["methods"], args))
-    if report["calibrated_loss_share"] is not None:
-        print(f"calibrated, K = 2: {report['calibrated_loss_share']:.2f} of what the better of idn and sid loses.")
+    console.print(table_of(report["methods"], args.distances, args.tasks))
+    for name, share in report["calibrated_loss_share"].items():
+        print(f"{name}, K = 2: {share:.2f} of what the better of idn and sid loses.")
     if args.plot:
         atomic_write(Path(args.plot), draw(report["methods"], f"{config.name}, {report['device']['kind']}"))
         print(f"wrote {args.plot}")
@@ -239,17 +242,16 @@ def make_methods(
     linearised = [
         (f"nbl {count} + ", *replaced("attention", count)) for count in args.attention[: 1 if args.quick else 2]
     ]
-    for prefix, its_model, its_params in [("", model, params), *linearised]:
-        for k in iterations[-1:] if prefix else iterations:
-            name = f"c{k}"
-            about = f"{name}:n={half},k={k},tokens={args.calibration_tokens}"
-            calibration, _ = fit_spec(its_model, its_params, data, parse_calibration(about, L))
-            text = f"cal:n={half},k={k},init=cal,fit={name}"
-            schedule, family = parse_schedule(text, L), "nbl + cal" if prefix else "cal"
-            methods.append(
-                Method(family, f"{prefix}cal:n={half},k={k}", its_model, its_params, schedule, {name: calibration})
-            )
-    return methods, [_candidate_row(each) for each in candidates]
+    fits = [("", model, params, k, 0) for k in iterations] + [("", model, params, iterations[-1], args.tune_steps)]
+    fits += [(*each, iterations[-1], args.tune_steps) for each in linearised]
+    for prefix, its_model, its_params, k, steps in fits:
+        about = f"fit:n={half},k={k},tokens={args.calibration_tokens},tune={steps}"
+        calibration, _ = fit_spec(its_model, its_params, data, parse_calibration(about, L))
+        schedule, family = parse_schedule(f"cal:n={half},k={k},init=cal,fit=fit", L), "cal tuned" if steps else "cal"
+        name = f"{prefix}{family}:n={half},k={k}"
+        its_family = f"nbl + {family}" if prefix else family
+        methods.append(Method(its_family, name, its_model, its_params, schedule, {"fit": calibration}))
+    return methods, [each.row() for each in candidates]
 
 
 def _rankings(
@@ -272,12 +274,7 @@ def _rankings(
 
 def _options(args: Args, **fields: int) -> LinearizeConfig:
     chosen = {"attention": max(args.attention, default=0), "blocks": max(args.blocks, default=0), **fields}
-    return LinearizeConfig(
-        **chosen,
-        rank_by=args.rank_by,
-        tokens=args.fit_tokens,
-        skip_first=args.skip_first,
-    )
+    return LinearizeConfig(**chosen, rank_by=args.rank_by, tokens=args.fit_tokens, skip_first=args.skip_first)
 
 
 def _check(args: Args, config: Config) -> None:
@@ -294,11 +291,6 @@ def _check(args: Args, config: Config) -> None:
 
 def _corrections(model: LanguageModel) -> tuple[str, ...]:
     return ("idn", "hcn") if model.config.num_streams else ("idn", "sid") if model.config.use_x0_resid else ("idn",)
-
-
-def _candidate_row(each: Candidate) -> dict[str, Any]:
-    row = {f.name: getattr(each, f.name) for f in dataclasses.fields(each) if f.name != "fit"}
-    return row | {"condition": each.condition if math.isfinite(each.condition) else None}
 
 
 # -- Quality -----------------------------------------------------------------------------------------------------------
@@ -339,34 +331,23 @@ def measure_quality(
         }
 
 
-def calibrated_share(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Loss in nats of the calibrated solver at K = 2 over that of the better of the others; None without them."""
-    base = rows[0]["nll"]
-    lost = {row["name"].partition(":")[0]: row["nll"] - base for row in rows if row["name"].endswith(",k=2")}
-    others = [lost[name] for name in ("idn", "sid", "hcn") if name in lost]
-    return lost["cal"] / min(others) if others and "cal" in lost and min(others) > 0 else None
-
-
 # -- Time --------------------------------------------------------------------------------------------------------------
 
 
 def measure_prefill(methods: Sequence[Method], batches: Sequence[np.ndarray], args: Args) -> list[dict[str, Any]]:
     """Milliseconds of a compiled forward pass; what could not be compiled."""
     tokens_BT = np.resize(batches[0][0, :-1], (1, args.prefill_len)).astype(np.int32)
-    calls: dict[tuple[int, Layout], Any] = {}
     seconds: dict[tuple[int, Layout], list[float]] = {}
-    failed = []
-    for index, method in enumerate(methods):
-        _say(f"compiling the forward pass of {method.name}")
-        for layout in args.layouts:
-            try:
-                settings: dict[str, Any] = {"num_tokens": tokens_BT.size, "layout": layout, "fits": method.fits}
-                weights = prepare(method.model, method.params, method.schedule, **settings)
-                run = jax.jit(lambda weights, tokens, model=method.model: forward(model, weights, tokens).logits_BTV)
-                calls[index, layout] = run.lower(weights, tokens_BT).compile(), weights
-                jax.block_until_ready(calls[index, layout][0](weights, tokens_BT))
-            except (RuntimeError, ValueError, InputError) as error:
-                failed.append({"name": method.name, "layout": layout, "error": str(error).splitlines()[0][:300]})
+
+    def compiled(method: Method, layout: Layout) -> tuple[Any, Any]:
+        settings: dict[str, Any] = {"num_tokens": tokens_BT.size, "layout": layout, "fits": method.fits}
+        weights = prepare(method.model, method.params, method.schedule, **settings)
+        whole = jax.jit(lambda weights, tokens: forward(method.model, weights, tokens).logits_BTV)
+        run = whole.lower(weights, tokens_BT).compile()
+        jax.block_until_ready(run(weights, tokens_BT))
+        return run, weights
+
+    calls, failed = _make_all(methods, args.layouts, "forward pass", compiled)
 
     def once(key: tuple[int, Layout], _: int) -> None:
         run, weights = calls[key]
@@ -375,119 +356,52 @@ def measure_prefill(methods: Sequence[Method], batches: Sequence[np.ndarray], ar
         seconds.setdefault(key, []).append(time.perf_counter() - began)
 
     round_robin(list(calls), args.repeats, math.inf, once)
-    _record(methods, seconds, "prefill")
+    for index, row in faster_rows(seconds, "prefill").items():
+        methods[index].row |= row
     return failed
 
 
 def measure_decoding(methods: Sequence[Method], prompts: Sequence[list[int]], args: Args) -> list[dict[str, Any]]:
     """Milliseconds of a token by the cached engine, and the bytes of its cache; what could not be compiled."""
     by_round = [[Request(prompt, args.new_tokens)] for prompt in prompts]
-    arms: dict[tuple[int, Layout], Arm] = {}
-    failed = []
-    for index, method in enumerate(methods):
-        _say(f"compiling the decoder of {method.name}")
-        for layout in args.layouts:
-            try:
-                engine = RecordedEngine(method.model, method.params, method.schedule, layout=layout, fits=method.fits)
-                arm = Arm(method.name, layout, method.schedule, engine)
-                arm.warm_up(by_round[0])
-                arms[index, layout] = arm
-                method.row["cache_bytes"] = engine.num_cache_bytes
-            except (RuntimeError, ValueError, InputError) as error:
-                failed.append({"name": method.name, "layout": layout, "error": str(error).splitlines()[0][:300]})
+
+    def warm(method: Method, layout: Layout) -> Arm:
+        engine = RecordedEngine(method.model, method.params, method.schedule, layout=layout, fits=method.fits)
+        arm = Arm(method.name, layout, method.schedule, engine)
+        arm.warm_up(by_round[0])
+        method.row["cache_bytes"] = engine.num_cache_bytes
+        return arm
+
+    arms, failed = _make_all(methods, args.layouts, "decoder", warm)
 
     def once(key: tuple[int, Layout], index: int) -> None:
         arms[key].runs.append(arms[key].generate(by_round[index]))
 
     round_robin(list(arms), args.repeats, math.inf, once)
-    _record(methods, {key: [run.seconds for run in arm.runs] for key, arm in arms.items()}, "decode")
+    seconds = {key: [run.seconds for run in arm.runs] for key, arm in arms.items()}
+    for index, row in faster_rows(seconds, "decode").items():
+        methods[index].row |= row
     return failed
 
 
-def _record(methods: Sequence[Method], seconds: dict[tuple[int, Layout], list[float]], what: str) -> None:
-    """Median, quartiles and ratio to the sequential pass of every method's faster layout."""
-    twin: list[float] | None = None
+def _make_all(
+    methods: Sequence[Method], layouts: Sequence[Layout], what: str, make: Callable[[Method, Layout], T]
+) -> tuple[dict[tuple[int, Layout], T], list[dict[str, Any]]]:
+    """``make`` of every method, by its place, in every layout; and what could not be made."""
+    made, failed = {}, []
     for index, method in enumerate(methods):
-        mine = {layout: times for (its, layout), times in seconds.items() if its == index}
-        if not mine:
-            continue
-        layout = min(mine, key=lambda each: float(np.median(mine[each])))
-        twin = mine[layout] if twin is None else twin
-        low, median, high = (1e3 * float(value) for value in np.quantile(mine[layout], (0.25, 0.5, 0.75)))
-        ratios = [its / own for its, own in zip(twin, mine[layout], strict=True)]
-        low_ratio, ratio, high_ratio = (float(value) for value in np.quantile(ratios, (0.25, 0.5, 0.75)))
-        method.row |= {
-            f"{what}_ms": median,
-            f"{what}_ms_quartiles": (low, high),
-            f"{what}_layout": layout,
-            f"{what}_ratio": ratio,
-            f"{what}_ratio_quartiles": (low_ratio, high_ratio),
-        }
+        _say(f"compiling the {what} of {method.name}")
+        for layout in layouts:
+            try:
+                made[index, layout] = make(method, layout)
+            except (RuntimeError, ValueError, InputError) as error:  # out of memory, or a layout it cannot have
+                failed.append({"name": method.name, "layout": layout, "error": first_line(error)})
+    return made, failed
 
 
 def _prompts(batches: Sequence[np.ndarray], context: int, index: int) -> list[int]:
     """Another piece of held-out text each round; again from the start where the text is short."""
     return np.resize(np.roll(np.concatenate(batches)[:, :-1].reshape(-1), -index * context), context).tolist()
-
-
-# -- What is said ------------------------------------------------------------------------------------------------------
-
-
-def _table(rows: Sequence[dict[str, Any]], args: Args) -> Table:
-    names = ["PPL", "change", "95 %", "prefill ms", "ratio", "decode ms", "ratio", "cache"]
-    names += [f"key at {d}" for d in args.distances] + ["absent"] + [Path(task).stem for task in args.tasks]
-    table = Table("method", *(Column(name, justify="right") for name in names), padding=(0, 0))
-    for row in rows:
-        low, high = row["ppl_interval"] or (math.nan, math.nan)
-        cells = [f"{row['ppl']:.3f}", f"{row['ppl_change']:+.2%}", f"{low:+.2%} to {high:+.2%}"]
-        for what in ("prefill", "decode"):
-            front = "*" if row.get(f"on_{what}_front") else ""
-            cells += [f"{row[f'{what}_ms']:.2f}{front}", f"{row[f'{what}_ratio']:.2f}"] if f"{what}_ms" in row else "--"
-        share = row.get("cache_bytes", math.nan) / rows[0].get("cache_bytes", math.nan)
-        cells.append(f"{share:.0%}")
-        cells += [f"{found['log_prob']:.1f} {found['exact']:.0%}" for found in row["retrieval"].values()]
-        cells += [f"{found['per_byte']['share']:.1%}" for found in row["tasks"].values()]
-        table.add_row(row["name"], *cells)
-    return table
-
-
-def draw(rows: Sequence[dict[str, Any]], title: str) -> bytes:
-    """A PNG: change of perplexity against both times, one line a family.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        import io
-
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the plot needs matplotlib; pip install 'snlp-jax[plots]', or give --plot ''.") from error
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained", dpi=160)
-    FigureCanvasAgg(figure)
-    families = list(dict.fromkeys(row["family"] for row in rows))
-    for axis, what in zip(figure.subplots(1, 2, sharey=True), ("prefill", "decode"), strict=True):
-        for number, family in enumerate(families):
-            mine = sorted(
-                (row[f"{what}_ms"], 100 * row["ppl_change"])
-                for row in rows
-                if row["family"] == family and f"{what}_ms" in row
-            )
-            style = {"color": f"C{number % 10}", "marker": "o^sDvPX*<>"[number % 10], "markersize": 6, "linewidth": 1}
-            if mine:
-                axis.plot(*zip(*mine, strict=True), **style, linestyle=":" if "drop" in family else "-", label=family)
-        axis.set_yscale("symlog", linthresh=1)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel({"prefill": "forward pass, ms", "decode": "decoded token, ms"}[what])
-        axis.grid(color="#e6e9eb", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("change of perplexity, %")
-    figure.axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(title, fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _distinct(*sizes: int) -> tuple[int, ...]:

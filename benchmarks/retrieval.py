@@ -5,7 +5,8 @@
 and then `` 48213``: its log-probability in nats, and whether each of its tokens is the likeliest. Every sequence has
 the same length, whatever the distance; without a planted line (``absent``) another piece of text stands there. A model
 that was trained on little recalls little: what counts is the difference between distances and ``absent``, and between
-methods.
+methods. A distance may exceed ``seq_len``, up to what the model's positions reach; beyond the longest window a key is
+seen through several layers alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,10 +78,14 @@ def planted_keys(
     """Sequences for ``num_keys`` names and numbers of five digits, in pieces of ``text``.
 
     Raises:
-        InputError: a distance that the model's context cannot hold, or too little text.
+        InputError: a distance that the model's context cannot hold or none at all, too many keys, or too little text.
     """
     rng = np.random.default_rng(SEED)
     names = [f"{first} {second}" for first in FIRST for second in SECOND]
+    if num_keys > len(names):
+        raise InputError(f"--num-keys is {num_keys}, but there are {len(names)} names for keys; lower it.")
+    if min(distances, default=-1) < 0:
+        raise InputError(f"--distances are {list(distances)}; give one or more of 0 tokens or more.")
     names = [names[int(i)] for i in rng.permutation(len(names))[:num_keys]]
     lines, questions, values = [], [], []
     for name in names:

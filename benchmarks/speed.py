@@ -138,8 +138,9 @@ def main(args: Args) -> dict[str, Any]:
         if cell.dtype not in report["limits"]:
             report["limits"][cell.dtype] = measure_limits(jnp.dtype(cell.dtype), on_cpu)
         settings = settings_of(args, config)
-        if cell.kind != "train" and made_for != (cell.shape, cell.dtype, settings):
-            setup, made_for = None, (cell.shape, cell.dtype, settings)
+        makes = (cell.shape, cell.dtype, cell.decode_attention, settings)
+        if cell.kind != "train" and made_for != makes:
+            setup, made_for = None, makes
             gc.collect()
             model = LanguageModel(config)
             setup = Setup(model, random_params(model), settings)
@@ -331,7 +332,8 @@ def _config(cell: Cell, custom: ModelConfig) -> ModelConfig:
 def _adapted(config: ModelConfig, cell: Cell) -> ModelConfig:
     # cuDNN attention takes no float32.
     attention: Any = "xla" if cell.dtype == "float32" else config.attention
-    return dataclasses.replace(config, compute_dtype=cell.dtype, attention=attention)
+    kernels = {"attention": attention, "decode_attention": cell.decode_attention}
+    return dataclasses.replace(config, compute_dtype=cell.dtype, **kernels)
 
 
 def _region_size(setup: Setup, setting: str) -> int:

@@ -52,6 +52,8 @@ class Cell:
     """Tokens a sequence that pass through the layers."""
     context: int = 0
     """Tokens before them, in the cache; 0: these are the first."""
+    decode_attention: Literal["xla", "pallas"] = "xla"
+    """To a cache, of all the cell's programs."""
 
 
 @dataclass

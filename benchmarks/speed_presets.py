@@ -28,6 +28,8 @@ PRESETS: dict[Preset, tuple[Cell, ...]] = {
     "gpu": (
         Cell("cached", "d32s", "bfloat16", context=512),
         Cell("region", "d32s", "bfloat16", context=512),
+        Cell("cached", "d32s", "bfloat16", context=512, decode_attention="pallas"),
+        Cell("region", "d32s", "bfloat16", context=512, decode_attention="pallas"),
         Cell("forward", "d32s", "bfloat16", length=2048),
         Cell("parts", "d32s", "bfloat16", context=512),
         Cell("train", "d32s", "bfloat16", batch=8, length=2048),
@@ -35,6 +37,7 @@ PRESETS: dict[Preset, tuple[Cell, ...]] = {
         Cell("parts", "d32s", "bfloat16", length=2048),
         Cell("cached", "d2048", "bfloat16", context=512),
         Cell("cached", "d32s", "bfloat16", batch=8, context=512),
+        Cell("cached", "d32s", "bfloat16", batch=8, context=512, decode_attention="pallas"),
         Cell("cached", "d32s", "bfloat16", batch=32, context=512),
         Cell("forward", "d2048", "bfloat16", length=2048),
         Cell("cached", "d1024", "bfloat16", context=512),

@@ -25,6 +25,7 @@ def title_of(cell: dict[str, Any]) -> str:
     """One line that names a cell."""
     words = f"{cell['kind']}, {cell['shape']}, {cell['dtype']}, batch {cell['batch']}, {cell['length']} tokens"
     words += f" after {cell['context']}" if cell["context"] else ""
+    words += ", attention in one kernel" if cell["decode_attention"] == "pallas" else ""
     return words + (f", command buffers {cell['command_buffers']}" if cell["command_buffers"] != "default" else "")
 
 
@@ -60,7 +61,7 @@ def terminal_table(cell: dict[str, Any]) -> Table:
 def leaders(cells: list[dict[str, Any]]) -> Iterator[tuple[str, float, dict[str, tuple[float, str]]]]:
     """Of every cell with a twin, over all command buffers: its name, the median of the fastest sequential form, and of
     every setting that of its fastest with the form it had."""
-    names = ("kind", "shape", "dtype", "batch", "length", "context")
+    names = ("kind", "shape", "dtype", "batch", "length", "context", "decode_attention")
     by_key: dict[tuple, list[dict[str, Any]]] = {}
     for cell in cells:
         by_key.setdefault(tuple(cell[name] for name in names), []).append(cell)

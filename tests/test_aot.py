@@ -26,7 +26,7 @@ chips = Slice.parse(sys.argv[1])
 backend = "tpu" if chips.chip.torus_axes else "gpu"
 model = ModelConfig(
     num_layers=16, embed_dim=int(sys.argv[4]), num_heads=8, num_kv_heads=8, seq_len=128, vocab_size=1024,
-    attention=sys.argv[3], window_pattern="SSSL",
+    attention=sys.argv[3], decode_attention=sys.argv[5], window_pattern="SSSL",
 )
 for kind, tensor, setting, sequential in json.loads(sys.argv[2]):
     mesh = plan_mesh(MeshConfig(layer=chips.num_chips // tensor, tensor=tensor), chips)
@@ -51,8 +51,9 @@ and one more for a batched guess, two a layer in order or one a device in a ring
 PLUGINS = {"v5e": "libtpu", "h100": "jax_cuda13_plugin"}
 
 
-def compiled_counts(topology, cases=CASES, attention="xla", width=256):
-    return run_script(SCRIPT, topology, json.dumps([case[:4] for case in cases]), attention, str(width))
+def compiled_counts(topology, cases=CASES, attention="xla", width=256, decode_attention="xla"):
+    cases = json.dumps([case[:4] for case in cases])
+    return run_script(SCRIPT, topology, cases, attention, str(width), decode_attention)
 
 
 def run_script(script, topology, *arguments):
@@ -84,6 +85,12 @@ def test_splash_attention_runs_where_layers_are_spread():
     assert_counts(cases, compiled_counts("v5e:2x4", cases, attention="auto", width=1024))
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x4", "h100:8"])
+def test_the_kernel_of_a_decoding_step_runs_where_layers_are_spread(topology):
+    """And exchanges nothing."""
+    assert_counts(CASES[:1], compiled_counts(topology, CASES[:1], decode_attention="pallas"))
+
+
 KERNELS_SCRIPT = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp
@@ -102,15 +109,17 @@ prepare_environment()
 chips = Slice.parse(sys.argv[1])
 here = jax.sharding.SingleDeviceSharding(described_devices(chips)[0])
 put = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
-for num_layers, setting, layout, memory, precision in json.loads(sys.argv[2]):
+for num_layers, setting, layout, memory, *other in json.loads(sys.argv[2]):
+    changed = other[0] if other else {}
+    context, precision = changed.pop("context", 16), changed.pop("weights", "compute")
     config = ModelConfig(
-        num_layers=num_layers, embed_dim=640, num_heads=5, num_kv_heads=5, seq_len=128, vocab_size=256, attention="xla",
-        compute_dtype="bfloat16",
+        num_layers=num_layers, embed_dim=640, num_heads=5, num_kv_heads=5, vocab_size=256, attention="xla",
+        compute_dtype="bfloat16", **{"seq_len": 128} | changed,
     )
     model, schedule = LanguageModel(config, backend=chips.chip.backend), parse_schedule(setting, num_layers)
     lay_out = lambda params: prepare(model, quantize(params, precision), schedule, num_tokens=1, layout=layout)
     weights = jax.eval_shape(lay_out, model.abstract_params())
-    programs, state = decoding(model, weights, batch=1, context=16)
+    programs, state = decoding(model, weights, batch=1, context=context)
     settings = {"donate_argnums": 1}
     if memory == "chosen":
         liked = jax.tree.map(lambda leaf: Format(Layout.AUTO, here), weights)
@@ -137,8 +146,7 @@ def test_a_region_costs_equally_many_kernels_and_copies_no_weight(topology):
     as they are or as XLA likes best. Layers in order, unrolled: one product a matrix and more, each."""
     cases = [[12, "idn:n=12,k=1", "stack", "default"], [12, "idn:n=12,k=1", "stack", "chosen"]]
     cases += [[24, "idn:n=24,k=1", "stack", "chosen"], [12, "idn:n=12,k=2", "stack", "chosen"]]
-    cases += [[6, "seq", "list", "default"]]
-    cases = [[*case, "compute"] for case in cases] + [[12, "idn:n=12,k=1", "stack", "default", "int8"]]
+    cases += [[6, "seq", "list", "default"], [12, "idn:n=12,k=1", "stack", "default", {"weights": "int8"}]]
     default, small, large, twice, in_order, int8 = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
     # The conversion is part of the products: kernels of eight bits are read as such, and never written in another form.
     assert int8["moved"] == int8["moved_before"] == 0
@@ -156,3 +164,26 @@ def test_a_region_costs_equally_many_kernels_and_copies_no_weight(topology):
     assert abs(large["products"] - small["products"]) <= 1
     assert 2 * large["kernels"] < 24 / 6 * in_order["kernels"]
     assert twice["kernels"] < 2 * small["kernels"]
+
+
+ONE_LENGTH = {"seq_len": 2048, "context": 512, "window_pattern": "L"}
+TWO_LENGTHS = {"seq_len": 2048, "context": 2048, "window_pattern": "SSSL"}
+"""Of the rings: those of all layers in one array, or in two."""
+SAVED = {"h100:1": (2, 5), "v5e:2x4": (8, 16)}
+"""Kernels of a step that go, at least: XLA fuses norms of queries and gates of values into its attention, which then
+are kernels of their own."""
+
+
+@pytest.mark.parametrize("topology", ["h100:1", "v5e:2x4"])
+def test_attention_of_a_step_is_one_kernel_however_many_layers(topology):
+    """XLA makes a chain of scores, mask, softmax and values for rings of each length."""
+    case = lambda n, model, kernel: [n, f"idn:n={n},k=1", "stack", "chosen", model | {"decode_attention": kernel}]  # noqa: E731
+    cases = [case(12, ONE_LENGTH, "pallas")]
+    cases += [case(24, rings, kernel) for kernel in ("pallas", "xla") for rings in (ONE_LENGTH, TWO_LENGTHS)]
+    small, large, two_lengths, *plain = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
+    # Neither a ring nor a weight; of long rings XLA's attention writes the products with the values out.
+    assert [step["moved"] for step in (small, large, two_lengths)] == [0, 0, 0]
+    # The prefix sum of the correction has one more step, which on a TPU is several slices and sums.
+    assert large["kernels"] - small["kernels"] <= 0.12 * small["kernels"]
+    saved = [before["kernels"] - after["kernels"] for before, after in zip(plain, (large, two_lengths), strict=True)]
+    assert all(count >= expected for count, expected in zip(saved, SAVED[topology], strict=True)), saved

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.decode import Args, Arm, Run, Summary, main, step_bytes
+from benchmarks.decode import Args, Summary, main, step_bytes
 from benchmarks.draft_costs import Costs, fit_costs
 from benchmarks.machine import work
+from benchmarks.timing import Arm, Run
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.notation import parse_drafter, parse_schedule

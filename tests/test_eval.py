@@ -226,6 +226,7 @@ SCRIPT_SOLVERS = ["idn:n=2,k=1", "cal:n=2,k=1,init=cal,fit=mine", "idn:n=3,tol=0
         ("mine:n=2,init=warm", "calibration 'mine:n=2,init=warm': init=warm is not one of"),
         ("mine:n=2,size=3", "cannot read 'size=3'"),
         ("mine:n=2,tokens=1", "raise tokens= or give more text"),
+        ("mine:n=2,tune=-1", "tune=-1 is negative"),
         ("../mine:n=2,k=1,kind=scalar,init=h0,tokens=64", "must be letters, digits"),
     ),
 )

@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from problems import SMALL, random_params, random_tokens
 from tiny_run import tiny
 
+from benchmarks.timing import RecordedEngine
 from snlp_jax.config import (
     Config,
     Kind,
@@ -136,6 +137,29 @@ def test_regions_of_several_kinds_solve_the_chain(setting, layout):
     np.testing.assert_allclose(out.logits_BTV, exact_logits(), rtol=0, atol=ROUNDING)
 
 
+AFFINE = {layer: random_map(layer) for layer in (2, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_exact"),
+    [
+        ("exact:n=6,k=3", True),
+        ("exact:n=6,k=2", False),
+        ("exact:2-5,k=1", True),
+        pytest.param("exact:2-6,k=2", True, marks=pytest.mark.slow),
+        pytest.param("exact:2-6,k=1", False, marks=pytest.mark.slow),
+    ],
+)
+def test_wholly_linear_layers_cost_no_iteration(setting, is_exact):
+    """Layers 2 to 4 have both branches linear. Their Jacobians do not depend on the state, so the affine scan carries
+    whatever enters them to their end exactly: what is left are layers 0, 1 and 5, or in a region that they begin one
+    iteration for all of them and one for layer 5."""
+    config, params = mixed(attention=AFFINE, mlp={layer: random_map(10 + layer) for layer in AFFINE})
+    assert [config.kinds[layer] for layer in AFFINE] == [Kind("linear", "linear")] * 3
+    error = np.abs(run(config, params, setting).logits_BTV - run(config, params).logits_BTV).max()
+    assert error < ROUNDING if is_exact else error > 100 * ROUNDING
+
+
 @functools.cache
 def exact_logits():
     return run(*mixed()).logits_BTV
@@ -220,10 +244,17 @@ def test_the_cache_shrinks_by_the_layers_without_attention():
         plans = engine._programs_for(64, Features(False, False, False)).plans
         return sum(plan.num_slots for plan in plans if plan is not None)
 
+    def cache_bytes(config, params):
+        """What an engine holds after its prefill."""
+        engine = RecordedEngine(LanguageModel(config), params)
+        engine.generate([Request([1, 2, 3], 2)])
+        return engine.num_cache_bytes
+
     full = cache_slots(config, whole, "seq")
     shrunk = replace(config, whole, attention={1: random_map(1), 2: random_map(2), 3: None, 5: None})
     for setting in ("seq", "sid:n=4,k=1"):
         assert 3 * cache_slots(*shrunk, setting) == full
+    assert 3 * cache_bytes(*shrunk) == cache_bytes(config, whole)
 
 
 # ---------------------------------------------------------------- training

@@ -476,7 +476,7 @@ def test_attention_kernels_on_a_mesh():
     """Where the compiler may not split them they are left out, and an explicit wish for one is refused."""
     split, whole = make_mesh(MeshConfig(layer=4, tensor=2)), make_mesh(MeshConfig(data=2, layer=4))
     assert kernels_on(split, is_spread=True) == () and kernels_on(whole, is_spread=False) == ()
-    assert kernels_on(whole, is_spread=True) == ("cudnn", "splash")
+    assert kernels_on(whole, is_spread=True) == ("cudnn", "splash", "triton", "mosaic")
     assert kernels_on(make_mesh(MeshConfig(data=8)), is_spread=False) == ("cudnn",)
     config = dataclasses.replace(SMALL, embed_dim=512, num_heads=4)
     choose = lambda config, kernels: LanguageModel(config, "tpu").adapted(kernels=kernels)._attention(128)  # noqa: E731

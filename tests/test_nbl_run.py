@@ -15,10 +15,13 @@ from benchmarks import pretrained
 from snlp_jax.config import EvalConfig, LinearizeConfig, TrainConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run
+from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.run import read_config, read_params
 from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.linearize import linearize
 from snlp_jax.linearize.__main__ import TABLE_NAME, Args, linearize_run
 from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
 from snlp_jax.train.loop import train
 
 pytestmark = pytest.mark.slow
@@ -32,14 +35,17 @@ def run_dir(tmp_path_factory):
     return folder / "tiny"
 
 
+FIT = "n=3,k=1,rank=2,init_rank=2,tokens=512"
+
+
 @pytest.fixture(scope="module")
 def linearised(run_dir):
-    return make(run_dir, "made", attention=2, blocks=1)
+    return make(run_dir, "made", {"calibrations": (f"c3:{FIT}",)}, attention=2, blocks=1)
 
 
-def make(run_dir, name, data="", **options):
+def make(run_dir, name, args=None, **options):
     options = LinearizeConfig(**{"tokens": 2048, "batch_size": 16, **options})
-    return linearize_run(Args(run_dir, options, data, str(run_dir.parent / name), num_windows=16))
+    return linearize_run(Args(run_dir, options, out=str(run_dir.parent / name), **{"num_windows": 16, **(args or {})}))
 
 
 def test_the_command_makes_a_run(run_dir, tmp_path):
@@ -63,21 +69,45 @@ def test_the_command_makes_a_run(run_dir, tmp_path):
 
 
 def test_a_linearised_run_is_evaluated_calibrated_and_decoded(linearised):
+    """What the command has calibrated is found by name, and is what eval.py fits to the new run by the same text."""
     config = read_config(linearised)
     assert len(config.model.linear_attention) == 2 and len(config.model.linear_mlp) == 1
-    solvers = ("idn:n=3,k=1", "cal:n=3,k=1,init=cal,fit=c3")
-    evaluation = EvalConfig(solvers=solvers, calibrations=("c3:n=3,k=1,rank=2,init_rank=2,tokens=512",))
+    told = json.loads((linearised / TABLE_NAME).read_text())
+    assert told["calibrations"] == {"c3": {"setting": "cal:1-4,k=1,init=cal,fit=c3", "tokens": 512}}
+    solvers = ("idn:n=3,k=1", told["calibrations"]["c3"]["setting"], "cal:n=3,k=1,init=cal,fit=again")
+    evaluation = EvalConfig(solvers=solvers, calibrations=(f"again:{FIT}",))
     evaluation = dataclasses.replace(
         evaluation, num_windows=16, batch_size=16, greedy_tokens=4, greedy_prompts=1, timing_repeats=0
     )
     report = evaluate_run(linearised, dataclasses.replace(config, eval=evaluation))
-    told = json.loads((linearised / TABLE_NAME).read_text())
+    sequential, identity, calibrated, again = (result.ppl for result in report.results)
     # The same windows in another program, float32.
-    assert report.results[0].ppl == pytest.approx(told["ppl"]["after"], rel=1e-5)
+    assert sequential == pytest.approx(told["ppl"]["after"], rel=1e-5)
+    assert calibrated == again and calibrated != identity  # the same statistics of the same text by the same programs
     model = LanguageModel(config.model)
-    engine = Engine(model, read_params(linearised, model, "best")[1])
+    params = read_params(linearised, model, "best")[1]
+    schedule = parse_schedule(solvers[1], 4)
+    engine = Engine(model, params, schedule, fits=load_fits(linearised, params, [schedule]))
     (done,) = engine.generate([Request([1, 2, 3], max_new_tokens=4)])
     assert len(done.tokens) == 4
+
+
+def test_statistics_over_devices_are_those_of_one(run_dir, monkeypatch):
+    tables, sizes = [], []
+
+    def spy(*args, mesh, **settings):
+        sizes.append(mesh.shape["data"] if mesh else 1)
+        return linearize(*args, mesh=mesh, **settings)
+
+    monkeypatch.setattr("snlp_jax.linearize.__main__.linearize", spy)
+    for num_devices in (1, 4):
+        made = make(run_dir, f"over{num_devices}", {"mesh_data": num_devices}, attention=1, ridge=0.1)
+        told = json.loads((made / TABLE_NAME).read_text())
+        tables.append([{name: row[name] for name in ("nmse", "held_out")} for row in told["rounds"][0]["table"]])
+    assert sizes == [1, 4]
+    for one, four in zip(*tables, strict=True):
+        # Covariances are known to 1e-7 of their largest eigenvalue, at most 32 means; the ridge is 0.1 of a mean.
+        assert four == pytest.approx(one, rel=1e-4)
 
 
 def test_greedy_choices_drops_and_chance(run_dir):
@@ -120,7 +150,16 @@ def test_the_maps_alone_are_trained(linearised):
 
 def test_input_is_checked_before_anything_is_compiled(run_dir, monkeypatch):
     monkeypatch.setattr("snlp_jax.linearize.__main__.read_params", lambda *_: pytest.fail("too late"))
+    calibrated = lambda *texts: {"attention": 1, "args": {"calibrations": texts}}  # noqa: E731
     cases = (
+        (calibrated("c2:n=9"), "calibration 'c2:n=9': n=9 is outside the model"),
+        (calibrated("c2:n=2,rank=0"), "calibration 'c2:n=2,rank=0': rank=0 is less than 1"),
+        (calibrated("c2:n=2", "c2:n=3"), "calibration 'c2' is given 2 times; give each a name of its own"),
+        (calibrated("c2:n=2,k=1,stage=1xF2"), "calibration 'c2' fuses layers as trained"),
+        (calibrated("c2:n=2,tokens=16"), "calibration takes batches of 32 windows of 16 tokens.*raise tokens="),
+        ({"attention": 1, "args": {"num_windows": 0}}, "--num-windows is 0; it must be at least 1"),
+        ({"attention": 1, "args": {"mesh_data": 99}}, "a mesh of 99 x 1 x 1 needs 99 devices, but there are 8"),
+        ({"attention": 1, "batch_size": 4, "args": {"mesh_data": 8}}, "--batch-size is 4, but each of 8 devices takes"),
         ({"attention": 5}, "--attention is 5, but the model has 4 whole attentions; lower it"),
         ({"attention": 3, "blocks": 2}, "--attention is 3 besides the 2 of --blocks, but the model has 4 whole"),
         ({"blocks": 5}, "--blocks is 5, but the model has 4 whole blocks; lower it"),
@@ -134,7 +173,10 @@ def test_input_is_checked_before_anything_is_compiled(run_dir, monkeypatch):
     short = run_dir.parent / "short.jsonl"
     short.write_text('{"text": "a few words"}\n{"text": "and others"}\n')
     with pytest.raises(InputError, match="0 tokens are too few to fit maps of width 32"):
-        make(run_dir, "never", data=str(short), attention=1)
+        make(run_dir, "never", {"data": str(short)}, attention=1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="linearised by one process, but there are 2; .* with --mesh.data"):
+        make(run_dir, "never", attention=1)
     assert not (run_dir.parent / "never").exists()
 
 

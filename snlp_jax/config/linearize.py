@@ -15,34 +15,35 @@ class LinearizeConfig:
     ``python -m snlp_jax.linearize``."""
 
     attention: int = 0
-    """Attentions to replace."""
+    """In how many layers the attention is replaced."""
     mlp: int = 0
-    """MLPs to replace."""
+    """In how many layers the MLP is replaced."""
     blocks: int = 0
-    """Whole layers to replace, each by one map; other layers are then chosen for the two above."""
+    """How many whole layers are replaced, each by one map; other layers are then chosen for the two above."""
     rank_by: RankBy = "heldout"
-    """Replaced are the layers of the lowest: NMSE with the residual on text that the maps were not fitted to; the same
-    on the text that they were; that without the residual; the authors' bound by canonical correlations; or a random
-    choice, as a control."""
+    """By what layers are ranked; the lowest are replaced. nmse: the share of the variance of a branch's output that the
+    map leaves, on the text that it was fitted to; nmse_residual: of the output plus the input; heldout: that on other
+    text; cca: the authors' bound of it by canonical correlations; random: a control."""
     greedy: bool = False
-    """Take statistics anew on the model so far after every replacement, instead of once."""
+    """Rank again, by new statistics of the model so far, after every replacement; otherwise once."""
     every: int = 1
-    """Replacements between them."""
+    """With greedy: replacements between two rankings."""
     drop: bool = False
-    """The control: drop the chosen sub-layers, with nothing in their place."""
+    """The control: leave the chosen sub-layers out, with nothing in their place."""
     rank: int = 0
-    """Of the maps, as products of two matrices; 0 means whole ones."""
+    """Rank of the maps, which are then products of two matrices; 0 means whole matrices."""
     ridge: float | None = None
-    """Relative to the mean eigenvalue of C_xx. None means 0 where C_xx is well conditioned, and otherwise what is best
-    on text that the maps were not fitted to."""
+    """What is added to the diagonal of the inputs' covariance, relative to its mean eigenvalue. None means 0 where that
+    is well conditioned, and otherwise what is best on text that the maps were not fitted to."""
     shrinkage: float = 0.0
-    """Share of a multiple of the identity that C_xx is mixed with."""
+    """Share, 0 to 1, of a multiple of the identity that the inputs' covariance is mixed with."""
     tokens: int = 524_288
-    """Of training text that the maps are fitted to; a quarter as many more choose and rank."""
+    """Tokens of training text that the maps are fitted to, or four fifths of the text where it is shorter; a quarter as
+    many more choose ridges and rank."""
     skip_first: int = 0
-    """Tokens at the beginning of each window that do not count."""
+    """Tokens at the beginning of each window that are left out of the statistics."""
     batch_size: int = 32
-    """Windows at once."""
+    """Windows of the model's seq_len tokens that are evaluated at once."""
     layers_at_once: int = 0
     """Layers whose statistics are held at once, each group of which costs a pass over the text; 0 means all."""
     seed: int = 0

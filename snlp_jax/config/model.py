@@ -103,6 +103,9 @@ class ModelConfig:
     the solver's deltas are float32 always."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """auto: cuDNN flash attention on GPU, Pallas splash attention on TPU, blockwise XLA elsewhere."""
+    decode_attention: Literal["auto", "xla", "pallas"] = "auto"
+    """Of tokens that follow on a cache. pallas: steps of up to 16 in one kernel for all layers of a region, on a GPU
+    or TPU and over no tensor axis; longer ones by XLA. auto: XLA's, until a GPU has shown that the kernel is faster."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_ratio", "seq_len", "rotary_multiple"):

@@ -1,11 +1,15 @@
 """Calibrations of a run: fitted to its training text, saved beside its checkpoint, found again by name.
 
+As --calibrations of eval.py, or of python -m snlp_jax.linearize, which fits them to the model that it makes:
+
     cal8:n=8,k=2                                       shared bases of rank 32 and a fitted initial trace
     cal8:n=8,k=2,kind=channel,init=h0,tokens=131072    diagonal surrogates for the guess h0
     pre8:4-12,k=1,kind=scalar,init=preheat,init_rank=8
+    cal8:n=8,k=2,tune=200                              tuned by the model's output afterwards, in 200 steps
 
 Keys: a region as in solver settings (n= or a span, stage=), ``k`` iterations, ``kind`` scalar, channel or basis,
-``rank`` of the bases, ``intercept`` 0 or 1, ``init`` (h0, batch_forward, cal, preheat), ``init_rank``, ``tokens``.
+``rank`` of the bases, ``intercept`` 0 or 1, ``init`` (h0, batch_forward, cal, preheat), ``init_rank``, ``tokens``,
+``tune`` steps (snlp_jax/linearize/tune.py).
 """
 
 import dataclasses
@@ -23,13 +27,14 @@ from snlp_jax.errors import InputError
 from snlp_jax.forward import layer_problem, run_segments
 from snlp_jax.layout import Weights, cut_before, split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
+from snlp_jax.linearize.tune import TUNE_BATCH, tune_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared
 from snlp_jax.notation import INITS, parse_fields, parse_number, parse_span, parse_stage
 from snlp_jax.solver import Calibration, Chunkwise, Identity, LayerProblem, ParallelSegment, Schedule
 from snlp_jax.types import Array, Params
 
-KEYS = ("n", "k", "kind", "rank", "intercept", "init", "init_rank", "tokens", "stage", "scales", "branches")
+KEYS = ("n", "k", "kind", "rank", "intercept", "init", "init_rank", "tokens", "tune", "stage", "scales", "branches")
 SEED = 0
 """Of the choice of training windows."""
 BATCH_SIZE = 32
@@ -49,6 +54,11 @@ class CalibrationSpec:
     init_rank: int = 128
     """At most the model's width."""
     num_tokens: int = 65536
+    tune_steps: int = 0
+
+    @property
+    def init_name(self) -> str:
+        return next(name for name, init in INITS.items() if init is type(self.region.init))
 
 
 def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
@@ -74,6 +84,11 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
             start, stop, number("k", 2), Identity(), INITS[init_name](), parse_stage(fields, stop - start), fit=name
         )
         Schedule.of(num_layers, region)
+        for key in ("rank", "init_rank"):
+            if number(key, 1) < 1:
+                raise ValueError(f"{key}={fields[key]} is less than 1.")
+        if number("tune", 0) < 0:
+            raise ValueError(f"tune={fields['tune']} is negative.")
         return CalibrationSpec(
             name,
             region,
@@ -82,9 +97,20 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
             bool(number("intercept", 0)),
             number("init_rank", CalibrationSpec.init_rank),
             number("tokens", CalibrationSpec.num_tokens),
+            number("tune", CalibrationSpec.tune_steps),
         )
     except ValueError as error:
         raise InputError(f"calibration {text.strip()!r}: {error}") from error
+
+
+def parse_calibrations(texts: Sequence[str], num_layers: int) -> tuple[CalibrationSpec, ...]:
+    """One each. Raises InputError also where two have the same name, of which the second would replace the first."""
+    specs = tuple(parse_calibration(text, num_layers) for text in texts)
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"calibration {name!r} is given {names.count(name)} times; give each a name of its own.")
+    return specs
 
 
 def fit_to_run(
@@ -96,6 +122,11 @@ def fit_to_run(
         InputError: a kind or rank that the model cannot have, or too little text for one batch.
     """
     calibration, num_tokens = fit_spec(model, params, data, spec)
+    return calibration, save_fit(run_dir, params, spec, calibration, num_tokens)
+
+
+def save_fit(run_dir: Path, params: Params, spec: CalibrationSpec, calibration: Calibration, num_tokens: int) -> Path:
+    """Save what :func:`fit_spec` has found of these parameters beside their checkpoint."""
     about = About(
         kind=spec.kind,
         start=spec.region.start,
@@ -105,14 +136,15 @@ def fit_to_run(
         seed=SEED,
         fingerprint=fingerprint(params),
         stage=stage_text(spec.region),
-        init=next(name for name, init in INITS.items() if init is type(spec.region.init)),
+        init=spec.init_name,
+        tune_steps=spec.tune_steps,
     )
-    return calibration, save_calibration(run_dir, spec.name, calibration, about)
+    return save_calibration(run_dir, spec.name, calibration, about)
 
 
 def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec) -> tuple[Calibration, int]:
-    """The calibration, and the number of tokens of training text that it is fitted to. For errors see
-    :func:`fit_to_run`."""
+    """The calibration, and the number of tokens of training text that it is fitted to, before any tuning. For errors
+    see :func:`fit_to_run`."""
     windows = training_windows(data, model.config.seq_len, spec.num_tokens)
     calibration = fit_calibration(
         region_problems(model, params, spec.region, windows["tokens"], windows.get("document")),
@@ -123,7 +155,13 @@ def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: Calibr
         init=spec.region.init,
         init_rank=min(spec.init_rank, model.config.embed_dim),
     )
-    return calibration, windows["tokens"][:, 1:].size
+    num_tokens = windows["tokens"][:, 1:].size
+    if spec.tune_steps:
+        seq_len = model.config.seq_len
+        windows = training_windows(data, seq_len, max(spec.tune_steps * TUNE_BATCH * seq_len, spec.num_tokens))
+        given = (windows["tokens"], windows.get("document"))
+        calibration = tune_calibration(model, params, spec.region, calibration, *given, num_steps=spec.tune_steps)
+    return calibration, num_tokens
 
 
 def load_fits(run_dir: Path, params: Params, schedules: Sequence[Schedule]) -> dict[str, Calibration]:
@@ -180,16 +218,25 @@ def region_problems(
     return stream
 
 
-def training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
-    """About ``num_tokens`` tokens of training text, whole batches of windows drawn without replacement: ``tokens``
-    [n, T + 1] and, where they are masked, ``document``."""
-    source = data.windows("train", seq_len)
-    wanted = min(-(-num_tokens // seq_len), len(source)) // BATCH_SIZE * BATCH_SIZE
+def num_training_windows(data: TokenData, seq_len: int, num_tokens: int) -> int:
+    """Windows of training text that hold about ``num_tokens`` tokens, whole batches of them.
+
+    Raises:
+        InputError: there is no text for one batch, or fewer tokens were asked for.
+    """
+    have = len(data.windows("train", seq_len))
+    wanted = min(-(-num_tokens // seq_len), have) // BATCH_SIZE * BATCH_SIZE
     if wanted == 0:
         raise InputError(
-            f"calibration takes batches of {BATCH_SIZE} windows of {seq_len} tokens, but there are only {len(source)} "
+            f"calibration takes batches of {BATCH_SIZE} windows of {seq_len} tokens, but there are only {have} "
             f"windows and tokens={num_tokens} was asked for; raise tokens= or give more text."
         )
-    chosen = np.random.default_rng(SEED).permutation(len(source))[:wanted]
+    return wanted
+
+
+def training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
+    """Drawn without replacement: ``tokens`` [n, T + 1] and, where they are masked, ``document``."""
+    source = data.windows("train", seq_len)
+    chosen = np.random.default_rng(SEED).permutation(len(source))[: num_training_windows(data, seq_len, num_tokens)]
     rows = [source[int(index)] for index in chosen]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -10,7 +10,7 @@ from snlp_jax.data.chat import prepare_data
 from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
-from snlp_jax.eval.calibrations import BATCH_SIZE, fit_to_run, load_fits, parse_calibration, training_windows
+from snlp_jax.eval.calibrations import BATCH_SIZE, fit_to_run, load_fits, parse_calibrations, training_windows
 from snlp_jax.eval.evaluate import evaluate, parse_settings
 from snlp_jax.eval.report import Report
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
@@ -71,7 +71,7 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     """
     # A bad setting should not wait for the corpus.
     settings = parse_settings(config.model, config.eval)
-    specs = [parse_calibration(text, config.model.num_layers) for text in config.eval.calibrations]
+    specs = parse_calibrations(config.eval.calibrations, config.model.num_layers)
     model = LanguageModel(config.model)
     step, params = read_params(run_dir, model, which)
     data = read_data(run_dir, config)

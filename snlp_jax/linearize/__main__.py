@@ -3,10 +3,15 @@
     python -m snlp_jax.linearize runs/mine --attention 4                    # the attentions of 4 layers, in closed form
     python -m snlp_jax.linearize runs/mine --attention 4 --drop             # the control: the same ones dropped
     python -m snlp_jax.linearize runs/llama --attention 12 --greedy --data notes.jsonl --out runs/llama-nbl
+    python -m snlp_jax.linearize runs/mine --attention 4 --calibrations c2:n=8,k=2   # and surrogates for the solver
 
 Prints what a map would leave of every candidate, which ones were chosen, and perplexity before and after. The run that
 is made (RUN_DIR-nblN) is as training leaves one, at step 0: eval.py, python -m snlp_jax.infer and --train.init-from
-read it. linearize.json in it holds the table.
+read it. linearize.json in it holds the table, calibrations/ what --calibrations has fitted.
+
+Maps and calibrations share the command and the training text, not the statistics: maps are fitted to what the branches
+of the given model read and add, calibrations to the residuals and states of whole regions of the model that is made, in
+passes of their own (docs/math.md, section 4).
 """
 
 import dataclasses
@@ -14,10 +19,11 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
 from jax.sharding import Mesh
@@ -29,6 +35,7 @@ from snlp_jax.config import Config, LinearizeConfig, MeshConfig, to_json
 from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
+from snlp_jax.eval.calibrations import CalibrationSpec, fit_spec, num_training_windows, parse_calibrations, save_fit
 from snlp_jax.eval.fidelity import make_reference_fn
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
 from snlp_jax.eval.run import TEMPLATE_NAME, TOKENIZER_NAME, read_config, read_data, read_params
@@ -43,7 +50,7 @@ from snlp_jax.linearize.store import fingerprint
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
-from snlp_jax.solver import PerLayer, Schedule
+from snlp_jax.solver import Calibration, PerLayer, Schedule
 from snlp_jax.types import Params
 
 TABLE_NAME = "linearize.json"
@@ -57,12 +64,20 @@ class Args:
     data: str = ""
     """Text to fit to and to measure on, as --data.source of train.py; empty takes the run's own."""
     out: str = ""
-    """The run directory that is made; empty means RUN_DIR-nblN, N replaced sub-layers."""
+    """The run directory that is made; empty means RUN_DIR-nblN, or RUN_DIR-dropN, N replaced sub-layers."""
+    calibrations: tuple[str, ...] = ()
+    """Surrogates and initial traces to fit to the new model on the same training text, such as c2:n=8,k=2, which
+    settings then name by fit=c2; written as --calibrations of eval.py (snlp_jax/eval/calibrations.py)."""
     checkpoint: Literal["best", "last"] = "best"
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """Devices over whose data axis the statistics are spread."""
+    """The one of the lowest validation loss, or the newest."""
+    mesh_data: Annotated[int, tyro.conf.arg(name="mesh.data")] = 1
+    """Devices over which each batch of the maps' statistics is spread; 0 takes all there are."""
     num_windows: int = 64
-    """Held-out windows on which perplexity is measured."""
+    """Held-out windows of the model's seq_len tokens on which perplexity is measured."""
+
+    def __post_init__(self) -> None:
+        if self.num_windows < 1:
+            raise InputError(f"--num-windows is {self.num_windows}; it must be at least 1.")
 
 
 def main() -> None:
@@ -74,7 +89,8 @@ def linearize_run(args: Args) -> Path:
     """Make a run of a run, and return its directory. Nothing is compiled before all input has been checked.
 
     Raises:
-        InputError: no such run, a directory that holds something already, more layers than there are, too little text.
+        InputError: no such run, a directory that holds something already, more layers than there are, too little text,
+            a calibration that cannot be read or that fuses layers; too few devices, or several processes.
     """
     run_dir, options, config = args.run_dir, args.linearize, read_config(args.run_dir)
     target = Path(args.out) if args.out else _default_target(run_dir, options)
@@ -82,7 +98,8 @@ def linearize_run(args: Args) -> Path:
         raise InputError(f"{str(target)!r} exists and is not empty; name another directory with --out.")
     model = LanguageModel(config.model)
     check_linearize(model, options)
-    mesh = None if args.mesh == MeshConfig() else make_mesh(args.mesh)
+    specs = _specs_of(args.calibrations, config.model.num_layers)
+    mesh = _mesh_of(args.mesh_data)
     if args.data:
         tokenizer = str(run_dir / TOKENIZER_NAME)
         config = dataclasses.replace(
@@ -90,6 +107,8 @@ def linearize_run(args: Args) -> Path:
         )
     tokens = read_data(run_dir, config)
     fit, held_out, about = draw_text(tokens, config, options, mesh)
+    for spec in specs:
+        num_training_windows(tokens, config.model.seq_len, spec.num_tokens)  # refuses too little text
     size = min(options.batch_size, args.num_windows)
     shape = {"seq_len": config.model.seq_len, "batch_size": size, "num_batches": args.num_windows // size}
     windows = held_out_batches(tokens, **shape)
@@ -97,13 +116,43 @@ def linearize_run(args: Args) -> Path:
     before = held_out_nll(model, params, windows)
     made = _with_progress(model, params, fit, held_out, options, mesh, about["batches"])
     after = held_out_nll(made.model, made.params, windows)
+    fits = [(spec, *fit_spec(made.model, made.params, tokens, spec)) for spec in specs]
     told = _summary(config, options, made, before, after, windows)
     told |= {"run_dir": str(run_dir), "checkpoint": args.checkpoint, "step": step, "fingerprint": fingerprint(params)}
+    told |= {"calibrations": {spec.name: {"setting": _setting(spec), "tokens": count} for spec, _, count in fits}}
     told |= {"corpus_hash": tokens.content_hash, "text": about, **circumstances()}
-    _write(target, run_dir, _config_of(config, target, made, bool(args.data)), made.params, told)
+    _write(target, run_dir, _config_of(config, target, made, bool(args.data)), made.params, fits, told)
     _print(made, told["ppl"])
+    for name, each in told["calibrations"].items():
+        print(f"calibrated {name} on {each['tokens']} tokens of training text: --solvers {each['setting']}")
     print(f"wrote {target}")
     return target
+
+
+def _specs_of(texts: tuple[str, ...], num_layers: int) -> tuple[CalibrationSpec, ...]:
+    specs = parse_calibrations(texts, num_layers)
+    for spec in specs:
+        if not isinstance(spec.region.stage, PerLayer):
+            raise InputError(
+                f"calibration {spec.name!r} fuses layers as trained, and which of them are replaced is not known yet; "
+                "leave out stage=, or fit it with eval.py --calibrations."
+            )
+    return specs
+
+
+def _mesh_of(num_devices: int) -> Mesh | None:
+    if jax.process_count() > 1:
+        raise InputError(
+            f"a model is linearised by one process, but there are {jax.process_count()}; start one, and give it more "
+            "devices with --mesh.data."
+        )
+    return None if num_devices == 1 else make_mesh(MeshConfig(data=num_devices))
+
+
+def _setting(spec: CalibrationSpec) -> str:
+    """The solver's, with what was fitted."""
+    region = spec.region
+    return f"cal:{region.start}-{region.stop},k={region.num_iters},init={spec.init_name},fit={spec.name}"
 
 
 # -- Text --------------------------------------------------------------------------------------------------------------
@@ -115,12 +164,17 @@ def draw_text(
     """Batches of training windows to fit to, others that choose and rank, and how many tokens these are.
 
     Raises:
-        InputError: too few tokens for the width.
+        InputError: too few tokens for the width, or fewer windows in a batch than devices.
     """
     source, length = data.windows("train", config.model.seq_len), config.model.seq_len
     rows = mesh.shape["data"] if mesh is not None else 1
     if options.skip_first >= length:
         raise InputError(f"--skip-first is {options.skip_first}, but windows have {length} tokens; lower it.")
+    if options.batch_size < rows:
+        raise InputError(
+            f"--batch-size is {options.batch_size}, but each of {rows} devices takes a window or more; raise it, or "
+            "lower --mesh.data."
+        )
     fewest = -(-2 * config.model.embed_dim // (length - options.skip_first))
     wanted = min(-(-options.tokens // length), len(source) * 4 // 5)
     size = min(options.batch_size, wanted, len(source) // 5) // rows * rows
@@ -177,7 +231,7 @@ def _config_of(config: Config, target: Path, made: Linearized, is_elsewhere: boo
         data = dataclasses.replace(data, tokenizer=str(target.absolute() / TOKENIZER_NAME))
     evaluation = dataclasses.replace(
         config.eval, solvers=tuple(filter(runs, config.eval.solvers)), calibrations=()
-    )  # fused layers must be alike, and calibrations are of other parameters
+    )  # fused layers must be alike, and the old run's calibrations are of other parameters
     own: dict[str, Any] = {"name": target.absolute().name, "run_dir": str(target), "model": made.model.config}
     return dataclasses.replace(config, **own, data=data, eval=evaluation, mesh=MeshConfig())
 
@@ -199,15 +253,18 @@ def _summary(
 
 
 def _rows(round: Round) -> list[dict[str, Any]]:
-    rows = []
-    for each in round.candidates:
-        row = {f.name: getattr(each, f.name) for f in dataclasses.fields(each) if f.name != "fit"}
-        row["condition"] = each.condition if math.isfinite(each.condition) else None
-        rows.append(row | {"chosen": round.chosen.index(each.place) + 1 if each.place in round.chosen else 0})
-    return rows
+    ranks = {place: rank for rank, place in enumerate(round.chosen, 1)}
+    return [each.row() | {"chosen": ranks.get(each.place, 0)} for each in round.candidates]
 
 
-def _write(target: Path, run_dir: Path, config: Config, params: Params, told: dict[str, Any]) -> None:
+def _write(
+    target: Path,
+    run_dir: Path,
+    config: Config,
+    params: Params,
+    fits: list[tuple[CalibrationSpec, Calibration, int]],
+    told: dict[str, Any],
+) -> None:
     text = to_json(config)
     with explain_full_disk(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -217,6 +274,8 @@ def _write(target: Path, run_dir: Path, config: Config, params: Params, told: di
         atomic_write(target / TABLE_NAME, json.dumps(told, indent=1) + "\n")
         with Checkpointer(target / CHECKPOINT_NAME, config_json=text) as checkpoints:
             checkpoints.save(0, {"params": params}, None, {"val_loss": math.log(told["ppl"]["after"])})
+        for each in fits:
+            save_fit(target, params, *each)
         atomic_write(target / CONFIG_NAME, text)  # last: a directory with it is a run
 
 

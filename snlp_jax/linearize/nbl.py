@@ -8,6 +8,8 @@ cca              the authors' bound (:func:`snlp_jax.linearize.maps.cca_bound`)
 random           a control
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +48,11 @@ class Candidate:
     @property
     def place(self) -> Place:
         return self.branch, self.layer
+
+    def row(self) -> dict[str, Any]:
+        """For a report: all but the map, an infinite condition as None."""
+        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fit"}
+        return row | {"condition": self.condition if math.isfinite(self.condition) else None}
 
     def score(self, rank_by: str) -> float:
         names = {"heldout": "held_out", "cca": "cca_bound"}

@@ -35,6 +35,7 @@ class About:
     fingerprint: str
     stage: str = ""
     init: str = ""
+    tune_steps: int = 0
 
 
 def fingerprint(params: PyTree) -> str:

@@ -1,4 +1,4 @@
-"""Causal attention with a left window: one function, three implementations.
+"""Causal attention with a left window: one function, three implementations; to a cache, two.
 
 Key s is visible from query t iff ``t - window <= s <= t`` and, where documents are told apart, both belong to the same
 one. Splash attention knows segments; cuDNN's would need the whole mask as a bias, so that XLA's takes its place there.
@@ -16,12 +16,15 @@ import numpy as np
 from snlp_jax.errors import InputError
 from snlp_jax.types import Array
 
-Implementation = Literal["xla", "cudnn", "splash"]
+Implementation = Literal["xla", "cudnn", "splash", "triton", "mosaic"]
+"""The last two are the kernels of ``snlp_jax/model/decode_kernel.py``, for steps that follow on a cache."""
 
 MAX_SCORES = 2**26
 """Largest score tensor, in elements, that the XLA path holds at once (256 MiB in float32)."""
 MIN_BLOCK = 64
 """Fewest queries of a block, whatever the size of its scores."""
+MAX_QUERIES = 16
+"""Tokens up to which a step that follows on a cache is one of decoding."""
 
 
 def choose_implementation(
@@ -51,6 +54,28 @@ def choose_implementation(
             f"not {seq_len} and {head_dim} on {backend!r}; use 'auto'."
         )
     return requested  # type: ignore[return-value]
+
+
+def choose_decoding(requested: str, *, backend: str, num_tokens: int, head_dim: int) -> Implementation:
+    """Of steps with ``num_tokens`` tokens that follow on a cache. ``pallas`` is for those of decoding: more than
+    ``MAX_QUERIES`` tokens at once go through XLA's.
+
+    Raises:
+        InputError: the kernel does not run on this backend or at this head size.
+    """
+    if requested != "pallas":
+        return "xla"
+    if backend not in ("gpu", "tpu"):
+        raise InputError(f"model.decode_attention 'pallas' needs a GPU or a TPU, not {backend!r}; use 'auto'.")
+    is_power = head_dim & (head_dim - 1) == 0
+    if backend == "gpu" and not (is_power and 16 <= head_dim <= 256):
+        raise InputError(
+            f"model.decode_attention 'pallas' needs heads of 16, 32, 64, 128 or 256 channels on a GPU, not {head_dim}; "
+            "use 'auto'."
+        )
+    if num_tokens > MAX_QUERIES:
+        return "xla"
+    return "triton" if backend == "gpu" else "mosaic"
 
 
 def attend(
@@ -216,6 +241,24 @@ def attend_pieces(
     outs = (product("BKXS,BKSH->BKXH", w, piece.value_BKSH) for w, piece in zip(weights, pieces, strict=True))
     out_BKXH = functools.reduce(jnp.add, outs)
     return jnp.moveaxis(out_BKXH.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H).astype(dtype)
+
+
+def attend_ring(
+    q_BTNH: Array,
+    key_BTKH: Array,
+    value_BTKH: Array,
+    ring_key_BKSH: Array,
+    ring_value_BKSH: Array,
+    window: int | Array,
+    length_B: Array,
+    softcap: float = 0.0,
+) -> Array:
+    """Attention [B, T, N, H] of T tokens that follow on ``length_B`` others, to these, which lie in a ring, and among
+    themselves, on the XLA path; the two sets of keys are read where they lie."""
+    position_BT = length_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
+    earlier = Piece(ring_key_BKSH, ring_value_BKSH, slot_positions(length_B, ring_key_BKSH.shape[2]))
+    now = Piece(jnp.swapaxes(key_BTKH, 1, 2), jnp.swapaxes(value_BTKH, 1, 2), position_BT)
+    return attend_pieces(q_BTNH, position_BT, (earlier, now), window, softcap=softcap)
 
 
 def slot_positions(length_B: Array, num_slots: int) -> Array:

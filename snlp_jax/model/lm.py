@@ -15,7 +15,7 @@ from flax import nnx
 
 from snlp_jax.config import Kind, ModelConfig, RopeScaling
 from snlp_jax.errors import InputError
-from snlp_jax.model.attention import Implementation, choose_implementation
+from snlp_jax.model.attention import Implementation, choose_decoding, choose_implementation
 from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
 from snlp_jax.model.ends import Embedding, Head
 from snlp_jax.model.hyper import LayerMaps, static_maps
@@ -447,25 +447,25 @@ class LanguageModel:
         return node_fns(node, windows, kernels, remat=self.config.remat, **settings)
 
     def _kernels(self, forward_mode: bool) -> ChooseKernel:
-        return lambda seq_len: "xla" if forward_mode else self._attention(seq_len)
+        return lambda *of: "xla" if forward_mode else self._attention(*of)
 
-    def _attention(self, seq_len: int) -> Implementation:
+    def _attention(self, seq_len: int, is_cached: bool = False) -> Implementation:
         """
         Raises:
             InputError: the config asks for a kernel that does not run here.
         """
-        kernel = choose_implementation(
-            self.config.attention,
-            backend=self.backend,
-            dtype=self.dtype,
-            seq_len=seq_len,
-            head_dim=self.config.head_dim,
-            softcap=self.config.attention_softcap,
-        )
+        config, name = self.config, "decode_attention" if is_cached else "attention"
+        requested = getattr(config, name)
+        where: dict[str, Any] = {"backend": self.backend, "head_dim": config.head_dim}
+        if is_cached:
+            kernel = choose_decoding(requested, num_tokens=seq_len, **where)
+        else:
+            settings = {"dtype": self.dtype, "seq_len": seq_len, "softcap": config.attention_softcap}
+            kernel = choose_implementation(requested, **settings, **where)
         if kernel in self._kernels_here:
             return kernel
-        if self.config.attention != "auto":
-            raise InputError(f"model.attention {kernel!r} does not run over this mesh; use 'auto' or 'xla'.")
+        if requested != "auto":
+            raise InputError(f"model.{name} {requested!r} does not run over this mesh; use 'auto' or 'xla'.")
         return "xla"
 
 

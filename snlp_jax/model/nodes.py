@@ -27,20 +27,19 @@ import numpy as np
 from snlp_jax.config import ModelConfig
 from snlp_jax.model.attention import (
     Implementation,
-    Piece,
     attend_any,
     attend_by_window,
-    attend_pieces,
-    slot_positions,
+    attend_ring,
 )
 from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Ring, Rings, Shared
+from snlp_jax.model.decode_kernel import attend_ring_at_once
 from snlp_jax.model.hyper import BranchMaps, LayerMaps, join, residual_path
 from snlp_jax.model.layers import project, rms_norm
 from snlp_jax.types import Array, Groups, PyTree
 
 NodeFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, BlockAux]]
-ChooseKernel = Callable[[int], Implementation]
-"""Attention kernel for a sequence length."""
+ChooseKernel = Callable[[int, bool], Implementation]
+"""Attention kernel for a number of tokens, and whether these follow on a cache."""
 
 LARGE_STATE = 2**10
 """Tokens times streams of a state from which a CPU evaluates nodes one after another rather than all at once."""
@@ -92,7 +91,7 @@ class LayerNode:
 
     def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
         if shared.first_B is not None:
-            return attend_cached(q_BTNH, kv, _own(ctx), ctx.window, shared, self.config.attention_softcap)
+            return attend_cached(q_BTNH, kv, _own(ctx), ctx.window, shared, kernel, self.config.attention_softcap)
         windows, softcap = tuple(sorted(set(self.config.windows))), self.config.attention_softcap
         return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel, shared.document_BT, softcap)
 
@@ -145,7 +144,7 @@ class ChunkNode:
     def attend(self, q_MBTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
         rest = (shared.document_BT, self.config.attention_softcap)
         if shared.first_B is not None:
-            cached = functools.partial(attend_cached, softcap=self.config.attention_softcap)
+            cached = functools.partial(attend_cached, kernel=kernel, softcap=self.config.attention_softcap)
             return jax.vmap(cached, in_axes=(0, 0, 0, 0, None))(q_MBTNH, kv, _own(ctx), ctx.window, shared)
         if self.windows is not None:
             return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel, *rest)
@@ -228,14 +227,19 @@ def _own(ctx: Context) -> Ring:
 
 
 def attend_cached(
-    q_BTNH: Array, kv: KeyValue, past: Ring, window: Array | int, shared: Shared, softcap: float = 0.0
+    q_BTNH: Array,
+    kv: KeyValue,
+    past: Ring,
+    window: Array | int,
+    shared: Shared,
+    kernel: Implementation = "xla",
+    softcap: float = 0.0,
 ) -> Array:
-    """Attention to the tokens before and to those at hand; the two sets of keys are read where they lie."""
+    """Attention to the tokens before and to those at hand."""
     assert shared.first_B is not None
-    position_BT = shared.first_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
-    earlier = Piece(*past, slot_positions(shared.first_B, past.key_BKSH.shape[-2]))
-    now = Piece(jnp.swapaxes(kv.key_BTKH, 1, 2), jnp.swapaxes(kv.value_BTKH, 1, 2), position_BT)
-    return attend_pieces(q_BTNH, position_BT, (earlier, now), window, softcap=softcap)
+    if kernel == "triton" or kernel == "mosaic":
+        return attend_ring_at_once(q_BTNH, *kv, *past, window, shared.first_B, kernel, softcap)
+    return attend_ring(q_BTNH, *kv, *past, window, shared.first_B, softcap)
 
 
 def _products_after(scale_M: Array) -> Array:
@@ -266,7 +270,7 @@ def node_fns(
         carry, q, kv = node.before(params, h, ctx, shared)
         out = None
         if q is not None and kv is not None:
-            out = node.attend(q, kv, ctx, shared, choose_kernel(h.shape[1]))
+            out = node.attend(q, kv, ctx, shared, choose_kernel(h.shape[1], shared.first_B is not None))
         new, skip_BTRR = node.after(params, carry, out, ctx)
         return new, BlockAux(kv, skip_BTRR)
 
@@ -275,7 +279,8 @@ def node_fns(
         carry_L, q, kv = jax.vmap(node.before, in_axes=(0, 0, 0, None))(params, h_L, ctx, shared)
         out = None
         if q is not None and kv is not None:
-            out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]), softcap)
+            kernel = choose_kernel(h_L.shape[2], shared.first_B is not None)
+            out = _attend_all(q, kv, ctx, shared, windows, kernel, softcap)
         new_L, skip_LBTRR = jax.vmap(node.after)(params, carry_L, out, ctx)
         return new_L, BlockAux(kv, skip_LBTRR)
 
@@ -350,8 +355,8 @@ def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKe
 
     def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry, q, kv = chunk.before(params, h_L[0], ctx, shared)
-        softcap = node.config.attention_softcap
-        out = _attend_all(q, kv, ctx, shared, windows, choose_kernel(h_L.shape[2]), softcap)
+        kernel = choose_kernel(h_L.shape[2], shared.first_B is not None)
+        out = _attend_all(q, kv, ctx, shared, windows, kernel, node.config.attention_softcap)
         new_L, _ = jax.vmap(node.after, in_axes=(0, None, 0, 0))(params, carry, out, ctx)
         return new_L, BlockAux(kv, None)
 
@@ -368,24 +373,31 @@ def _attend_all(
     softcap: float,
 ) -> Array:
     """Attention of all layers; the axes before [B, T, heads, H] are layers, or chunks and their layers."""
-    cached = functools.partial(attend_cached, softcap=softcap)
+    cached = functools.partial(attend_cached, kernel=kernel, softcap=softcap)
     if ctx.past is not None:
+        window, axis = _common(windows, ctx.window)
         attend = cached
         for _ in q.shape[:-4]:
-            attend = jax.vmap(attend, in_axes=(0, 0, 0, 0, None))
-        return attend(q, kv, ctx.past, ctx.window, shared)
+            attend = jax.vmap(attend, in_axes=(0, 0, 0, axis, None))
+        return attend(q, kv, ctx.past, window, shared)
     flat = lambda x: x.reshape(-1, *x.shape[-4:])  # noqa: E731
     q_LBTNH, kv_L = flat(q), KeyValue(flat(kv.key_BTKH), flat(kv.value_BTKH))
     if shared.past is not None:
-        attend_group = jax.vmap(cached, in_axes=(0, 0, 0, 0, None))
         order = [index for members in shared.past.members for index in members]
         outs = []
         for ring, members in zip(shared.past.groups, shared.past.members, strict=True):
             rows = np.asarray(members)
-            window_L = jnp.asarray([windows[index] for index in members])
+            its_windows = [windows[index] for index in members]
+            window, axis = _common(its_windows, jnp.asarray(its_windows))
             its_q, its_kv = jax.tree.map(lambda x, rows=rows: x[rows], (q_LBTNH, kv_L))
-            outs.append(attend_group(its_q, its_kv, ring, window_L, shared))
+            attend_group = jax.vmap(cached, in_axes=(0, 0, 0, axis, None))
+            outs.append(attend_group(its_q, its_kv, ring, window, shared))
         out_LBTNH = jnp.concatenate(outs)[np.argsort(order)]
     else:
         out_LBTNH = attend_by_window(q_LBTNH, *kv_L, windows, kernel, shared.document_BT, softcap)
     return out_LBTNH.reshape(*q.shape[:-4], *out_LBTNH.shape[1:])
+
+
+def _common(windows: Sequence[int], each: Array) -> tuple[Array | int, int | None]:
+    """``(window, its axis)``: one number where all layers have it, which a kernel need not be handed in an array."""
+    return (windows[0], None) if len(set(windows)) == 1 else (each, 0)

@@ -81,11 +81,11 @@ def over_data(mesh: Mesh | None, x: jax.Array) -> jax.Array:
     return x if mesh is None else constrain(x, mesh, PartitionSpec("data"))
 
 
-def kernels_on(mesh: Mesh | None, *, is_spread: bool) -> tuple[Literal["cudnn", "splash"], ...]:
+def kernels_on(mesh: Mesh | None, *, is_spread: bool) -> tuple[Literal["cudnn", "splash", "triton", "mosaic"], ...]:
     """Hand-written attention kernels that run over a mesh: where no axis of several devices is left to the compiler,
     that is, where layers are spread and ``tensor`` is 1; cuDNN's also where only the batch is spread."""
     if mesh is None or mesh.size == 1 or (is_spread and mesh.shape["tensor"] == 1):
-        return ("cudnn", "splash")
+        return ("cudnn", "splash", "triton", "mosaic")
     return ("cudnn",) if mesh.shape["data"] == mesh.size else ()
 
 

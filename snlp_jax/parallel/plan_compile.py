@@ -111,7 +111,7 @@ def plan_mesh(config: MeshConfig, chips: Slice) -> Mesh:
 def plain_kernels(config: Config) -> Config:
     """The config with XLA's attention: the hand-written kernels show neither their FLOPs nor their bytes, and do not
     compile without their libraries."""
-    return replace(config, model=replace(config.model, attention="xla"))
+    return replace(config, model=replace(config.model, attention="xla", decode_attention="xla"))
 
 
 def compile_plan(

@@ -119,6 +119,11 @@ class LayerProblem:
         """Whether the layers are alike and can be scanned."""
         return not isinstance(self.params, list | Groups)
 
+    @property
+    def traced_once(self) -> BlockFn:
+        """``block_fn`` for unrolled loops: layers that are alike are traced once, and XLA inlines the calls."""
+        return jax.jit(self.block_fn)
+
     def layer(self, index: int) -> tuple[PyTree, PyTree]:
         """``(params_l, ctx_l)`` of one layer."""
 
@@ -149,9 +154,9 @@ class LayerProblem:
     def sweep(self, x_L: PyTree) -> tuple[PyTree, PyTree]:
         """Evaluate all layers at once at inputs ``x_L``: ``(y_L, aux_L)``, both leading with the layer axis."""
         if self.is_unrolled or (self.sweep_fn is None and not self.is_stack):
+            block_fn = self.traced_once
             outputs = [
-                self.block_fn(*self._block_args(index, layer(x_L, index)), self.shared)
-                for index in range(self.num_layers)
+                block_fn(*self._block_args(index, layer(x_L, index)), self.shared) for index in range(self.num_layers)
             ]
             return stack_rows(outputs)
         sweep_fn = self.sweep_fn or jax.vmap(self.block_fn, in_axes=(0, 0, 0, None))

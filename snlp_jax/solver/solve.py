@@ -213,10 +213,11 @@ def sequential(
 def _one_by_one(problem: LayerProblem, with_trace: bool, with_aux: bool) -> tuple[PyTree, PyTree, PyTree]:
     """Value, trace and aux of the (local) layers; None for what is not wanted."""
     is_padding_L = problem.is_padding()
+    block_fn = problem.block_fn if problem.is_stack else problem.traced_once
 
     def body(h: PyTree, row: tuple[PyTree, PyTree, jax.Array | None]) -> tuple[PyTree, tuple[PyTree, PyTree]]:
         params, ctx, is_padding = row
-        new, aux = problem.block_fn(params, h, ctx, problem.shared)
+        new, aux = block_fn(params, h, ctx, problem.shared)
         if is_padding is not None:
             new = jax.tree.map(lambda old, new: jnp.where(is_padding, old, new), h, new)
         return new, (new if with_trace else None, aux if with_aux else None)

@@ -1,0 +1,74 @@
+"""Tunes a fitted calibration by what the model says, not by what its states are.
+
+Least squares counts all directions of a state alike; the head does not. From the closed-form fit on, Adam minimises
+
+    mean over tokens t of KL( p(. | x_<=t) || p_theta(. | x_<=t) )
+
+over the numbers theta of the calibration alone: p is the model's own sequential pass, p_theta the solver's, on training
+text without its labels. The model stays as it is, so that k iterations go on to settle k layers exactly. A step costs a
+sequential pass, and the region's evaluations with their gradient; layers before the region have none.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from snlp_jax.forward import forward
+from snlp_jax.layout import Weights, in_order, prepare
+from snlp_jax.model import LanguageModel
+from snlp_jax.solver import Calibrated, Calibration, ParallelSegment, Schedule
+from snlp_jax.types import Array, Params
+
+TUNE_BATCH = 8
+"""Windows of a step."""
+LEARNING_RATE = 2e-3
+"""At its peak, after a twentieth of the steps; it then falls along a cosine to 0."""
+
+
+def tune_calibration(
+    model: LanguageModel,
+    params: Params,
+    region: ParallelSegment,
+    calibration: Calibration,
+    windows: np.ndarray,
+    documents: np.ndarray | None = None,
+    *,
+    num_steps: int,
+) -> Calibration:
+    """The calibration of a region after ``num_steps`` steps on windows, int32 [n, T + 1], taken in turns.
+
+    The region's correction counts as ``Calibrated``, whatever it is; its initial trace, its number of iterations and
+    its stage are those that the numbers are tuned for. ``documents`` as in ``eval/calibrations.py``.
+    """
+    segment = dataclasses.replace(region, correction=Calibrated())
+    schedule, fits = Schedule.of(model.config.num_layers, segment), {region.fit: calibration}
+    num_tokens = TUNE_BATCH * (windows.shape[1] - 1)
+    weights = prepare(model, params, schedule, num_tokens=num_tokens, layout="stack", fits=fits)
+    position = weights.segments.index(segment)
+    rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, max(num_steps // 20, 1), max(num_steps, 2))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+
+    def loss_fn(fitted: Calibration, weights: Weights, tokens_BT: Array, document_BT: Array | None) -> Array:
+        its = tuple(fitted if place == position else fit for place, fit in enumerate(weights.fits))
+        log_probs = lambda weights: jax.nn.log_softmax(  # noqa: E731
+            forward(model, weights, tokens_BT, document_BT=document_BT).logits_BTV
+        )
+        truth_BTV = jax.lax.stop_gradient(log_probs(in_order(weights)))
+        found_BTV = log_probs(dataclasses.replace(weights, fits=its))
+        return jnp.mean(jnp.sum(jnp.exp(truth_BTV) * (truth_BTV - found_BTV), axis=-1))
+
+    @jax.jit
+    def step(fitted: Calibration, state: optax.OptState, *given: Weights | Array | None) -> tuple:
+        gradient = jax.grad(loss_fn)(fitted, *given)
+        updates, state = optimizer.update(gradient, state, fitted)
+        return optax.apply_updates(fitted, updates), state
+
+    state = optimizer.init(calibration)
+    for index in range(num_steps):
+        rows = np.arange(index * TUNE_BATCH, (index + 1) * TUNE_BATCH) % len(windows)
+        document_BT = None if documents is None else jnp.asarray(documents[rows, :-1])
+        calibration, state = step(calibration, state, weights, jnp.asarray(windows[rows, :-1]), document_BT)
+    return calibration

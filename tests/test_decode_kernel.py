@@ -1,0 +1,146 @@
+"""The kernel of a decoding step, in the interpreter, against XLA's attention to the same ring."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.speed_cells import decoding, random_state
+from snlp_jax.cache import Past
+from snlp_jax.config import ModelConfig
+from snlp_jax.errors import InputError
+from snlp_jax.forward import forward
+from snlp_jax.layout import prepare
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.attention import attend_ring, choose_decoding
+from snlp_jax.model.decode_kernel import attend_ring_at_once
+from snlp_jax.notation import parse_schedule
+
+TARGETS = ("triton", "mosaic")
+CLOSE: dict[str, Any] = {"atol": 5e-6, "rtol": 1e-5}
+"""Float32 sums over up to 163 keys of values of size one, in another order."""
+CASES = {
+    # Tokens of the step; heads, kv heads and slots; tokens before of every row; windows of the layers; cap of scores.
+    "empty": (3, 2, 2, 70, (0, 0), (0, 5), 0.0),
+    "partly filled": (1, 2, 2, 150, (70, 3), (149, 149), 0.0),
+    "wrapped": (1, 2, 2, 150, (300, 151), (20, 149), 0.0),
+    "several queries of a head, several tokens": (3, 6, 2, 150, (307, 149), (5, 147), 0.0),
+    "most tokens at once": (16, 4, 1, 40, (90, 12), (10, 24), 0.0),
+    "capped": (2, 2, 1, 70, (70, 9), (30, 400), 3.0),
+}
+
+
+def operands(num_tokens, num_heads, num_kv_heads, num_slots, lengths, windows, num_layers=2):
+    keys, batch, size = jax.random.split(jax.random.key(0), 5), len(lengths), 16
+    of_step = (num_layers, batch, num_tokens)
+    shapes = ((*of_step, num_heads), (*of_step, num_kv_heads), (*of_step, num_kv_heads))
+    shapes += ((num_layers, batch, num_kv_heads, num_slots),) * 2
+    q, *rest = (jax.random.normal(key, (*shape, size)) for key, shape in zip(keys, shapes, strict=True))
+    return (3.0 * q, *rest, jnp.asarray(windows), jnp.asarray(lengths))
+
+
+def over_layers(attend):
+    return jax.jit(jax.vmap(attend, in_axes=(0, 0, 0, 0, 0, 0, None)))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_xla_attention(case, target):
+    """Of layers with windows of their own and rows of their own lengths."""
+    *shape, softcap = CASES[case]
+    args = operands(*shape)
+    kernel = functools.partial(attend_ring_at_once, target=target, softcap=softcap, interpret=True)
+    expected = over_layers(functools.partial(attend_ring, softcap=softcap))(*args)
+    chex.assert_trees_all_close(over_layers(kernel)(*args), expected, **CLOSE)
+
+
+def test_a_tpu_takes_in_a_ring_block_by_block(monkeypatch):
+    """The last block reaches beyond the ring."""
+    monkeypatch.setattr("snlp_jax.model.decode_kernel.MOSAIC_BYTES", 1)
+    args = operands(2, 2, 2, 150, (400, 140), (5, 148))
+    kernel = functools.partial(attend_ring_at_once, target="mosaic", interpret=True)
+    chex.assert_trees_all_close(over_layers(kernel)(*args), over_layers(attend_ring)(*args), **CLOSE)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_chunks_of_layers_are_one_kernel(target):
+    """Two axes that are mapped over, and a window for all."""
+    *args, _, lengths = operands(1, 2, 2, 40, (50,), (0,) * 4, num_layers=4)
+    args = [leaf.reshape(2, 2, *leaf.shape[1:]) for leaf in args]
+    kernel = functools.partial(attend_ring_at_once, target=target, interpret=True)
+    chunks = lambda attend: jax.jit(jax.vmap(jax.vmap(lambda *own: attend(*own, 30, lengths))))  # noqa: E731
+    chex.assert_trees_all_close(chunks(kernel)(*args), chunks(attend_ring)(*args), **CLOSE)
+    assert str(jax.make_jaxpr(chunks(kernel))(*args)).count("pallas_call[") == 1
+
+
+def test_what_is_written_after_the_length_is_not_seen():
+    """A rejected draft costs no clearing: slots that it took hold what is out of every window."""
+    *args, key, value, window, lengths = operands(1, 2, 2, 40, (50,), (36, 36))
+    kernel = over_layers(functools.partial(attend_ring_at_once, target="mosaic", interpret=True))
+    drafted = [ring.at[:, :, :, 50 % 40 : 50 % 40 + 4].set(1e3) for ring in (key, value)]
+    before, after = kernel(*args, key, value, window, lengths), kernel(*args, *drafted, window, lengths)
+    chex.assert_trees_all_equal(after, before)
+
+
+def test_derivatives_are_those_of_xla_attention():
+    q, *rest = (leaf[0] for leaf in operands(2, 2, 2, 20, (30,), (15, 15))[:-1])
+    kernel = functools.partial(attend_ring_at_once, target="mosaic", interpret=True)
+    size = lambda attend: lambda q: jnp.sum(attend(q, *rest, jnp.asarray([30])) ** 2)  # noqa: E731
+    slope, expected = (jax.jit(jax.grad(size(attend)))(q) for attend in (kernel, attend_ring))
+    chex.assert_trees_all_close(slope, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("setting", ["idn:n=3,k=2", "idn:n=4,k=1,stage=2xF2"])
+def test_a_cached_pass_is_that_with_xla_attention(monkeypatch, setting):
+    """Rings of two lengths, a region and layers in order, or layers fused by twos."""
+    interpreted = functools.partial(attend_ring_at_once, interpret=True)
+    monkeypatch.setattr("snlp_jax.model.nodes.attend_ring_at_once", interpreted)
+    config = ModelConfig(
+        num_layers=4, embed_dim=32, num_heads=2, num_kv_heads=1, vocab_size=32, seq_len=64, short_window=8,
+        window_pattern="SSL", attention_softcap=2.0, compute_dtype="float32",
+    )  # fmt: skip
+
+    def run(kernel):
+        model = LanguageModel(dataclasses.replace(config, decode_attention=kernel), "gpu")
+        wave = lambda leaf: 0.3 * np.cos(np.arange(leaf.size, dtype=np.float32) ** 2).reshape(leaf.shape)  # noqa: E731
+        params = jax.tree.map(wave, model.abstract_params())
+        weights = prepare(model, params, parse_schedule(setting, 4), num_tokens=2)
+        programs, state = decoding(model, weights, 1, 20, 2)
+        rings = random_state(state, 20).rings
+        past = Past(jnp.ones((1, 1), jnp.int32), jnp.asarray([20]), rings)
+        pass_of = lambda weights: forward(model, weights, jnp.asarray([[3, 4]]), past=past, kept=programs.kept)  # noqa: E731
+        return str(jax.make_jaxpr(pass_of)(weights)), jax.jit(pass_of)(weights).logits_BTV
+
+    (plain, expected), (fused, logits) = run("xla"), run("pallas")
+    assert "pallas_call" in fused and "pallas_call" not in plain
+    # Float32 through four layers; logits are of size one.
+    chex.assert_trees_all_close(logits, expected, atol=2e-5)
+
+
+def test_choice():
+    choose = lambda requested, backend, tokens=1, size=128: choose_decoding(  # noqa: E731
+        requested, backend=backend, num_tokens=tokens, head_dim=size
+    )
+    assert {choose(requested, backend) for requested in ("auto", "xla") for backend in ("gpu", "tpu")} == {"xla"}
+    assert (choose("pallas", "gpu"), choose("pallas", "tpu", size=96)) == ("triton", "mosaic")
+    assert (choose("pallas", "gpu", 16), choose("pallas", "gpu", 17)) == ("triton", "xla")
+    with pytest.raises(InputError, match="'pallas' needs heads of 16, 32, 64, 128 or 256 channels on a GPU, not 96"):
+        choose("pallas", "gpu", size=96)
+
+
+def test_a_model_refuses_it_where_it_does_not_run():
+    config = ModelConfig(num_layers=2, embed_dim=256, num_heads=2, num_kv_heads=2, decode_attention="pallas")
+    assert LanguageModel(config, "gpu")._attention(1, True) == "triton"
+    assert LanguageModel(config, "gpu").adapted(kernels=("triton",))._attention(1, True) == "triton"
+    assert LanguageModel(config, "cpu")._attention(1) == "xla"  # the first tokens of a text are another matter
+    with pytest.raises(InputError, match="'pallas' needs a GPU or a TPU, not 'cpu'; use 'auto'."):
+        LanguageModel(config, "cpu")._attention(1, True)
+    with pytest.raises(InputError, match="model.decode_attention 'pallas' does not run over this mesh; use 'auto' or"):
+        LanguageModel(config, "tpu").adapted(kernels=())._attention(1, True)
+    quiet = dataclasses.replace(config, decode_attention="auto")
+    assert LanguageModel(quiet, "cpu").adapted(kernels=())._attention(1, True) == "xla"
