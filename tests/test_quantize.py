@@ -111,7 +111,7 @@ def calibrated():
 
 @pytest.mark.parametrize("precision", ["int8", "float8"])
 def test_calibrated_channels_err_no_more_than_plain_ones(calibrated, precision):
-    """c = 1 is among the candidates. On kernels with outliers some channel is clipped, or nothing is tested."""
+    """c = 1 is among the candidates. Some channel gains by clipping, or nothing is tested."""
     _, params, _, squares = calibrated
     errors = []
     for each in (None, squares):
@@ -187,14 +187,16 @@ def test_speculation_is_lossless_for_the_quantised_model():
 # ---------------------------------------------------------------- the two commands
 
 
-def test_eval_opens_a_run_with_quantised_kernels(tmp_path):
-    run_dir = random_run(tmp_path / "run")
-    config = read_config(run_dir)
-    for calibration in (0, 512):
-        its = EvalConfig(solvers=("seq",), weights="int8", weight_calibration=calibration)
-        run = open_run(run_dir, dataclasses.replace(config, eval=its))
-        assert run.params["blocks"]["mlp"]["up"].dtype == jnp.int8
-        assert run.params["head"]["kernel_scale"].shape == (config.model.padded_vocab_size,)
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return random_run(tmp_path_factory.mktemp("quantize") / "run")
+
+
+def test_eval_opens_a_run_with_calibrated_kernels(run_dir):
+    config, its = read_config(run_dir), EvalConfig(solvers=("seq",), weights="int8", weight_calibration=512)
+    run = open_run(run_dir, dataclasses.replace(config, eval=its))
+    assert run.params["blocks"]["mlp"]["up"].dtype == jnp.int8
+    assert run.params["head"]["kernel_scale"].shape == (config.model.padded_vocab_size,)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +213,8 @@ def test_a_bad_precision_is_refused():
         quantize(random_params(LanguageModel(SMALL)), "int4")
 
 
-def test_infer_reads_quantised_kernels(tmp_path, monkeypatch, capfd):
+def test_infer_reads_quantised_kernels(run_dir, monkeypatch, capfd):
     monkeypatch.setattr("snlp_jax.entry.enable_compilation_cache", lambda: None)
-    run_dir = random_run(tmp_path / "run")
     flags = ["--prompt", "layer ", "--max-new-tokens", "4", "--weights", "int8", "--weight-calibration"]
     monkeypatch.setattr(sys, "argv", ["infer", str(run_dir), *flags, "0"])
     run_entry(infer_main)

@@ -43,6 +43,7 @@ from snlp_jax.model.projections import PARTS, head_widths, separate_projections,
 from snlp_jax.types import Array, Params, PyTree
 
 OnInput = Callable[[str, str, Array], None]
+"""Called with the part of a layer, the name of a kernel and its input."""
 
 
 class LanguageModel:
