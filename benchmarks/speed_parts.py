@@ -142,7 +142,8 @@ def train_jobs(config: ModelConfig, cell: Cell) -> list[Job]:
 def _projections(model: LanguageModel, weights: Weights, x_LBTD: Any, attended_LBTX: Any) -> Any:
     attn = weights.blocks[0]["attn"]
     one = jax.vmap(lambda x, kernel: project(x, kernel, model.dtype))
-    return [one(x_LBTD, attn[name]) for name in ("query", "key", "value")] + [one(attended_LBTX, attn["out"])]
+    kernels = [attn[name] for name in ("qkv", "query", "key", "value") if name in attn]  # joined on a GPU
+    return [one(x_LBTD, kernel) for kernel in kernels] + [one(attended_LBTX, attn["out"])]
 
 
 def _mlp(model: LanguageModel, weights: Weights, x_LBTD: Any) -> Any:

@@ -12,6 +12,7 @@ from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.kinds import cut, each_stack
+from snlp_jax.model.projections import join_projections
 from snlp_jax.parallel.region import num_padded, pad_layers
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, with_shardings
 from snlp_jax.solver import (
@@ -78,6 +79,13 @@ def prepare(
 ) -> Weights:
     """Cast and lay out the weights for fast evaluation. Call it outside jit: :func:`forward` then copies none of them.
 
+    On a GPU, without a mesh, kernels that read one input are joined (:mod:`snlp_jax.model.projections`), which copies
+    them once. Compiled for an H100 (gated MLPs, T = 1) an iteration over 24 layers is then 48 kernels in place of 51 at
+    D 2048, 47 of 48 at D 640; XLA merges the products of smaller stacks itself, as it does for a TPU, which would
+    issue 3 kernels more. A CPU gains nothing that holds for all models: one token through 32 layers of D 256 in float32
+    takes 0.98 (squared ReLU) or 0.95 (gated) of the time as lists, 1.00 or 0.97 as a region, 1.19 or 1.14 under a scan
+    (medians of interleaved ratios). On a mesh heads and features are split over devices kernel by kernel.
+
     Args:
         num_tokens: tokens (batch x length) of a forward pass; decides the layout on a CPU.
         layout: without a mesh, ``stack`` keeps [n, ...] leaves (scan, vmap), ``list`` one tree a node (unrolled; more
@@ -98,12 +106,14 @@ def prepare(
 
 
 def _lay_out(model: LanguageModel, weights: Weights, num_tokens: int, layout: Layout) -> Weights:
-    """Stacks or lists, see :func:`prepare`."""
+    """Stacks or lists, of joined kernels or separate ones, see :func:`prepare`."""
     on_cpu = model.backend == "cpu"
 
     def lay_out(segment: Segment, blocks: PyTree) -> PyTree:
         if isinstance(segment, SkippedSegment):
             return blocks
+        if model.backend == "gpu":
+            blocks = each_stack(join_projections, blocks)
         if isinstance(segment, SequentialSegment):
             return as_rows(blocks, segment.num_layers) if layout == "list" or (layout == "auto" and on_cpu) else blocks
         unrolled_is_faster = layout == "auto" and on_cpu and num_tokens >= LONG_SWEEP

@@ -103,6 +103,7 @@ from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.chips import Slice
 from snlp_jax.parallel.hlo import read_program
 from snlp_jax.parallel.plan_compile import described_devices, prepare_environment
+from snlp_jax.quantize import quantize
 
 prepare_environment()
 chips = Slice.parse(sys.argv[1])
@@ -110,13 +111,13 @@ here = jax.sharding.SingleDeviceSharding(described_devices(chips)[0])
 put = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 for num_layers, setting, layout, memory, *other in json.loads(sys.argv[2]):
     changed = other[0] if other else {}
-    context = changed.pop("context", 16)
+    context, precision = changed.pop("context", 16), changed.pop("weights", "compute")
     config = ModelConfig(
         num_layers=num_layers, embed_dim=640, num_heads=5, num_kv_heads=5, vocab_size=256, attention="xla",
         compute_dtype="bfloat16", **{"seq_len": 128} | changed,
     )
     model, schedule = LanguageModel(config, backend=chips.chip.backend), parse_schedule(setting, num_layers)
-    lay_out = lambda params: prepare(model, params, schedule, num_tokens=1, layout=layout)
+    lay_out = lambda params: prepare(model, quantize(params, precision), schedule, num_tokens=1, layout=layout)
     weights = jax.eval_shape(lay_out, model.abstract_params())
     programs, state = decoding(model, weights, batch=1, context=context)
     settings = {"donate_argnums": 1}
@@ -145,8 +146,12 @@ def test_a_region_costs_equally_many_kernels_and_copies_no_weight(topology):
     as they are or as XLA likes best. Layers in order, unrolled: one product a matrix and more, each."""
     cases = [[12, "idn:n=12,k=1", "stack", "default"], [12, "idn:n=12,k=1", "stack", "chosen"]]
     cases += [[24, "idn:n=24,k=1", "stack", "chosen"], [12, "idn:n=12,k=2", "stack", "chosen"]]
-    cases += [[6, "seq", "list", "default"]]
-    default, small, large, twice, in_order = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
+    cases += [[6, "seq", "list", "default"], [12, "idn:n=12,k=1", "stack", "default", {"weights": "int8"}]]
+    default, small, large, twice, in_order, int8 = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
+    # The conversion is part of the products: kernels of eight bits are read as such, and never written in another form.
+    assert int8["moved"] == int8["moved_before"] == 0
+    assert int8["weights"] < 0.51 * default["weights"]
+    assert int8["read"] < 1.1 * int8["weights"]
     for step, num_evals in ((default, 1), (small, 1), (large, 1), (twice, 2), (in_order, 1)):
         assert step["moved"] == 0
         # Beside the weights: cache, head, and the state of every layer. A TPU keeps some weights on the chip.

@@ -6,7 +6,7 @@ single fields. Fields are whole words; a count of zero or a weight of zero switc
 
 from snlp_jax.config.data import DataConfig
 from snlp_jax.config.dial import Dial
-from snlp_jax.config.evaluate import EvalConfig, TaskConfig
+from snlp_jax.config.evaluate import EvalConfig, TaskConfig, WeightPrecision, check_weights
 from snlp_jax.config.experiment import Config
 from snlp_jax.config.family import NormConfig, RopeConfig, RopeScaling
 from snlp_jax.config.linearize import LinearizeConfig
@@ -58,6 +58,8 @@ __all__ = [
     "Study",
     "TaskConfig",
     "TrainConfig",
+    "WeightPrecision",
+    "check_weights",
     "from_json",
     "load_config",
     "load_dial",

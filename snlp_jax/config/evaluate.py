@@ -1,10 +1,28 @@
 """Knobs of an evaluation."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from snlp_jax.config.check import require
 from snlp_jax.config.mesh import MeshConfig
+
+WeightPrecision = Literal["compute", "int8", "float8"]
+
+
+def check_weights(weights: str, calibration: int) -> None:
+    """Refuse a precision that there is none of, or a calibration without one.
+
+    Raises:
+        InputError: names the value.
+    """
+    choices = get_args(WeightPrecision)
+    require(weights in choices, f"weights is {weights!r}; it must be one of {', '.join(choices)}.")
+    require(calibration >= 0, f"weight_calibration is {calibration}; it must be 0 or more.")
+    require(
+        calibration == 0 or weights != "compute",
+        f"weight_calibration is {calibration}, but weights 'compute' have no scales to calibrate; set weights to int8 "
+        "or float8.",
+    )
 
 
 @dataclass(frozen=True)
@@ -34,8 +52,13 @@ class EvalConfig:
     sequential: Literal["tensor", "ring"] = "tensor"
     """How layers outside of the regions lie on the devices of the layer axis: split by heads and features, two
     exchanges a layer; or whole, the state going round, one exchange a device."""
+    weights: WeightPrecision = "compute"
+    """Kernels in the compute dtype, or of eight bits with a scale an output channel (snlp_jax/quantize.py)."""
+    weight_calibration: int = 0
+    """Tokens of training text on which the channels of such kernels are clipped to the least error; 0 clips none."""
 
     def __post_init__(self) -> None:
+        check_weights(self.weights, self.weight_calibration)
         for name in ("num_windows", "batch_size", "num_bootstrap", "timing_batch"):
             require(getattr(self, name) >= 1, f"eval.{name} is {getattr(self, name)}; it must be at least 1.")
         require(

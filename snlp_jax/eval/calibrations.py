@@ -145,7 +145,7 @@ def save_fit(run_dir: Path, params: Params, spec: CalibrationSpec, calibration: 
 def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec) -> tuple[Calibration, int]:
     """The calibration, and the number of tokens of training text that it is fitted to, before any tuning. For errors
     see :func:`fit_to_run`."""
-    windows = _training_windows(data, model.config.seq_len, spec.num_tokens)
+    windows = training_windows(data, model.config.seq_len, spec.num_tokens)
     calibration = fit_calibration(
         region_problems(model, params, spec.region, windows["tokens"], windows.get("document")),
         num_iters=spec.region.num_iters,
@@ -158,7 +158,7 @@ def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: Calibr
     num_tokens = windows["tokens"][:, 1:].size
     if spec.tune_steps:
         seq_len = model.config.seq_len
-        windows = _training_windows(data, seq_len, max(spec.tune_steps * TUNE_BATCH * seq_len, spec.num_tokens))
+        windows = training_windows(data, seq_len, max(spec.tune_steps * TUNE_BATCH * seq_len, spec.num_tokens))
         given = (windows["tokens"], windows.get("document"))
         calibration = tune_calibration(model, params, spec.region, calibration, *given, num_steps=spec.tune_steps)
     return calibration, num_tokens
@@ -234,7 +234,7 @@ def num_training_windows(data: TokenData, seq_len: int, num_tokens: int) -> int:
     return wanted
 
 
-def _training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
+def training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
     """Drawn without replacement: ``tokens`` [n, T + 1] and, where they are masked, ``document``."""
     source = data.windows("train", seq_len)
     chosen = np.random.default_rng(SEED).permutation(len(source))[: num_training_windows(data, seq_len, num_tokens)]

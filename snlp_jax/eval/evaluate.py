@@ -148,7 +148,7 @@ def evaluate(
         "mesh": None if mesh is None else dict(mesh.shape) | {"sequential": config.sequential},
         "dtype": jnp.dtype(model.dtype).name,
         "num_layers": model.config.num_layers,
-        "num_params": num_params(params),
+        "num_params": num_params(model.abstract_params()),
         "num_windows": windows.shape[0],
         "window_len": windows.shape[1] - 1,
         "num_targets": windows[:, 1:].size if weight_WT is None else float(weight_WT.sum()),

@@ -5,16 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from snlp_jax.config import Config, from_json
+from snlp_jax.config import Config, WeightPrecision, from_json
 from snlp_jax.data.chat import prepare_data
 from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
-from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibrations
+from snlp_jax.eval.calibrations import BATCH_SIZE, fit_to_run, load_fits, parse_calibrations, training_windows
 from snlp_jax.eval.evaluate import evaluate, parse_settings
 from snlp_jax.eval.report import Report
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
 from snlp_jax.model import LanguageModel
+from snlp_jax.quantize import input_squares, quantize
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
@@ -43,6 +44,7 @@ class OpenRun(NamedTuple):
 
     model: LanguageModel
     params: Params
+    """With kernels as ``config.eval.weights`` says."""
     step: int
     data: TokenData
     settings: dict[str, Schedule]
@@ -55,7 +57,8 @@ class OpenRun(NamedTuple):
 def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     """Read a run's checkpoint and corpus and the settings of ``config.eval``.
 
-    Calibrations that the config asks for are fitted, those that settings name are read from the run's folder.
+    Calibrations that the config asks for are fitted, those that settings name are read from the run's folder; both
+    belong to the weights as they were trained, quantised or not.
 
     Args:
         config: the run's, with the ``eval`` section that is wanted.
@@ -75,6 +78,7 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     for spec in specs:
         _note(f"fitted calibration {spec.name!r} in {fit_to_run(run_dir, model, params, data, spec)[1]}.")
     fits = load_fits(run_dir, params, list(settings.values()))
+    params = quantized_params(model, params, config.eval.weights, config.eval.weight_calibration, data)
     about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
     about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash}
     return OpenRun(model, params, step, data, settings, fits, about)
@@ -102,6 +106,24 @@ def read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int,
                 _note(f"no checkpoint in {str(run_dir)!r} has a validation loss; taking the last one.")
             which = "last"
         return checkpointer.restore_params(model.abstract_params(), which)
+
+
+def quantized_params(
+    model: LanguageModel, params: Params, weights: WeightPrecision, calibration: int, data: TokenData | None
+) -> Params:
+    """:func:`snlp_jax.quantize.quantize`, clipped by about ``calibration`` tokens of the training text in ``data``.
+
+    Raises:
+        InputError: too little text for one batch.
+    """
+    squares = None
+    if calibration:
+        assert data is not None
+        windows = training_windows(data, model.config.seq_len, calibration)
+        starts = range(0, len(windows["tokens"]), BATCH_SIZE)
+        batches = ({name: rows[i : i + BATCH_SIZE] for name, rows in windows.items()} for i in starts)
+        squares = input_squares(model, params, batches)
+    return quantize(params, weights, squares)
 
 
 def read_tokenizer(run_dir: Path) -> Tokenizer:

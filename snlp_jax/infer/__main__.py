@@ -21,13 +21,13 @@ from typing import Any, Literal
 
 import tyro
 
-from snlp_jax.config import MeshConfig
+from snlp_jax.config import MeshConfig, WeightPrecision, check_weights
 from snlp_jax.data.chat import render_prompt
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
-from snlp_jax.eval.run import read_config, read_params, read_tokenizer
+from snlp_jax.eval.run import quantized_params, read_config, read_data, read_params, read_tokenizer
 from snlp_jax.eval.solver_file import SolverFile, is_solver_file, read_solver_file
 from snlp_jax.infer.engine import Engine, Request
 from snlp_jax.infer.rules import CacheRule, check_settings
@@ -78,6 +78,11 @@ class Args:
     """Devices over which layers and prompts are spread."""
     sequential: Spread = "tensor"
     """How layers in order lie on the devices of the layer axis, as in eval.py."""
+    weights: WeightPrecision = "compute"
+    """Kernels in the compute dtype or of eight bits, as in eval.py. Drafts are verified by the same weights, so that
+    --speculate gives the text of these."""
+    weight_calibration: int = 0
+    """Tokens of the run's training text on which kernels of eight bits are clipped; 0 clips none."""
 
 
 def main() -> None:
@@ -107,6 +112,7 @@ def open_engine(args: Args) -> Engine:
     draft = parse_drafter(args.speculate, num_layers) if args.speculate else None
     # Mistakes are told before anything is read.
     sampling_of(args)
+    check_weights(args.weights, args.weight_calibration)
     num_heads = config.model.num_mtp_heads
     check_settings(schedule, rule, draft, args.draft_len or None, args.max_draft, num_heads)
     schedules = [each for each in (schedule, draft) if isinstance(each, Schedule)]
@@ -120,9 +126,11 @@ def open_engine(args: Args) -> Engine:
     if found is not None and found.fingerprint != fingerprint(params):
         text = "note: this solver file was made for another checkpoint; what it says of quality may not hold."
         print(text, file=sys.stderr)
+    fits = load_fits(args.run_dir, params, schedules)
+    data = read_data(args.run_dir, config) if args.weight_calibration else None
     return Engine(
         model,
-        params,
+        quantized_params(model, params, args.weights, args.weight_calibration, data),
         schedule,
         rule=rule,
         draft=draft,
@@ -130,7 +138,7 @@ def open_engine(args: Args) -> Engine:
         max_draft=args.max_draft,
         mesh=mesh,
         sequential=args.sequential,
-        fits=load_fits(args.run_dir, params, schedules),
+        fits=fits,
         tokenizer=tokenizer,
     )
 

@@ -20,6 +20,7 @@ from flax import nnx
 from snlp_jax.config import Kind, ModelConfig
 from snlp_jax.model.hyper import Hyper, LayerMaps, residual_path
 from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, norm_weight, project, rms_norm, rotate, uniform, weigh
+from snlp_jax.model.projections import head_widths, linear, linear_of_each
 from snlp_jax.types import Array
 
 
@@ -146,10 +147,9 @@ class Mlp(nnx.Module):
 
     def hidden(self, normed_BTD: Array, dtype: jnp.dtype) -> Array:
         """Between the two projections, [B, T, F]."""
-        up_BTF = _linear(self, "up", normed_BTD, dtype)
         if self.config.mlp == "relu2":
-            return jnp.square(jax.nn.relu(up_BTF))
-        gate_BTF = _linear(self, "gate", normed_BTD, dtype)
+            return jnp.square(jax.nn.relu(linear(self, "up", normed_BTD, dtype)))
+        up_BTF, gate_BTF = linear_of_each(self, "mlp", (self.config.mlp_width,) * 2, normed_BTD, dtype)
         return (jax.nn.silu(gate_BTF) if self.config.mlp == "swiglu" else jax.nn.gelu(gate_BTF)) * up_BTF
 
 
@@ -167,8 +167,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x_BTD: Array, dtype: jnp.dtype) -> Array:
         if hasattr(self, "kernel"):
-            return project(x_BTD, self.kernel[...], dtype, self.bias[...])
-        return project(project(x_BTD, self.down[...], dtype), self.up[...], dtype, self.bias[...])
+            y_BTD = linear(self, "kernel", x_BTD, dtype)
+        else:
+            y_BTD = linear(self, "up", linear(self, "down", x_BTD, dtype), dtype)
+        return y_BTD + self.bias[...].reshape(1, 1, -1)
 
 
 class Norms(nnx.Module):
@@ -228,18 +230,17 @@ class Block(nnx.Module):
         config = self.config
         B, T, _ = x_BTD.shape
         normed = self.weigh(rms_norm(x_BTD, config.norm.eps), "attn")
-        heads = lambda name, count: _linear(self.attn, name, normed, dtype).reshape(B, T, count, -1)  # noqa: E731
+        each = linear_of_each(self.attn, "attn", head_widths(config), normed, dtype)
+        q, k, v = (x_BTX.reshape(B, T, -1, config.head_dim) for x_BTX in each)
         table, is_weighted = _table_of(ctx, shared), config.norm.weight != "none"
 
-        def turned(name: str, count: int) -> Array:
-            x_BTNH = heads(name, count)
+        def turned(name: str, x_BTNH: Array) -> Array:
             if config.use_qk_norm and is_weighted:
                 weight = getattr(self.attn, f"{name}_norm")[...]
                 x_BTNH = weigh(rms_norm(x_BTNH, config.norm.eps), weight, config.norm)
             return rotate(x_BTNH, *table)
 
-        q, k = turned("query", config.num_heads), turned("key", config.num_kv_heads)
-        v = heads("value", config.num_kv_heads)
+        q, k = turned("query", q), turned("key", k)
         if config.use_qk_norm and not is_weighted:
             q, k = QK_SCALE * rms_norm(q), QK_SCALE * rms_norm(k)
         if config.attention_scale:  # the kernels multiply scores by H^-0.5
@@ -265,7 +266,7 @@ class Block(nnx.Module):
 
     def attn_out(self, attended_BTX: Array, dtype: jnp.dtype) -> Array:
         """What the attention branch adds to the stream."""
-        return self._post(_linear(self.attn, "out", attended_BTX, dtype), "attn_post")
+        return self._post(linear(self.attn, "out", attended_BTX, dtype), "attn_post")
 
     def mlp_hidden(self, normed_BTD: Array, dtype: jnp.dtype) -> Array:
         """Between the MLP's projections, from its normed input without weights."""
@@ -273,7 +274,7 @@ class Block(nnx.Module):
 
     def mlp_out(self, hidden_BTF: Array, dtype: jnp.dtype) -> Array:
         """What the MLP adds to the stream."""
-        return self._post(_linear(self.mlp, "down", hidden_BTF, dtype), "mlp_post")
+        return self._post(linear(self.mlp, "down", hidden_BTF, dtype), "mlp_post")
 
     def weigh(self, normed_BTD: Array, name: str) -> Array:
         """The weights of the named norm applied, where norms have weights."""
@@ -293,9 +294,3 @@ def _table_of(ctx: Context, shared: Shared) -> tuple[Array, Array]:
     assert shared.local_cos_TH is not None and shared.local_sin_TH is not None
     cos_TH = jnp.where(ctx.is_local, shared.local_cos_TH, shared.cos_TH)
     return cos_TH, jnp.where(ctx.is_local, shared.local_sin_TH, shared.sin_TH)
-
-
-def _linear(module: nnx.Module, name: str, x: Array, dtype: jnp.dtype) -> Array:
-    """``x W + b`` with the module's kernel ``name`` and its bias, where it has one."""
-    bias = getattr(module, f"{name}_bias", None)
-    return project(x, getattr(module, name)[...], dtype, None if bias is None else bias[...])

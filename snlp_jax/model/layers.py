@@ -35,14 +35,15 @@ def weigh(normed: Array, weight: Array, config: NormConfig) -> Array:
     return normed * _along_last(1.0 + weight if config.weight == "plus_one" else weight, normed.ndim)
 
 
-def project(x: Array, kernel: Array, dtype: Any, bias: Array | None = None) -> Array:
-    """``x @ kernel + bias`` with operands in ``dtype`` and a float32 result: [..., I], [I, O] -> [..., O].
+def project(x: Array, kernel: Array, dtype: Any, bias: Array | None = None, scale: Array | None = None) -> Array:
+    """``(x @ kernel) * scale + bias`` with operands in ``dtype`` and a float32 result: [..., I], [I, O] -> [..., O].
 
     As a product of two matrices: on a CPU the kernel's gradient is several times slower when batch and time are
     contracted as two axes.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     product = _product(rows, kernel.astype(dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
+    product = product if scale is None else product * _along_last(scale, x.ndim)
     return product if bias is None else product + _along_last(bias, x.ndim)
 
 

@@ -5,6 +5,7 @@ maths; only plain jax transforms touch them. The model hands out pieces of the s
 ``context``); ``snlp_jax/forward.py`` joins them with a solver.
 """
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, get_args
 
@@ -38,7 +39,11 @@ from snlp_jax.model.nodes import (
     node_fns,
     split_sweep,
 )
+from snlp_jax.model.projections import PARTS, head_widths, separate_projections, take_form
 from snlp_jax.types import Array, Params, PyTree
+
+OnInput = Callable[[str, str, Array], None]
+"""Called with the part of a layer, the name of a kernel and its input."""
 
 
 class LanguageModel:
@@ -52,8 +57,9 @@ class LanguageModel:
         self._backend = backend
         self._fetch: Callable[[PyTree], PyTree] = lambda params: params
         self._kernels_here: Collection[Implementation] = get_args(Implementation)
-        self._block_graphs: dict[Kind, Any] = {}
+        self._block_graphs: dict[Any, Any] = {}
         self._wrap_path: Callable[[Any], Any] = lambda path: path
+        self._on_input: OnInput | None = None
 
     def init(self, key: Array) -> Params:
         """Fresh parameters. Jit it, with ``out_shardings`` where they should be born sharded."""
@@ -81,6 +87,7 @@ class LanguageModel:
         fetch: Callable[[PyTree], PyTree] | None = None,
         kernels: Collection[Implementation] | None = None,
         wrap_path: Callable[[Any], Any] | None = None,
+        on_input: OnInput | None = None,
     ) -> "LanguageModel":
         """The same model for programs over several devices, or that look into its layers.
 
@@ -88,9 +95,12 @@ class LanguageModel:
             fetch: applied to one layer's parameters wherever its maths reads them: what is split can be gathered there.
             kernels: attention kernels that run there besides XLA's own; others are replaced by that under ``auto``.
             wrap_path: gives what stands in place of a layer's residual path (``snlp_jax/model/hyper.py``).
+            on_input: called with part, name and input of every product of a layer with a kernel, while ``block_fn`` is
+                traced.
         """
         model = LanguageModel(self.config, self._backend)
         model._fetch, model._wrap_path = fetch or self._fetch, wrap_path or self._wrap_path
+        model._on_input = on_input or self._on_input
         model._kernels_here = self._kernels_here if kernels is None else ("xla", *kernels)
         return model
 
@@ -106,12 +116,14 @@ class LanguageModel:
         return jnp.dtype(self.config.compute_dtype)
 
     def cast(self, params: Params) -> Params:
-        """Matrices and tables in the compute dtype; scalars, gates and maps of the residual path stay float32."""
+        """Matrices and tables in the compute dtype; scalars, gates and maps of the residual path stay float32, and
+        kernels of eight bits as they are."""
 
         def one(path: Any, leaf: Array) -> Array:
             keys = [key.key for key in path]
             num_axes = leaf.ndim - (keys[0] == "blocks")
-            return leaf.astype(self.dtype) if num_axes >= 2 and "hyper" not in keys else leaf
+            is_cast = num_axes >= 2 and "hyper" not in keys and leaf.dtype.itemsize > 1
+            return leaf.astype(self.dtype) if is_cast else leaf
 
         return jax.tree_util.tree_map_with_path(one, params)
 
@@ -262,13 +274,15 @@ class LanguageModel:
 
     def unembed(self, params: Params, y_BTD: Array) -> Array:
         """``cap * tanh(rms(y) W / cap)`` of all ``padded_vocab_size`` entries."""
-        config, cap = self.config, self.config.logit_softcap
-        normed_BTD = rms_norm(y_BTD, config.norm.eps)
-        if config.norm.weight != "none":
-            normed_BTD = weigh(normed_BTD, params["head"]["norm"], config.norm)
-        kernel_DV = params["embed"]["token"].T if config.use_tied_head else params["head"]["kernel"]
-        z_BTV = project(normed_BTD, kernel_DV, self.dtype)
+        head, cap = params["head"], self.config.logit_softcap
+        kernel_DV = params["embed"]["token"].T if self.config.use_tied_head else head["kernel"]
+        z_BTV = project(self.head_input(params, y_BTD), kernel_DV, self.dtype, scale=head.get("kernel_scale"))
         return cap * jnp.tanh(z_BTV / cap) if cap else z_BTV
+
+    def head_input(self, params: Params, y_BTD: Array) -> Array:
+        """What the head's kernel multiplies: ``rms(y)``, with the norm's weight."""
+        norm, normed_BTD = self.config.norm, rms_norm(y_BTD, self.config.norm.eps)
+        return normed_BTD if norm.weight == "none" else weigh(normed_BTD, params["head"]["norm"], norm)
 
     def look_ahead(self, params: Params, y_BTD: Array, k: int) -> Array:
         """``y P_k``: what the head reads for the token k after the next, k from 1 to ``num_mtp_heads``."""
@@ -295,9 +309,10 @@ class LanguageModel:
 
     @property
     def refresh_fn(self) -> NodeFn:
-        """Of layers evaluated at once, their keys and values alone, as what they leave behind."""
-        refresh_fn = self._node_fns(self._layer_node(), (), False).refresh_fn
-        return by_group(lambda _: refresh_fn, (0,) * self.config.num_layers)
+        """Of layers evaluated at once, their keys and values alone, as what they leave behind; no query is computed."""
+        refresh_fn, widths = self._node_fns(self._layer_node(), (), False).refresh_fn, head_widths(self.config)
+        own = lambda stack, *rest: refresh_fn(separate_projections(stack, "attn", widths), *rest)  # noqa: E731
+        return by_group(lambda _: own, (0,) * self.config.num_layers)
 
     @property
     def residual_map(self) -> Callable[[PyTree, Context, BlockAux], Array]:
@@ -412,12 +427,16 @@ class LanguageModel:
         return static_maps(jax.tree.map(lambda *leaves: join(leaves), *(b["hyper"] for b in blocks)), self.config)
 
     def _merge(self, params: PyTree) -> Block:
-        """The layer that these are the parameters of, which may be of a kind that the config has none of."""
-        kind = kind_of(params)
-        if kind not in self._block_graphs:
-            self._block_graphs[kind] = _graph_of(self.config, kind)
-        block = nnx.merge(self._block_graphs[kind], self._fetch(params))
+        """The layer that these are the parameters of, which may be of a kind that the config has none of, and in
+        another form than that of training (``snlp_jax/model/projections.py``)."""
+        names = jax.tree.structure(params)
+        if names not in self._block_graphs:
+            self._block_graphs[names] = _graph_of(self.config, params)
+        block = nnx.merge(self._block_graphs[names], self._fetch(params))
         block.path = self._wrap_path(block.path)
+        if self._on_input is not None:
+            for part in filter(params.__contains__, PARTS):
+                getattr(block, part).on_input = functools.partial(self._on_input, part)
         return block
 
     def _layer_node(self) -> LayerNode:
@@ -456,8 +475,13 @@ def num_params(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _graph_of(config: ModelConfig, kind: Kind) -> Any:
-    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, 0, kind, rngs=nnx.Rngs(0))))
+def _graph_of(config: ModelConfig, params: PyTree) -> Any:
+    def block() -> Block:
+        made = Block(config, 0, kind_of(params), rngs=nnx.Rngs(0))
+        take_form(made, params)
+        return made
+
+    return nnx.graphdef(nnx.eval_shape(block))
 
 
 def _pure(module: nnx.Module) -> PyTree:

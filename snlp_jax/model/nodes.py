@@ -159,14 +159,15 @@ class ChunkNode:
         assert out_MBTNH is not None, "layers that are fused have attention"
         path, wide, weights_M = residual_path(self.config), self._wide(ctx), self._branch_weights(params)
         attended_MBTX = out_MBTNH.reshape(*out_MBTNH.shape[:3], -1)
-        if self.config.norm.use_post or self.config.use_out_bias:
+        # The layers of a chunk have scales of their own, which are applied before the sum.
+        if self.config.norm.use_post or self.config.use_out_bias or "out_scale" in params["attn"]:
             attn_BTD = self._add_up(Block.attn_out, params, attended_MBTX, weights_M)
         else:
             attn_BTD = self._contract(attended_MBTX, params["attn"]["out"], weights_M)
         u_BTD, carry = path.between(None, carry, wide, attn_BTD)
         normed_MBTD = jnp.broadcast_to(rms_norm(u_BTD, self.config.norm.eps)[None], (len(out_MBTNH), *u_BTD.shape))
         hidden_MBTF = jax.vmap(lambda p, x: self.merge(p).mlp_hidden(x, self.dtype))(params, normed_MBTD)
-        if self.config.norm.use_post or self.config.use_mlp_bias:
+        if self.config.norm.use_post or self.config.use_mlp_bias or "down_scale" in params["mlp"]:
             return path.leave(carry, wide, self._add_up(Block.mlp_out, params, hidden_MBTF, weights_M))
         return path.leave(carry, wide, self._contract(hidden_MBTF, params["mlp"]["down"], weights_M))
 

@@ -52,11 +52,12 @@ BY_FEATURE: Layout = {
 TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"blocks/attn/(query|key|value)", ("layers", "channels", "heads")),
     (r"blocks/attn/out", ("layers", "heads", "channels")),
-    (r"blocks/attn/(query|key|value)_bias", ("layers", "heads")),
+    (r"blocks/attn/(query|key|value)_(bias|scale)", ("layers", "heads")),
     (r"blocks/mlp/(up|gate)", ("layers", "channels", "features")),
-    (r"blocks/mlp/(up|gate)_bias", ("layers", "features")),
+    (r"blocks/mlp/(up|gate)_(bias|scale)", ("layers", "features")),
     (r"blocks/mlp/down", ("layers", "features", "channels")),
     (r"blocks/linear_(attn|mlp)/(kernel|down)", ("layers", "channels", "features")),
+    (r"blocks/linear_(attn|mlp)/(kernel|down)_scale", ("layers", "features")),
     (r"blocks/linear_(attn|mlp)/up", ("layers", "features", "channels")),
     (r"blocks/hyper/(attn|mlp)/phi", ("layers", "channels")),
     (r"blocks/.*", ("layers",)),
@@ -64,6 +65,7 @@ TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"embed/value", ("layers", "entries", "heads channels")),
     (r"embed/value_gate", ("layers", "", "heads")),
     (r"head/kernel", ("channels", "vocabulary")),
+    (r"head/kernel_scale", ("vocabulary",)),
     (r"head/mtp", ("", "channels")),  # and not by outputs: docs/log.md
     (r"(embed|head)/.*", ()),
     (r"cache", ("layers", "rows", "heads")),

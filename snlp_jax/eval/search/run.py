@@ -45,6 +45,9 @@ class Search:
     def __init__(self, run_dir: Path, config: Config, search: SearchConfig, which: Which):
         if config.eval.mesh != MeshConfig():
             raise InputError("--search measures on one device; leave out --mesh.")
+        if config.eval.weights != "compute":
+            what = f"--weights {config.eval.weights}"
+            raise InputError(f"--search measures weights in the compute dtype; leave out {what}.")
         candidates_of(config.model, search)  # a bad size should not wait for the corpus
         evaluation = dataclasses.replace(config.eval, solvers=("seq",), calibrations=())
         opened = open_run(run_dir, dataclasses.replace(config, eval=evaluation), which)
@@ -324,8 +327,8 @@ def search_run(run_dir: Path, config: Config, search: SearchConfig, which: Which
     """The cheapest setting of a run's checkpoint within the limit of ``search``.
 
     Raises:
-        InputError: see :func:`snlp_jax.eval.run.open_run`; a mesh, a region size larger than the
-            model, too little text.
+        InputError: see :func:`snlp_jax.eval.run.open_run`; a mesh, kernels of eight bits, a region
+            size larger than the model, too little text.
     """
     return Search(run_dir, config, search, which).run()
 

@@ -1,0 +1,112 @@
+"""Joined projections, as a GPU reads them, are the separate ones: in every family, layout and pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from problems import PLAIN, SMALL, VARIANTS, random_params, random_tokens, relative_error
+
+from benchmarks.speed_cells import decoding
+from snlp_jax.config import NormConfig
+from snlp_jax.forward import forward
+from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.layout import prepare
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.projections import join_projections
+from snlp_jax.notation import parse_schedule
+from snlp_jax.parallel.hlo import read_program
+from snlp_jax.types import Groups
+
+ROUNDING = 2e-5
+"""Relative to the largest entry: the same float32 sums, which a wider product may add up in another order."""
+QWEN = dataclasses.replace(
+    PLAIN, mlp="swiglu", norm=NormConfig(weight="plain"), use_qkv_bias=True, use_mlp_bias=True, num_kv_heads=2
+)
+GEMMA = dataclasses.replace(
+    PLAIN, mlp="geglu", norm=NormConfig(weight="plus_one", use_post=True), attention_softcap=20.0, logit_softcap=30.0
+)
+MIXED = dataclasses.replace(SMALL, linear_attention=(2,), dropped_mlp=(4,), linear_mlp=(1,), linear_rank=4)
+CASES = {
+    "regions": (SMALL, "idn:n=4,k=2", "stack"),
+    "lists": (SMALL, "seq", "list"),
+    "chunks": (QWEN, "idn:n=4,k=1,stage=2xF2", "stack"),
+    "split": (PLAIN, "idn:n=4,k=1,stage=split", "stack"),
+    "qwen": (QWEN, "idn:n=4,k=1", "stack"),
+    "gemma": (GEMMA, "idn:n=4,k=1", "list"),
+    "streams": (VARIANTS["hyper_static"], "hcn:n=4,k=1", "stack"),
+    "replaced": (MIXED, "idn:n=4,k=1", "stack"),
+}
+
+
+def models(config):
+    """The same model as a GPU's weights are laid out, and a CPU's; both run here."""
+    config = dataclasses.replace(config, compute_dtype="float32", attention="xla")
+    return LanguageModel(config, "gpu"), LanguageModel(config, "cpu")
+
+
+def stacks_of(blocks):
+    return blocks if isinstance(blocks, list) else blocks.groups if isinstance(blocks, Groups) else (blocks,)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_separate_kernels(case):
+    config, setting, layout = CASES[case]
+    tokens, logits = random_tokens(config), []
+    for model in models(config):
+        params, schedule = random_params(model), parse_schedule(setting, config.num_layers)
+        weights = prepare(model, params, schedule, num_tokens=tokens.size, layout=layout)
+        trees = [tree for blocks in weights.blocks for tree in stacks_of(blocks)]
+        joined = model.backend == "gpu"
+        assert all(("qkv" in tree["attn"]) == joined for tree in trees if "attn" in tree)
+        assert all(("up_gate" in tree["mlp"]) == (joined and config.mlp != "relu2") for tree in trees if "mlp" in tree)
+        logits.append(jax.jit(lambda w, t, model=model: forward(model, w, t).logits_BTV)(weights, tokens))
+    assert relative_error(*logits) < ROUNDING
+
+
+def test_joining_moves_numbers_and_changes_none():
+    params = random_params(LanguageModel(QWEN))
+    blocks, joined = params["blocks"], join_projections(params["blocks"])
+    for part, name, names in (("attn", "qkv", ("query", "key", "value")), ("mlp", "up_gate", ("up", "gate"))):
+        for what in ("", "_bias"):
+            both = jnp.concatenate([blocks[part][each + what] for each in names], axis=-1)
+            assert (joined[part][name + what] == both).all()
+            assert not {each + what for each in names} & joined[part].keys()
+    again = join_projections(joined)
+    assert all(one is other for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(joined), strict=True))
+
+
+def test_keys_and_values_alone_are_those_of_the_whole_layer():
+    """The pass that refreshes a cache slices the joined kernel."""
+    model = models(QWEN)[0]
+    params, tokens = random_params(model), random_tokens(QWEN)
+    x0 = model.embed(params, tokens)
+    h_L = jnp.stack([x0 * (1 + i) for i in range(QWEN.num_layers)])
+    blocks = join_projections(params["blocks"])
+    rest = (h_L, model.context(params, blocks, tokens, 0, QWEN.num_layers), model.shared(x0))
+    alone, whole = (jax.jit(fn)(blocks, *rest)[1].kv for fn in (model.refresh_fn, model.sweep_fn(0, QWEN.num_layers)))
+    assert relative_error(alone.key_BTKH, whole.key_BTKH) < ROUNDING
+    assert relative_error(alone.value_BTKH, whole.value_BTKH) < ROUNDING
+
+
+def test_cached_decoding_and_speculation_say_the_same():
+    """The drafter reads joined stacks, and so does the verifier, which shares them."""
+    config = dataclasses.replace(QWEN, window_pattern="L")
+    request, texts = [Request([3, 1, 4, 1, 5], max_new_tokens=8)], []
+    for model, settings in zip(models(config), ({"draft": "idn:n=4,k=1", "draft_len": 2}, {}), strict=True):
+        draft = parse_schedule(settings["draft"], config.num_layers) if settings else None
+        engine = Engine(model, random_params(model), **settings | ({"draft": draft} if draft else {}))
+        texts.append(engine.generate(request)[0].tokens)
+    assert texts[0] == texts[1]
+
+
+def test_a_decoding_step_of_joined_stacks_copies_no_weight():
+    config = dataclasses.replace(QWEN, window_pattern="L", embed_dim=64, compute_dtype="float32")
+    model = LanguageModel(config, "gpu")
+    schedule = parse_schedule("idn:n=6,k=1", 6)
+    lay_out = lambda params: prepare(model, params, schedule, num_tokens=1)  # noqa: E731
+    weights = jax.eval_shape(lay_out, model.abstract_params())
+    programs, state = decoding(model, weights, batch=1, context=24)
+    text = jax.jit(programs.decode, donate_argnums=1).lower(weights, state, jnp.int32(4)).compile().as_text()
+    matrix = 4 * 64 * 64  # W_o, the smallest
+    assert read_program(text, unknown_trips=1).moves(matrix) == ()
