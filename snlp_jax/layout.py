@@ -80,11 +80,7 @@ def prepare(
     """Cast and lay out the weights for fast evaluation. Call it outside jit: :func:`forward` then copies none of them.
 
     On a GPU, without a mesh, kernels that read one input are joined (:mod:`snlp_jax.model.projections`), which copies
-    them once. Compiled for an H100 (gated MLPs, T = 1) an iteration over 24 layers is then 48 kernels in place of 51 at
-    D 2048, 47 of 48 at D 640; XLA merges the products of smaller stacks itself, as it does for a TPU, which would
-    issue 3 kernels more. A CPU gains nothing that holds for all models: one token through 32 layers of D 256 in float32
-    takes 0.98 (squared ReLU) or 0.95 (gated) of the time as lists, 1.00 or 0.97 as a region, 1.19 or 1.14 under a scan
-    (medians of interleaved ratios). On a mesh heads and features are split over devices kernel by kernel.
+    them once. Elsewhere that gains nothing (docs/log.md), and on a mesh heads and features are split kernel by kernel.
 
     Args:
         num_tokens: tokens (batch x length) of a forward pass; decides the layout on a CPU.

@@ -16,9 +16,7 @@ is known:
 c = 1 is among them, so that this error never exceeds that of plain scales.
 
 Compiled for GPUs and TPUs the conversion of ``q`` is part of the product, and nothing the size of a weight is written
-(``tests/test_aot.py``). A CPU pays for it: one token through 32 layers of D 256 takes 1.4 to 1.6 times the time of
-float32 kernels as lists or as a region; under a scan 0.73 times in int8, which copies less, and 2.9 times in float8
-(two cores that other programs used too; medians of interleaved ratios).
+(``tests/test_aot.py``). A CPU converts before each product and mostly loses time (docs/log.md).
 """
 
 import dataclasses
