@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 from benchmarks.decode import Args, Summary, main, step_bytes
 from benchmarks.draft_costs import Costs, fit_costs
 from benchmarks.machine import work
-from benchmarks.timing import Arm, Run
+from benchmarks.timing import GROUP, Arm, Run, time_beside_first
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.notation import parse_drafter, parse_schedule
@@ -138,3 +139,29 @@ def test_bad_flags_are_one_sentence():
     ):
         with pytest.raises(InputError, match=match):
             main(Args(**CUSTOM, **({"contexts": (4,), "new_tokens": 2} | wrong), out="unused.json"))
+
+
+def test_things_are_timed_beside_the_first_and_let_go_of():
+    """Thing i takes 2^-i s as a stack and twice that as a list, and all of it slows down from group to group."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = 0
+
+    class Thing:
+        def __init__(self, index, layout):
+            nonlocal most
+            if (index, layout) == (3, "list"):
+                raise ValueError("no such list\nand more")
+            self.index, self.layout = index, layout
+            alive.add(self)
+            most = max(most, len(alive))
+
+    def seconds_of(thing, _):
+        slower = 1 + max(other.index for other in alive) // GROUP
+        return slower * (2.0 if thing.layout == "list" else 1.0) / 2**thing.index
+
+    rows, failed = time_beside_first(2 * GROUP, ("stack", "list"), Thing, seconds_of, 3)
+    assert failed == [(3, "list", "no such list")]
+    assert [rows[index]["ratio"] for index in range(2 * GROUP)] == [2**index for index in range(2 * GROUP)]
+    assert {row["layout"] for row in rows.values()} == {"stack"}
+    assert most <= 2 * (1 + GROUP)
+    assert rows[1]["ms"] == rows[0]["ms"] / 2
