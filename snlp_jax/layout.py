@@ -36,8 +36,9 @@ Spread = Literal["tensor", "ring"]
 """How layers that run in order lie on the devices of the layer axis: every layer on all of them, by heads and features
 (two all-reduces a layer), or every device its own layers, the state going round (one move a device)."""
 
-LONG_SWEEP = 64
-"""Tokens (batch x length) from which a CPU evaluates the layers of a region faster one by one than batched."""
+LONG_SWEEPS = ((64, 256), (2**31, 64))
+"""Up to which width, and from how many tokens (batch x length) on, a CPU evaluates the layers of a region faster one by
+one than batched: the table of ``benchmarks/formulation.py``."""
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +86,8 @@ def prepare(
     Args:
         num_tokens: tokens (batch x length) of a forward pass; decides the layout on a CPU.
         layout: without a mesh, ``stack`` keeps [n, ...] leaves (scan, vmap), ``list`` one tree a node (unrolled; more
-            to compile). ``auto``: lists for sequential segments on a CPU and for parallel ones on a CPU from 64 tokens
-            on.
+            to compile). ``auto``: lists for sequential segments on a CPU, and for parallel ones on a CPU from as many
+            tokens on as :data:`LONG_SWEEPS` says.
         mesh: every weight lives once on the devices of its ``layer`` and ``tensor`` axes (where they divide it):
             regions are sharded over ``layer``, what runs in order as ``sequential`` says, the rest by vocabulary.
         fits: calibrations by the names that the schedule's regions give.
@@ -104,6 +105,7 @@ def prepare(
 def _lay_out(model: LanguageModel, weights: Weights, num_tokens: int, layout: Layout) -> Weights:
     """Stacks or lists, of joined kernels or separate ones, see :func:`prepare`."""
     on_cpu = model.backend == "cpu"
+    long_sweep = next(tokens for width, tokens in LONG_SWEEPS if model.config.embed_dim <= width)
 
     def lay_out(segment: Segment, blocks: PyTree) -> PyTree:
         if isinstance(segment, SkippedSegment):
@@ -112,7 +114,7 @@ def _lay_out(model: LanguageModel, weights: Weights, num_tokens: int, layout: La
             blocks = each_stack(join_projections, blocks)
         if isinstance(segment, SequentialSegment):
             return as_rows(blocks, segment.num_layers) if layout == "list" or (layout == "auto" and on_cpu) else blocks
-        unrolled_is_faster = layout == "auto" and on_cpu and num_tokens >= LONG_SWEEP
+        unrolled_is_faster = layout == "auto" and on_cpu and num_tokens >= long_sweep
         # A split stage shares one product among all layers, which only a stack can do.
         if isinstance(segment.stage, FusedSplit) or not (layout == "list" or unrolled_is_faster):
             return blocks
