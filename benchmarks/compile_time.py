@@ -30,6 +30,7 @@ from rich.table import Column, Table
 from benchmarks.machine import ShapeArgs, header, made_up, out_path
 from benchmarks.speed_cells import decoding
 from snlp_jax.config import Config, HiddenNormConfig, LossConfig, ModelConfig, TrainConfig
+from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import prepare
@@ -130,5 +131,5 @@ def _lower(run: Callable, donated: tuple[int, ...], *given: Any) -> Any:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except ValueError as error:
+    except InputError as error:
         sys.exit(f"error: {error}")

@@ -29,6 +29,7 @@ from snlp_jax.eval.fidelity import make_reference_fn
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
 from snlp_jax.eval.run import open_run, quantized_params, read_config
 from snlp_jax.eval.weights import prepare_all
+from snlp_jax.io.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def main() -> None:
     report = measure(args)
     print_table(report)
     out = out_path(args.out, "quantized", report)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    atomic_write(out, json.dumps(report, indent=1) + "\n")
     print(f"wrote {out}")
 
 
