@@ -15,7 +15,7 @@ MIN_COMPILE_SECONDS = 0.5
 """Programs that compile faster are not worth a file."""
 
 
-def run_entry(main: Callable[[], None]) -> None:
+def run_entry(main: Callable[[], object]) -> None:
     """Set up logging and call ``main``.
 
     A known error becomes one line on stderr, with exit code 2 for an InputError or a full disk and 1 for divergence.

@@ -13,6 +13,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.kinds import cut, each_stack
 from snlp_jax.model.projections import join_projections
+from snlp_jax.model.value_embed import lay_out_tables
 from snlp_jax.parallel.region import num_padded, pad_layers
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, with_shardings
 from snlp_jax.solver import (
@@ -55,7 +56,7 @@ class Weights:
     """The embedding and the head."""
     blocks: tuple[PyTree, ...]
     tables: tuple[PyTree, ...]
-    """Value embeddings of the segment, see ``LanguageModel.value_tables``; None where those in ``ends`` serve."""
+    """Value embeddings of the segment, see ``snlp_jax/model/value_embed.py``; None where those in ``ends`` serve."""
     fits: tuple[Calibration | None, ...]
     segments: tuple[Segment, ...] = field(metadata={"static": True})
     is_spread: tuple[bool, ...] = field(metadata={"static": True})
@@ -180,8 +181,9 @@ def _spread(model: LanguageModel, params: Params, weights: Weights, mesh: Mesh, 
             num_shards, num_rows = num_devices, layers_per_node * num_padded(nodes, num_devices)
         is_spread.append(spread)
         blocks.append(pad_layers(stack, num_rows) if num_rows > segment.num_layers else stack)
-        is_skipped, shards = isinstance(segment, SkippedSegment), (num_shards, num_rows)
-        tables.append(None if is_skipped else model.value_tables(params, segment.start, segment.stop, *shards))
+        where = (segment.start, segment.stop, num_shards, num_rows)
+        is_skipped = isinstance(segment, SkippedSegment)
+        tables.append(None if is_skipped else lay_out_tables(model.config, params["embed"], *where))
     embed = {name: leaf for name, leaf in weights.ends["embed"].items() if name not in ("value", "value_gate")}
     ends = {"embed": embed, "head": weights.ends["head"]}
     return Weights(ends, tuple(blocks), tuple(tables), weights.fits, weights.segments, tuple(is_spread))

@@ -20,13 +20,7 @@ from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEm
 from snlp_jax.model.ends import Embedding, Head
 from snlp_jax.model.hyper import LayerMaps, static_maps
 from snlp_jax.model.kinds import join, kind_of, kinds_in, of_all
-from snlp_jax.model.layers import (
-    SMEAR_INPUT,
-    project,
-    rms_norm,
-    rotary_table,
-    weigh,
-)
+from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, weigh
 from snlp_jax.model.nodes import (
     LARGE_STATE,
     ChooseKernel,
@@ -40,6 +34,7 @@ from snlp_jax.model.nodes import (
     split_sweep,
 )
 from snlp_jax.model.projections import PARTS, head_widths, separate_projections, take_form
+from snlp_jax.model.value_embed import gather
 from snlp_jax.types import Array, Params, PyTree
 
 OnInput = Callable[[str, str, Array], None]
@@ -216,35 +211,18 @@ class LanguageModel:
             blocks: parameters of these layers, a stack or a list of trees. Static maps between streams are computed
                 from them here, once, and no layer reads their logits again.
             num_rows: layers of the stack with those of zero weights that fill it up; 0 where there are none.
-            tables: value embeddings as :meth:`value_tables` gives them; those in ``params`` where there are none.
+            tables: value embeddings as :func:`snlp_jax.model.value_embed.lay_out_tables` gives them; those in
+                ``params`` where there are none.
             num_shards: equal parts of the stack that lie on different devices: each part's rows are gathered from its
                 own tables.
         """
         num_rows = num_rows or stop - start
         windows = jnp.asarray(self.config.windows[start:stop], jnp.int32)
-        value_embed = self._value_embed(params, tokens_BT, start, stop, tables, num_shards, num_rows // num_shards)
+        value_embed = gather(self.config, params["embed"], tables, tokens_BT, start, stop, num_shards, num_rows)
         is_local = None
         if self.config.rope.local_base:
             is_local = jnp.asarray([letter == "S" for letter in self.config.letters[start:stop]])
         return Context(windows, value_embed, self._static_maps(blocks, stop - start), None, is_local)
-
-    def value_tables(self, params: Params, start: int, stop: int, num_shards: int, num_rows: int) -> PyTree:
-        """Value embeddings of layers ``start`` to ``stop - 1``, laid out for a stack of ``num_rows`` layers in
-        ``num_shards`` equal parts: ``{'value', 'value_gate'}``, leaves [num_shards * c, ...], each part's tables filled
-        up with zeros to the number c of the part that has most; None where no layer has any."""
-        slots = self._table_slots(start, stop, num_shards, num_rows // num_shards)
-        if slots is None:
-            return None
-        first = sum(layer < start for layer in self.config.value_embed_layers)
-        counts = [sum(slot < num_rows // num_shards for slot in row) for row in slots]
-        parts: dict[str, list[Array]] = {"value": [], "value_gate": []}
-        for count, row in zip(counts, slots, strict=True):
-            for name, part in parts.items():
-                leaf = params["embed"][name][first : first + count]
-                part.append(jnp.pad(leaf, [(0, len(row) - count)] + [(0, 0)] * (leaf.ndim - 1)))
-            first += count
-        join = lambda part: part[0] if num_shards == 1 else jnp.concatenate(part)  # noqa: E731
-        return {name: join(part) for name, part in parts.items()}
 
     def batch_axes(self, ctx: Context, shared: Shared, before: int = 0) -> tuple[Context, Shared, int]:
         """Batch axis of every leaf of one node's context, of what all share, and of what a node leaves behind; a node
@@ -373,48 +351,6 @@ class LanguageModel:
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise InputError(f"token id {bad} lies outside the vocabulary of {self.config.vocab_size} entries.")
-
-    def _table_slots(self, start: int, stop: int, num_shards: int, shard_len: int) -> list[list[int]] | None:
-        """For each part of a stack the positions, within it, of its layers with a table, filled up with ``shard_len``
-        (no position) to equal lengths; None where no layer has a table."""
-        owners = [layer - start for layer in self.config.value_embed_layers if start <= layer < stop]
-        if not owners:
-            return None
-        rows = [[i - part * shard_len for i in owners if i // shard_len == part] for part in range(num_shards)]
-        most = max(map(len, rows))
-        return [row + [shard_len] * (most - len(row)) for row in rows]
-
-    def _value_embed(
-        self, params: Params, tokens_BT: Array, start: int, stop: int, tables: PyTree, num_shards: int, shard_len: int
-    ) -> ValueEmbed | None:
-        config = self.config
-        slots = self._table_slots(start, stop, num_shards, shard_len)
-        if slots is None:
-            return None
-        first = 0
-        if tables is None:
-            tables, first = params["embed"], sum(layer < start for layer in config.value_embed_layers)
-            # The whole model's tables lie with their layers only if every part owns equally many.
-            if len(config.value_embed_layers) != num_shards * len(slots[0]):
-                num_shards, shard_len = 1, num_shards * shard_len
-                slots = self._table_slots(start, stop, 1, shard_len)
-                assert slots is not None
-
-        def place(x: Array, slots: Array) -> Array:
-            return jnp.zeros((shard_len, *x.shape[1:]), x.dtype).at[slots].set(x, mode="drop")
-
-        def of_part(value_EVX: Array, gate: Array, slots: Array) -> ValueEmbed:
-            index = first + jnp.arange(len(slots))
-            rows = value_EVX[index[:, None, None], tokens_BT[None]]
-            rows = rows.reshape(*rows.shape[:3], config.num_kv_heads, config.head_dim)
-            return ValueEmbed(place(rows, slots), place(gate[index], slots))
-
-        value, gate, slots_S = tables["value"], tables["value_gate"], jnp.asarray(slots)
-        if num_shards == 1:
-            return of_part(value, gate, slots_S[0])
-        by_part = lambda x: x.reshape(num_shards, -1, *x.shape[1:])  # noqa: E731
-        embeds = jax.vmap(of_part)(by_part(value), by_part(gate), slots_S)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), embeds)
 
     def _static_maps(self, blocks: PyTree, num_layers: int) -> LayerMaps | None:
         """Of the first ``num_layers`` layers of a stack or a list of trees, which may be chunks [M, ...]."""
