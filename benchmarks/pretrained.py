@@ -44,7 +44,7 @@ from benchmarks.retrieval import Probe, planted_keys
 from benchmarks.timing import Arm, RecordedEngine, time_beside_first
 from snlp_jax.config import Config, LinearizeConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData, val_batches
-from snlp_jax.entry import enable_compilation_cache
+from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import fit_spec, parse_calibration
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change, token_mean
@@ -408,8 +408,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        enable_compilation_cache()
-        main(tyro.cli(Args, description=__doc__))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_entry(lambda: main(tyro.cli(Args, description=__doc__)))

@@ -327,4 +327,4 @@ def _short(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    run_entry(lambda: (main(tyro.cli(Args, description=__doc__)), None)[1])
+    run_entry(lambda: main(tyro.cli(Args, description=__doc__)))

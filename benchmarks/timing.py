@@ -142,7 +142,7 @@ def time_beside_first(
 
     A few things at once run round robin with the first, whose faster layout counts, and are then let go of: programs
     of all of them together are more than a process may map. Milliseconds are the first thing's median over all rounds
-    divided by the ratio: the machine's speed changes between groups.
+    divided by the ratio: the machine's speed changes between groups. There are no rows without the first thing.
     """
     rows: dict[int, dict[str, Any]] = {}
     failed: list[tuple[int, Layout, str]] = []
@@ -158,6 +158,8 @@ def time_beside_first(
         return things
 
     twins = made([0])
+    if not twins:
+        return {}, failed
 
     def timed(group: Sequence[int]) -> dict[tuple[int, Layout], list[float]]:
         things = twins | made(group)

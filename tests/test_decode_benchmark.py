@@ -165,3 +165,13 @@ def test_things_are_timed_beside_the_first_and_let_go_of():
     assert {row["layout"] for row in rows.values()} == {"stack"}
     assert most <= 2 * (1 + GROUP)
     assert rows[1]["ms"] == rows[0]["ms"] / 2
+
+
+def test_nothing_is_timed_beside_what_could_not_be_made():
+    def make(index, layout):
+        if index == 0:
+            raise ValueError(f"no {layout}")
+        return index
+
+    rows, failed = time_beside_first(3, ("stack", "list"), make, lambda thing, _: 1.0, 3)
+    assert rows == {} and failed == [(0, "stack", "no stack"), (0, "list", "no list")]
