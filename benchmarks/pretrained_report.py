@@ -70,6 +70,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> bytes:
                 if row["family"] == family and f"{what}_ms" in row
             )
             style = {"color": f"C{number % 10}", "marker": "o^sDvPX*<>"[number % 10], "markersize": 6, "linewidth": 1}
+            style |= {"markerfacecolor": "white"} if number >= 10 else {}  # where colours and markers come again
             if mine:
                 axis.plot(*zip(*mine, strict=True), **style, linestyle=":" if "drop" in family else "-", label=family)
         axis.set_yscale("symlog", linthresh=1)

@@ -37,9 +37,9 @@ Spread = Literal["tensor", "ring"]
 """How layers that run in order lie on the devices of the layer axis: every layer on all of them, by heads and features
 (two all-reduces a layer), or every device its own layers, the state going round (one move a device)."""
 
-LONG_SWEEPS = ((64, 256), (2**31, 64))
-"""Up to which width, and from how many tokens (batch x length) on, a CPU evaluates the layers of a region faster one by
-one than batched: the table of ``benchmarks/formulation.py``."""
+LOOPED = (256, 16)
+"""Up to which width, and from how many tokens (batch x length) on, a CPU runs layers in order as fast in a loop over
+their stack as unrolled, which takes three times as long to compile: the table of ``benchmarks/formulation.py``."""
 
 
 @jax.tree_util.register_dataclass
@@ -87,8 +87,7 @@ def prepare(
     Args:
         num_tokens: tokens (batch x length) of a forward pass; decides the layout on a CPU.
         layout: without a mesh, ``stack`` keeps [n, ...] leaves (scan, vmap), ``list`` one tree a node (unrolled; more
-            to compile). ``auto``: lists for sequential segments on a CPU, and for parallel ones on a CPU from as many
-            tokens on as :data:`LONG_SWEEPS` says.
+            to compile). ``auto``: stacks, but lists for sequential segments on a CPU outside of :data:`LOOPED`.
         mesh: every weight lives once on the devices of its ``layer`` and ``tensor`` axes (where they divide it):
             regions are sharded over ``layer``, what runs in order as ``sequential`` says, the rest by vocabulary.
         fits: calibrations by the names that the schedule's regions give.
@@ -105,8 +104,8 @@ def prepare(
 
 def _lay_out(model: LanguageModel, weights: Weights, num_tokens: int, layout: Layout) -> Weights:
     """Stacks or lists, of joined kernels or separate ones, see :func:`prepare`."""
-    on_cpu = model.backend == "cpu"
-    long_sweep = next(tokens for width, tokens in LONG_SWEEPS if model.config.embed_dim <= width)
+    width, tokens = LOOPED
+    is_looped = model.backend != "cpu" or (model.config.embed_dim <= width and num_tokens >= tokens)
 
     def lay_out(segment: Segment, blocks: PyTree) -> PyTree:
         if isinstance(segment, SkippedSegment):
@@ -114,10 +113,10 @@ def _lay_out(model: LanguageModel, weights: Weights, num_tokens: int, layout: La
         if model.backend == "gpu":
             blocks = each_stack(join_projections, blocks)
         if isinstance(segment, SequentialSegment):
-            return as_rows(blocks, segment.num_layers) if layout == "list" or (layout == "auto" and on_cpu) else blocks
-        unrolled_is_faster = layout == "auto" and on_cpu and num_tokens >= long_sweep
+            is_list = layout == "list" or (layout == "auto" and not is_looped)
+            return as_rows(blocks, segment.num_layers) if is_list else blocks
         # A split stage shares one product among all layers, which only a stack can do.
-        if isinstance(segment.stage, FusedSplit) or not (layout == "list" or unrolled_is_faster):
+        if layout != "list" or isinstance(segment.stage, FusedSplit):
             return blocks
         is_chunked = isinstance(segment.stage, Chunkwise)
         return as_rows(by_chunk(blocks, segment.layers_per_node) if is_chunked else blocks, segment.num_nodes)

@@ -55,6 +55,7 @@ class LanguageModel:
         self._block_graphs: dict[Any, Any] = {}
         self._wrap_path: Callable[[Any], Any] = lambda path: path
         self._on_input: OnInput | None = None
+        self._one_by_one_from = LARGE_STATE
 
     def init(self, key: Array) -> Params:
         """Fresh parameters. Jit it, with ``out_shardings`` where they should be born sharded."""
@@ -83,8 +84,9 @@ class LanguageModel:
         kernels: Collection[Implementation] | None = None,
         wrap_path: Callable[[Any], Any] | None = None,
         on_input: OnInput | None = None,
+        one_by_one_from: int | None = None,
     ) -> "LanguageModel":
-        """The same model for programs over several devices, or that look into its layers.
+        """The same model for programs over several devices, that look into its layers, or that are compared.
 
         Args:
             fetch: applied to one layer's parameters wherever its maths reads them: what is split can be gathered there.
@@ -92,11 +94,13 @@ class LanguageModel:
             wrap_path: gives what stands in place of a layer's residual path (``snlp_jax/model/hyper.py``).
             on_input: called with part, name and input of every product of a layer with a kernel, while ``block_fn`` is
                 traced.
+            one_by_one_from: tokens times streams from which a CPU evaluates layers of a sweep one after another.
         """
         model = LanguageModel(self.config, self._backend)
         model._fetch, model._wrap_path = fetch or self._fetch, wrap_path or self._wrap_path
         model._on_input = on_input or self._on_input
         model._kernels_here = self._kernels_here if kernels is None else ("xla", *kernels)
+        model._one_by_one_from = self._one_by_one_from if one_by_one_from is None else one_by_one_from
         return model
 
     @property
@@ -379,9 +383,9 @@ class LanguageModel:
         return LayerNode(self.config, self._merge, self.dtype)
 
     def _node_fns(self, node: Node, windows: Sequence[int], forward_mode: bool) -> NodeFns:
-        kernels, one_by_one_from = self._kernels(forward_mode), LARGE_STATE if self.backend == "cpu" else None
+        one_by_one_from = self._one_by_one_from if self.backend == "cpu" else None
         settings: dict[str, Any] = {"one_by_one_from": one_by_one_from, "softcap": self.config.attention_softcap}
-        return node_fns(node, windows, kernels, remat=self.config.remat, **settings)
+        return node_fns(node, windows, self._kernels(forward_mode), remat=self.config.remat, **settings)
 
     def _kernels(self, forward_mode: bool) -> ChooseKernel:
         return lambda *of: "xla" if forward_mode else self._attention(*of)

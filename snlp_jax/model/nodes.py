@@ -41,8 +41,9 @@ NodeFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, BlockAux]]
 ChooseKernel = Callable[[int, bool], Implementation]
 """Attention kernel for a number of tokens, and whether these follow on a cache."""
 
-LARGE_STATE = 2**10
-"""Tokens times streams of a state from which a CPU evaluates nodes one after another rather than all at once."""
+LARGE_STATE = 2**8
+"""Tokens times streams of a state from which a CPU evaluates nodes one after another rather than all at once: the table
+of ``benchmarks/formulation.py``."""
 
 
 class NodeFns(NamedTuple):
@@ -261,7 +262,8 @@ def node_fns(
 
     The sweep runs attention once for each distinct window, with the window compiled in, on activations gathered by
     window; the weights are read where they lie. States of ``one_by_one_from`` or more tokens (times streams) go through
-    the nodes one after another instead: batched, every operation would pass all states through a CPU's memory.
+    the nodes one after another instead: batched, every operation would pass all states through a CPU's memory. Rings of
+    several lengths have no common loop.
     """
     maybe_remat = jax.checkpoint if remat else lambda fn: fn
 
@@ -285,7 +287,8 @@ def node_fns(
         return new_L, BlockAux(kv, skip_LBTRR)
 
     def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
-        if one_by_one_from is not None and prod(h_L.shape[1:-1]) >= one_by_one_from:
+        is_large = one_by_one_from is not None and prod(h_L.shape[1:-1]) >= one_by_one_from
+        if is_large and shared.past is None:
             return jax.lax.map(lambda row: block(*row, shared), (params, h_L, ctx))
         return batched(params, h_L, ctx, shared)
 
