@@ -124,6 +124,15 @@ def test_as_many_iterations_as_layers_are_sequential(name, setting, rule):
     assert_is_the_whole_pass(config, "seq", requests, completions)
 
 
+@pytest.mark.parametrize("config", (TINY, ALIKE), ids=("mixed", "alike"))
+def test_steps_of_many_rows_are_the_whole_pass(config):
+    """A CPU sweeps them in a loop over layers, which rings of several lengths do not have."""
+    model, params, _ = model_of(config)
+    requests, schedule = requests_of(config), parse_schedule("idn:n=3,k=3", config.num_layers)
+    engine = Engine(model.adapted(one_by_one_from=1), params, schedule)
+    assert_is_the_whole_pass(config, "seq", requests, engine.generate(requests))
+
+
 TOKEN_LOCAL = (
     "sid:n=2,k=1,init=batch_forward",
     "sid:n=3,k=2,init=batch_forward",

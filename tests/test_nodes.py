@@ -186,14 +186,16 @@ def test_sweep_of_chunks_is_the_chunks_one_by_one(config, num_chunks):
             assert relative_error(one, other) < ROUNDING
 
 
-def test_large_states_are_swept_one_by_one_on_a_cpu(monkeypatch):
+def test_large_states_are_swept_one_by_one_on_a_cpu():
     setting = Setting(HYPER, 0, 3)
-    sweep, h_L = setting.model.sweep_fn(0, 3), setting.state(3, 3)
-    run = lambda: jax.jit(lambda h: sweep(setting.blocks, h, setting.ctx, setting.shared))(h_L)  # noqa: E731
-    together = run()
-    monkeypatch.setattr("snlp_jax.model.nodes.LARGE_STATE", 1)
-    one_by_one = run()
-    for one, other in zip(jax.tree.leaves(one_by_one), jax.tree.leaves(together), strict=True):
+    h_L, results = setting.state(3, 3), {}
+    num_rows = h_L[0, ..., 0].size
+    for rows in (num_rows, num_rows + 1):
+        sweep = setting.model.adapted(one_by_one_from=rows).sweep_fn(0, 3)
+        run = lambda h: sweep(setting.blocks, h, setting.ctx, setting.shared)  # noqa: B023, E731
+        is_loop = "scan[" in str(jax.make_jaxpr(run)(h_L))
+        results[is_loop] = jax.jit(run)(h_L)
+    for one, other in zip(*map(jax.tree.leaves, (results[True], results[False])), strict=True):
         assert relative_error(one, other) < ROUNDING
 
 
