@@ -58,7 +58,7 @@ class LayerProblem:
 
     Attributes:
         block_fn: one layer; must be differentiable in forward mode where a correction asks for that.
-        params: leaves [N, ...], or a list of N trees (unrolled; what a CPU prefers for long sequences), or ``Groups``
+        params: leaves [N, ...], or a list of N trees (unrolled; what a CPU prefers for wide layers), or ``Groups``
             of layers whose trees differ.
         ctx: per-layer inputs that are not parameters: leaves [N, ...], or a list of N trees where params are one.
         shared: inputs common to all layers.
