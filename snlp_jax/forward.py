@@ -236,6 +236,8 @@ def layer_problem(
     num_layers = num_rows // layers_per_node
     attention = [i for i, kind in enumerate(model.config.kinds[start:stop]) if kind.attn == "full"]
     attention += range(stop - start, num_rows)
+    is_steady = not model.config.num_streams or model.config.hyper_maps == "static"
+    affine = [i for i, kind in enumerate(model.config.kinds[start:stop]) if is_steady and "full" not in kind]
     one_by_one = isinstance(segment, SequentialSegment) or isinstance(segment.correction, Exact)
     evaluations: list[tuple[Any, Shared]] = []
     for rings in past if isinstance(past, tuple) else () if past is None else (past,):
@@ -271,6 +273,7 @@ def layer_problem(
         else BatchAxes(*model.batch_axes(own, of_all, int(of_nodes is not None))),
         warm_L=warm,
         evaluations=tuple(evaluations) if isinstance(past, tuple) else (),
+        affine=tuple(affine),
     )
     if isinstance(segment, ParallelSegment) and segment.init.is_oracle and warm is None:
         problem = _with_previous_token(problem, mesh)

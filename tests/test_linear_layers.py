@@ -143,20 +143,26 @@ AFFINE = {layer: random_map(layer) for layer in (2, 3, 4)}
 @pytest.mark.parametrize(
     ("setting", "is_exact"),
     [
-        ("exact:n=6,k=3", True),
-        ("exact:n=6,k=2", False),
-        ("exact:2-5,k=1", True),
-        pytest.param("exact:2-6,k=2", True, marks=pytest.mark.slow),
-        pytest.param("exact:2-6,k=1", False, marks=pytest.mark.slow),
+        ("idn:n=6,k=3", True),
+        ("sid:n=6,k=2", False),
+        ("jac:2-5,k=1", True),
+        ("sid:n=6,k=3,trust=0.5", True),
+        pytest.param("diag:n=6,k=3,init=batch_forward", True, marks=pytest.mark.slow),
+        pytest.param("idn:n=6,k=3,tol=1e-30", True, marks=pytest.mark.slow),
+        pytest.param("sid:2-6,k=2", True, marks=pytest.mark.slow),
+        pytest.param("sid:2-6,k=1", False, marks=pytest.mark.slow),
+        pytest.param("exact:n=6,k=3", True, marks=pytest.mark.slow),
+        pytest.param("exact:n=6,k=2", False, marks=pytest.mark.slow),
     ],
 )
-def test_wholly_linear_layers_cost_no_iteration(setting, is_exact):
-    """Layers 2 to 4 have both branches linear. Their Jacobians do not depend on the state, so the affine scan carries
-    whatever enters them to their end exactly: what is left are layers 0, 1 and 5, or in a region that they begin one
-    iteration for all of them and one for layer 5."""
+@pytest.mark.parametrize("layout", ("stack", pytest.param("list", marks=pytest.mark.slow)))
+def test_wholly_linear_layers_cost_no_iteration(setting, is_exact, layout):
+    """Layers 2 to 4 have both branches linear. Their Jacobians do not depend on the state, so the affine scan of any
+    correction carries whatever enters them to their end exactly: what is left are layers 0, 1 and 5, or in a region
+    that they begin one iteration for all of them and one for layer 5."""
     config, params = mixed(attention=AFFINE, mlp={layer: random_map(10 + layer) for layer in AFFINE})
     assert [config.kinds[layer] for layer in AFFINE] == [Kind("linear", "linear")] * 3
-    error = np.abs(run(config, params, setting).logits_BTV - run(config, params).logits_BTV).max()
+    error = np.abs(run(config, params, setting, layout).logits_BTV - run(config, params).logits_BTV).max()
     assert error < ROUNDING if is_exact else error > 100 * ROUNDING
 
 
@@ -175,8 +181,9 @@ def test_one_iteration_is_the_same_in_every_layout():
 
 
 def test_a_sweep_over_kinds_permutes_no_weight():
-    """What is gathered, cut or joined for one token is smaller than the smallest matrix."""
-    config, params = mixed()
+    """What is gathered, cut or joined for one token is smaller than the smallest matrix. (Layers that are linear as a
+    whole are cut out of their stack.)"""
+    config, params = mixed(attention={1: random_map(1), 2: None}, mlp={3: random_map(3)})
     model, schedule = LanguageModel(config), parse_schedule("sid:n=6,k=2", 6)
     weights = prepare(model, params, schedule, num_tokens=1, layout="stack")
     traced = jax.make_jaxpr(lambda w, t: forward(model, w, t).logits_BTV)(weights, jnp.zeros((1, 1), jnp.int32))

@@ -56,7 +56,11 @@ class Correction:
         y_L, is_padding_L = self.predict(problem, iteration), problem.is_padding()
         if is_padding_L is not None:
             maps = maps.identity_where(is_padding_L)
-        return correct(maps, y_L, iteration.h_L, iteration.entering, problem.axis, taps=taps, packed=packed)
+        if problem.affine and y_L is not iteration.y_L:
+            rows = jnp.asarray(problem.affine)
+            y_L = jax.tree.map(lambda new, y: new.at[rows].set(y[rows]), y_L, iteration.y_L)
+        told: dict[str, Any] = {"slopes": problem.slopes, "taps": taps, "packed": packed}
+        return correct(maps, y_L, iteration.h_L, iteration.entering, problem.axis, **told)
 
     def start(self, problem: LayerProblem, x_L: PyTree) -> PyTree:
         """State that all iterations share, made once at the inputs of the first; () where there is none."""

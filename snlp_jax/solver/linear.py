@@ -11,7 +11,7 @@ one ``all_gather``; everything else is local.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -275,6 +275,7 @@ def correct(
     entering: PyTree,
     axis: Axis | None = None,
     *,
+    slopes: Mapping[int, Callable[[PyTree], PyTree]] | None = None,
     taps: tuple[int, ...] = (),
     packed: PyTree = (),
 ) -> Corrected:
@@ -284,6 +285,7 @@ def correct(
 
     Args:
         maps: A_l for each (local) layer.
+        slopes: layer -> ``d -> A_l d`` in place of its map; not over devices. The scan ends there and begins anew.
         y_L: evaluations f_l(h_{l-1}).
         h_L: trace before the correction.
         entering: state that entered the first (local) layer in this evaluation.
@@ -293,10 +295,14 @@ def correct(
         packed: anything small that the devices want to tell each other; it travels there too.
     """
     r_L = jax.tree.map(jnp.subtract, y_L, h_L)
-    products, d_L = affine_scan(maps, r_L)
     zero = jax.tree.map(jnp.zeros_like, entering)
-    new_L = jax.tree.map(jnp.add, y_L, maps.apply(shift(d_L, zero)))
-    if axis is None:
+    if slopes:
+        assert axis is None or axis.size == 1, "layers that differ are not spread over devices"
+        new_L = jax.tree.map(jnp.add, y_L, _moves(maps, r_L, slopes, zero))
+    else:
+        products, d_L = affine_scan(maps, r_L)
+        new_L = jax.tree.map(jnp.add, y_L, maps.apply(shift(d_L, zero)))
+    if axis is None or axis.size == 1:
         alone = jax.tree.map(lambda leaf: leaf[None], packed)
         return Corrected(new_L, entering, layer(new_L, -1), tuple(layer(new_L, tap) for tap in taps), alone)
 
@@ -322,6 +328,28 @@ def correct(
         product, state = layer(of_all, owner)
         tapped.append(jax.tree.map(jnp.add, state, product.apply(d_before[owner])))
     return Corrected(new_L, new_entering, states_before[-1], tuple(tapped), totals[4])
+
+
+def _moves(maps: LinearMap, r_L: PyTree, slopes: Mapping[int, Callable[[PyTree], PyTree]], d: PyTree) -> PyTree:
+    """``A_l d_{l-1}`` of all layers for a delta d that enters the first: a scan of the maps for every run of layers
+    between those that have slopes of their own."""
+    num_layers = jax.tree.leaves(r_L)[0].shape[0]
+    moves: list[PyTree] = []
+    start = 0
+    for index in (*sorted(slopes), num_layers):
+        if start < index:
+            run, its_maps = layer((r_L, maps), slice(start, index))
+            first = jax.tree.map(jnp.add, layer(run, 0), layer(its_maps, 0).apply(d))
+            run = jax.tree.map(lambda r, f: jnp.concatenate([f[None], r[1:]]), run, first)
+            d_L = affine_scan(its_maps, run)[1]
+            moves.append(its_maps.apply(shift(d_L, d)))
+            d = layer(d_L, -1)
+        if index < num_layers:
+            move = slopes[index](d)
+            moves.append(jax.tree.map(lambda leaf: leaf[None], move))
+            d = jax.tree.map(jnp.add, layer(r_L, index), move)
+        start = index + 1
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *moves)
 
 
 def pass_round(

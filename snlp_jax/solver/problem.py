@@ -8,6 +8,7 @@ structure, and what only some of them leave behind is stacked over those. The tr
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,6 +80,9 @@ class LayerProblem:
         axis: mesh axis over which the layers are sharded, when the problem lives inside ``shard_map``.
         refresh_fn: as ``sweep_fn``, where what layers leave behind is wanted alone and an evaluation is more than that.
         evaluations: ``(ctx, shared)`` of every evaluation, that of the initial trace included, where they differ.
+        affine: layers that are affine in their state. Every correction takes their own derivative for the surrogate:
+            as many iterations as there are other layers are exact, and one more where the first layer is affine. They
+            must be differentiable in forward mode, and cannot be sharded.
     """
 
     block_fn: BlockFn
@@ -98,6 +102,7 @@ class LayerProblem:
     axis: Axis | None = None
     refresh_fn: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
     evaluations: tuple[tuple[PyTree, PyTree], ...] = ()
+    affine: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.is_stack:
@@ -133,6 +138,15 @@ class LayerProblem:
             return tree[index] if isinstance(tree, list) else layer(tree, index)
 
         return pick(self.params), pick(self.ctx)
+
+    @property
+    def slopes(self) -> dict[int, Callable[[PyTree], PyTree]]:
+        """Of every affine layer its derivative, as a function of a change of its state."""
+
+        def slope(params: PyTree, ctx: PyTree, d: PyTree) -> PyTree:
+            return jax.jvp(lambda h: self.block_fn(params, h, ctx, self.shared)[0], (d,), (d,))[1]
+
+        return {index: functools.partial(slope, *self.layer(index)) for index in self.affine}
 
     def indices(self) -> jax.Array:
         """[N] positions of the (local) layers in the whole region, counted from its first layer that counts."""
