@@ -285,12 +285,12 @@ def correct(
 
     Args:
         maps: A_l for each (local) layer.
-        slopes: layer -> ``d -> A_l d`` in place of its map; not over devices. The scan ends there and begins anew.
         y_L: evaluations f_l(h_{l-1}).
         h_L: trace before the correction.
         entering: state that entered the first (local) layer in this evaluation.
         axis: mesh axis over which the layers are sharded, inside ``shard_map``. One all_gather of each device's
             affine total (A and d of its layers for a delta of 0 before them) and of its last corrected state.
+        slopes: layer -> ``d -> A_l d`` in place of its map; not over devices. The scan ends there and begins anew.
         taps: layers of the whole region whose outputs every device wants; they travel in the same exchange.
         packed: anything small that the devices want to tell each other; it travels there too.
     """
