@@ -181,8 +181,7 @@ def test_one_iteration_is_the_same_in_every_layout():
 
 
 def test_a_sweep_over_kinds_permutes_no_weight():
-    """What is gathered, cut or joined for one token is smaller than the smallest matrix. (Layers that are linear as a
-    whole are cut out of their stack.)"""
+    """What is gathered, cut or joined for one token is smaller than the smallest matrix."""
     config, params = mixed(attention={1: random_map(1), 2: None}, mlp={3: random_map(3)})
     model, schedule = LanguageModel(config), parse_schedule("sid:n=6,k=2", 6)
     weights = prepare(model, params, schedule, num_tokens=1, layout="stack")
@@ -196,6 +195,18 @@ def test_a_sweep_over_kinds_permutes_no_weight():
                 yield from moved(inner)
 
     assert 0 < max(moved(traced.jaxpr)) < D * D
+
+
+def test_maps_in_the_scan_are_read_where_they_lie():
+    """Two layers that are linear as a whole, with others between them: no map is written anywhere."""
+    maps = {layer: random_map(layer) for layer in (2, 4)}
+    config, params = mixed(attention=dict.fromkeys(maps), mlp=maps)
+    model, schedule = LanguageModel(config), parse_schedule("sid:n=6,k=2", 6)
+    weights = prepare(model, params, schedule, num_tokens=1, layout="stack")
+    run = jax.jit(lambda w, t: forward(model, w, t).logits_BTV)
+    program = run.lower(weights, jnp.zeros((1, 1), jnp.int32)).compile().as_text()
+    made = re.findall(rf"= f32\[(?:1,)?{D},{D}\]\S* ([a-z-]+)\(", program)
+    assert "bitcast" in made and set(made) <= {"parameter", "bitcast"}
 
 
 # ---------------------------------------------------------------- decoding

@@ -66,12 +66,16 @@ def take(config: ModelConfig, blocks: PyTree, layers: Sequence[int]) -> PyTree:
 
 
 def cut(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
-    """Layers ``start`` to ``stop - 1`` of ragged stacks: a stack, or where they differ the stacks of their kinds."""
+    """Layers ``start`` to ``stop - 1`` of ragged stacks: a stack, or where they differ the stacks of their kinds, those
+    without a full branch one each: the solver reads them one by one."""
     kinds = kinds_in(config, start, stop)
     if len(kinds) == 1:
         return take(config, blocks, tuple(range(start, stop)))
-    members = tuple(tuple(layer - start for layer in layers) for layers in kinds.values())
-    return Groups(tuple(take(config, blocks, layers) for layers in kinds.values()), members)
+    parts: list[tuple[int, ...]] = []
+    for kind, layers in kinds.items():
+        parts += [layers] if "full" in kind else [(layer,) for layer in layers]
+    members = tuple(tuple(layer - start for layer in layers) for layers in parts)
+    return Groups(tuple(take(config, blocks, layers) for layers in parts), members)
 
 
 def in_a_row(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
