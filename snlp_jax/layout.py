@@ -39,7 +39,7 @@ Spread = Literal["tensor", "ring"]
 
 LOOPED = (256, 16)
 """Up to which width, and from how many tokens (batch x length) on, a CPU runs layers in order as fast in a loop over
-their stack as unrolled, which takes three times as long to compile: the table of ``benchmarks/formulation.py``."""
+their stack as unrolled, which takes up to thrice as long to compile: the table of ``benchmarks/formulation.py``."""
 
 
 @jax.tree_util.register_dataclass
