@@ -4,7 +4,8 @@ forward   tokens to logits, without a cache.
 cached    tokens that follow on a cache: at one token the engine's own loop over steps, from one token to the next; at
           more of them one pass and the writing of the cache.
 region    the layers of the largest region alone: one sweep and its correction, against the same layers in order; with a
-          cache if there is one, which is read and written.
+          cache if there is one, which is read and written. At one token also a sum over as many bytes as the layers
+          must read: what no program that reads them once can pass.
 """
 
 import dataclasses
@@ -200,11 +201,33 @@ def region_jobs(setup: Setup, cell: Cell, setting: str, forms: dict[str, list[Fo
     num_bytes -= jnp.dtype(cell.dtype).itemsize * (head + rows)
     flops -= 2 * cell.batch * cell.length * head
     names = {"seq": "seq", setting: f"one iteration of {region.num_layers}"}
-    return [
+    jobs = [
         Job({"setting": names[kind]} | form.name, make(kind, form), num_bytes, flops, steps)
         for kind, its in forms.items()
         for form in its
     ]
+    return jobs + [reading_job(cell, num_bytes, steps)] * (cell.length == 1)
+
+
+def reading_job(cell: Cell, num_bytes: int, steps: int) -> Job:
+    """A sum over one array of ``num_bytes``, ``steps`` times in a row."""
+
+    def program(array: jax.Array, steps: jax.Array) -> jax.Array:
+        def again(_: jax.Array, total: jax.Array) -> jax.Array:
+            array_now, _ = jax.lax.optimization_barrier((array, total))  # or it would be summed once for all steps
+            return total + jnp.sum(array_now, dtype=jnp.float32)
+
+        return jax.lax.fori_loop(0, steps, again, jnp.float32(0))
+
+    def compile(job: Job) -> Callable[[], Any]:
+        rest = (jnp.zeros(num_bytes // jnp.dtype(cell.dtype).itemsize, cell.dtype), jnp.int32(steps))
+        began = time.perf_counter()
+        run = jax.jit(program).lower(*rest).compile()
+        job.facts["compile_s"] = round(time.perf_counter() - began, 2)
+        return lambda: run(*rest)
+
+    name = {"setting": f"reading {num_bytes / 1e6:.0f} MB"} | Form("stack").name
+    return Job(name, compile, num_bytes, 0.0, steps)
 
 
 def iterate(

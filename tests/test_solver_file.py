@@ -15,7 +15,7 @@ from tiny_run import MODEL, random_run, tiny
 from snlp_jax.config import EvalConfig, SearchConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.search import print_found, search_run, write_found
-from snlp_jax.eval.search.measure import Quality, interleave
+from snlp_jax.eval.search.measure import Prefill, Quality, interleave
 from snlp_jax.eval.search.race import Sums
 from snlp_jax.eval.search.record import verdict
 from snlp_jax.eval.solver_file import SolverFile, read_solver_file, setting_of, with_settings, write_solver_file
@@ -187,6 +187,24 @@ def test_fresh_windows_may_refute_the_winner(run_dir, made_up):
     assert found.winner.depth == 3
     refuted = [row for row in found.rows if row.status == "refuted"]
     assert refuted and all(row.depth == 2 for row in refuted)
+
+
+def test_search_times_what_predictions_cannot_tell_from_the_sequential_pass(run_dir, made_up, monkeypatch):
+    """No sum of parts says that one setting is faster; it is predicted to be dearer than the sequential pass."""
+    odd, place = "idn:n=3,k=2", 4
+
+    def reader(self, candidate, layout="auto"):
+        ms = 10.0 if candidate.is_lossless else 8.0 if candidate.name == odd else 10.1
+        return lambda number: ms
+
+    monkeypatch.setattr(Prefill, "reader", reader)
+    monkeypatch.setattr(
+        "snlp_jax.eval.search.run.choose_probes", lambda parts: [i for i in range(len(parts)) if i != place]
+    )
+    made_up(lambda schedule, _: 0.0)
+    found = search_of(run_dir, objective="prefill")
+    assert found.winner.name == odd and found.solver.measured["speedup"] == 1.25
+    assert all(row.is_cost_measured for row in found.rows if row.status in ("winner", "passed"))
 
 
 @pytest.mark.slow

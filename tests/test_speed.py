@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from benchmarks import speed
 from benchmarks.machine import SHAPES, random_params, work
 from benchmarks.speed import Args, cells_of, flags_of, main, summarize
-from benchmarks.speed_cells import Cell, Form, Job, Setup, cached_jobs, forward_jobs, region_jobs
+from benchmarks.speed_cells import Cell, Form, Job, Setup, cached_jobs, forward_jobs, reading_job, region_jobs
 from benchmarks.speed_parts import part_jobs, train_jobs
 from benchmarks.speed_presets import PRESETS, default_settings
 from benchmarks.speed_report import leaders, markdown
@@ -59,14 +60,14 @@ def test_every_cell_has_every_form(result):
         ("cached", 1, 8),
         ("region", 1, 8),
     ]
-    settings = [(SETTING, "mixed"), ("one iteration of 2", "stack")]
-    for cell, setting in zip(saved["cells"], settings, strict=True):
+    settings = [[(SETTING, "mixed")], [("one iteration of 2", "stack"), ("reading 0 MB", "stack")]]
+    for cell, others in zip(saved["cells"], settings, strict=True):
         names = [(job["setting"], job["layout"]) for job in cell["jobs"]]
-        assert names == [("seq", "stack"), ("seq", "list"), setting]
+        assert names == [("seq", "stack"), ("seq", "list"), *others]
         for job in cell["jobs"]:
-            assert job["runs"] == 4 and job["is_finite"]
+            assert job["runs"] == 4 and job["is_finite"] and job["compile_s"] >= 0 and job["limit_ms"] > 0
             assert job["min_ms"] <= job["lower_quartile_ms"] <= job["median_ms"] <= job["upper_quartile_ms"]
-            assert job["compile_s"] >= 0 and job["peak_bytes"] > 0 and job["limit_ms"] > 0 and job["kernels"] > 10
+            assert job["setting"] == "reading 0 MB" or (job["peak_bytes"] > 0 and job["kernels"] > 10)
 
 
 def test_twin_is_the_fastest_sequential_form(result):
@@ -122,14 +123,23 @@ def test_forward_is_the_same_in_every_form(setup):
 
 def test_region_work_is_that_of_its_layers(setup):
     cell = Cell("region", "custom", "float32", 1, 1, 8)
-    seq, iteration = region_jobs(setup, cell, SETTING, {"seq": [Form("list")], SETTING: [Form("stack")]}, 4)
+    seq, iteration, reading = region_jobs(setup, cell, SETTING, {"seq": [Form("list")], SETTING: [Form("stack")]}, 4)
     D, cache = 32, 2 * 2 * 32 * 8  # keys and values of two layers
     weights = 2 * 12 * D * D
     own = [job.num_bytes for job in (seq, iteration)]
     gathered = [num_bytes - 4 * (weights + cache) for num_bytes in own]
-    assert own[0] == own[1] and 0 <= gathered[0] <= 4 * 2 * D  # value embeddings of the token
+    assert own[0] == own[1] == reading.num_bytes and 0 <= gathered[0] <= 4 * 2 * D  # value embeddings of the token
     assert seq.flops == iteration.flops == 2 * weights + 4 * 2 * D * (1 + 8)
-    assert seq.units == 4
+    assert seq.units == reading.units == 4
+
+
+def test_limit_of_reading_reads_in_every_step():
+    def fastest_s(steps: int) -> float:
+        run = reading_job(Cell("region", "custom", "float32"), 2**24, steps).make(job)
+        return min(timeit.repeat(lambda: jax.block_until_ready(run()), number=1, repeat=5))
+
+    job = reading_job(Cell("region", "custom", "float32"), 2**24, 1)
+    assert fastest_s(64) > 8 * fastest_s(1)  # both alike if the sum were taken out of the loop
 
 
 @pytest.mark.parametrize("cell", [Cell("parts", "c", "float32", 1, 1, 8), Cell("parts", "c", "float32", 2, 8)])

@@ -30,7 +30,7 @@ class SearchConfig:
     tolerances: tuple[float, ...] = (0.2, 0.5)
     """Of iterations that stop by themselves (not for objective decode)."""
     finalists: int = 4
-    """Settings that are timed again at the end."""
+    """Settings that are timed together, and once more at the end."""
 
     def __post_init__(self) -> None:
         parse_share(self.max_ppl_increase)

@@ -29,6 +29,8 @@ MARGIN = 0.5
 """A failure implies that of harder candidates if the lower bound exceeds the limit by this share of it, ..."""
 LEAST_MARGIN = 1e-3
 """... and by so much at least: the order of candidates is a guide, not a theorem."""
+NOISE = 0.02
+"""Relative error of measured costs: medians of some ten runs."""
 
 Status = Literal["open", "failed", "passed", "beaten", "implied", "undecided", "refuted"]
 
@@ -77,8 +79,8 @@ class Race:
 
     Args:
         costs: of each candidate, predicted or measured.
-        slack: relative error of predicted costs: a passed candidate beats only what is dearer by more. Lossless ones,
-            whose costs are measured, beat whatever is dearer.
+        slack: relative error of predicted costs: a passed candidate beats only what is dearer by more. Of two measured
+            costs, as those of lossless candidates are, the error is ``NOISE`` at most.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Race:
         self.sums: dict[int, Sums] = {}
         self.refuted: set[int] = set()
         self._is_lossless_P = np.asarray([candidate.is_lossless for candidate in candidates])
-        self._slack_P = np.where(self._is_lossless_P, 0.0, slack)
+        self.slack, self.is_timed_P = slack, self._is_lossless_P.copy()
         self._is_harder_PP = np.asarray([[one.is_harder_than(other) for other in candidates] for one in candidates])
         self._low_P = np.where(self._is_lossless_P, 0.0, -np.inf)
         self._high_P = np.where(self._is_lossless_P, 0.0, np.inf)
@@ -128,7 +130,9 @@ class Race:
 
     def _beats_PP(self) -> np.ndarray:
         """Whether the one is surely no dearer than the other; of equal ones the first."""
-        mine, its = (self.costs * (1 + self._slack_P))[:, None], self.costs[None]
+        are_timed_PP = self.is_timed_P[:, None] & self.is_timed_P[None]
+        slack_PP = np.where(are_timed_PP, min(NOISE, self.slack), self.slack)
+        mine, its = self.costs[:, None] * (1 + slack_PP), self.costs[None]
         order = np.arange(len(self.costs))
         return (mine < its) | ((mine == its) & (order[:, None] < order[None]))
 

@@ -33,8 +33,8 @@ LEAST_SLACK = 0.05
 """Predicted times are not trusted to less, whatever the fit says, ..."""
 MOST_SLACK = 0.15
 """... nor less than this."""
-MAX_ROUNDS = 24
-"""Winners that fresh windows or the clock may refute before the search settles for what is lossless."""
+MAX_ROUNDS = 48
+"""Of leaders that the clock or fresh windows may refute before the search settles for what is lossless."""
 NEW_TOKENS = 48
 """Decoded in one reading."""
 
@@ -75,8 +75,6 @@ class Search:
         self.seen_ms: list[tuple[Parts, float]] = []
         """What the cost model is fitted to."""
         self.readers: dict[Any, Reader] = {}
-        self.timed: set[int] = set()
-        """Candidates whose cost is no prediction."""
         self.clock = self._clock(windows["tokens"])
         self.cost_model: CostModel | None = None
         self.slack = 0.0
@@ -101,8 +99,8 @@ class Search:
                 standing = race.run(measure)
                 status.update("timing the leaders")
                 winner = self._lead(standing)
-                if self.clock is not None and race.next() is not None:
-                    continue  # the clock has let others back in
+                if winner is None or race.next() is not None:
+                    continue  # the clock may have let others back in
                 confirmed = self._confirm(winner, alpha / 2 / ((attempt + 1) * (attempt + 2)))  # in all alpha / 2
                 if confirmed is None or confirmed.high <= self.search.limit:
                     break
@@ -181,7 +179,7 @@ class Search:
         for other, its_candidate in enumerate(self.candidates):
             if its_candidate.tolerance and other not in self.iterations:
                 self.race.costs[other] = self._cost(other)
-        return self.race.costs[index] if index in self.timed else self._cost(index)
+        return self.race.costs[index] if self.race.is_timed_P[index] else self._cost(index)
 
     def _cost(self, index: int) -> float:
         """Predicted, with what is known of iterations now."""
@@ -210,28 +208,29 @@ class Search:
 
     # -- The end -------------------------------------------------------------------------------------------------------
 
-    def _lead(self, standing: list[int]) -> int:
-        """The first of the standing candidates, by the clock where time is what counts.
+    def _lead(self, standing: list[int]) -> int | None:
+        """The first of the standing candidates: by the clock, where time is what counts, once all of them were timed;
+        None before.
 
         A machine may have become slower or faster since the costs were measured: what is timed now counts by its
         ratio to the sequential pass of the same rounds. The cost model learns from it for those that were not timed.
         """
         if self.clock is None:
             return standing[0]
-        leaders = list(dict.fromkeys([0, *standing[: self.search.finalists]]))
-        self._time(leaders)
+        race = self.race
+        fresh = [index for index in standing if not race.is_timed_P[index]]
+        leaders = (fresh or standing)[: self.search.finalists]
+        self._time(list(dict.fromkeys([0, *leaders])))
         for index in leaders:
-            ratio = float(np.median(self.times_ms[index] / self.times_ms[0]))
-            self.race.costs[index] = ratio * self.race.costs[0]
-            self.timed.add(index)
+            race.costs[index] = float(np.median(self.times_ms[index] / self.times_ms[0])) * race.costs[0]
+            race.is_timed_P[index] = True
             if not self.candidates[index].is_lossless:
                 parts = parts_of(self.candidates[index].schedule, self._iterations(index))
-                self.seen_ms.append((parts, float(self.race.costs[index])))
+                self.seen_ms.append((parts, float(race.costs[index])))
         self.cost_model = CostModel.fit(*zip(*self.seen_ms, strict=True))
-        for index, candidate in enumerate(self.candidates):
-            if index not in self.timed and not candidate.is_lossless:
-                self.race.costs[index] = self._cost(index)
-        return min(leaders, key=lambda index: (self.race.costs[index], index))
+        for index in np.flatnonzero(~race.is_timed_P):
+            race.costs[index] = self._cost(int(index))
+        return None if fresh else min(leaders, key=lambda index: (race.costs[index], index))
 
     def _time(self, indices: list[int]) -> None:
         """Interleaved, all again, so that they can be compared."""
@@ -269,7 +268,7 @@ class Search:
                     mean,
                     candidate.schedule.num_block_evals,
                     mean if self.clock is None else float(race.costs[index]) * ms_now,
-                    self.clock is None or index in self.timed or candidate.is_lossless,
+                    self.clock is None or bool(race.is_timed_P[index]),
                     len(sums.total_W) if sums else 0,
                     bounds.change if bounds else None,
                     (bounds.low, bounds.high) if bounds else None,
