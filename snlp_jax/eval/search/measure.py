@@ -21,6 +21,8 @@ from snlp_jax.types import Array, Params
 
 NUM_WARMUP = 2
 TIMING_SEED = 0
+LEAST_SECONDS = 1.0
+MOST_REPEATS = 10
 NUM_TEXTS = 16
 """Of a timed forward."""
 
@@ -187,14 +189,19 @@ class Decode:
 
 
 def interleave(readers: Sequence[Reader], num_repeats: int) -> np.ndarray:
-    """Milliseconds [num_repeats, readers] after a warm-up; a new order every round, so that a change of the machine's
-    speed meets all alike."""
+    """Milliseconds [repeats, readers] after a warm-up; a new order every round, so that a change of the machine's
+    speed meets all alike. Short readings are repeated up to ``MOST_REPEATS`` times as often, for ``LEAST_SECONDS``."""
     rng = np.random.default_rng(TIMING_SEED)
     for number in range(NUM_WARMUP):
         for reader in readers:
             reader(number)
-    times_ms = np.empty((num_repeats, len(readers)))
-    for number, row in enumerate(times_ms):
+    times_ms: list[np.ndarray] = []
+    began = time.perf_counter()
+    while len(times_ms) < num_repeats or (
+        len(times_ms) < MOST_REPEATS * num_repeats and time.perf_counter() - began < LEAST_SECONDS
+    ):
+        row = np.empty(len(readers))
         for index in rng.permutation(len(readers)):
-            row[index] = readers[index](number)
-    return times_ms
+            row[index] = readers[index](len(times_ms))
+        times_ms.append(row)
+    return np.stack(times_ms)
