@@ -65,7 +65,8 @@ def main(args: Args) -> dict[str, Any]:
     changes = {"num_windows": args.num_windows, "timing_repeats": args.repeats, "timing_len": args.timing_len}
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changes))
     jax.config.update("jax_enable_compilation_cache", False)
-    report: dict[str, Any] = circumstances() | {"args": dataclasses.asdict(args) | {"run_dir": str(args.run_dir)}}
+    arguments = dataclasses.asdict(args) | {"run_dir": str(args.run_dir), "out": ""}
+    report: dict[str, Any] = circumstances() | {"args": arguments}
     report["load_average"] = {"start": os.getloadavg()[0]}
     began = time.perf_counter()
     search = Search(args.run_dir, config, args.search, args.checkpoint)
