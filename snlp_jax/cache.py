@@ -151,5 +151,8 @@ def _write(ring_nBKSH: Array, new_nBTKH: Array, length_B: Array) -> Array:
                 token = jnp.swapaxes(new_nBTKH[:, row : row + 1, t : t + 1], 2, 3)
                 ring_nBKSH = jax.lax.dynamic_update_slice(ring_nBKSH, token, (0, row, 0, slot_BT[row, t], 0))
         return ring_nBKSH
-    write = lambda ring, new, slot_T: ring.at[:, :, slot_T].set(jnp.swapaxes(new, 1, 2))  # noqa: E731
-    return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(ring_nBKSH, new_nBTKH, slot_BT)
+    # All axes before the slots lead the indices too, as a batch: were one a window, or moved, the ring would be copied.
+    new_nBKTH = jnp.swapaxes(new_nBTKH, 2, 3)
+    slot_nBKT = jnp.broadcast_to(slot_BT[None, :, None], new_nBKTH.shape[:-1])
+    write = lambda ring_SH, new_TH, slot_T: ring_SH.at[slot_T].set(new_TH)  # noqa: E731
+    return jax.vmap(jax.vmap(jax.vmap(write)))(ring_nBKSH, new_nBKTH, slot_nBKT)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.speed_cells import decoding
+from snlp_jax.cache import FEW_WRITES
 from snlp_jax.config import ModelConfig
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
@@ -22,14 +23,14 @@ CONTEXT = 24
 
 
 @functools.cache
-def decode_program(num_layers: int, setting: str, layout: str = "auto", pattern: str = "L"):
+def decode_program(num_layers: int, setting: str, layout: str = "auto", pattern: str = "L", batch: int = 1):
     """The engine's loop over plain steps with a cache, one step of it."""
     config = dataclasses.replace(CONFIG, num_layers=num_layers, window_pattern=pattern)
     model = LanguageModel(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     schedule = parse_schedule(setting, num_layers)
     weights = jax.eval_shape(lambda params: prepare(model, params, schedule, num_tokens=1, layout=layout), params)
-    programs, state = decoding(model, weights, batch=1, context=CONTEXT)
+    programs, state = decoding(model, weights, batch, CONTEXT)
     run = jax.jit(programs.decode, donate_argnums=1)
     return read_program(run.lower(weights, state, jnp.int32(4)).compile().as_text(), unknown_trips=1)
 
@@ -49,6 +50,18 @@ def test_a_decoding_step_copies_no_weight(setting, pattern):
     # And every weight is read, once an evaluation.
     evals = parse_schedule(setting, 8).num_block_evals
     assert program.bytes_read >= evals * 12 * MATRIX
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern", "num_layers", "num_slots"),
+    [("idn:n=8,k=1", "L", 8, CONTEXT), ("idn:n=8,k=1", "SL", 4, 16), ("seq", "L", 1, CONTEXT)],
+)
+def test_a_step_of_many_rows_copies_no_ring(setting, pattern, num_layers, num_slots):
+    """More rows than are written one by one; the smallest array of rings holds ``num_layers``."""
+    batch = 2 * FEW_WRITES
+    program = decode_program(8, setting, "auto", pattern, batch)
+    ring = num_layers * batch * 2 * num_slots * 32 * 4
+    assert [(op.name, op.bytes_written) for op in program.moves(ring)] == []
 
 
 def test_what_a_scan_on_a_cpu_copies_is_found():
