@@ -12,6 +12,7 @@ from problems import SMALL, VARIANTS, random_params, random_tokens, relative_err
 
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
+from snlp_jax.model.block import Ring
 from snlp_jax.model.hyper import mix, read, write
 
 ROUNDING = 3e-6
@@ -197,6 +198,31 @@ def test_large_states_are_swept_one_by_one_on_a_cpu():
         results[is_loop] = jax.jit(run)(h_L)
     for one, other in zip(*map(jax.tree.leaves, (results[True], results[False])), strict=True):
         assert relative_error(one, other) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "num_slots", "is_loop"),
+    [(1, 64, 200, True), (1, 64, 64, False), (1, 32, 1000, False), (256, 1, 1000, False), (1, 128, 130, True)],
+)
+def test_behind_a_cache_long_rows_with_many_keys_are_swept_one_by_one(batch, length, num_slots, is_loop):
+    """A loop copies the rings of all rows, which only many tokens of each row are worth."""
+    setting = Setting(SMALL, 0, 3, length)
+    config, model = setting.model.config, setting.model
+    shape = (3, batch, config.num_kv_heads, num_slots, config.head_dim)
+    ctx = setting.ctx._replace(past=Ring(draw(1, *shape), draw(2, *shape)))
+    if ctx.value_embed is not None:
+        spread = lambda leaf: jnp.broadcast_to(leaf[:, :1], (3, batch, *leaf.shape[2:]))  # noqa: E731
+        ctx = ctx._replace(value_embed=ctx.value_embed._replace(rows_BTKH=spread(ctx.value_embed.rows_BTKH)))
+    x0_BTD = draw(3, batch, length, config.embed_dim)
+    shared = model.shared(x0_BTD, jnp.full((batch,), num_slots - length))
+    h_L = draw(4, 3, *x0_BTD.shape)
+    run = lambda h: model.sweep_fn(0, 3)(setting.blocks, h, ctx, shared)  # noqa: E731
+    assert ("scan[" in str(jax.make_jaxpr(run)(h_L))) == is_loop
+    if batch == 1:
+        other = model.adapted(one_by_one_from=10**6 if is_loop else 1).sweep_fn(0, 3)
+        got, expected = jax.jit(run)(h_L), jax.jit(lambda h: other(setting.blocks, h, ctx, shared))(h_L)
+        for one, its in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert relative_error(one, its) < ROUNDING
 
 
 @pytest.mark.parametrize("use_x0_resid", (False, True))

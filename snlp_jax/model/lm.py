@@ -94,7 +94,7 @@ class LanguageModel:
             wrap_path: gives what stands in place of a layer's residual path (``snlp_jax/model/hyper.py``).
             on_input: called with part, name and input of every product of a layer with a kernel, while ``block_fn`` is
                 traced.
-            one_by_one_from: tokens times streams from which a CPU evaluates layers of a sweep one after another.
+            one_by_one_from: in place of ``LARGE_STATE`` (``snlp_jax/model/nodes.py``).
         """
         model = LanguageModel(self.config, self._backend)
         model._fetch, model._wrap_path = fetch or self._fetch, wrap_path or self._wrap_path

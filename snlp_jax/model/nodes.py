@@ -43,7 +43,8 @@ ChooseKernel = Callable[[int, bool], Implementation]
 
 LARGE_STATE = 2**8
 """Tokens times streams of a state from which a CPU evaluates nodes one after another rather than all at once: the table
-of ``benchmarks/formulation.py``."""
+of ``benchmarks/formulation.py``. Behind a cache it is the tokens of a row, which count up to four times, as they have
+64 to 256 keys: their scores are held too, and a loop copies the ring of each node, however few tokens read it."""
 
 
 class NodeFns(NamedTuple):
@@ -261,9 +262,9 @@ def node_fns(
     """The functions of a chain of equal nodes whose layers, in order, have these windows.
 
     The sweep runs attention once for each distinct window, with the window compiled in, on activations gathered by
-    window; the weights are read where they lie. States of ``one_by_one_from`` or more tokens (times streams) go through
-    the nodes one after another instead: batched, every operation would pass all states through a CPU's memory. Rings of
-    several lengths have no common loop.
+    window; the weights are read where they lie. States of ``one_by_one_from`` or more tokens (see ``LARGE_STATE``) go
+    through the nodes one after another instead: batched, every operation would pass all states through a CPU's memory.
+    Rings of several lengths have no common loop.
     """
     maybe_remat = jax.checkpoint if remat else lambda fn: fn
 
@@ -287,7 +288,7 @@ def node_fns(
         return new_L, BlockAux(kv, skip_LBTRR)
 
     def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
-        is_large = one_by_one_from is not None and prod(h_L.shape[1:-1]) >= one_by_one_from
+        is_large = one_by_one_from is not None and _num_held(h_L, ctx) >= one_by_one_from
         if is_large and shared.past is None:
             return jax.lax.map(lambda row: block(*row, shared), (params, h_L, ctx))
         return batched(params, h_L, ctx, shared)
@@ -297,6 +298,15 @@ def node_fns(
         return h_L, BlockAux(kv, None)
 
     return NodeFns(block, sweep, node.residual_map, refresh)
+
+
+def _num_held(h_L: Array, ctx: Context) -> float:
+    """Tokens of a state as ``LARGE_STATE`` counts them."""
+    if ctx.past is None:
+        return prod(h_L.shape[1:-1])
+    num_tokens = h_L.shape[2]
+    num_keys = num_tokens + ctx.past.key_BKSH.shape[-2]
+    return num_tokens * min(max(num_keys / 64, 1), 4)
 
 
 def by_group(fn_of: Callable[[Sequence[int]], NodeFn], windows: Sequence[int]) -> NodeFn:
