@@ -228,8 +228,8 @@ class Search:
                 parts = parts_of(self.candidates[index].schedule, self._iterations(index))
                 self.seen_ms.append((parts, float(race.costs[index])))
         self.cost_model = CostModel.fit(*zip(*self.seen_ms, strict=True))
-        for index in np.flatnonzero(~race.is_timed_P):
-            race.costs[index] = self._cost(int(index))
+        for index in map(int, np.flatnonzero(~race.is_timed_P)):
+            race.costs[index] = self._cost(index)
         return None if fresh else min(leaders, key=lambda index: (race.costs[index], index))
 
     def _time(self, indices: list[int]) -> None:
