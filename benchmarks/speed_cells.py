@@ -5,7 +5,7 @@ cached    tokens that follow on a cache: at one token the engine's own loop over
           more of them one pass and the writing of the cache.
 region    the layers of the largest region alone: one sweep and its correction, against the same layers in order; with a
           cache if there is one, which is read and written. At one token also a sum over as many bytes as the layers
-          must read: what no program that reads them once can pass.
+          must read: about what reading alone takes.
 """
 
 import dataclasses

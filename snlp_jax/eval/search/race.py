@@ -5,7 +5,7 @@ candidate's PPL change is ``exp(mean d_w) - 1``. After 16, 32, 64, ... windows i
 
     failed     the lower bound is above the limit
     passed     the upper bound is not
-    beaten     something that has passed costs no more
+    beaten     something that has passed costs surely no more
     implied    something easier of the same family has failed by far
 
 and whoever is none of these goes on with twice the windows. Each of the R looks spends alpha / R, so that a candidate
