@@ -26,7 +26,8 @@ from snlp_jax.solver import Exact, ParallelSegment
 from snlp_jax.types import Array, Groups
 
 FEW_WRITES = 16
-"""Tokens (batch x length) up to which each is written by itself: in place, where a scatter on a CPU is a loop."""
+"""Tokens (batch x length) up to which each is written by itself: in place, where a scatter on a CPU is a loop. Not over a
+mesh: there every write by a row's number is an exchange between the devices that share the rows."""
 
 
 class Past(NamedTuple):
@@ -104,12 +105,14 @@ def fill(plan: RingPlan, kv: KeyValue, length_B: Array) -> Rings:
     return Rings(tuple(map(of_group, plan.sizes, plan.members)), plan.members)
 
 
-def append(rings: Rings, kv: KeyValue, length_B: Array) -> Rings:
+def append(rings: Rings, kv: KeyValue, length_B: Array, *, is_on_mesh: bool = False) -> Rings:
     """The rings with the keys and values [n, B, T, K, H] of T more tokens after ``length_B``; in place where the
     caller donates them. T is at most the ``block`` that they were planned for."""
+    most_single = 0 if is_on_mesh else FEW_WRITES
 
     def of_group(ring: Ring, members: tuple[int, ...]) -> Ring:
-        return Ring(*(_write(old, _rows(new, members), length_B) for old, new in zip(ring, kv, strict=True)))
+        pairs = zip(ring, kv, strict=True)
+        return Ring(*(_write(old, _rows(new, members), length_B, most_single) for old, new in pairs))
 
     return Rings(tuple(map(of_group, rings.groups, rings.members)), rings.members)
 
@@ -141,11 +144,11 @@ def _rows(leaf: Array, members: Sequence[int]) -> Array:
     return leaf if len(members) == leaf.shape[0] else leaf[np.asarray(members)]
 
 
-def _write(ring_nBKSH: Array, new_nBTKH: Array, length_B: Array) -> Array:
+def _write(ring_nBKSH: Array, new_nBTKH: Array, length_B: Array, most_single: int) -> Array:
     B, T = new_nBTKH.shape[1:3]
     num_slots = ring_nBKSH.shape[3]
     slot_BT = (length_B[:, None] + jnp.arange(T)[None]) % num_slots
-    if B * T <= FEW_WRITES:
+    if B * T <= most_single:
         for row in range(B):
             for t in range(T):
                 token = jnp.swapaxes(new_nBTKH[:, row : row + 1, t : t + 1], 2, 3)

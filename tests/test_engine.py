@@ -1,6 +1,7 @@
 """Decoding with a cache: what comes out is what the whole forward pass says of the same text."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -20,9 +21,10 @@ from decoding import (
     model_of,
     requests_of,
 )
+from jax.sharding import NamedSharding, PartitionSpec
 from problems import SMALL, VARIANTS, random_tokens
 
-from snlp_jax.cache import fill, plan_rings
+from snlp_jax.cache import append, fill, plan_rings
 from snlp_jax.config import MeshConfig
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
@@ -33,9 +35,10 @@ from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import prepare
 from snlp_jax.linearize import fit_calibration
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.block import KeyValue
+from snlp_jax.model.block import KeyValue, Ring, Rings
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
+from snlp_jax.parallel.hlo import count_collectives
 
 ALIKE = dataclasses.replace(TINY, window_pattern="L")
 """One window: a scan over a stack."""
@@ -239,6 +242,22 @@ def test_memory_follows_the_windows(layout):
         num_bytes += sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(rings.groups))
     token = 2 * 4 * 3 * SMALL.num_kv_heads * SMALL.head_dim  # keys and values in float32 for three rows
     assert num_bytes == token * sum(window + 5 for window in SMALL.windows)
+
+
+@pytest.mark.parametrize("rows", (2, 18))
+def test_writing_the_cache_of_rows_on_several_devices_is_no_exchange(rows):
+    """Each device writes the tokens of its own rows, few or many."""
+    mesh = make_mesh(MeshConfig(data=2))
+
+    def leaf(spec, *shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    ring, new = leaf((None, "data"), 3, rows, 2, 9, 4), leaf((None, "data"), 3, rows, 1, 2, 4)
+    length_B = leaf(("data",), rows, dtype=jnp.int32)
+    write = functools.partial(append, is_on_mesh=True)
+    shape = Rings((Ring(ring, ring),), ((0, 1, 2),))
+    compiled = jax.jit(write, donate_argnums=0).lower(shape, KeyValue(new, new), length_B).compile()
+    assert count_collectives(compiled.as_text()) == {}
 
 
 MESHES = {"2": MeshConfig(layer=2), "2x2": MeshConfig(data=2, layer=2), "tensor": MeshConfig(tensor=2)}

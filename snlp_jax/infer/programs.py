@@ -8,6 +8,7 @@ last evaluation has left; then it evaluates the newest token and all drafts with
 steps is made.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -222,9 +223,10 @@ class Programs:
         def write(rings: Any, left: Left | None) -> Any:
             if left is None or rings is None:
                 return rings
+            extend = functools.partial(append, length_B=length_B, is_on_mesh=self.mesh is not None)
             if isinstance(rings, Rings):
-                return append(rings, left.kv, length_B)
-            return tuple(append(own, kv, length_B) for own, kv in zip(rings, left.kv, strict=True))
+                return extend(rings, left.kv)
+            return tuple(extend(of_evaluation, kv) for of_evaluation, kv in zip(rings, left.kv, strict=True))
 
         def guess(warm: Array | None, left: Left | None) -> Array | None:
             if warm is None or left is None or left.trace is None:
