@@ -26,7 +26,7 @@ from snlp_jax.solver import Exact, ParallelSegment
 from snlp_jax.types import Array, Groups
 
 FEW_WRITES = 16
-"""Tokens (batch x length) up to which each is written by itself: in place, where a scatter on a CPU is a loop. Not over a
+"""Tokens (batch x length) up to which each is written by itself: in place, where a scatter on a CPU is a loop. Not on a
 mesh: there every write by a row's number is an exchange between the devices that share the rows."""
 
 
@@ -148,7 +148,7 @@ def _write(ring_nBKSH: Array, new_nBTKH: Array, length_B: Array, most_single: in
     B, T = new_nBTKH.shape[1:3]
     num_slots = ring_nBKSH.shape[3]
     slot_BT = (length_B[:, None] + jnp.arange(T)[None]) % num_slots
-    if B * T <= most_single:
+    if most_single >= B * T:
         for row in range(B):
             for t in range(T):
                 token = jnp.swapaxes(new_nBTKH[:, row : row + 1, t : t + 1], 2, 3)
