@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import EvalConfig, SearchConfig, TaskConfig
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 
 

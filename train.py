@@ -11,8 +11,8 @@ import sys  # noqa: E402
 
 import tyro  # noqa: E402
 
+from snlp_jax.cli.entry import run_entry  # noqa: E402
 from snlp_jax.config import Config, load_config, load_dial  # noqa: E402
-from snlp_jax.entry import run_entry  # noqa: E402
 from snlp_jax.errors import InputError  # noqa: E402
 from snlp_jax.parallel.processes import add_flags, from_flags, is_supervised, joined, supervise  # noqa: E402
 
@@ -54,7 +54,7 @@ def main() -> None:
     config = profiled(config, ours.profile) if ours.profile is not None else config
     with joined(processes):
         if ours.plan is not None:
-            from snlp_jax.train.budget import plan_run
+            from snlp_jax.planner.budget import plan_run
 
             plan_run(config, ours.plan)
             return

@@ -44,13 +44,14 @@ from benchmarks.timing import Arm, RecordedEngine, Run, first_line, quartiles, r
 from snlp_jax.config import EvalConfig, ModelConfig
 from snlp_jax.data.pipeline import val_batches
 from snlp_jax.errors import InputError
-from snlp_jax.eval.run import open_run, read_config
+from snlp_jax.eval.run import open_run
 from snlp_jax.infer.engine import Request
 from snlp_jax.infer.rules import check_settings
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import Layout, check_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_drafter, parse_schedule
+from snlp_jax.run import read_config
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 

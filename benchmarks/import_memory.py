@@ -70,9 +70,9 @@ def measure(folder: Path, target: Path | None) -> None:
     """Read the parameters, or import all into ``target``; print the resident size before, at its peak and after."""
     import jax
 
+    from snlp_jax.cli.convert import import_run
     from snlp_jax.model import LanguageModel
     from snlp_jax.model.convert import TensorFiles, family_config, family_of, family_rows, read_params
-    from snlp_jax.model.convert.__main__ import import_run
 
     told = json.loads((folder / "config.json").read_text())
     config = family_config(told)

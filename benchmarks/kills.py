@@ -33,6 +33,7 @@ import jax
 import numpy as np
 import tyro
 
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import (
     Config,
     DataConfig,
@@ -43,7 +44,6 @@ from snlp_jax.config import (
     TrainConfig,
     to_json,
 )
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer
 from snlp_jax.io.files import atomic_write

@@ -24,8 +24,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config, HiddenNormConfig, LayerSkipConfig, LossConfig, SolverCEConfig, load_config
-from snlp_jax.entry import run_entry
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import git_commit
 from snlp_jax.model import LanguageModel

@@ -42,13 +42,13 @@ from benchmarks.machine import header, out_path
 from benchmarks.pretrained_report import calibrated_share, draw, mark_fronts, table_of
 from benchmarks.retrieval import Probe, planted_keys
 from benchmarks.timing import Arm, RecordedEngine, time_beside_first
+from snlp_jax.cli.entry import run_entry
+from snlp_jax.cli.linearize import draw_text
 from snlp_jax.config import Config, LinearizeConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData, val_batches
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import fit_spec, parse_calibration
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change, token_mean
-from snlp_jax.eval.run import read_config, read_data, read_params
 from snlp_jax.eval.task_data import Task, load_tasks
 from snlp_jax.eval.tasks import Outcome, compare_outcomes, score_choices
 from snlp_jax.eval.text_model import Score, TextModel
@@ -56,11 +56,11 @@ from snlp_jax.forward import forward
 from snlp_jax.infer.engine import Request
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import Layout, prepare
-from snlp_jax.linearize.__main__ import draw_text
 from snlp_jax.linearize.nbl import Candidate, apply, check_linearize, choose, linearize, measure
 from snlp_jax.linearize.statistics import Batches, Branch, whole_layers
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
+from snlp_jax.run import read_config, read_data, read_params
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 

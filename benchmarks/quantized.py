@@ -21,15 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import header, out_path
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import WeightPrecision, check_weights
 from snlp_jax.data.pipeline import held_out_batches
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.fidelity import make_reference_fn
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
-from snlp_jax.eval.run import open_run, quantized_params, read_config
+from snlp_jax.eval.run import open_run
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.io.files import atomic_write
+from snlp_jax.run import quantized_params, read_config
 
 
 @dataclass(frozen=True)

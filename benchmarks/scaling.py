@@ -6,7 +6,7 @@
 A decode step of a model like the d32 configs (heads of 128, windows SSSL), one sequence, 2048 tokens in the cache.
 Three quarters of the depth are a region with K iterations of Identity, as published (n = 24 of 32); the rest runs in
 order. Every arm may arrange its chips as layer x tensor as suits it best, and the fair twin is the faster of the two
-sequential passes, tensor parallel and ring. The formula is that of snlp_jax/parallel/plan_formula.py, the prices are
+sequential passes, tensor parallel and ring. The formula is that of snlp_jax/planner/formula.py, the prices are
 those of snlp_jax/parallel/chips.py: estimates, nothing ran. The check compiles some of the plans ahead of time and
 holds counts, bytes and FLOPs against the formula. Writes benchmarks/results/scaling_DATE.json and docs/scaling.png.
 """
@@ -29,8 +29,8 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Table
 
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config, MeshConfig, ModelConfig
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import git_commit
@@ -40,8 +40,8 @@ from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.chips import Chip, Slice
 from snlp_jax.parallel.hlo import Program
 from snlp_jax.parallel.mesh import AXES
-from snlp_jax.parallel.plan_compile import Work, compile_plan, plan_mesh, prepare_environment
-from snlp_jax.parallel.plan_formula import expected
+from snlp_jax.planner.compile import Work, compile_plan, plan_mesh, prepare_environment
+from snlp_jax.planner.formula import expected
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Work("decode", batch_size=1, context=2048)

@@ -26,13 +26,13 @@ from rich.console import Console
 from benchmarks.machine import out_path
 from snlp_jax.config import SearchConfig
 from snlp_jax.errors import InputError
-from snlp_jax.eval.run import read_config
 from snlp_jax.eval.search.cost import depth_cost
 from snlp_jax.eval.search.measure import interleave
 from snlp_jax.eval.search.race import Bounds, Sums
 from snlp_jax.eval.search.run import LEAST_REPEATS, Search
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import circumstances
+from snlp_jax.run import read_config
 
 GROUP = 8
 """Candidates of the grid that are timed together, beside the sequential pass."""

@@ -23,17 +23,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config, LoraConfig, load_config
 from snlp_jax.data.chat import prepare_data
 from snlp_jax.data.pipeline import held_out_batches
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate
 from snlp_jax.eval.report import Report
-from snlp_jax.eval.run import evaluate_run, read_params
+from snlp_jax.eval.run import evaluate_run
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import git_commit
 from snlp_jax.model import LanguageModel
+from snlp_jax.run import read_params
 from snlp_jax.train.loop import train
 from snlp_jax.train.start import its_data
 

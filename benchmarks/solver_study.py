@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from snlp_jax.entry import run_entry
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run, read_config
 from snlp_jax.io.files import atomic_write

@@ -36,8 +36,8 @@ import jax
 import tyro
 
 from benchmarks.study_report import Row, best_setting, draw, markdown, summarise
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config, Study, from_json, load_study, to_json
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import DivergedError, InputError
 from snlp_jax.eval import evaluate_run
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer

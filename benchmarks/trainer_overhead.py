@@ -28,8 +28,8 @@ import jax
 import numpy as np
 import tyro
 
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config, LossConfig, load_config
-from snlp_jax.entry import run_entry
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.metrics import FILE_NAME, read_metrics
 from snlp_jax.io.provenance import circumstances

@@ -1,23 +1,57 @@
-"""Layer-parallel training and inference of Transformers in JAX."""
+"""Layer-parallel training and inference of Transformers in JAX.
 
-from snlp_jax.config import Config, ModelConfig
-from snlp_jax.errors import InputError
-from snlp_jax.forward import forward
-from snlp_jax.layout import prepare
-from snlp_jax.model import LanguageModel
-from snlp_jax.notation import parse_schedule
-from snlp_jax.solver import LayerProblem, Schedule, sequential, solve
+Every name below is imported when it is first used, so that ``import snlp_jax`` takes no time and no jax.
+"""
 
-__all__ = [
-    "Config",
-    "InputError",
-    "LanguageModel",
-    "LayerProblem",
-    "ModelConfig",
-    "Schedule",
-    "forward",
-    "parse_schedule",
-    "prepare",
-    "sequential",
-    "solve",
-]
+import sys
+from types import ModuleType
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from snlp_jax.config import Config, ModelConfig
+    from snlp_jax.errors import InputError
+    from snlp_jax.eval.evaluate import evaluate
+    from snlp_jax.eval.run import evaluate_run
+    from snlp_jax.forward import forward
+    from snlp_jax.infer import Engine, Request, Sampling
+    from snlp_jax.layout import prepare
+    from snlp_jax.model import LanguageModel
+    from snlp_jax.notation import parse_schedule
+    from snlp_jax.run import Run, load_run
+    from snlp_jax.solver import (
+        BatchForward,
+        Calibrated,
+        CalibratedInit,
+        Calibration,
+        Correction,
+        Diagonal,
+        Exact,
+        HyperConnection,
+        Identity,
+        Init,
+        Jacobi,
+        LayerProblem,
+        ParallelSegment,
+        PrefixState,
+        Preheat,
+        ScaledIdentity,
+        Schedule,
+        Solution,
+        Warm,
+        sequential,
+        solve,
+    )
+    from snlp_jax.train.loop import train as train_run
+
+__all__ = sorted(set(dir(sys.modules[__name__])) - set(globals()))
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        """``snlp_jax.forward`` is the function: importing the module of that name does not put it in its place."""
+        if not (name == "forward" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -16,8 +16,8 @@ import numpy as np
 from tiny_run import ROOT, tiny, write_config
 
 import snlp_jax.train.loop as loop
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config
-from snlp_jax.entry import run_entry
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.io.metrics import read_metrics
 from snlp_jax.model import LanguageModel

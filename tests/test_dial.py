@@ -25,11 +25,13 @@ from snlp_jax.config.dial import scaling_params
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.parallel.mesh import make_mesh
-from snlp_jax.train import budget
-from snlp_jax.train.budget import GIB, capacity_of, check_state, flops_of_parts, plan_run
+from snlp_jax.planner import budget
+from snlp_jax.planner.budget import flops_of_parts, plan_run
+from snlp_jax.train import memory
 from snlp_jax.train.flops import run_flops, step_flops, train_flops_per_token
 from snlp_jax.train.loop import train
 from snlp_jax.train.loss import Plan
+from snlp_jax.train.memory import GIB, capacity_of, check_state, state_bytes
 from snlp_jax.train.step import abstract_state, optimizer_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,13 +141,14 @@ def test_what_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     mesh = make_mesh(MeshConfig())
     model = LanguageModel(config.model)
     state = abstract_state(model, optimizer_of(model, config, mesh), mesh, config)
-    needed = sum(budget._state_bytes(state).values())
-    monkeypatch.setattr(budget, "capacity_of", lambda _: needed)
+    needed = sum(state_bytes(state).values())
+    for module in (budget, memory):
+        monkeypatch.setattr(module, "capacity_of", lambda _: needed)
     check_state(state, config, mesh)
     monkeypatch.setattr(budget, "_measure_step", lambda *_: needed + 1)
     with pytest.raises(InputError, match=r"training step would take .*num_microbatches.*remat.*mesh\.data"):
         plan_run(config)
-    monkeypatch.setattr(budget, "capacity_of", lambda _: needed - 1)
+    monkeypatch.setattr(memory, "capacity_of", lambda _: needed - 1)
     with pytest.raises(InputError, match=r"parameters, the optimizer's state .*on each device.*smaller model"):
         train(config)
     assert not config.run_path.exists()
@@ -172,7 +175,7 @@ def run_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *flags: str) -> i
 
 def test_flags_of_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     seen = []
-    monkeypatch.setattr("snlp_jax.train.budget.plan_run", lambda *args: seen.append(args))
+    monkeypatch.setattr("snlp_jax.planner.budget.plan_run", lambda *args: seen.append(args))
     monkeypatch.setattr("snlp_jax.train.loop.train", lambda config, **_: seen.append(config))
     dial = str(ROOT / "configs/dial.py")
     assert run_train(monkeypatch, tmp_path, dial, "--depth", "4", "--plan", "--train.seed", "7") == 0

@@ -10,7 +10,7 @@ from problems import SMALL, VARIANTS, random_params, relative_error
 
 from snlp_jax.config import Config, DataConfig, HiddenNormConfig, LossConfig, MeshConfig, ModelConfig, SolverCEConfig
 from snlp_jax.errors import InputError
-from snlp_jax.eval.calibrations import BATCH_SIZE, region_problems
+from snlp_jax.eval.calibrations import region_problems
 from snlp_jax.eval.diagnose import diagnose
 from snlp_jax.forward import forward
 from snlp_jax.layout import prepare
@@ -19,6 +19,7 @@ from snlp_jax.model.attention import attend
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
 from snlp_jax.parallel.sharding import TRAINING, shardings_of
+from snlp_jax.run import BATCH_SIZE
 from snlp_jax.train.loss import Plan, balanced, loss_fn
 from snlp_jax.types import Batch
 

@@ -14,6 +14,7 @@ import pytest
 from test_families import NAMES, PROMPT_LEN, golden
 from test_import import write_source
 
+from snlp_jax.cli.convert import export_run, import_run
 from snlp_jax.config import (
     Config,
     DataConfig,
@@ -26,18 +27,17 @@ from snlp_jax.config import (
 )
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run
-from snlp_jax.eval.run import read_config, read_params
 from snlp_jax.forward import forward
 from snlp_jax.infer.engine import Engine, Request
 from snlp_jax.layout import abstract_weights, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.attention import attend, choose_implementation
-from snlp_jax.model.convert.__main__ import export_run, import_run
 from snlp_jax.model.layers import rotary_table, rotate
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.mesh import make_mesh
-from snlp_jax.parallel.plan_compile import Work
-from snlp_jax.parallel.plan_formula import expected, weight_bytes
+from snlp_jax.planner.compile import Work
+from snlp_jax.planner.formula import expected, weight_bytes
+from snlp_jax.run import read_config, read_params
 from snlp_jax.train.loop import train
 
 ROUNDING = 2e-5

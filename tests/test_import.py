@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from test_families import PROMPT_LEN, golden
 
+from snlp_jax.cli.convert import export_run, import_run
 from snlp_jax.config import MeshConfig
 from snlp_jax.errors import InputError
-from snlp_jax.eval.run import read_config, read_params, read_tokenizer
 from snlp_jax.infer.engine import Engine, Request
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import TensorFiles, family_config, family_of, to_nanochat
-from snlp_jax.model.convert.__main__ import export_run, import_run
 from snlp_jax.model.convert.tensor_files import INDEX_NAME, SINGLE_NAME
 from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.parallel.sharding import TRAINING, shardings_of
+from snlp_jax.run import read_config, read_params, read_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 VOCAB = 39

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_run import random_run, tiny
 
-from snlp_jax.entry import run_entry
-from snlp_jax.infer.__main__ import main
+from snlp_jax.cli.entry import run_entry
+from snlp_jax.cli.infer import main
 from snlp_jax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ def run_dir(tmp_path_factory):
 @pytest.fixture
 def infer(run_dir, monkeypatch, capfd):
     """``(flags, stdin) -> (exit code, stdout, stderr)`` of the script in this process."""
-    monkeypatch.setattr("snlp_jax.entry.enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("snlp_jax.cli.entry.enable_compilation_cache", lambda: None)
 
     def call(*flags, stdin="", run=run_dir):
         monkeypatch.setattr(sys, "argv", ["infer", str(run), *map(str, flags)])

@@ -14,6 +14,7 @@ from problems import SMALL, random_params, random_tokens
 from tiny_run import tiny
 
 from benchmarks.timing import RecordedEngine
+from snlp_jax.cli.infer import Args, open_engine
 from snlp_jax.config import (
     Config,
     Kind,
@@ -28,10 +29,8 @@ from snlp_jax.config import (
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run
-from snlp_jax.eval.run import read_config, read_params
 from snlp_jax.forward import forward
 from snlp_jax.infer import Engine, Request
-from snlp_jax.infer.__main__ import Args, open_engine
 from snlp_jax.infer.sampling import Features
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.layout import prepare
@@ -41,6 +40,7 @@ from snlp_jax.model.convert.nanochat import nanochat_rows
 from snlp_jax.model.kinds import owners, take
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.mesh import make_mesh, put_batch
+from snlp_jax.run import read_config, read_params
 from snlp_jax.train.loop import train
 from snlp_jax.train.loss import Plan
 from snlp_jax.train.step import make_init, make_step, optimizer_of

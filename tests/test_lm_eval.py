@@ -14,9 +14,9 @@ lm_eval = pytest.importorskip("lm_eval", reason='needs lm_eval: pip install "snl
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from snlp_jax.cli.entry import run_entry  # noqa: E402
 from snlp_jax.config import to_json  # noqa: E402
 from snlp_jax.data.tokenizer import ByteTokenizer  # noqa: E402
-from snlp_jax.entry import run_entry  # noqa: E402
 from snlp_jax.errors import InputError  # noqa: E402
 from snlp_jax.eval.lm_eval_adapter import SolverLM, main, prompt_of  # noqa: E402
 from snlp_jax.eval.task_data import load_tasks  # noqa: E402
@@ -188,7 +188,7 @@ def test_bad_arguments(run_dir: Path, arguments: str, sentence: str) -> None:
 def test_command_line(
     run_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("snlp_jax.entry.enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("snlp_jax.cli.entry.enable_compilation_cache", lambda: None)
 
     def command(arguments: str) -> None:
         flags = ["--model", "snlp_jax", "--model_args", arguments, "--tasks", str(folder / "choice.yaml")]

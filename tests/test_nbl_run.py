@@ -12,16 +12,16 @@ import pytest
 from tiny_run import FAST_COMPILE, ROOT, tiny
 
 from benchmarks import pretrained
+from snlp_jax.cli.linearize import TABLE_NAME, Args, linearize_run
 from snlp_jax.config import EvalConfig, LinearizeConfig, TrainConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run
 from snlp_jax.eval.calibrations import load_fits
-from snlp_jax.eval.run import read_config, read_params
 from snlp_jax.infer.engine import Engine, Request
 from snlp_jax.linearize import linearize
-from snlp_jax.linearize.__main__ import TABLE_NAME, Args, linearize_run
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
+from snlp_jax.run import read_config, read_params
 from snlp_jax.train.loop import train
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def test_statistics_over_devices_are_those_of_one(run_dir, monkeypatch):
         sizes.append(mesh.shape["data"] if mesh else 1)
         return linearize(*args, mesh=mesh, **settings)
 
-    monkeypatch.setattr("snlp_jax.linearize.__main__.linearize", spy)
+    monkeypatch.setattr("snlp_jax.cli.linearize.linearize", spy)
     for num_devices in (1, 4):
         made = make(run_dir, f"over{num_devices}", {"mesh_data": num_devices}, attention=1, ridge=0.1)
         told = json.loads((made / TABLE_NAME).read_text())
@@ -149,7 +149,7 @@ def test_the_maps_alone_are_trained(linearised):
 
 
 def test_input_is_checked_before_anything_is_compiled(run_dir, monkeypatch):
-    monkeypatch.setattr("snlp_jax.linearize.__main__.read_params", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("snlp_jax.cli.linearize.read_params", lambda *_: pytest.fail("too late"))
     calibrated = lambda *texts: {"attention": 1, "args": {"calibrations": texts}}  # noqa: E731
     cases = (
         (calibrated("c2:n=9"), "calibration 'c2:n=9': n=9 is outside the model"),

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from problems import SMALL
 
 from benchmarks import scaling
+from snlp_jax.cli.plan import Args, parse_mesh, run_plan, widest_mesh
 from snlp_jax.config import Config, MeshConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.layout import abstract_weights
@@ -20,9 +21,8 @@ from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
 from snlp_jax.parallel.chips import CHIPS, Slice, chip_of
 from snlp_jax.parallel.hlo import Op, count_collectives, read_program
-from snlp_jax.parallel.plan import Args, main, parse_mesh, widest_mesh
-from snlp_jax.parallel.plan_compile import Work, compile_plan
-from snlp_jax.parallel.plan_formula import expected
+from snlp_jax.planner.compile import Work, compile_plan
+from snlp_jax.planner.formula import expected
 
 MODEL = dataclasses.replace(SMALL, num_layers=8, num_kv_heads=4, attention="xla")
 
@@ -219,7 +219,7 @@ def test_the_table_without_compiling(config_file, tmp_path, capsys):
     """Three plans; the region's exchanges are K + 1 and not two a layer, and everything is written down."""
     out = tmp_path / "plan.json"
     args = Args(config_file, "v5e:4x4", solver="idn:n=16,k=2", compile=False, json=str(out))
-    record = main(args)
+    record = run_plan(args)
     assert json.loads(out.read_text()) == json.loads(json.dumps(record))
     ours, tensor, ring = record["plans"]
     assert ours["collectives"] == {"all-gather": 3, "all-reduce": 1}
@@ -230,7 +230,7 @@ def test_the_table_without_compiling(config_file, tmp_path, capsys):
         assert plan["seconds"] == pytest.approx(parts) and min(parts, plan["held"]) > 0
     printed = capsys.readouterr().out
     assert "v5e:4x4, batch 1: 1 new token(s) after 256" in printed and "in order, ring" in printed
-    without = main(dataclasses.replace(args, kernel_us=0.0, json="", twins=False))["plans"]
+    without = run_plan(dataclasses.replace(args, kernel_us=0.0, json="", twins=False))["plans"]
     assert [plan["kernel_seconds"] for plan in without] == [0.0]
 
 
@@ -261,7 +261,7 @@ def test_the_tensor_parallel_twin_splits_all_it_can():
 def test_refusals(config_file, changes, message):
     args = dataclasses.replace(Args(config_file, "v5e:4x4", compile=False), **changes)
     with pytest.raises(InputError) as raised:
-        main(args)
+        run_plan(args)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec
 from problems import PLAIN, SMALL, random_params, random_tokens, relative_error
 from tiny_run import random_run
 
+from snlp_jax.cli.entry import run_entry
+from snlp_jax.cli.infer import main as infer_main
 from snlp_jax.config import EvalConfig, MeshConfig
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
-from snlp_jax.eval.run import open_run, read_config
+from snlp_jax.eval.run import open_run
 from snlp_jax.forward import forward
-from snlp_jax.infer.__main__ import main as infer_main
 from snlp_jax.infer.engine import Engine, Request
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
@@ -24,6 +24,7 @@ from snlp_jax.model.projections import PARTS
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.quantize import input_squares, quantize
+from snlp_jax.run import read_config
 
 ROUNDING = 2e-5
 """Relative to the largest entry: float32 sums of ``(x q) s`` against those of ``x (q s)``."""
@@ -214,7 +215,7 @@ def test_a_bad_precision_is_refused():
 
 
 def test_infer_reads_quantised_kernels(run_dir, monkeypatch, capfd):
-    monkeypatch.setattr("snlp_jax.entry.enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("snlp_jax.cli.entry.enable_compilation_cache", lambda: None)
     flags = ["--prompt", "layer ", "--max-new-tokens", "4", "--weights", "int8", "--weight-calibration"]
     monkeypatch.setattr(sys, "argv", ["infer", str(run_dir), *flags, "0"])
     run_entry(infer_main)

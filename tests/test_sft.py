@@ -13,12 +13,12 @@ import pytest
 from problems import random_params
 from tiny_run import MODEL, tiny
 
+from snlp_jax.cli.infer import prompt_tokens
 from snlp_jax.config import Config, DataConfig, EvalConfig, LoraConfig, LossConfig, SolverCEConfig, TrainConfig, to_json
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run
 from snlp_jax.eval.perplexity import paired_interval, perplexity
-from snlp_jax.infer.__main__ import prompt_tokens
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.io.metrics import read_metrics
 from snlp_jax.model import LanguageModel

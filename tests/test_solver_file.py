@@ -12,6 +12,7 @@ import pytest
 from problems import random_params
 from tiny_run import MODEL, random_run, tiny
 
+from snlp_jax.cli.infer import Args, open_engine
 from snlp_jax.config import EvalConfig, SearchConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.search import measure, print_found, search_run, write_found
@@ -19,7 +20,6 @@ from snlp_jax.eval.search.measure import Prefill, Quality, interleave
 from snlp_jax.eval.search.race import Sums
 from snlp_jax.eval.search.record import verdict
 from snlp_jax.eval.solver_file import SolverFile, read_solver_file, setting_of, with_settings, write_solver_file
-from snlp_jax.infer.__main__ import Args, open_engine
 from snlp_jax.linearize import About, fingerprint, save_calibration, stored_calibrations
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule

@@ -20,7 +20,6 @@ from snlp_jax.config import EvalConfig, MeshConfig, TaskConfig, to_json
 from snlp_jax.data.tokenizer import ByteTokenizer, train_bpe
 from snlp_jax.errors import InputError
 from snlp_jax.eval.intervals import Z, exact_p_value, paired_ratio_interval, paired_share_interval, wilson_interval
-from snlp_jax.eval.run import read_config
 from snlp_jax.eval.task_data import Example, Task, answer_of, final_answer, load_tasks
 from snlp_jax.eval.tasks import compare_outcomes, match_answers, score_choices, tasks_of_run, window_bytes
 from snlp_jax.eval.text_model import (
@@ -40,6 +39,7 @@ from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
+from snlp_jax.run import read_config
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = "Which layer?\nAnswer:"
@@ -438,7 +438,7 @@ def test_script_writes_every_setting_beside_the_sequential_pass(
 ) -> None:
     flags = "--solvers idn:n=4,k=4 --num-windows 4 --batch-size 4 --num-examples 6 --max-new-tokens 4"
     flags += " --prompt-template {question} --num-bootstrap 50 --tasks"
-    monkeypatch.setattr("snlp_jax.entry.enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("snlp_jax.cli.entry.enable_compilation_cache", lambda: None)
 
     def script(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["eval.py", str(run_dir), *arguments])

@@ -261,23 +261,16 @@ def _run_in_workers(indices: list[int], num_workers: int, do: Callable[[int, Any
         pool.shutdown()
 
 
-_BARE = """
-import sys, types
-package = types.ModuleType("snlp_jax")  # without its __init__, which imports jax
-package.__path__ = [sys.argv[1]]
-sys.modules["snlp_jax"] = package
-from snlp_jax.data.jobs import serve
-serve()
-"""
+_SERVE = "import sys; sys.path.insert(0, sys.argv[1]); from snlp_jax.data.jobs import serve; serve()"
 
 
 class _Worker:
     """A process that does one job after another. ``num_threads`` is for the tokenizer's own."""
 
     def __init__(self, num_threads: int) -> None:
-        package = str(Path(__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _BARE, package],
+            [sys.executable, "-P", "-c", _SERVE, root],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"RAYON_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "true"},

@@ -2,7 +2,8 @@
 
 from snlp_jax.eval.evaluate import default_solvers, evaluate
 from snlp_jax.eval.report import Report, SettingResult, print_report, write_report
-from snlp_jax.eval.run import evaluate_run, read_config
+from snlp_jax.eval.run import evaluate_run
+from snlp_jax.run import read_config
 
 __all__ = [
     "Report",

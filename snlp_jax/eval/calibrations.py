@@ -31,14 +31,11 @@ from snlp_jax.linearize.tune import TUNE_BATCH, tune_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared
 from snlp_jax.notation import INITS, parse_fields, parse_number, parse_span, parse_stage
+from snlp_jax.run import BATCH_SIZE, SEED, training_windows
 from snlp_jax.solver import Calibration, Chunkwise, Identity, LayerProblem, ParallelSegment, Schedule
 from snlp_jax.types import Array, Params
 
 KEYS = ("n", "k", "kind", "rank", "intercept", "init", "init_rank", "tokens", "tune", "stage", "scales", "branches")
-SEED = 0
-"""Of the choice of training windows."""
-BATCH_SIZE = 32
-"""Windows at once."""
 
 
 @dataclass(frozen=True)
@@ -216,27 +213,3 @@ def region_problems(
             yield layer_problem(model, weights.ends, weights.blocks[position], tokens_BT, shared, alone, h_in)
 
     return stream
-
-
-def num_training_windows(data: TokenData, seq_len: int, num_tokens: int) -> int:
-    """Windows of training text that hold about ``num_tokens`` tokens, whole batches of them.
-
-    Raises:
-        InputError: there is no text for one batch, or fewer tokens were asked for.
-    """
-    have = len(data.windows("train", seq_len))
-    wanted = min(-(-num_tokens // seq_len), have) // BATCH_SIZE * BATCH_SIZE
-    if wanted == 0:
-        raise InputError(
-            f"calibration takes batches of {BATCH_SIZE} windows of {seq_len} tokens, but there are only {have} "
-            f"windows and tokens={num_tokens} was asked for; raise tokens= or give more text."
-        )
-    return wanted
-
-
-def training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
-    """Drawn without replacement: ``tokens`` [n, T + 1] and, where they are masked, ``document``."""
-    source = data.windows("train", seq_len)
-    chosen = np.random.default_rng(SEED).permutation(len(source))[: num_training_windows(data, seq_len, num_tokens)]
-    rows = [source[int(index)] for index in chosen]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

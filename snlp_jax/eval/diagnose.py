@@ -24,11 +24,12 @@ from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.evaluate import parse_settings
 from snlp_jax.eval.report import TABLE_WIDTH, finite_or_none, write_files
-from snlp_jax.eval.run import Which, open_run
+from snlp_jax.eval.run import open_run
 from snlp_jax.forward import layer_problem, run_segments
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import Weights, cut_before, split
 from snlp_jax.model import LanguageModel
+from snlp_jax.run import Which
 from snlp_jax.solver import (
     Calibration,
     Exact,

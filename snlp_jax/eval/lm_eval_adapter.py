@@ -21,10 +21,8 @@ except ImportError:
     sys.exit('error: lm_eval is not installed; `pip install "snlp-jax[lm_eval]"` brings it.')
 
 from snlp_jax.data.tokenizer import check_vocab
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
-from snlp_jax.eval.run import Which, read_config, read_params, read_tokenizer
 from snlp_jax.eval.solver_file import setting_of
 from snlp_jax.eval.text_model import Prompt, TextModel
 from snlp_jax.infer.rules import CacheRule
@@ -32,6 +30,7 @@ from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import check_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
+from snlp_jax.run import Which, read_config, read_params, read_tokenizer
 
 NAME = "snlp_jax"
 DEFAULT_NEW_TOKENS = 256
@@ -147,4 +146,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from snlp_jax.cli.entry import run_entry
+
     run_entry(main)

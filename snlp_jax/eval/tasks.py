@@ -16,7 +16,7 @@ from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval.evaluate import parse_settings
 from snlp_jax.eval.intervals import exact_p_value, paired_ratio_interval, paired_share_interval, wilson_interval
-from snlp_jax.eval.run import OpenRun, Which, open_run
+from snlp_jax.eval.run import OpenRun, open_run
 from snlp_jax.eval.task_data import SEPARATOR, Task, answer_of, load_tasks
 from snlp_jax.eval.task_report import Accuracy, Bits, HeldOutResult, TaskReport, TaskResult
 from snlp_jax.eval.text_model import OnShare, Prompt, Score, Span, TextModel, needs_solitude
@@ -25,6 +25,7 @@ from snlp_jax.infer.rules import check_settings
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import check_mesh
 from snlp_jax.parallel import make_mesh
+from snlp_jax.run import Which
 
 LogLikelihoods = Callable[[Sequence[tuple[str, str]]], list[Score]]
 """(context, continuation) -> score: all that multiple choice asks of a model."""

@@ -1,7 +1,6 @@
 """Files that are either whole or not there."""
 
 import contextlib
-import errno
 import os
 import time
 import uuid
@@ -9,11 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from snlp_jax.errors import InputError
+from snlp_jax.errors import InputError, full_disk
 
-_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full; free some space or choose another directory")
-_REMEDIES[errno.EFBIG] = "a file may not grow further; raise the limit (ulimit -f) or choose another directory"
-_REMEDY_OF_TEXT = {os.strerror(number): remedy for number, remedy in _REMEDIES.items()}
 _LEFTOVER_SECONDS = 60.0
 
 
@@ -55,12 +51,3 @@ def explain_full_disk(directory: str | Path) -> Iterator[None]:
         if not remedy or isinstance(error, InputError):
             raise
         raise InputError(f"{str(directory)!r} cannot be written to: {remedy}.") from error
-
-
-def full_disk(error: BaseException) -> str:
-    """What to do about an error if it means that the disk takes no more; "" if it means something else.
-
-    Libraries wrap the operating system's error in their own, so its text counts as much as its number.
-    """
-    remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, "")
-    return remedy or next((remedy for text, remedy in _REMEDY_OF_TEXT.items() if text in str(error)), "")

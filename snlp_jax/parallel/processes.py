@@ -24,8 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snlp_jax.entry import report
-from snlp_jax.errors import InputError
+from snlp_jax.errors import InputError, report
 
 _CHILD = "SNLP_JAX_SUPERVISED"
 _EXIT_LOST = 75

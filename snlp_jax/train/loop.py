@@ -31,9 +31,9 @@ from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
 from snlp_jax.parallel.processes import Vote, all_or_none, check_same, is_first
 from snlp_jax.parallel.sharding import bytes_per_device
-from snlp_jax.train.budget import check_state
 from snlp_jax.train.flops import train_flops_per_token
 from snlp_jax.train.loss import Plan, balanced, loss_fn, make_plan, start_step
+from snlp_jax.train.memory import check_state
 from snlp_jax.train.observe import Meter, Profiler, RunRecord, make_observe, memory
 from snlp_jax.train.report import REPORT_NAME, write_html
 from snlp_jax.train.start import its_data, read_origin

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from snlp_jax.config import Config, from_json
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.metrics import FILE_NAME, read_metrics
@@ -341,4 +340,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from snlp_jax.cli.entry import run_entry
+
     run_entry(main)

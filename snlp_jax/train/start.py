@@ -5,8 +5,8 @@ from pathlib import Path
 
 from snlp_jax.config import Config, DataConfig
 from snlp_jax.errors import InputError
-from snlp_jax.eval.run import TOKENIZER_NAME, read_config, read_tokenizer
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer
+from snlp_jax.run import TOKENIZER_NAME, read_config, read_tokenizer
 from snlp_jax.types import Params
 
 MAY_DIFFER = ("seq_len", "rotary_multiple", "remat", "compute_dtype", "attention", "decode_attention")

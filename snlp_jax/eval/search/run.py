@@ -14,7 +14,7 @@ from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.evaluate import mean_depth
-from snlp_jax.eval.run import Which, open_run
+from snlp_jax.eval.run import open_run
 from snlp_jax.eval.search.cost import CostModel, Parts, choose_probes, depth_cost, parts_of
 from snlp_jax.eval.search.measure import Decode, Prefill, Quality, Reader, interleave
 from snlp_jax.eval.search.race import FIRST_RUNG, Bounds, Race, Sums
@@ -24,6 +24,7 @@ from snlp_jax.eval.solver_file import SolverFile
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.linearize import fingerprint, stored_calibrations
 from snlp_jax.notation import parse_schedule
+from snlp_jax.run import Which
 
 SEED = 0
 """Of the order of the windows."""

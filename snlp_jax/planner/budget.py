@@ -1,10 +1,8 @@
 """What a run will cost, counted and measured before it begins, and whether it fits."""
 
 import dataclasses
-import os
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,11 +21,11 @@ from snlp_jax.eval.report import TABLE_WIDTH
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.chips import Slice, chip_of
 from snlp_jax.parallel.mesh import make_mesh
-from snlp_jax.parallel.plan_compile import plain_kernels, plan_mesh, prepare_environment
 from snlp_jax.parallel.processes import is_first
-from snlp_jax.parallel.sharding import bytes_per_device
+from snlp_jax.planner.compile import plain_kernels, plan_mesh, prepare_environment
 from snlp_jax.train.flops import run_flops, step_flops
 from snlp_jax.train.loss import Plan
+from snlp_jax.train.memory import GIB, capacity_of, refusal, state_bytes
 from snlp_jax.train.optim import param_labels
 from snlp_jax.train.start import its_data
 from snlp_jax.train.step import TrainState, abstract_state, make_step, optimizer_of
@@ -35,8 +33,6 @@ from snlp_jax.types import Batch
 
 ASSUMED_MFU = 0.4
 """Share of the data sheet's peak that a step is taken to reach. An assumption: nothing is run for it."""
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def plan_run(config: Config, topology: str = "") -> Budget:
         tokens=config.train.num_steps * config.train.batch_size * config.model.seq_len,
         train_tokens=None if data is None else int(data.train.size),
         seconds=None if chip is None else total / (ASSUMED_MFU * chip.bf16_flops * mesh.size),
-        state_bytes=_state_bytes(state),
+        state_bytes=state_bytes(state),
         step_bytes=_measure_step(model, config, mesh, state, data),
         capacity=capacity,
     )
@@ -111,49 +107,6 @@ def plan_run(config: Config, topology: str = "") -> Budget:
     if budget.step_bytes is None or (capacity is not None and budget.step_bytes > capacity):
         raise InputError(refusal(config, budget.step_bytes, capacity))
     return budget
-
-
-def check_state(state: TrainState, config: Config, mesh: Mesh) -> None:
-    """The cheap part of it, for every run: state and gradients against a device's memory, from shapes alone.
-
-    Raises:
-        InputError: they do not fit, whatever the activations need besides.
-    """
-    capacity, needed = capacity_of(mesh), sum(_state_bytes(state).values())
-    if capacity is not None and needed > capacity:
-        raise InputError(refusal(config, needed, capacity, is_state_alone=True))
-
-
-def refusal(config: Config, needed: int | None, capacity: int | None, is_state_alone: bool = False) -> str:
-    """One sentence: what is too large, and what would make it smaller."""
-    remedies = []
-    rows = config.train.batch_size // config.train.num_microbatches
-    if not is_state_alone:
-        remedies += ["raise train.num_microbatches"] if rows > 1 else ["lower model.seq_len"]
-        remedies += [] if config.model.remat else ["set model.remat=True"]
-    remedies += ["spread it over more devices (--mesh.data)", "choose a smaller model"]
-    what = "the parameters, the optimizer's state and the gradients" if is_state_alone else "a training step"
-    amount = "more memory than the compiler can place" if needed is None else f"{needed / GIB:.3g} GiB"
-    limit = "" if capacity is None else f" of the {capacity / GIB:.3g} GiB"
-    return f"{what} would take {amount}{limit} on each device; {', '.join(remedies[:-1])} or {remedies[-1]}."
-
-
-def capacity_of(mesh: Mesh) -> int | None:
-    """Bytes that one device of a mesh may hold; devices of a CPU share the host's memory. None where none tells."""
-    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    limits = [int((device.memory_stats() or {}).get("bytes_limit", 0)) for device in local]
-    if all(limits):
-        return min(limits)
-    return host_bytes() // len(local) if local[0].platform == "cpu" else None
-
-
-def host_bytes() -> int:
-    """Memory of this machine, or of the container that the process lives in."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in map(Path, CGROUP_LIMITS):
-        text = path.read_text().strip() if path.is_file() else ""
-        limits += [int(text)] if text.isdecimal() else []
-    return min(limits)
 
 
 def flops_of_parts(config: Config) -> dict[str, float]:
@@ -175,13 +128,6 @@ def _params_by_group(model: LanguageModel) -> dict[str, int]:
     for label, leaf in zip(jax.tree.leaves(param_labels(params)), jax.tree.leaves(params), strict=True):
         groups[label] += leaf.size
     return dict(groups.most_common())
-
-
-def _state_bytes(state: TrainState) -> dict[str, int]:
-    params = bytes_per_device(state["params"])
-    others = {name: tree for name, tree in state.items() if name not in ("params", "opt_state", "step")}
-    parts = {"parameters": params, "optimizer": bytes_per_device(state["opt_state"]), "gradients": params}
-    return parts | {name: bytes_per_device(tree) for name, tree in others.items()}
 
 
 def _measure_step(

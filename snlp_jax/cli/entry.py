@@ -1,4 +1,4 @@
-"""What the entry scripts share: one sentence for a mistake of the user, and compiled programs kept between runs."""
+"""What the command lines share: one sentence for a mistake of the user, and compiled programs kept between runs."""
 
 import contextlib
 import logging
@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from snlp_jax.errors import DivergedError, InputError
-from snlp_jax.io.files import full_disk
+from snlp_jax.errors import report
 
 MIN_COMPILE_SECONDS = 0.5
 """Programs that compile faster are not worth a file."""
@@ -33,18 +32,6 @@ def run_entry(main: Callable[[], object]) -> None:
             raise
         _give_up_stdout()
         sys.exit(code)
-
-
-def report(error: BaseException) -> int | None:
-    """Print a known error as one line on stderr and return its exit code; None for any other error."""
-    text, remedy = str(error), full_disk(error)
-    if not isinstance(error, InputError | DivergedError):
-        if not remedy:
-            return None
-        text = f"{remedy} ({' '.join(text.split())[:200]})."
-    with contextlib.suppress(OSError):  # a log on a full disk
-        print(f"error: {text}", file=sys.stderr)
-    return 1 if isinstance(error, DivergedError) else 2
 
 
 def _tell_of_unraisable(unraisable: Any) -> None:

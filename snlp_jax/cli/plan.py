@@ -1,11 +1,11 @@
 """What a pod would do, without the pod: compile for its chips ahead of time, count, and estimate.
 
-    python -m snlp_jax.parallel.plan configs/d32s_idn.py --topology v5e:4x4 --mesh layer=16 --solver idn:n=24,k=2
+    python -m snlp_jax.planner configs/d32s_idn.py --topology v5e:4x4 --mesh layer=16 --solver idn:n=24,k=2
 
 compiles a decode step (``--forward``: a whole sequence; ``--train``: a training step) for v4, v5e, v5p or v6e slices or
 for ``h100:8``, and prints the collectives it executes, bytes, FLOPs and memory of a chip and an estimate of its time,
 beside two ways to run the same layers in order: tensor parallel, and as a ring. ``--no-compile`` prints the formula
-(``snlp_jax/parallel/plan_formula.py``) instead, for any number of chips. docs/scaling.md says what the estimate is.
+(``snlp_jax/planner/formula.py``) instead, for any number of chips. docs/scaling.md says what the estimate is.
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from snlp_jax.config import Config, LossConfig, MeshConfig, load_config
-from snlp_jax.entry import run_entry
 from snlp_jax.errors import InputError
 from snlp_jax.layout import Spread, abstract_weights
 from snlp_jax.model import LanguageModel
@@ -31,7 +30,7 @@ from snlp_jax.parallel.chips import Slice
 from snlp_jax.parallel.hlo import Program
 from snlp_jax.parallel.hlo_text import COLLECTIVES
 from snlp_jax.parallel.mesh import AXES
-from snlp_jax.parallel.plan_compile import (
+from snlp_jax.planner.compile import (
     Compiled,
     Work,
     compile_plan,
@@ -40,7 +39,7 @@ from snlp_jax.parallel.plan_compile import (
     plan_mesh,
     prepare_environment,
 )
-from snlp_jax.parallel.plan_formula import expected
+from snlp_jax.planner.formula import expected
 from snlp_jax.solver import Schedule
 
 
@@ -124,7 +123,11 @@ class Estimate:
         return self.memory_seconds + self.exchange_seconds + self.kernel_seconds
 
 
-def main(args: Args) -> dict[str, Any]:
+def main() -> None:
+    run_plan(tyro.cli(Args, prog="python -m snlp_jax.planner", description=__doc__))
+
+
+def run_plan(args: Args) -> dict[str, Any]:
     """Plan, print a table and return what ``--json`` writes."""
     prepare_environment()
     chips, config = Slice.parse(args.topology), plain_kernels(load_config(args.config))
@@ -279,7 +282,3 @@ def _share(memory: int | None, capacity: float) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e6:,.0f} us" if seconds < 0.01 else f"{seconds * 1e3:,.0f} ms"
-
-
-if __name__ == "__main__":
-    run_entry(lambda: (main(tyro.cli(Args, description=__doc__)), None)[1])

@@ -20,6 +20,8 @@ from snlp_jax.parallel.hlo import Program, read_program
 from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.solver import Schedule
+from snlp_jax.train.loss import Plan
+from snlp_jax.train.step import abstract_state, make_step, optimizer_of
 from snlp_jax.types import Batch
 
 Kind = Literal["decode", "forward", "train"]
@@ -154,8 +156,6 @@ def held_bytes(
 ) -> int:
     """What lies on one device between two steps: the weights, in training with the optimizer's state."""
     if work.kind == "train":
-        from snlp_jax.train.step import abstract_state, optimizer_of
-
         return bytes_per_device(abstract_state(model, optimizer_of(model, config), mesh, config))
     weights = abstract_weights(model, schedule, mesh, sequential)
     return bytes_per_device((weights.blocks, weights.tables, weights.ends))
@@ -171,9 +171,6 @@ def _lower_forward(model: LanguageModel, weights: Weights, mesh: Mesh, work: Wor
 
 
 def _lower_training(model: LanguageModel, config: Config, mesh: Mesh, work: Work) -> Any:
-    from snlp_jax.train.loss import Plan
-    from snlp_jax.train.step import abstract_state, make_step, optimizer_of
-
     optimizer = optimizer_of(model, config, mesh)
     plan = Plan(tuple((name, term.region_sizes) for name, term in config.loss.terms.items()))
     tokens = _abstract_tokens(mesh, work.batch_size, work.context + 1)

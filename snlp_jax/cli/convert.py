@@ -1,0 +1,291 @@
+"""Import other people's weights as a run, or export a run as .safetensors.
+
+    python -m snlp_jax.model.convert SRC runs/llama                 # a Hugging Face folder or hub id
+    python -m snlp_jax.model.convert base_checkpoints/d20 runs/d20 --tokenizer tokenizer.json     # nanochat
+    python -m snlp_jax.model.convert runs/llama DST --export --dtype bfloat16
+
+The run is as training leaves one, at step 0: eval.py, python -m snlp_jax.infer and --train.init-from read it. Beside it
+lie the chat template (chat_template.jinja) and the files that an export gives back (source/).
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from snlp_jax.config import Config, MeshConfig, ModelConfig, to_json
+from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
+from snlp_jax.errors import InputError
+from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
+from snlp_jax.io.files import atomic_write, explain_full_disk
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.convert import families, table
+from snlp_jax.model.convert.nanochat import from_nanochat, nanochat_config, nanochat_rows
+from snlp_jax.model.convert.tensor_files import TensorFiles
+from snlp_jax.parallel.mesh import make_mesh
+from snlp_jax.parallel.sharding import TRAINING, shardings_of
+from snlp_jax.run import TEMPLATE_NAME, TOKENIZER_NAME, read_config, read_params
+from snlp_jax.types import Params
+
+SOURCE_NAME = "source"
+KEPT = (TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", TEMPLATE_NAME)
+"""Files of a Hugging Face folder, beside its config and weights, that an export gives back."""
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Args:
+    source: tyro.conf.Positional[str]
+    """A folder as Hugging Face writes it, or a hub id; a nanochat checkpoint (.pt) or its folder; with --export a run
+    directory."""
+    target: tyro.conf.Positional[Path]
+    """The run directory that is made; with --export the folder of .safetensors."""
+    tokenizer: str = ""
+    """A tokenizer.json; by default the source's."""
+    export: bool = False
+    checkpoint: Literal["best", "last"] = "best"
+    """Of an exported run: the one of the lowest validation loss, or the newest."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of exported tensors."""
+    max_shard_gb: float = 5.0
+    """Of an exported file."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices onto which the parameters are read, each of which then writes its part."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, prog="python -m snlp_jax.model.convert", description=__doc__)
+    if args.export:
+        export_run(Path(args.source), args.target, args.checkpoint, args.dtype, args.max_shard_gb)
+        return
+    import_run(args.source, args.target, args.tokenizer, args.mesh)
+
+
+# -- Import ------------------------------------------------------------------------------------------------------------
+
+
+def import_run(source: str, target: Path, tokenizer: str = "", mesh: MeshConfig | None = None) -> None:
+    """Make the run directory ``target`` of somebody's weights.
+
+    Raises:
+        InputError: ``target`` holds something already, or the source cannot be read; each with the reason.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{str(target)!r} exists and is not empty; name another directory.")
+    path = _find(source)
+    if path.suffix == ".pt":
+        config, params, its_tokenizer = _read_nanochat(path, tokenizer)
+        told: dict[str, Any] | None = None
+    else:
+        told = _read_json(path / CONFIG_NAME)
+        config, params, its_tokenizer = _read_family(path, told, tokenizer, mesh or MeshConfig())
+    text = to_json(
+        Config(
+            name=target.absolute().name,
+            run_dir=str(target),
+            model=config,
+            data=dataclasses.replace(Config().data, tokenizer=str(target.absolute() / TOKENIZER_NAME)),
+        )
+    )
+    with explain_full_disk(target):
+        target.mkdir(parents=True, exist_ok=True)
+        atomic_write(target / TOKENIZER_NAME, its_tokenizer.to_json())
+        if told is not None:
+            _keep_source(path, told, target)
+    # Beside the parameters no more than one leaf, of which reading has held a copy too.
+    largest = -(-max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9)
+    with Checkpointer(target / CHECKPOINT_NAME, config_json=text, concurrent_gb=largest) as checkpoints:
+        checkpoints.save(0, {"params": params}, None, {})
+    atomic_write(target / CONFIG_NAME, text)  # last: a directory with it is a run
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"imported {count:,} parameters in {config.num_layers} layers, {its_tokenizer.name}; wrote {target}")
+
+
+def _read_family(
+    path: Path, told: Mapping[str, Any], tokenizer: str, mesh: MeshConfig
+) -> tuple[ModelConfig, Params, Tokenizer]:
+    family = families.family_of(told)
+    whole = families.family_config(told)
+    file = Path(tokenizer) if tokenizer else path / TOKENIZER_NAME
+    its_tokenizer = _read_tokenizer(file, whole.padded_vocab_size)
+    config = families.family_config(told, vocab_size=its_tokenizer.vocab_size)
+    check_vocab(its_tokenizer, config.vocab_size)
+    shardings = None
+    if mesh != MeshConfig():
+        shapes = LanguageModel(config).abstract_params()
+        shardings = shardings_of(shapes, config, make_mesh(mesh), TRAINING)
+    unused = families.UNUSED_TIED if config.use_tied_head else families.UNUSED_TENSORS
+    rows = families.family_rows(config, family)
+    return config, table.read_params(TensorFiles(path), config, rows, unused, shardings), its_tokenizer
+
+
+def _read_nanochat(path: Path, tokenizer: str) -> tuple[ModelConfig, Params, Tokenizer]:
+    """A checkpoint ``model_STEP.pt`` with its ``meta_STEP.json``."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError("a nanochat checkpoint is read with torch; pip install 'snlp-jax[hf]'.") from error
+    meta = path.with_name(path.name.replace("model_", "meta_", 1)).with_suffix(".json")
+    told = _read_json(meta).get("model_config")
+    if not isinstance(told, dict):
+        raise InputError(f"{str(meta)!r} holds no object 'model_config'; give a checkpoint that nanochat has written.")
+    try:  # tensors alone: whatever else a pickle would run is refused
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{str(path)!r} is not a checkpoint of tensors alone ({reason}).") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{str(path)!r} holds no state dict; give a checkpoint that nanochat has written.")
+    arrays: dict[str, np.ndarray] = {}
+    for name, tensor in state.items():
+        arrays[name.removeprefix("_orig_mod.")] = tensor.to(torch.float32).numpy()
+    config = nanochat_config(told)
+    config = dataclasses.replace(
+        config, use_smear="smear_gate.weight" in arrays, use_mid_subtract="backout_lambda" in arrays
+    )
+    its_tokenizer = _read_tokenizer(Path(tokenizer) if tokenizer else path.with_name(TOKENIZER_NAME))
+    check_vocab(its_tokenizer, config.vocab_size)
+    return config, from_nanochat(arrays, config), its_tokenizer
+
+
+def _read_tokenizer(path: Path, num_rows: int | None = None) -> Tokenizer:
+    """The tokenizer of a file, without added tokens that the model has no row for (Gemma 3's image token).
+
+    Raises:
+        InputError: there is none, or it has more entries than the model has rows.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no tokenizer {str(path)!r}; give --tokenizer, the path of a tokenizer.json.")
+    told = _read_json(path)
+    if num_rows is None:
+        return load_tokenizer_json(json.dumps(told))
+    if told.get("added_tokens"):
+        told["added_tokens"] = [token for token in told["added_tokens"] if token.get("id", 0) < num_rows]
+    its_tokenizer = load_tokenizer_json(json.dumps(told))
+    if its_tokenizer.vocab_size > num_rows:
+        raise InputError(
+            f"tokenizer {str(path)!r} has {its_tokenizer.vocab_size} entries, but the model has {num_rows}; "
+            "give the model's own with --tokenizer."
+        )
+    return its_tokenizer
+
+
+def _find(source: str) -> Path:
+    """The local place of a source: itself, the newest checkpoint of a nanochat folder, or where the hub's client has
+    put it."""
+    path = Path(source)
+    if path.is_dir() and not (path / CONFIG_NAME).is_file():
+        checkpoints = sorted(path.glob("model_*.pt"))
+        return checkpoints[-1] if checkpoints else path  # nanochat pads the step with zeros
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"source {source!r} does not exist; name a folder, a file or a hub id such as 'org/model'.")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(
+            f"source {source!r} does not exist here, and the hub is read with huggingface_hub; "
+            "pip install 'snlp-jax[hf]'."
+        ) from error
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(HUB_PATTERNS)))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"source {source!r} is no folder here and cannot be fetched from the hub ({reason})."
+        ) from error
+
+
+def _keep_source(path: Path, told: Mapping[str, Any], target: Path) -> None:
+    (target / SOURCE_NAME).mkdir()
+    atomic_write(target / SOURCE_NAME / CONFIG_NAME, json.dumps(told, indent=2) + "\n")
+    for name in KEPT:
+        if (path / name).is_file():
+            shutil.copyfile(path / name, target / SOURCE_NAME / name)
+    template = _chat_template(path)
+    if template:
+        atomic_write(target / TEMPLATE_NAME, template)
+
+
+def _chat_template(path: Path) -> str:
+    """Text of the chat template, from either of the two places where it may be; "" where there is none."""
+    if (path / TEMPLATE_NAME).is_file():
+        return (path / TEMPLATE_NAME).read_text(encoding="utf-8")
+    if not (path / "tokenizer_config.json").is_file():
+        return ""
+    told = _read_json(path / "tokenizer_config.json").get("chat_template") or ""
+    if isinstance(told, list):  # several, by name
+        told = next((each["template"] for each in told if each.get("name") == "default"), "")
+    return str(told)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"there is no {str(path)!r}; give a folder that holds one.")
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is not valid JSON ({error}); download it again.") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{str(path)!r} holds no JSON object; download it again.")
+    return told
+
+
+# -- Export ------------------------------------------------------------------------------------------------------------
+
+
+def export_run(run_dir: Path, target: Path, which: Literal["best", "last"], dtype: str, max_shard_gb: float) -> None:
+    """Write a run's parameters as .safetensors, with the files that Hugging Face's readers need.
+
+    A run that was imported, or began from one that was, gets its family's names; others get nanochat's.
+
+    Raises:
+        InputError: ``target`` holds something already, or the model has a part that the format lacks.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{str(target)!r} exists and is not empty; name another directory.")
+    if not max_shard_gb > 0:
+        raise InputError(f"--max-shard-gb is {max_shard_gb}; it must be positive.")
+    config = read_config(run_dir)
+    source = _source_of(run_dir)
+    told = _read_json(source / CONFIG_NAME) if source else None
+    rows = nanochat_rows(config.model) if told is None else families.family_rows(config.model, families.family_of(told))
+    model = LanguageModel(config.model)
+    table.check_rows(rows, model.abstract_params())
+    step, params = read_params(run_dir, model, which)
+    with explain_full_disk(target):
+        target.mkdir(parents=True, exist_ok=True)
+        paths = table.write_params(params, config.model, rows, target, dtype, int(max_shard_gb * 2**30))
+        if source is None or told is None:
+            shutil.copyfile(run_dir / TOKENIZER_NAME, target / TOKENIZER_NAME)
+            atomic_write(target / CONFIG_NAME, (run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+        else:
+            for name in KEPT:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, target / name)
+            key = "torch_dtype" if "torch_dtype" in told else "dtype"
+            atomic_write(target / CONFIG_NAME, json.dumps(told | {key: dtype}, indent=2) + "\n")
+    print(f"exported step {step} in {dtype}: {', '.join(path.name for path in paths)}; wrote {target}")
+
+
+def _source_of(run_dir: Path) -> Path | None:
+    """The kept files of the import that a run, or the first of those that it began from, was made by."""
+    seen: set[Path] = set()
+    while run_dir.is_dir() and run_dir.resolve() not in seen:
+        if (run_dir / SOURCE_NAME / CONFIG_NAME).is_file():
+            return run_dir / SOURCE_NAME
+        seen.add(run_dir.resolve())
+        origin = read_config(run_dir).train.init_from
+        if not origin:
+            return None
+        run_dir = Path(origin)
+    return None

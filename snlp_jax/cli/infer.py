@@ -1,0 +1,223 @@
+"""Continue text with a trained model.
+
+    python -m snlp_jax.infer runs/demo --prompt "def main("
+    python -m snlp_jax.infer runs/demo --prompt "import " "class A:" --solver idn:n=8,k=2 --temperature 0.8
+    python -m snlp_jax.infer runs/demo --speculate idn:n=8,k=1
+    python -m snlp_jax.infer runs/demo --speculate mtp
+    python -m snlp_jax.infer runs/demo --solver auto
+    python -m snlp_jax.infer runs/sft_dialogue --chat --prompt "What is a fable?"
+
+Text appears as it is made; a line with speed, acceptance of drafts and solver iterations goes to stderr. Without a
+prompt each line that is typed (or piped in) is one. Several prompts are one batch. Settings are written as in
+snlp_jax/notation.py.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from snlp_jax.config import MeshConfig, WeightPrecision, check_weights
+from snlp_jax.data.chat import render_prompt
+from snlp_jax.data.tokenizer import Tokenizer
+from snlp_jax.errors import InputError
+from snlp_jax.eval.calibrations import load_fits
+from snlp_jax.eval.solver_file import SolverFile, is_solver_file, read_solver_file
+from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.infer.rules import CacheRule, check_settings
+from snlp_jax.infer.sampling import Sampling
+from snlp_jax.layout import Spread, check_schedule
+from snlp_jax.linearize import fingerprint
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_drafter, parse_schedule
+from snlp_jax.parallel.mesh import make_mesh
+from snlp_jax.run import quantized_params, read_config, read_data, read_params, read_tokenizer
+from snlp_jax.solver import Schedule
+
+
+@dataclass(frozen=True)
+class Args:
+    run_dir: tyro.conf.Positional[Path]
+    """What training wrote."""
+    prompt: tuple[str, ...] = ()
+    chat: bool = False
+    """Each prompt is what a user says, and the text is the answer (for models fine-tuned with data.format chat)."""
+    checkpoint: Literal["best", "last"] = "best"
+    """The one of the lowest validation loss, or the newest."""
+    solver: str = "seq"
+    """How a token is decoded, for example idn:n=8,k=2; the sequential pass by default. Or a file that eval.py --search
+    has written, whose drafter and rule are taken too; auto for the run's own."""
+    rule: CacheRule | None = None
+    """What the cache keeps of a parallel region: of the last evaluation (the default, unless a solver file says
+    otherwise), of the corrected trace, or of every evaluation: the solver on the whole text, however few its
+    iterations."""
+    speculate: str = ""
+    """Draft with this setting, or mtp for the model's multi-token-prediction heads, and verify with the sequential
+    pass: the same text, faster where drafts are good."""
+    draft_len: int = 0
+    """Drafts a round; 0 adapts the number to acceptance and costs, down to none (or is that of the solver file)."""
+    max_draft: int | None = None
+    """Most drafts a round; by default the draft length, or 8 where it adapts (the number of heads at most)."""
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """Of the first prompt; the others count on."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the text, and are not part of it."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices over which layers and prompts are spread."""
+    sequential: Spread = "tensor"
+    """How layers in order lie on the devices of the layer axis, as in eval.py."""
+    weights: WeightPrecision = "compute"
+    """Kernels in the compute dtype or of eight bits, as in eval.py. Drafts are verified by the same weights, so that
+    --speculate gives the text of these."""
+    weight_calibration: int = 0
+    """Tokens of the run's training text on which kernels of eight bits are clipped; 0 clips none."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, prog="python -m snlp_jax.infer", description=__doc__)
+    engine = open_engine(args)
+    if args.prompt:
+        generate(engine, args, args.prompt)
+        return
+    for line in _lines():
+        try:
+            generate(engine, args, (line,))
+        except InputError as error:  # a prompt that is too long should not end the session
+            print(f"error: {error}", file=sys.stderr)
+
+
+def open_engine(args: Args) -> Engine:
+    """The run's model behind the engine that the flags ask for.
+
+    Raises:
+        InputError: see :class:`snlp_jax.infer.engine.Engine` and :func:`snlp_jax.eval.run.open_run`.
+    """
+    config = read_config(args.run_dir)
+    num_layers = config.model.num_layers
+    args, found = with_solver_file(args, num_layers)
+    rule = args.rule or "last_eval"
+    schedule = parse_schedule(args.solver, num_layers)
+    draft = parse_drafter(args.speculate, num_layers) if args.speculate else None
+    # Mistakes are told before anything is read.
+    sampling_of(args)
+    check_weights(args.weights, args.weight_calibration)
+    num_heads = config.model.num_mtp_heads
+    check_settings(schedule, rule, draft, args.draft_len or None, args.max_draft, num_heads)
+    schedules = [each for each in (schedule, draft) if isinstance(each, Schedule)]
+    for each in schedules:
+        check_schedule(config.model, each)
+    if args.mesh.ring_microbatches != 1:
+        raise InputError("mesh.ring_microbatches is for training, which alone cuts its batches; leave it out.")
+    mesh = make_mesh(args.mesh) if args.mesh != MeshConfig() else None
+    model, tokenizer = LanguageModel(config.model), read_tokenizer(args.run_dir)
+    _, params = read_params(args.run_dir, model, args.checkpoint)
+    if found is not None and found.fingerprint != fingerprint(params):
+        text = "note: this solver file was made for another checkpoint; what it says of quality may not hold."
+        print(text, file=sys.stderr)
+    fits = load_fits(args.run_dir, params, schedules)
+    data = read_data(args.run_dir, config) if args.weight_calibration else None
+    return Engine(
+        model,
+        quantized_params(model, params, args.weights, args.weight_calibration, data),
+        schedule,
+        rule=rule,
+        draft=draft,
+        draft_len=args.draft_len or None,
+        max_draft=args.max_draft,
+        mesh=mesh,
+        sequential=args.sequential,
+        fits=fits,
+        tokenizer=tokenizer,
+    )
+
+
+def with_solver_file(args: Args, num_layers: int) -> tuple[Args, SolverFile | None]:
+    """Flags with what the solver file says, where one is named; what is given besides goes first."""
+    if not is_solver_file(args.solver):
+        return args, None
+    found = read_solver_file(args.solver, num_layers, args.run_dir)
+    changes: dict[str, Any] = {"solver": found.setting}
+    if found.speculate and not args.speculate:
+        changes |= {"speculate": found.speculate, "draft_len": args.draft_len or found.draft_len}
+    is_drafting = bool(args.speculate or found.speculate)  # a drafter reads the exact cache
+    changes["rule"] = args.rule or (None if is_drafting else found.rule)
+    return dataclasses.replace(args, **changes), found
+
+
+def sampling_of(args: Args, row: int = 0) -> Sampling:
+    penalty, seed = args.repetition_penalty, args.seed + row
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, penalty, seed)
+
+
+def requests_of(engine: Engine, args: Args, prompts: tuple[str, ...]) -> list[Request]:
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    return [
+        Request(
+            prompt_tokens(tokenizer, prompt, is_chat=args.chat),
+            args.max_new_tokens,
+            sampling_of(args, row),
+            stop_tokens=(tokenizer.bos_id,),
+            stop_strings=args.stop,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, is_chat: bool) -> list[int]:
+    """Tokens as training has shown them: a text begins with the separator, a question stands in the chat template."""
+    if is_chat:
+        return render_prompt([("user", prompt)], tokenizer).tolist()
+    return [tokenizer.bos_id, *map(int, tokenizer.encode(prompt))]
+
+
+def generate(engine: Engine, args: Args, prompts: tuple[str, ...]) -> None:
+    """Print the continuations; one prompt's as it comes, several one after another when all are done."""
+    requests = requests_of(engine, args, prompts)
+    engine.check(requests)  # before anything is printed
+    if len(prompts) == 1:
+        print(prompts[0], end="\n" * args.chat, flush=True)
+        engine.generate(requests, on_tokens=lambda _, __, text: print(text, end="", flush=True))
+        print()
+    else:
+        for prompt, done in zip(prompts, engine.generate(requests), strict=True):
+            print(prompt + "\n" * args.chat + f"{done.text}\n{'-' * 40}")
+    print(closing_line(engine), file=sys.stderr)
+
+
+def closing_line(engine: Engine) -> str:
+    found = engine.statistics
+    assert found is not None
+    parts = [f"{found.new_tokens} tokens", f"{found.tokens_per_second:.0f} tokens/s"]
+    if engine.draft is not None:
+        share = "none drafted" if found.acceptance is None else f"acceptance {found.acceptance:.0%}"
+        parts.append(f"{share}, {found.steps} passes of all layers")
+    if any(region.tolerance > 0 for region in engine.schedule.regions):
+        parts.append(f"{found.iterations / max(found.new_tokens - 1, 1):.2f} iterations a token")
+    if found.compile_seconds > 0.05:
+        parts.append(f"besides {found.compile_seconds:.1f} s of compilation")
+    return "[" + ", ".join(parts) + "]"
+
+
+def _lines() -> Iterator[str]:
+    """Prompts from the terminal until Ctrl-D, or from a pipe; empty lines are passed over."""
+    is_terminal = sys.stdin.isatty()
+    while True:
+        if is_terminal:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if text := line.rstrip("\n"):
+            yield text

@@ -1,0 +1,319 @@
+"""Replace sub-layers of a trained model by affine maps (neural block linearization), without training.
+
+    python -m snlp_jax.linearize runs/mine --attention 4                    # the attentions of 4 layers, in closed form
+    python -m snlp_jax.linearize runs/mine --attention 4 --drop             # the control: the same ones dropped
+    python -m snlp_jax.linearize runs/llama --attention 12 --greedy --data notes.jsonl --out runs/llama-nbl
+    python -m snlp_jax.linearize runs/mine --attention 4 --calibrations c2:n=8,k=2   # and surrogates for the solver
+
+Prints what a map would leave of every candidate, which ones were chosen, and perplexity before and after. The run that
+is made (RUN_DIR-nblN) is as training leaves one, at step 0: eval.py, python -m snlp_jax.infer and --train.init-from
+read it. linearize.json in it holds the table, calibrations/ what --calibrations has fitted.
+
+Maps and calibrations share the command and the training text, not the statistics: maps are fitted to what the branches
+of the given model read and add, calibrations to the residuals and states of whole regions of the model that is made, in
+passes of their own (docs/math.md, section 4).
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from snlp_jax.config import Config, LinearizeConfig, MeshConfig, to_json
+from snlp_jax.data.pipeline import TokenData, held_out_batches
+from snlp_jax.errors import InputError
+from snlp_jax.eval.calibrations import CalibrationSpec, fit_spec, parse_calibrations, save_fit
+from snlp_jax.eval.fidelity import make_reference_fn
+from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
+from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
+from snlp_jax.io.files import atomic_write, explain_full_disk
+from snlp_jax.io.provenance import circumstances
+from snlp_jax.layout import prepare
+from snlp_jax.linearize.maps import check_samples
+from snlp_jax.linearize.nbl import Linearized, Round, check_linearize, linearize, num_passes
+from snlp_jax.linearize.statistics import Batches
+from snlp_jax.linearize.store import fingerprint
+from snlp_jax.model import LanguageModel
+from snlp_jax.notation import parse_schedule
+from snlp_jax.parallel import make_mesh, put_batch
+from snlp_jax.run import TEMPLATE_NAME, TOKENIZER_NAME, num_training_windows, read_config, read_data, read_params
+from snlp_jax.solver import Calibration, PerLayer, Schedule
+from snlp_jax.types import Params
+
+TABLE_NAME = "linearize.json"
+
+
+@dataclass(frozen=True)
+class Args:
+    run_dir: tyro.conf.Positional[Path]
+    """What training, an import or an earlier linearization wrote."""
+    linearize: Annotated[LinearizeConfig, tyro.conf.arg(name="")]
+    data: str = ""
+    """Text to fit to and to measure on, as --data.source of train.py; empty takes the run's own."""
+    out: str = ""
+    """The run directory that is made; empty means RUN_DIR-nblN, or RUN_DIR-dropN, N replaced sub-layers."""
+    calibrations: tuple[str, ...] = ()
+    """Surrogates and initial traces to fit to the new model on the same training text, such as c2:n=8,k=2, which
+    settings then name by fit=c2; written as --calibrations of eval.py (snlp_jax/eval/calibrations.py)."""
+    checkpoint: Literal["best", "last"] = "best"
+    """The one of the lowest validation loss, or the newest."""
+    mesh_data: Annotated[int, tyro.conf.arg(name="mesh.data")] = 1
+    """Devices over which each batch of the maps' statistics is spread; 0 takes all there are."""
+    num_windows: int = 64
+    """Held-out windows of the model's seq_len tokens on which perplexity is measured."""
+
+    def __post_init__(self) -> None:
+        if self.num_windows < 1:
+            raise InputError(f"--num-windows is {self.num_windows}; it must be at least 1.")
+
+
+def main() -> None:
+    args = tyro.cli(Args, prog="python -m snlp_jax.linearize", description=__doc__)
+    linearize_run(args)
+
+
+def linearize_run(args: Args) -> Path:
+    """Make a run of a run, and return its directory. Nothing is compiled before all input has been checked.
+
+    Raises:
+        InputError: no such run, a directory that holds something already, more layers than there are, too little text,
+            a calibration that cannot be read or that fuses layers; too few devices, or several processes.
+    """
+    run_dir, options, config = args.run_dir, args.linearize, read_config(args.run_dir)
+    target = Path(args.out) if args.out else _default_target(run_dir, options)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{str(target)!r} exists and is not empty; name another directory with --out.")
+    model = LanguageModel(config.model)
+    check_linearize(model, options)
+    specs = _specs_of(args.calibrations, config.model.num_layers)
+    mesh = _mesh_of(args.mesh_data)
+    if args.data:
+        tokenizer = str(run_dir / TOKENIZER_NAME)
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, source=args.data, mixture=(), tokenizer=tokenizer)
+        )
+    tokens = read_data(run_dir, config)
+    fit, held_out, about = draw_text(tokens, config, options, mesh)
+    for spec in specs:
+        num_training_windows(tokens, config.model.seq_len, spec.num_tokens)  # refuses too little text
+    size = min(options.batch_size, args.num_windows)
+    shape = {"seq_len": config.model.seq_len, "batch_size": size, "num_batches": args.num_windows // size}
+    windows = held_out_batches(tokens, **shape)
+    step, params = read_params(run_dir, model, args.checkpoint)
+    before = held_out_nll(model, params, windows)
+    made = _with_progress(model, params, fit, held_out, options, mesh, about["batches"])
+    after = held_out_nll(made.model, made.params, windows)
+    fits = [(spec, *fit_spec(made.model, made.params, tokens, spec)) for spec in specs]
+    told = _summary(config, options, made, before, after, windows)
+    told |= {"run_dir": str(run_dir), "checkpoint": args.checkpoint, "step": step, "fingerprint": fingerprint(params)}
+    told |= {"calibrations": {spec.name: {"setting": _setting(spec), "tokens": count} for spec, _, count in fits}}
+    told |= {"corpus_hash": tokens.content_hash, "text": about, **circumstances()}
+    _write(target, run_dir, _config_of(config, target, made, bool(args.data)), made.params, fits, told)
+    _print(made, told["ppl"])
+    for name, each in told["calibrations"].items():
+        print(f"calibrated {name} on {each['tokens']} tokens of training text: --solvers {each['setting']}")
+    print(f"wrote {target}")
+    return target
+
+
+def _specs_of(texts: tuple[str, ...], num_layers: int) -> tuple[CalibrationSpec, ...]:
+    specs = parse_calibrations(texts, num_layers)
+    for spec in specs:
+        if not isinstance(spec.region.stage, PerLayer):
+            raise InputError(
+                f"calibration {spec.name!r} fuses layers as trained, and which of them are replaced is not known yet; "
+                "leave out stage=, or fit it with eval.py --calibrations."
+            )
+    return specs
+
+
+def _mesh_of(num_devices: int) -> Mesh | None:
+    if jax.process_count() > 1:
+        raise InputError(
+            f"a model is linearised by one process, but there are {jax.process_count()}; start one, and give it more "
+            "devices with --mesh.data."
+        )
+    return None if num_devices == 1 else make_mesh(MeshConfig(data=num_devices))
+
+
+def _setting(spec: CalibrationSpec) -> str:
+    """The solver's, with what was fitted."""
+    region = spec.region
+    return f"cal:{region.start}-{region.stop},k={region.num_iters},init={spec.init_name},fit={spec.name}"
+
+
+# -- Text --------------------------------------------------------------------------------------------------------------
+
+
+def draw_text(
+    data: TokenData, config: Config, options: LinearizeConfig, mesh: Mesh | None = None
+) -> tuple[Batches, Batches, dict[str, Any]]:
+    """Batches of training windows to fit to, others that choose and rank, and how many tokens these are.
+
+    Raises:
+        InputError: too few tokens for the width, or fewer windows in a batch than devices.
+    """
+    source, length = data.windows("train", config.model.seq_len), config.model.seq_len
+    rows = mesh.shape["data"] if mesh is not None else 1
+    if options.skip_first >= length:
+        raise InputError(f"--skip-first is {options.skip_first}, but windows have {length} tokens; lower it.")
+    if options.batch_size < rows:
+        raise InputError(
+            f"--batch-size is {options.batch_size}, but each of {rows} devices takes a window or more; raise it, or "
+            "lower --mesh.data."
+        )
+    fewest = -(-2 * config.model.embed_dim // (length - options.skip_first))
+    wanted = min(-(-options.tokens // length), len(source) * 4 // 5)
+    size = min(options.batch_size, wanted, len(source) // 5) // rows * rows
+    num_fit = wanted // max(size, 1)
+    num_held_out = max(min(-(-num_fit // 4), len(source) // max(size, 1) - num_fit), 0)
+    if num_fit * size < fewest or num_held_out == 0:
+        check_samples(num_fit * size * (length - options.skip_first), config.model.embed_dim)
+        raise InputError(
+            f"the training split has {len(source)} windows of {length} tokens, too few to fit maps to some and try "
+            "them on others; give more text with --data, or lower --batch-size."
+        )
+    order = np.random.default_rng(options.seed).permutation(len(source))
+
+    def batches(first: int, count: int) -> Batches:
+        def stream() -> Any:
+            for start in range(first * size, (first + count) * size, size):
+                items = [source[int(index)] for index in order[start : start + size]]
+                kept = [name for name in ("tokens", "document") if name in items[0]]
+                yield {name: np.stack([item[name] for item in items]) for name in kept}
+
+        return stream
+
+    counts = {"tokens": num_fit * size * length, "held_out_tokens": num_held_out * size * length}
+    about = counts | {"batch_size": size, "batches": num_fit + num_held_out, "skip_first": options.skip_first}
+    return batches(0, num_fit), batches(num_fit, num_held_out), about
+
+
+def held_out_nll(model: LanguageModel, params: Params, batches: list[dict[str, np.ndarray]]) -> np.ndarray:
+    """Of every target in nats, [windows, T]."""
+    first = batches[0]["tokens"]
+    weights = prepare(model, params, Schedule.of(model.config.num_layers), num_tokens=first.size, layout="stack")
+    run = make_reference_fn(model)
+    parts = [run(weights, *put_batch(None, (b["tokens"], b.get("document")), is_whole=True))[1] for b in batches]
+    return np.concatenate([np.asarray(part.nll_BT) for part in parts])
+
+
+# -- What is written and said ------------------------------------------------------------------------------------------
+
+
+def _default_target(run_dir: Path, options: LinearizeConfig) -> Path:
+    count = options.attention + options.mlp + options.blocks
+    return run_dir.parent / f"{run_dir.absolute().name}-{'drop' if options.drop else 'nbl'}{count}"
+
+
+def _config_of(config: Config, target: Path, made: Linearized, is_elsewhere: bool) -> Config:
+    """Of the new run: the old one's, but for what its layers cannot do."""
+
+    def runs(setting: str) -> bool:
+        schedule = parse_schedule(setting, config.model.num_layers)
+        return all(isinstance(region.stage, PerLayer) and not region.fit for region in schedule.regions)
+
+    data = config.data
+    if is_elsewhere:
+        data = dataclasses.replace(data, tokenizer=str(target.absolute() / TOKENIZER_NAME))
+    evaluation = dataclasses.replace(
+        config.eval, solvers=tuple(filter(runs, config.eval.solvers)), calibrations=()
+    )  # fused layers must be alike, and the old run's calibrations are of other parameters
+    own: dict[str, Any] = {"name": target.absolute().name, "run_dir": str(target), "model": made.model.config}
+    return dataclasses.replace(config, **own, data=data, eval=evaluation, mesh=MeshConfig())
+
+
+def _summary(
+    config: Config,
+    options: LinearizeConfig,
+    made: Linearized,
+    before: np.ndarray,
+    after: np.ndarray,
+    batches: list[dict[str, np.ndarray]],
+) -> dict[str, Any]:
+    weight = np.concatenate([batch["weight"] for batch in batches]) if "weight" in batches[0] else None
+    interval = paired_interval(after, before, num_bootstrap=config.eval.num_bootstrap, weight_WT=weight)
+    ppl: dict[str, Any] = {"before": perplexity(before, weight), "after": perplexity(after, weight)}
+    ppl |= {"change": relative_change(after, before, weight), "interval": interval, "num_windows": len(before)}
+    rounds = [{"chosen": [list(place) for place in each.chosen], "table": _rows(each)} for each in made.rounds]
+    return {"options": dataclasses.asdict(options), "ppl": ppl, "rounds": rounds}
+
+
+def _rows(round: Round) -> list[dict[str, Any]]:
+    ranks = {place: rank for rank, place in enumerate(round.chosen, 1)}
+    return [each.row() | {"chosen": ranks.get(each.place, 0)} for each in round.candidates]
+
+
+def _write(
+    target: Path,
+    run_dir: Path,
+    config: Config,
+    params: Params,
+    fits: list[tuple[CalibrationSpec, Calibration, int]],
+    told: dict[str, Any],
+) -> None:
+    text = to_json(config)
+    with explain_full_disk(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (TOKENIZER_NAME, TEMPLATE_NAME):
+            if (run_dir / name).is_file():
+                shutil.copyfile(run_dir / name, target / name)
+        atomic_write(target / TABLE_NAME, json.dumps(told, indent=1) + "\n")
+        with Checkpointer(target / CHECKPOINT_NAME, config_json=text) as checkpoints:
+            checkpoints.save(0, {"params": params}, None, {"val_loss": math.log(told["ppl"]["after"])})
+        for each in fits:
+            save_fit(target, params, *each)
+        atomic_write(target / CONFIG_NAME, text)  # last: a directory with it is a run
+
+
+def _with_progress(
+    model: LanguageModel,
+    params: Params,
+    fit: Batches,
+    held_out: Batches,
+    options: LinearizeConfig,
+    mesh: Mesh | None,
+    num_batches: int,
+) -> Linearized:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        total = num_passes(model, options) * num_batches
+        task = progress.add_task("statistics", total=total)
+
+        def on_round(each: Round) -> None:
+            names = ", ".join(f"{branch} {layer}" for branch, layer in each.chosen)
+            progress.console.print(f"{'dropped' if options.drop else 'replaced'} {names}", highlight=False)
+
+        step = lambda: progress.advance(task)  # noqa: E731
+        return linearize(model, params, fit, held_out, options, mesh=mesh, on_batch=step, on_round=on_round)
+
+
+def _print(made: Linearized, ppl: dict[str, Any]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for number, each in enumerate(made.rounds, 1):
+        title = f"round {number} of {len(made.rounds)}" if len(made.rounds) > 1 else None
+        table = Table(title=title, padding=(0, 1))
+        for name in ("layer", "branch", "ridge", "condition", "NMSE", "with residual", "held out", "CCA bound", ""):
+            table.add_column(name, justify="left" if name in ("branch", "") else "right")
+        for row in _rows(each):
+            numbers = [f"{row['ridge']:.0e}" if row["ridge"] else "0", f"{row['condition'] or math.inf:.1e}"]
+            numbers += [f"{row[name]:.5f}" for name in ("nmse", "nmse_residual", "held_out")]
+            chosen = f"chosen {row['chosen']}" if row["chosen"] else ""
+            table.add_row(str(row["layer"]), row["branch"], *numbers, f"{row['cca_bound']:.3f}", chosen)
+        console.print(table)
+    low, high = ppl["interval"] or (math.nan, math.nan)
+    print(
+        f"perplexity on {ppl['num_windows']} held-out windows: {ppl['before']:.4f} before, {ppl['after']:.4f} after, "
+        f"{ppl['change']:+.2%} ({low:+.2%} to {high:+.2%})"
+    )

@@ -1,0 +1,162 @@
+"""A run directory: the config, tokenizer, checkpoints and corpus that training, an import or a linearisation left."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from snlp_jax.config import Config, WeightPrecision, from_json
+from snlp_jax.data.chat import prepare_data
+from snlp_jax.data.pipeline import TokenData
+from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
+from snlp_jax.errors import InputError
+from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
+from snlp_jax.model import LanguageModel
+from snlp_jax.quantize import input_squares, quantize
+from snlp_jax.types import Params
+
+TOKENIZER_NAME = "tokenizer.json"
+TEMPLATE_NAME = "chat_template.jinja"
+"""Of an imported model."""
+BATCH_SIZE = 32
+"""Training windows at once, when a calibration is fitted."""
+SEED = 0
+"""Of the choice of training windows."""
+
+Which = Literal["best", "last"]
+"""A checkpoint: the one of the lowest validation loss, or the newest."""
+
+
+class Run(NamedTuple):
+    """What a run directory holds of its model."""
+
+    model: LanguageModel
+    params: Params
+    tokenizer: Tokenizer
+    config: Config
+
+
+def load_run(path: str | Path, which: Which = "best") -> Run:
+    """Read a run directory.
+
+    Args:
+        path: the directory.
+        which: the checkpoint of the lowest validation loss (with a notice the newest, where none is known), or the
+            newest.
+
+    Raises:
+        InputError: no run, no good checkpoint, or a tokenizer with more tokens than the model has.
+    """
+    path = Path(path)
+    config, tokenizer = read_config(path), read_tokenizer(path)
+    check_vocab(tokenizer, config.model.vocab_size)
+    model = LanguageModel(config.model)
+    return Run(model, read_params(path, model, which)[1], tokenizer, config)
+
+
+def read_config(run_dir: Path) -> Config:
+    """The config that a run saved.
+
+    Raises:
+        InputError: the directory does not exist or holds no run.
+    """
+    if not run_dir.is_dir():
+        raise InputError(f"run directory {str(run_dir)!r} does not exist; train first or name another.")
+    path = run_dir / CONFIG_NAME
+    if not path.is_file():
+        raise InputError(f"run directory {str(run_dir)!r} holds no {CONFIG_NAME}; name one that training has written.")
+    return from_json(path.read_text(encoding="utf-8"))
+
+
+def read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int, Params]:
+    """Step and parameters of a run's checkpoint; for ``which`` see :func:`load_run`.
+
+    Raises:
+        InputError: there is no good checkpoint, or it is of another model.
+    """
+    with Checkpointer(run_dir / CHECKPOINT_NAME, read_only=True) as checkpointer:
+        if which == "best" and checkpointer.best_step is None:
+            if checkpointer.latest_step is not None:
+                note(f"no checkpoint in {str(run_dir)!r} has a validation loss; taking the last one.")
+            which = "last"
+        return checkpointer.restore_params(model.abstract_params(), which)
+
+
+def read_tokenizer(run_dir: Path) -> Tokenizer:
+    """The tokenizer that a run saved.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    path = run_dir / TOKENIZER_NAME
+    if not path.is_file():
+        raise InputError(
+            f"run directory {str(run_dir)!r} holds no {TOKENIZER_NAME}; name one that training has written."
+        )
+    return load_tokenizer_json(path.read_text(encoding="utf-8"))
+
+
+def read_data(run_dir: Path, config: Config) -> TokenData:
+    """The corpus in the tokens of the run, even where it has changed since and would give another tokenizer.
+
+    Raises:
+        InputError: the corpus cannot be read, or its tokens are not the model's.
+    """
+    tokenizer = read_tokenizer(run_dir)
+    with_saved_tokenizer = dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME))
+    # Where a run started from another, the corpus never gave the tokenizer.
+    data = prepare_data(with_saved_tokenizer if config.train.init_from else config.data)
+    if data.tokenizer.to_json() != tokenizer.to_json():
+        note("the corpus gives another tokenizer than it did in training; taking the run's own.")
+        data = prepare_data(with_saved_tokenizer)
+    check_vocab(data.tokenizer, config.model.vocab_size)
+    return data
+
+
+def num_training_windows(data: TokenData, seq_len: int, num_tokens: int) -> int:
+    """Windows of training text that hold about ``num_tokens`` tokens, whole batches of them.
+
+    Raises:
+        InputError: there is no text for one batch, or fewer tokens were asked for.
+    """
+    available = len(data.windows("train", seq_len))
+    wanted = min(-(-num_tokens // seq_len), available) // BATCH_SIZE * BATCH_SIZE
+    if wanted == 0:
+        raise InputError(
+            f"calibration takes batches of {BATCH_SIZE} windows of {seq_len} tokens, but there are only {available} "
+            f"windows and tokens={num_tokens} was asked for; raise tokens= or give more text."
+        )
+    return wanted
+
+
+def training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
+    """Drawn without replacement: ``tokens`` [n, T + 1] and, where they are masked, ``document``."""
+    source = data.windows("train", seq_len)
+    chosen = np.random.default_rng(SEED).permutation(len(source))[: num_training_windows(data, seq_len, num_tokens)]
+    rows = [source[int(index)] for index in chosen]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def quantized_params(
+    model: LanguageModel, params: Params, weights: WeightPrecision, calibration: int, data: TokenData | None
+) -> Params:
+    """:func:`snlp_jax.quantize.quantize`, clipped by about ``calibration`` tokens of the training text in ``data``.
+
+    Raises:
+        InputError: too little text for one batch.
+    """
+    squares = None
+    if calibration:
+        assert data is not None
+        windows = training_windows(data, model.config.seq_len, calibration)
+        starts = range(0, len(windows["tokens"]), BATCH_SIZE)
+        batches = ({name: rows[i : i + BATCH_SIZE] for name, rows in windows.items()} for i in starts)
+        squares = input_squares(model, params, batches)
+    return quantize(params, weights, squares)
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(f"note: {text}", file=sys.stderr)

@@ -1,0 +1,65 @@
+"""What a training state takes of a device's memory, and what the device has."""
+
+import os
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from snlp_jax.config import Config
+from snlp_jax.errors import InputError
+from snlp_jax.parallel.sharding import bytes_per_device
+from snlp_jax.train.step import TrainState
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+GIB = 2**30
+
+
+def check_state(state: TrainState, config: Config, mesh: Mesh) -> None:
+    """Hold state and gradients against a device's memory, by their shapes alone; every run does so before it compiles.
+
+    Raises:
+        InputError: they do not fit, whatever the activations need besides.
+    """
+    capacity, needed = capacity_of(mesh), sum(state_bytes(state).values())
+    if capacity is not None and needed > capacity:
+        raise InputError(refusal(config, needed, capacity, is_state_alone=True))
+
+
+def refusal(config: Config, needed: int | None, capacity: int | None, is_state_alone: bool = False) -> str:
+    """One sentence: what is too large, and what would make it smaller."""
+    remedies = []
+    rows = config.train.batch_size // config.train.num_microbatches
+    if not is_state_alone:
+        remedies += ["raise train.num_microbatches"] if rows > 1 else ["lower model.seq_len"]
+        remedies += [] if config.model.remat else ["set model.remat=True"]
+    remedies += ["spread it over more devices (--mesh.data)", "choose a smaller model"]
+    what = "the parameters, the optimizer's state and the gradients" if is_state_alone else "a training step"
+    amount = "more memory than the compiler can place" if needed is None else f"{needed / GIB:.3g} GiB"
+    limit = "" if capacity is None else f" of the {capacity / GIB:.3g} GiB"
+    return f"{what} would take {amount}{limit} on each device; {', '.join(remedies[:-1])} or {remedies[-1]}."
+
+
+def capacity_of(mesh: Mesh) -> int | None:
+    """Bytes that one device of a mesh may hold; devices of a CPU share the host's memory. None where none tells."""
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    limits = [int((device.memory_stats() or {}).get("bytes_limit", 0)) for device in local]
+    if all(limits):
+        return min(limits)
+    return host_bytes() // len(local) if local[0].platform == "cpu" else None
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or of the container that the process lives in."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in map(Path, CGROUP_LIMITS):
+        text = path.read_text().strip() if path.is_file() else ""
+        limits += [int(text)] if text.isdecimal() else []
+    return min(limits)
+
+
+def state_bytes(state: TrainState) -> dict[str, int]:
+    params = bytes_per_device(state["params"])
+    others = {name: tree for name, tree in state.items() if name not in ("params", "opt_state", "step")}
+    parts = {"parameters": params, "optimizer": bytes_per_device(state["opt_state"]), "gradients": params}
+    return parts | {name: bytes_per_device(tree) for name, tree in others.items()}
