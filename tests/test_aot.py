@@ -24,11 +24,11 @@ from snlp_jax.planner.compile import Work, compile_plan, plan_mesh, prepare_envi
 prepare_environment()
 chips = Slice.parse(sys.argv[1])
 backend = "tpu" if chips.chip.torus_axes else "gpu"
-model = ModelConfig(
-    num_layers=16, embed_dim=int(sys.argv[4]), num_heads=8, num_kv_heads=8, seq_len=128, vocab_size=1024,
-    attention=sys.argv[3], decode_attention=sys.argv[5], window_pattern="SSSL",
-)
-for kind, tensor, setting, sequential in json.loads(sys.argv[2]):
+for kind, tensor, setting, sequential, changed in json.loads(sys.argv[2]):
+    fields = dict(embed_dim=256, attention="xla", decode_attention="xla") | changed
+    model = ModelConfig(
+        num_layers=16, num_heads=8, num_kv_heads=8, seq_len=128, vocab_size=1024, window_pattern="SSSL", **fields
+    )
     mesh = plan_mesh(MeshConfig(layer=chips.num_chips // tensor, tensor=tensor), chips)
     work, schedule = Work(kind, batch_size=1, context=128), parse_schedule(setting, 16)
     compiled = compile_plan(Config(model=model), schedule, mesh, work, backend=backend, sequential=sequential)
@@ -38,22 +38,31 @@ for kind, tensor, setting, sequential in json.loads(sys.argv[2]):
 HEAD = {"all-reduce": 1, "all-gather": 1}
 """The embedding, whose rows are spread, and the logits: two in all, none for the mid-layer state."""
 CASES = (
-    ("decode", 1, "idn:n=16,k=2", "tensor", {"all-gather": 2}),
-    ("decode", 1, "sid:n=8,k=3,init=batch_forward", "tensor", {"all-gather": 3 + 1, "all-reduce": 2 * 8}),
-    ("decode", 1, "seq", "tensor", {"all-reduce": 2 * 16}),
-    ("decode", 1, "seq", "ring", {"collective-permute": 8 - 1, "all-reduce": 1}),
-    ("decode", 2, "idn:n=8,k=3", "tensor", {"all-gather": 3, "all-reduce": 2 * 3 + 2 * 8}),
-    ("forward", 1, "idn:n=8,k=2,init=batch_forward", "tensor", {"all-gather": 2 + 1, "all-reduce": 2 * 8}),
-    ("forward", 1, "idn:n=12,k=1", "ring", {"all-gather": 1, "collective-permute": 8 - 1, "all-reduce": 1}),
+    ("decode", 1, "sid:n=8,k=3,init=batch_forward", "tensor", {}, {"all-gather": 3 + 1, "all-reduce": 2 * 8}),
+    ("decode", 1, "seq", "ring", {}, {"collective-permute": 8 - 1, "all-reduce": 1}),
+    ("decode", 2, "idn:n=8,k=3", "tensor", {}, {"all-gather": 3, "all-reduce": 2 * 3 + 2 * 8}),
+    ("forward", 1, "idn:n=12,k=1", "ring", {}, {"all-gather": 1, "collective-permute": 8 - 1, "all-reduce": 1}),
+    # The kernel of a decoding step runs where layers are spread, and exchanges nothing.
+    ("decode", 1, "idn:n=16,k=2", "tensor", {"decode_attention": "pallas"}, {"all-gather": 2}),
 )
-"""What is compiled, with how many chips on the tensor axis, and the collectives beside those of the ends: K in a region
-and one more for a batched guess, two a layer in order or one a device in a ring; and with a tensor axis two a sweep."""
+"""What is compiled, with how many chips on the tensor axis and which changes of the model, and the collectives beside
+those of the ends: K in a region and one more for a batched guess, two a layer in order or one a device in a ring; and
+with a tensor axis two a sweep."""
+SPLASH = (
+    "forward",
+    1,
+    "idn:n=8,k=2",
+    "ring",
+    {"attention": "auto", "embed_dim": 1024},
+    CASES[3][5] | {"all-gather": 2},
+)
+"""The TPU's kernel may not stand where an axis of several chips is left to the compiler; its settings run over several
+lines of the text, which the counter has to step over."""
 PLUGINS = {"v5e": "libtpu", "h100": "jax_cuda13_plugin"}
 
 
-def compiled_counts(topology, cases=CASES, attention="xla", width=256, decode_attention="xla"):
-    cases = json.dumps([case[:4] for case in cases])
-    return run_script(SCRIPT, topology, cases, attention, str(width), decode_attention)
+def compiled_counts(topology, cases):
+    return run_script(SCRIPT, topology, json.dumps([case[:5] for case in cases]))
 
 
 def run_script(script, topology, *arguments):
@@ -69,26 +78,14 @@ def run_script(script, topology, *arguments):
 
 def assert_counts(cases, found):
     for case, counts in zip(cases, found, strict=True):
-        region = case[4]
+        region = case[5]
         assert counts == {kind: region.get(kind, 0) + HEAD.get(kind, 0) for kind in region | HEAD}, case
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "h100:8"])
 def test_collectives_of_the_compiled_programs(topology):
-    assert_counts(CASES, compiled_counts(topology))
-
-
-def test_splash_attention_runs_where_layers_are_spread():
-    """The TPU's kernel may not stand where an axis of several chips is left to the compiler; its settings run over
-    several lines of the text, which the counter has to step over."""
-    cases = [("forward", 1, "idn:n=8,k=2", "ring", {"all-gather": 2, "collective-permute": 8 - 1, "all-reduce": 1})]
-    assert_counts(cases, compiled_counts("v5e:2x4", cases, attention="auto", width=1024))
-
-
-@pytest.mark.parametrize("topology", ["v5e:2x4", "h100:8"])
-def test_the_kernel_of_a_decoding_step_runs_where_layers_are_spread(topology):
-    """And exchanges nothing."""
-    assert_counts(CASES[:1], compiled_counts(topology, CASES[:1], decode_attention="pallas"))
+    cases = CASES + (SPLASH,) * topology.startswith("v5e")
+    assert_counts(cases, compiled_counts(topology, cases))
 
 
 KERNELS_SCRIPT = """
@@ -142,14 +139,44 @@ for num_layers, setting, layout, memory, *other in json.loads(sys.argv[2]):
 """
 
 
-@pytest.mark.parametrize("topology", ["h100:1", "v5e:2x4"])
-def test_a_region_costs_equally_many_kernels_and_copies_no_weight(topology):
+ONE_LENGTH = {"seq_len": 2048, "context": 512, "window_pattern": "L"}
+TWO_LENGTHS = {"seq_len": 2048, "context": 2048, "window_pattern": "SSSL"}
+"""Of the rings: those of all layers in one array, or in two."""
+
+
+def region(num_layers, model=None, memory="chosen", iterations=1):
+    return [num_layers, f"idn:n={num_layers},k={iterations}", "stack", memory, model or {}]
+
+
+STEPS = {
+    "default": region(12, memory="default"),
+    "small": region(12),
+    "large": region(24),
+    "twice": region(12, iterations=2),
+    "in_order": [6, "seq", "list", "default"],
+    "int8": region(12, {"weights": "int8"}, "default"),
+    "rows": region(12, ONE_LENGTH | {"batch": 32}),
+    "kernel_small": region(12, ONE_LENGTH | {"decode_attention": "pallas"}),
+    "kernel": region(24, ONE_LENGTH | {"decode_attention": "pallas"}),
+    "kernel_two": region(24, TWO_LENGTHS | {"decode_attention": "pallas"}),
+    "plain": region(24, ONE_LENGTH),
+    "plain_two": region(24, TWO_LENGTHS),
+}
+
+
+@pytest.fixture(scope="module", params=["h100:1", "v5e:2x4"])
+def steps(request):
+    """The topology, and the figures of every step, compiled in one process."""
+    found = run_script(KERNELS_SCRIPT, request.param, json.dumps(list(STEPS.values())))
+    return request.param, dict(zip(STEPS, found, strict=True))
+
+
+def test_a_region_costs_equally_many_kernels_and_copies_no_weight(steps):
     """One step of the engine's decoding loop, 12 and 24 layers of width 640 in one region, whose weights lie in memory
     as they are or as XLA likes best. Layers in order, unrolled: one product a matrix and more, each."""
-    cases = [[12, "idn:n=12,k=1", "stack", "default"], [12, "idn:n=12,k=1", "stack", "chosen"]]
-    cases += [[24, "idn:n=24,k=1", "stack", "chosen"], [12, "idn:n=12,k=2", "stack", "chosen"]]
-    cases += [[6, "seq", "list", "default"], [12, "idn:n=12,k=1", "stack", "default", {"weights": "int8"}]]
-    default, small, large, twice, in_order, int8 = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
+    topology, found = steps
+    names = ("default", "small", "large", "twice", "in_order", "int8")
+    default, small, large, twice, in_order, int8 = (found[name] for name in names)
     # The conversion is part of the products: kernels of eight bits are read as such, and never written in another form.
     assert int8["moved"] == int8["moved_before"] == 0
     assert int8["weights"] < 0.51 * default["weights"]
@@ -168,33 +195,29 @@ def test_a_region_costs_equally_many_kernels_and_copies_no_weight(topology):
     assert twice["kernels"] < 2 * small["kernels"]
 
 
-ONE_LENGTH = {"seq_len": 2048, "context": 512, "window_pattern": "L"}
-TWO_LENGTHS = {"seq_len": 2048, "context": 2048, "window_pattern": "SSSL"}
-"""Of the rings: those of all layers in one array, or in two."""
 SAVED = {"h100:1": (2, 5), "v5e:2x4": (8, 16)}
 """Kernels of a step that go, at least: XLA fuses norms of queries and gates of values into its attention, which then
 are kernels of their own."""
 
 
-@pytest.mark.parametrize("topology", ["h100:1", "v5e:2x4"])
-def test_attention_of_a_step_is_one_kernel_however_many_layers(topology):
+def test_attention_of_a_step_is_one_kernel_however_many_layers(steps):
     """XLA makes a chain of scores, mask, softmax and values for rings of each length."""
-    case = lambda n, model, kernel: [n, f"idn:n={n},k=1", "stack", "chosen", model | {"decode_attention": kernel}]  # noqa: E731
-    cases = [case(12, ONE_LENGTH, "pallas")]
-    cases += [case(24, rings, kernel) for kernel in ("pallas", "xla") for rings in (ONE_LENGTH, TWO_LENGTHS)]
-    small, large, two_lengths, *plain = run_script(KERNELS_SCRIPT, topology, json.dumps(cases))
+    topology, found = steps
+    small, large, two_lengths = (found[name] for name in ("kernel_small", "kernel", "kernel_two"))
     # Neither a ring nor a weight; of long rings XLA's attention writes the products with the values out.
     assert [step["moved"] for step in (small, large, two_lengths)] == [0, 0, 0]
     # The prefix sum of the correction has one more step, which on a TPU is several slices and sums.
     assert large["kernels"] - small["kernels"] <= 0.12 * small["kernels"]
-    saved = [before["kernels"] - after["kernels"] for before, after in zip(plain, (large, two_lengths), strict=True)]
+    saved = [found[plain]["kernels"] - found[kernel]["kernels"] for plain, kernel in PAIRS]
     assert all(count >= expected for count, expected in zip(saved, SAVED[topology], strict=True)), saved
 
 
-@pytest.mark.parametrize("topology", ["h100:1", "v5e:2x4"])
-def test_a_step_of_many_rows_copies_no_ring(topology):
+PAIRS = (("plain", "kernel"), ("plain_two", "kernel_two"))
+
+
+def test_a_step_of_many_rows_copies_no_ring(steps):
     """Before the first step a GPU may bring the rings into another layout, once."""
-    case = [12, "idn:n=12,k=1", "stack", "chosen", ONE_LENGTH | {"batch": 32}]
-    (step,) = run_script(KERNELS_SCRIPT, topology, json.dumps([case]))
+    topology, found = steps
+    step = found["rows"]
     assert step["moved"] < 0.02 * step["rings"]  # scores, at most
     assert step["moved_before"] <= step["rings"] if topology.startswith("h100") else step["moved_before"] == 0

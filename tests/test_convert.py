@@ -35,24 +35,21 @@ NANOCHAT = {"sequence_len": 16, "vocab_size": 100, "n_layer": 3, "n_head": 4, "n
 
 def random_params(config: ModelConfig) -> dict:
     """Parameters without a zero or a repeated value, unlike those of a fresh model."""
-    leaves, tree = jax.tree.flatten(LanguageModel(config).abstract_params())
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return tree.unflatten([jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), LanguageModel(config).abstract_params()
+    )
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_round_trip_returns_the_parameters(config: ModelConfig) -> None:
-    params = random_params(config)
-    chex.assert_trees_all_equal(from_nanochat(to_nanochat(params, config), config), params)
-
-
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_every_number_is_in_the_state_dict_once(config: ModelConfig) -> None:
+def test_every_number_is_in_the_state_dict_once_and_comes_back() -> None:
     """A round trip alone would not notice a tensor that is written under two names."""
-    params = random_params(config)
-    there = np.concatenate([tensor.ravel() for tensor in to_nanochat(params, config).values()])
-    here = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
-    np.testing.assert_array_equal(np.sort(there), np.sort(here))
+    for config in VARIANTS.values():
+        params = random_params(config)
+        state_dict = to_nanochat(params, config)
+        chex.assert_trees_all_equal(from_nanochat(state_dict, config), params)
+        written = np.concatenate([tensor.ravel() for tensor in state_dict.values()])
+        given = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
+        np.testing.assert_array_equal(np.sort(written), np.sort(given))
 
 
 def test_a_kernel_is_the_transpose_of_a_torch_weight() -> None:
@@ -137,15 +134,11 @@ def test_hyper_connections_carry_over_and_imply_no_residual_scalars() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dropout": 0.1}, r"has a field 'dropout' that this converter does not know\.$"),
-    ],
-)
-def test_config_of_another_model_is_refused(change: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        nanochat_config({**NANOCHAT, **change})
+def test_config_of_another_model_is_refused() -> None:
+    with pytest.raises(InputError, match="dropout"):
+        nanochat_config({**NANOCHAT, "dropout": 0.1})
+    with pytest.raises(InputError, match="n_head"):
+        nanochat_config({name: value for name, value in NANOCHAT.items() if name != "n_head"})
 
 
 def test_heads_that_look_ahead_carry_over() -> None:
@@ -154,11 +147,6 @@ def test_heads_that_look_ahead_carry_over() -> None:
     params = random_params(config)
     tensor = to_nanochat(params, config)["mtp_projs.1.weight"]
     np.testing.assert_array_equal(tensor, params["head"]["mtp"][1].T)
-
-
-def test_config_without_a_field_is_refused() -> None:
-    with pytest.raises(InputError, match=r"lacks the field 'n_head'\.$"):
-        nanochat_config({name: value for name, value in NANOCHAT.items() if name != "n_head"})
 
 
 @pytest.mark.skipif("SNLP_GOLDEN" not in os.environ, reason="SNLP_GOLDEN does not name a folder of golden files")

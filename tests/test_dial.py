@@ -28,7 +28,7 @@ from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.planner import budget
 from snlp_jax.planner.budget import flops_of_parts, plan_run
 from snlp_jax.train import memory
-from snlp_jax.train.flops import run_flops, step_flops, train_flops_per_token
+from snlp_jax.train.flops import run_flops, step_flops
 from snlp_jax.train.loop import train
 from snlp_jax.train.loss import Plan
 from snlp_jax.train.memory import GIB, capacity_of, check_state, state_bytes
@@ -59,7 +59,7 @@ def test_reference_depth_has_the_reference_batch() -> None:
     assert config.name == "base_d12" and config.loss == BASE.loss
 
 
-@pytest.mark.parametrize("depth", [1, 3, 5, 20, 26])
+@pytest.mark.parametrize("depth", [1, 5, 26])
 def test_rules_hold_at_every_depth(depth: int) -> None:
     dial = Dial(BASE)
     config, reference = dial.at(depth), dial.at(12)
@@ -104,8 +104,7 @@ def test_other_settings_of_the_dial() -> None:
 
 
 def test_flops_add_up_to_those_of_the_run() -> None:
-    """Parts of a step, with one term from half of the steps on; and the plain part is the formula's, but for the
-    optimizer and for products that a causal mask hides."""
+    """Parts of a step, with one term from half of the steps on."""
     loss = LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(3,), start_fraction=0.5))
     config = Config(model=MODEL, loss=loss, train=TrainConfig(num_steps=8, batch_size=4))
     parts = flops_of_parts(config)
@@ -113,13 +112,16 @@ def test_flops_add_up_to_those_of_the_run() -> None:
     assert list(parts)[1:] == ["solver_ce"] and term > 0
     assert plain + term == step_flops(config, Plan((("solver_ce", (3,)),)))
     assert run_flops(config) == pytest.approx(8 * plain + 4 * term)
-    wide = dataclasses.replace(config, loss=LossConfig(), train=TrainConfig(batch_size=256))
-    formula = 256 * MODEL.seq_len * train_flops_per_token(MODEL)
-    assert 0.9 < step_flops(wide, Plan()) / formula < 1.5
+
+
+def plain(run_dir: Path) -> Config:
+    """A run of two layers without added losses: little to compile."""
+    model = dataclasses.replace(MODEL, num_layers=2, use_smear=False, use_value_embeds=False, use_mid_subtract=False)
+    return dataclasses.replace(tiny(run_dir), model=model, loss=LossConfig())
 
 
 def test_plan_measures_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = dataclasses.replace(tiny(tmp_path / "run"), loss=LossConfig())  # half of the compilation
+    config = plain(tmp_path / "run")
     plan = plan_run(config)
     assert sum(plan.params.values()) == num_params(LanguageModel(config.model).abstract_params())
     assert plan.tokens == 12 * 4 * 16 and plan.train_tokens > 1000
@@ -130,14 +132,13 @@ def test_plan_measures_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture)
     matrices = plan.params["matrix"]
     assert state["optimizer"] == pytest.approx(8 * sum(plan.params.values()) - 4 * matrices, rel=0.01)
     assert state["parameters"] + state["optimizer"] < plan.step_bytes < plan.capacity
-    printed = capsys.readouterr().out
-    assert "epochs" in printed and "optimizer (100%)" in printed and "not known" in printed
+    assert "not known" in capsys.readouterr().out
     assert not config.run_path.exists(), "a plan writes nothing"
 
 
 def test_what_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the plan, which has measured the step; and by any run, before it writes, for its state alone."""
-    config = tiny(tmp_path / "run")
+    config = plain(tmp_path / "run")
     mesh = make_mesh(MeshConfig())
     model = LanguageModel(config.model)
     state = abstract_state(model, optimizer_of(model, config, mesh), mesh, config)

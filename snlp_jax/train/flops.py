@@ -59,7 +59,9 @@ def step_flops(config: Config, plan: Plan) -> float:
     """
     # What changes neither shapes nor terms is set alike, so that runs share one trace.
     same = dataclasses.replace(config.train, seed=0, num_steps=2)
-    return _step_flops(dataclasses.replace(config, name="", run_dir="", train=same, eval=Config().eval), plan)
+    blank = Config()
+    config = dataclasses.replace(config, name="", run_dir="", train=same, data=blank.data, eval=blank.eval)
+    return _step_flops(config, plan)
 
 
 @functools.cache
