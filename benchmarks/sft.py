@@ -36,7 +36,7 @@ from snlp_jax.io.provenance import git_commit
 from snlp_jax.model import LanguageModel
 from snlp_jax.run import read_params
 from snlp_jax.train.loop import train
-from snlp_jax.train.start import its_data
+from snlp_jax.train.start import data_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = {name: load_config(ROOT / "configs" / f"sft_{name}.py") for name in ("gsm8k", "dialogue")}
@@ -87,7 +87,7 @@ def measure_base(config: Config) -> Report:
     model = LanguageModel(config.model)
     _, params = read_params(Path(config.train.init_from), model, config.train.init_checkpoint)
     sizes = {"batch_size": config.eval.batch_size, "num_batches": config.eval.num_windows // config.eval.batch_size}
-    batches = held_out_batches(prepare_data(its_data(config, False)), seq_len=config.model.seq_len, **sizes)
+    batches = held_out_batches(prepare_data(data_config(config, False)), seq_len=config.model.seq_len, **sizes)
     tokens, weights = ([batch[name] for batch in batches] for name in ("tokens", "weight"))
     return evaluate(model, params, tokens, config.eval, target_weights=weights)
 

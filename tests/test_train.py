@@ -1,7 +1,11 @@
 """Training: the loss at a fresh start, what a step computes, and a run that is fed nonsense."""
 
 import dataclasses
+import functools
+import runpy
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import chex
@@ -10,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import MODEL, ROOT, start, tiny, write_config
+from tiny_run import MODEL, ROOT, assert_self_contained, start, tiny, write_config
 
 from snlp_jax.config import (
     Config,
+    EvalConfig,
     HiddenNormConfig,
     LayerSkipConfig,
     LossConfig,
@@ -26,10 +31,11 @@ from snlp_jax.errors import DivergedError, InputError
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.io.metrics import read_metrics
 from snlp_jax.model import LanguageModel
+from snlp_jax.train import loop, setup
 from snlp_jax.train.flops import peak_flops, train_flops_per_token
 from snlp_jax.train.loop import train
 from snlp_jax.train.loss import Plan, balanced, compared_layers, loss_fn, make_plan, term_weight
-from snlp_jax.train.optim import make_optimizer
+from snlp_jax.train.observe import read_record
 from snlp_jax.train.step import init_state, make_step
 from snlp_jax.types import Batch
 
@@ -46,34 +52,40 @@ def batch_of(rows: int = 4, seed: int = 0, length: int = 17) -> Batch:
     return Batch(np.random.default_rng(seed).integers(0, MODEL.vocab_size, (rows, length), dtype=np.int32))
 
 
+@functools.cache
 def perturbed(model: LanguageModel, scale: float = 0.1) -> dict:
     """Fresh parameters have zero output projections, on which every solver setting is exact: move away from them."""
-    leaves, treedef = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(treedef, moved)
+
+    @jax.jit
+    def make() -> dict:
+        leaves, treedef = jax.tree.flatten(model.init(jax.random.key(0)))
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        moved = [leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(treedef, moved)
+
+    return make()
 
 
 # -- Loss --------------------------------------------------------------------------------------------------------------
 
-VARIANTS = {
-    "all": {},
-    "plain": {"use_x0_resid": False, "use_value_embeds": False, "use_smear": False, "use_mid_subtract": False},
-    "no_x0": {"use_x0_resid": False},
-    "windows": {"window_pattern": "SSL"},
-    "remat": {"remat": True, "use_qk_norm": False, "logit_softcap": 0.0},
-}
 
-
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=() if name == "all" else pytest.mark.slow) for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", ["all", pytest.param("plain", marks=pytest.mark.slow)])
 def test_fresh_initialisation_is_finite(variant: str) -> None:
-    """Without x0 the solver's trace equals the target exactly, where a plain norm has the gradient 0/0."""
-    model = LanguageModel(dataclasses.replace(MODEL, **VARIANTS[variant]))
+    """Without x0 the solver's trace equals the target exactly, where a plain norm has the gradient 0/0. And the loss
+    is traced once a plan."""
+    switches = ("use_x0_resid", "use_value_embeds", "use_smear", "use_mid_subtract") if variant == "plain" else ()
+    model = LanguageModel(dataclasses.replace(MODEL, **dict.fromkeys(switches, False)))
     params = jax.jit(model.init)(jax.random.key(0))
-    loss = lambda p: loss_fn(model, p, batch_of(), ALL_TERMS, ALL_PLAN, ONES)  # noqa: E731
-    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def loss(params, batch):
+        run = lambda p: loss_fn(model, p, batch, ALL_TERMS, ALL_PLAN, ONES)  # noqa: E731
+        return jax.value_and_grad(run, has_aux=True)(params)
+
+    for seed in range(2):
+        (value, metrics), grads = loss(params, batch_of(seed=seed))
     chex.assert_tree_all_finite((value, grads, metrics))
     assert float(value) == pytest.approx(
         float(metrics["sequential_ce"] + 2 * metrics["hidden_norm"] + metrics["solver_ce"] + metrics["layer_skip"]),
@@ -85,35 +97,34 @@ def test_fresh_initialisation_is_finite(variant: str) -> None:
 
 def test_terms_mean_what_they_say() -> None:
     """CE through N iterations is the sequential CE, in value and gradient; N iterations leave no hidden distance."""
-    model = LanguageModel(MODEL)
+    model = LanguageModel(dataclasses.replace(MODEL, num_layers=3))
     params = perturbed(model)
+    solver = SolverCEConfig(weight=1.0, region_sizes=(3,), num_iters=3)
+    hidden = HiddenNormConfig(weight=1.0, region_sizes=(1,))
+    skip = LayerSkipConfig(weight=1.0, region_sizes=(1,))
+    others = LossConfig(
+        solver_ce=dataclasses.replace(solver, num_iters=1), layer_skip=dataclasses.replace(skip, region_sizes=(2,))
+    )
 
-    def run(config: LossConfig):
-        plan = make_plan(config, 0, 1, 0)
-        loss = lambda p: loss_fn(model, p, batch_of(), config, plan, ONES)  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    @jax.jit
+    def run(params):
+        def metrics_of(p, config):
+            return loss_fn(model, p, batch_of(), config, make_plan(config, 0, 1, 0), ONES)
 
-    (_, plain), plain_grads = run(LossConfig())
-    solver = LossConfig(sequential_weight=0.0, solver_ce=SolverCEConfig(weight=1.0, region_sizes=(4,), num_iters=4))
-    (_, metrics), grads = run(solver)
-    # float32 rounding of batched against scanned matrix products, amplified by four layers
+        gradient = lambda config: jax.value_and_grad(metrics_of, has_aux=True)(params, config)  # noqa: E731
+        alone = LossConfig(sequential_weight=0.0, solver_ce=solver)
+        one_layer = LossConfig(hidden_norm=hidden, layer_skip=skip)
+        return gradient(LossConfig()), gradient(alone), metrics_of(params, one_layer)[1], metrics_of(params, others)[1]
+
+    ((_, plain), plain_grads), ((_, metrics), grads), one_layer, other = run(params)
+    # float32 rounding of batched against scanned matrix products, amplified by the layers
     assert float(metrics["solver_ce"]) == pytest.approx(float(plain["sequential_ce"]), rel=1e-5)
     chex.assert_trees_all_close(grads, plain_grads, rtol=2e-3, atol=2e-5)
-    one = LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(4,), num_iters=1))
-    (_, metrics), _ = run(one)
-    assert abs(float(metrics["solver_ce"] - metrics["sequential_ce"])) > 1e-3
-
     # On a region of one layer, one iteration is the layer: no distance, and layer skip is the same thing.
-    (_, metrics), _ = run(
-        LossConfig(
-            hidden_norm=HiddenNormConfig(weight=1.0, region_sizes=(1,)),
-            layer_skip=LayerSkipConfig(weight=1.0, region_sizes=(1,)),
-        )
-    )
-    assert float(metrics["hidden_norm"]) < 1e-5
-    assert float(metrics["layer_skip"]) < 1e-5
-    (_, metrics), _ = run(LossConfig(layer_skip=LayerSkipConfig(weight=1.0, region_sizes=(3,))))
-    assert float(metrics["layer_skip"]) > 0.05
+    assert float(one_layer["hidden_norm"]) < 1e-5
+    assert float(one_layer["layer_skip"]) < 1e-5
+    assert abs(float(other["solver_ce"] - other["sequential_ce"])) > 1e-3
+    assert float(other["layer_skip"]) > 0.05
 
 
 @pytest.mark.slow
@@ -186,36 +197,15 @@ def test_plan_and_weights() -> None:
 # -- Step --------------------------------------------------------------------------------------------------------------
 
 
-def test_step_compiles_once_a_plan_and_microbatches_agree() -> None:
-    model = LanguageModel(MODEL)
-    loss = LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(1, 3), sample_region=True))
-    plans = [Plan((("solver_ce", (n,)),)) for n in (1, 3)]
-    results = []
-    for num_microbatches in (1, 2):
-        config = Config(model=MODEL, loss=loss, train=TrainConfig(num_steps=8, num_microbatches=num_microbatches))
-        optimizer = make_optimizer(config.optim, model.abstract_params(), 8, 64)
-        step = make_step(model, optimizer, config)
-        state = jax.jit(lambda opt=optimizer: init_state(model, opt, 0))()
-        for index in range(6):
-            state, metrics = step(state, batch_of(seed=index), plan=plans[index % 2])
-        assert step._cache_size() == 2, "one compilation for each plan"
-        assert int(state["step"]) == 6
-        results.append(metrics)
-    # Means of halves against means of wholes, after six float32 steps.
-    chex.assert_trees_all_close(results[0], results[1], rtol=1e-3)
-
-
-def test_only_targets_with_a_weight_are_learned() -> None:
-    """The mean over the targets that count, whatever the others are, in the pass and through the solver; and equal to
-    itself over microbatches that hold different numbers of them."""
+def test_microbatches_weights_and_plans() -> None:
+    """A step learns the mean over the targets that count, whatever the others are, in the pass and through the solver;
+    it is equal to itself over microbatches that hold different numbers of them, and compiles once a plan."""
     model, plan = LanguageModel(MODEL), Plan((("solver_ce", (3,)),))
     loss = LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(3,)))
-    params = jax.jit(model.init)(jax.random.key(0))
-    params["head"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
-    plain = batch_of()
+    params, plain = perturbed(model), batch_of()
     weight = np.zeros((4, 16), np.float32)
-    weight[:3, 9:] = weight[1, 12:] = 1.0
-    weight[0, 11:] = 0.0
+    weight[:3, 13:] = weight[1, 15:] = 1.0
+    weight[0, 14:] = 0.0
     run = jax.jit(lambda batch: loss_fn(model, params, balanced(batch), loss, plan, ONES)[1])
     masked, parts = run(plain._replace(weight=weight)), []
     for row, column in zip(*np.nonzero(weight), strict=True):
@@ -224,30 +214,21 @@ def test_only_targets_with_a_weight_are_learned() -> None:
         parts.append(run(plain._replace(weight=alone)))
     for name in ("sequential_ce", "solver_ce"):
         np.testing.assert_allclose(masked[name], np.mean([part[name] for part in parts]), rtol=1e-5)
-        np.testing.assert_allclose(
-            run(plain._replace(weight=np.full_like(weight, 7.0)))[name], run(plain)[name], rtol=1e-6
-        )
-    halves = []
+
+    results = []
     for num_microbatches in (1, 2):
         config = Config(model=MODEL, loss=loss, train=TrainConfig(num_steps=8, num_microbatches=num_microbatches))
-        optimizer = make_optimizer(config.optim, model.abstract_params(), 8, 64)
-        state = jax.jit(lambda opt=optimizer: init_state(model, opt, 0))()
-        halves.append(make_step(model, optimizer, config)(state, plain._replace(weight=weight), plan=plan)[1])
-    chex.assert_trees_all_close(halves[0], halves[1], rtol=1e-4)
-
-
-def test_loss_is_traced_once_a_plan() -> None:
-    chex.clear_trace_counter()
-    model = LanguageModel(MODEL)
-    params = jax.jit(model.init)(jax.random.key(0))
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def loss(params, batch):
-        return loss_fn(model, params, batch, ALL_TERMS, ALL_PLAN, ONES)[0]
-
-    for seed in range(3):
-        loss(params, batch_of(seed=seed))
+        optimizer = optax.sgd(1e-2)  # Muon's own compilation is a third of a step's
+        step = make_step(model, optimizer, config)
+        state = jax.jit(lambda opt=optimizer: init_state(model, opt, 0, None, params))()
+        for seed in range(3):
+            state, metrics = step(state, batch_of(seed=seed)._replace(weight=weight), plan=plan)
+        assert step._cache_size() == 1 and int(state["step"]) == 3
+        results.append((metrics, state["params"]))
+    # Means of halves against means of wholes, after three float32 steps.
+    chex.assert_trees_all_close(results[0], results[1], rtol=1e-3, atol=1e-5)
+    step(state, batch_of()._replace(weight=weight), plan=Plan())
+    assert step._cache_size() == 2
 
 
 def test_flops() -> None:
@@ -261,20 +242,40 @@ def test_flops() -> None:
 # -- Run ---------------------------------------------------------------------------------------------------------------
 
 
-def test_run_learns_writes_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = tiny(tmp_path / "run", num_steps=40, sample_every=40, sample_tokens=8)
+def test_a_run_learns_shows_itself_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One run of the suite with all that may be switched on: samples, a profile, the frontier, a record, a report."""
+    config = tiny(tmp_path / "run", num_steps=30, sample_every=30, sample_tokens=8, eval_every=10, checkpoint_every=15)
+    switches = dataclasses.replace(config.train, frontier_every=20, profile_start=2, profile_steps=2)
+    solvers = EvalConfig(solvers=("idn:n=3,k=2",))
+    config = dataclasses.replace(config, name="<b>mine</b>", train=switches, eval=solvers)
     train(config)
-    records = read_metrics(config.run_path / "metrics.jsonl")
+    output, records = capsys.readouterr().out, read_metrics(config.run_path / "metrics.jsonl")
     losses = [record["sequential_ce"] for record in records if "sequential_ce" in record]
-    assert len(losses) == 40
-    assert np.mean(losses[-5:]) < 0.8 * losses[0]
-    assert all(np.isfinite(losses))
-    # val_loss appears once the late term has begun, so that no checkpoint from before counts as the best.
+    assert len(losses) == 30 and all(np.isfinite(losses))
+    assert np.mean(losses[-5:]) < 0.85 * losses[0]
+    # val_loss appears once the late term has begun, so that no checkpoint from before counts as the best. What is saved
+    # is evaluated, so that the best is known.
     evaluated = {record["step"]: record for record in records if "val_sequential_ce" in record}
-    assert "val_loss" not in evaluated[18]
-    assert {"val_loss", "val_solver_ce"} <= set(evaluated[24])
+    assert list(evaluated) == [10, 15, 20, 30]
+    assert "val_loss" not in evaluated[15] and {"val_loss", "val_solver_ce"} <= set(evaluated[20])
     assert {path.name for path in config.run_path.iterdir()} >= {"config.json", "tokenizer.json", "checkpoints"}
-    assert ">>>" in capsys.readouterr().out
+    assert ">>>" in output and "profile of steps 2 to 3" in output
+    assert len(list((config.run_path / "profile").rglob("*.trace.json.gz"))) == 1
+
+    observed = {record["step"]: record for record in records if "frontier/seq" in record}
+    assert list(observed) == [20, 30]
+    # Two held-out batches are all there are in this run, so that both mean the same.
+    assert observed[30]["frontier/seq"] == pytest.approx(evaluated[30]["val_sequential_ce"], rel=1e-5)
+    # After one iteration the first layer is exact and the others are not.
+    assert observed[30]["residual/01"] < 1e-5 < 0.001 < min(observed[30]["residual/02"], observed[30]["residual/03"])
+    rates = [record for record in records if "tokens_per_s" in record]
+    assert rates and all(0 <= record["data_wait"] < 1 and record["host_mib"] > 10 for record in rates)
+    (session,) = read_record(config.run_path)["sessions"]
+    assert (session["first_step"], session["last_step"]) == (0, 30) and session["seconds"] > 0
+    page = (config.run_path / "report.html").read_text()
+    assert "<b>mine" not in page and "&lt;b&gt;mine&lt;/b&gt;" in page
+    assert all(word in page for word in ("Frontier", "Residual", "train.num_steps", "30 of 30", session["jax"]))
+    assert_self_contained(page)
 
     with pytest.raises(InputError, match="--resume"):
         train(config)
@@ -289,58 +290,108 @@ def test_run_learns_writes_and_is_not_run_twice(tmp_path: Path, capsys: pytest.C
         train(config, resume=True)
 
 
-def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    config = tiny(tmp_path / "run")
-    config = dataclasses.replace(config, optim=OptimConfig(warmup_steps=2, embed_lr=1e38, scalar_lr=1e38))
-    with pytest.raises(DivergedError, match=r"step \d+ gave .*last good checkpoint"):
-        train(config)
-    with Checkpointer(config.run_path / "checkpoints", read_only=True) as checkpoints:
-        for step in checkpoints.steps():
-            chex.assert_tree_all_finite(
-                checkpoints.restore_params(LanguageModel(config.model).abstract_params(), step)[1]["blocks"]
-            )
+# -- The loop, around a step that computes nothing ---------------------------------------------------------------------
 
+
+@pytest.fixture
+def fake_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[int], float]]:
+    """Replaces step and evaluation, so that nothing large is compiled: the entries give what step n reports."""
+    report: dict[str, Callable[[int], float]] = {"loss": lambda step: 1.0, "val_loss": lambda step: 1.0}
+    count = jax.jit(lambda state, batch: {**state, "step": state["step"] + (batch.tokens[0, 0] >= 0)})
+
+    def make_step(*_):
+        def step(state, batch, *, plan):
+            return count(state, batch), {"loss": np.float32(report["loss"](int(jax.device_get(state["step"])) + 1))}
+
+        return step
+
+    monkeypatch.setattr(setup, "make_step", make_step)
+    monkeypatch.setattr(
+        setup, "_make_eval", lambda *_: lambda params, rows, step: {"val_loss": report["val_loss"](step + 1)}
+    )
+    return report
+
+
+def checkpoints_of(config: Config) -> Checkpointer:
+    return Checkpointer(config.run_path / "checkpoints", read_only=True)
+
+
+def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, fake_step) -> None:
+    fake_step["loss"] = lambda step: float("nan") if step == 6 else 1.0
+    config = tiny(tmp_path / "run")
+    with pytest.raises(DivergedError, match="step 6 gave .* of step 3"):
+        train(config)
+    with checkpoints_of(config) as checkpoints:
+        assert checkpoints.steps() == [3]
+
+
+def test_the_best_checkpoint_is_the_best_of_all_that_were_saved(tmp_path: Path, fake_step) -> None:
+    """Also where the two periods do not meet."""
+    fake_step["val_loss"] = lambda step: abs(step - 6.5)
+    config = tiny(tmp_path / "run", eval_every=4, checkpoint_every=3, keep_last=1)
+    train(config)
+    with checkpoints_of(config) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best_step) == ([6, 12], 6)
+
+
+@pytest.mark.parametrize("step", [5, 12])
+def test_a_signal_saves_and_ends_the_run_unless_it_is_ending_anyway(
+    tmp_path: Path, fake_step, step: int, capsys: pytest.CaptureFixture
+) -> None:
+    """No evaluation comes before: who sends a signal does not wait for long. In the last step nothing is left."""
+
+    def loss(now: int) -> float:
+        if now == step:
+            signal.raise_signal(signal.SIGTERM)
+        return 1.0
+
+    fake_step["loss"] = loss
+    config = tiny(tmp_path / "run")
+    train(config)
+    output = capsys.readouterr().out
+    with checkpoints_of(config) as checkpoints:
+        assert checkpoints.latest_step == step
+    records = read_metrics(config.run_path / "metrics.jsonl")
+    is_last = step == 12
+    assert any(record["step"] == step and "val_loss" in record for record in records) == is_last
+    assert ("continue with --resume" in output, "finished in" in output) == (not is_last, is_last)
+    assert (config.run_path / "report.html").exists() == is_last
+
+
+def test_a_step_may_move_nothing_unseen(tmp_path: Path, fake_step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that was not put on the devices would be moved there within the step: that raises."""
+    monkeypatch.setattr(loop, "put_batch", lambda mesh, batch: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(tiny(tmp_path / "run"))
+
+
+# -- Bad input ---------------------------------------------------------------------------------------------------------
 
 BAD_FLAGS = {
     "no such corpus": (["--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
     "corpus too small": (["--model.seq-len", "100000"], "tokens"),
     "vocabulary mismatch": (["--model.vocab-size", "300"], "300"),
     "head size": (["--model.num-heads", "5"], "num_heads 5"),
-    "kv heads": (["--model.num-heads", "4", "--model.num-kv-heads", "3"], "num_kv_heads 3"),
-    "window letters": (["--model.window-pattern", "SXL"], "SXL"),
     "region outside the model": (["--loss.solver-ce.region-sizes", "9"], "9"),
-    "iterations": (["--loss.solver-ce.num-iters", "0"], "num_iters is 0"),
     "unknown field": (["--model.num-layer", "9"], "num-layer"),
-    "wrong type": (["--model.num-layers", "many"], "many"),
+    "negative seed": (["--train.seed", "-1"], "train.seed is -1"),
+    "huge seed": (["--train.seed", str(2**32)], "train.seed"),
 }
 
 
-def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
-    """Every case goes through the real entry point; three of them in a process of their own."""
-    config = tiny(tmp_path / "run")
-    for flags, expected in (BAD_FLAGS["no such corpus"], BAD_FLAGS["kv heads"], BAD_FLAGS["wrong type"]):
-        process = start(config, tmp_path, *flags)
-        output = process.communicate()[0]
-        assert process.returncode == 2, output
-        assert expected in output
-        assert "Traceback" not in output
-    assert not config.run_path.exists()
-
-
-@pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_input_is_refused(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import runpy
-
+    """Every case goes through the real entry point; one of them in a process of its own."""
     config = tiny(tmp_path / "run")
-    flags, expected = BAD_FLAGS[case]
-    monkeypatch.setattr(sys, "argv", ["train.py", str(write_config(config, tmp_path)), *flags])
+    process = start(config, tmp_path, "--model.num-heads", "4", "--model.num-kv-heads", "3")
+    output = process.communicate()[0]
+    assert process.returncode == 2 and "num_kv_heads 3" in output and "Traceback" not in output, output
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    message = captured.err + captured.out
-    assert expected in message
+    for flags, expected in BAD_FLAGS.values():
+        monkeypatch.setattr(sys, "argv", ["train.py", str(write_config(config, tmp_path)), *flags])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        captured = capsys.readouterr()
+        assert stopped.value.code == 2 and expected in captured.err + captured.out, flags
     assert not config.run_path.exists(), "nothing was written"

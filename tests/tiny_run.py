@@ -1,15 +1,15 @@
 """A whole run of seconds, for the tests of training and evaluation."""
 
+import base64
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from problems import random_params
 
 from snlp_jax.config import (
@@ -24,7 +24,6 @@ from snlp_jax.config import (
 )
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.io.checkpoint import Checkpointer
-from snlp_jax.io.metrics import read_metrics
 from snlp_jax.model import LanguageModel
 
 ROOT = Path(__file__).parent.parent
@@ -77,13 +76,11 @@ def start(config: Config, folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_step(config: Config, step: int, process: subprocess.Popen) -> None:
-    path = config.run_path / "metrics.jsonl"
-    deadline = time.time() + 300
-    while time.time() < deadline:
-        if path.exists() and any(record["step"] >= step for record in read_metrics(path)):
-            return
-        if process.poll() is not None:
-            pytest.fail(f"the run ended before step {step}:\n{process.communicate()[0]}")
-        time.sleep(0.02)
-    pytest.fail(f"step {step} was not reached in time")
+def assert_self_contained(page: str) -> None:
+    """Nothing in the page, nor in the drawings inside of it, makes a browser ask for another file."""
+    images = re.findall(r'src="([^"]*)"', page)
+    assert all(image.startswith("data:image/svg+xml;base64,") for image in images)
+    drawings = [base64.b64decode(image.partition("base64,")[2]).decode() for image in images]
+    assert all(drawing.rstrip().endswith("</svg>") for drawing in drawings)
+    for text in (page, *drawings):
+        assert not re.search(r"<script|<link|<iframe|@import|url\((?!#)|(?:src|href)=\"(?!#|data:)", text)

@@ -56,7 +56,7 @@ class TrainConfig:
     num_microbatches: int = 1
     """Split each batch and add up the gradients: less memory, same result."""
     seed: int = 0
-    """Of the parameters and of the sampled region sizes."""
+    """Of the parameters and of the sampled region sizes: 0 to 2**32 - 1."""
     init_from: str = ""
     """Directory of a run whose parameters and tokenizer this one starts from, whatever ``data.tokenizer`` says; its
     optimizer starts afresh."""
@@ -72,6 +72,8 @@ class TrainConfig:
     eval_every: int = 100
     eval_batches: int = 8
     checkpoint_every: int = 100
+    """Save every so many steps, and at the end. Unless ``eval_every`` is 0 each is evaluated first, so that the best
+    of all is known and kept; one that a signal asks for is not."""
     keep_last: int = 2
     """Checkpoints kept besides the best one."""
     sample_every: int = 0
@@ -91,6 +93,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "num_microbatches", "log_every", "keep_last", "eval_batches"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; give 0 to {2**32 - 1}.")
         require(self.profile_start >= 1, f"train.profile_start is {self.profile_start}; steps count from 1.")
         counts = ("eval_every", "checkpoint_every", "sample_every", "sample_tokens", "frontier_every", "profile_steps")
         for name in counts:

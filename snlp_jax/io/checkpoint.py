@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill, a full disk and a flipped bit; and the rules of a run directory.
+"""Checkpoints that survive a kill, a full disk and a flipped bit.
 
 A checkpoint is one orbax step directory with three items: ``params``, ``state`` (everything else: optimizer, step) and
 ``meta`` (config, metrics, where the input stood and a checksum of every array). Nothing in it depends on the devices
@@ -22,11 +22,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from snlp_jax.config import Config, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checksum import checksums
-from snlp_jax.io.files import atomic_write, explain_full_disk, remove_leftovers
-from snlp_jax.io.metrics import FILE_NAME as METRICS_NAME
+from snlp_jax.io.files import explain_full_disk
 from snlp_jax.io.metrics import to_json_value
 from snlp_jax.parallel.processes import tells_of_lost_peer
 
@@ -38,15 +36,6 @@ Tree = Any
 
 CONFIG_NAME = "config.json"
 CHECKPOINT_NAME = "checkpoints"
-
-MAY_CHANGE = frozenset(
-    {"run_dir", "data.num_workers", "data.cache_dir"}
-    | {f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_last", "sample_every")}
-    | {f"train.{name}" for name in ("sample_tokens", "tensorboard", "eval_batches")}
-    | {f"train.{name}" for name in ("wandb_project", "frontier_every", "profile_start", "profile_steps")}
-)
-MAY_CHANGE_SECTIONS = ("eval.", "mesh.")
-"""Config fields and whole sections that a resumed run may change: they do not alter what it learns."""
 
 
 class _CorruptError(Exception):
@@ -225,8 +214,8 @@ class Checkpointer:
             reasons[step] = reason
             logger.warning("skipping checkpoint %d in %s: %s.", step, self._directory, reason)
         if reasons:
-            told = "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
-            raise InputError(f"{str(self._directory)!r} holds no good checkpoint ({told}); delete it and start again.")
+            text = "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
+            raise InputError(f"{str(self._directory)!r} holds no good checkpoint ({text}); delete it and start again.")
         return None
 
     def _read(self, step: int, abstract_state: dict[str, Tree]) -> dict[str, Tree]:
@@ -267,10 +256,6 @@ class Checkpointer:
         self._manager.reload()
 
     # -- Ending --------------------------------------------------------------------------------------------------------
-
-    def wait(self) -> None:
-        """Return when every save is on disk."""
-        self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
@@ -318,20 +303,24 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding)
 
 
-def _describe(state: Mapping[str, Tree]) -> dict[str, list[Any]]:
-    """Path -> [dtype, shape]."""
-    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in _named(state).items()}
-
-
 def _named(state: Mapping[str, Tree]) -> dict[str, Any]:
+    """Path -> leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def _described(state: Mapping[str, Tree]) -> dict[str, list[Any]]:
+    """Path -> [dtype, shape]."""
+    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in _named(state).items()}
+
+
 def _with_checksums(state: Mapping[str, Tree]) -> dict[str, list[Any]]:
     """Path -> [dtype, shape, checksum]."""
-    sums = checksums(_named(state).values())
-    return {path: [*said, total] for (path, said), total in zip(_describe(state).items(), sums, strict=True)}
+    described = _described(state)
+    return {
+        path: [*described[path], total]
+        for path, total in zip(described, checksums(_named(state).values()), strict=True)
+    }
 
 
 def _text_crc(meta: Mapping[str, Any]) -> int:
@@ -340,19 +329,15 @@ def _text_crc(meta: Mapping[str, Any]) -> int:
 
 def _check_template(step: int, abstract_state: Mapping[str, Tree], leaves: Mapping[str, Sequence[Any]]) -> None:
     """Raise InputError naming the first array that is asked for and not saved, the other way round, or different."""
-    wanted = _describe(abstract_state)
-    saved = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in abstract_state}
-    for path in [*wanted, *saved]:
-        ours, theirs = wanted.get(path, [None])[:2], saved.get(path, [None])[:2]
-        if ours != theirs:
+    text = lambda leaf: "nothing" if leaf is None else f"{leaf[0]}{leaf[1]}"  # noqa: E731
+    asked = _described(abstract_state)
+    saved = {path: leaf[:2] for path, leaf in leaves.items() if path.split("/")[0] in abstract_state}
+    for path in [*asked, *saved]:
+        if asked.get(path) != saved.get(path):
             raise InputError(
-                f"checkpoint {step} holds {_say(theirs)} at {path} where this config has {_say(ours)}; "
-                "use the config it was trained with."
+                f"checkpoint {step} holds {text(saved.get(path))} at {path} where this config has "
+                f"{text(asked.get(path))}; use the config it was trained with."
             )
-
-
-def _say(leaf: Sequence[Any]) -> str:
-    return "nothing" if leaf[0] is None else f"{leaf[0]}{leaf[1]}"
 
 
 @contextmanager
@@ -383,59 +368,3 @@ def _attempt(read: Callable[[int], Any], step: int) -> tuple[Any, str]:
         text = text if isinstance(error, _CorruptError) else f"{type(error).__name__}: {text}"
         reason = text.rstrip(".") if len(text) <= 160 else text[:157] + "..."
     return value, reason
-
-
-# -- The run directory -------------------------------------------------------------------------------------------------
-
-
-def check_run_dir(path: str | Path, config_json: str, resume: bool) -> None:
-    """Claim a run directory for this config, before anything else is written. One process of a run calls it.
-
-    A new or empty one is created and gets ``config.json``; so does it with ``resume``, which then starts fresh. With
-    ``resume`` a directory that holds a run is taken if every field of its config agrees, save ``MAY_CHANGE`` and
-    ``MAY_CHANGE_SECTIONS``, and the config on disk becomes this one. Raises InputError when the directory holds a
-    run and ``resume`` is False, holds another config (naming the first field that differs), or cannot be written.
-    """
-    path = Path(path)
-    config_path = path / CONFIG_NAME
-    if config_path.exists():
-        difference = _first_difference(config_path, json.loads(config_json))
-        if difference is not None:
-            raise InputError(f"run directory {str(path)!r} holds another run: {difference}; use another --run-dir.")
-        if not resume:
-            raise InputError(f"run directory {str(path)!r} holds a run; use --resume or another --run-dir.")
-    else:
-        left = [name for name in (METRICS_NAME, CHECKPOINT_NAME) if (path / name).exists()]
-        if left:
-            raise InputError(f"{str(path)!r} holds {left[0]} of a run without {CONFIG_NAME}; use another --run-dir.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        atomic_write(config_path, config_json)
-    except OSError as error:
-        raise InputError(
-            f"run directory {str(path)!r} cannot be written ({error.strerror}); choose another."
-        ) from error
-
-
-def _first_difference(config_path: Path, config: Mapping[str, Any]) -> str | None:
-    try:
-        saved = _flatten(json.loads(config_path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{str(config_path)!r} is not a saved config; use another --run-dir.") from error
-    ours, defaults = _flatten(config), _flatten(json.loads(to_json(Config())))
-    for name in [*ours, *saved]:
-        if name in MAY_CHANGE or name.startswith(MAY_CHANGE_SECTIONS):
-            continue
-        # A field that came after the run was at its default then.
-        theirs, mine = saved.get(name, defaults.get(name, "nothing")), ours.get(name, "nothing")
-        if theirs != mine:
-            return f"{name} is {theirs!r} there and {mine!r} here"
-    return None
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

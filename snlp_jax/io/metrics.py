@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write, explain_full_disk
@@ -45,36 +45,27 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return records
 
 
-class Sink(Protocol):
-    """One place that receives every record."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def truncate_after(self, step: int) -> None:
-        """Forget the records of steps beyond ``step``, as far as the place can forget."""
-
-    def close(self) -> None: ...
-
-
 class MetricsWriter:
     """Hands each record to every sink. One process of a run has them; the others have a writer without any."""
 
     def __init__(
         self,
         run_dir: str | Path | None,
+        *,
         tensorboard: bool = False,
         wandb_project: str = "",
-        about: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the log of ``run_dir``, which is created if missing; None is a writer that writes nothing.
 
         Args:
-            about: keywords of ``wandb.init``, such as the run's name and config.
+            name, config: of the run, which wandb shows.
 
         Raises:
             InputError: what was asked for is not installed or cannot start.
         """
-        self._sinks: list[Sink] = []
+        self._sinks: list[JsonLines | TensorBoard | Wandb] = []
         if run_dir is None:
             return
         self._directory = Path(run_dir)
@@ -83,7 +74,7 @@ class MetricsWriter:
         if tensorboard:
             self._sinks.append(TensorBoard(self._directory))
         if wandb_project:
-            self._sinks.append(Wandb(self._directory, {"project": wandb_project, **(about or {})}))
+            self._sinks.append(Wandb(self._directory, wandb_project, name, config))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one record. Values are Python, numpy or jax scalars. Raises InputError on a full disk."""
@@ -93,26 +84,25 @@ class MetricsWriter:
                 sink.write(int(step), numbers)
 
     def truncate_after(self, step: int) -> None:
-        """Drop the records of steps beyond ``step``, and a torn last line: what a resumed run will write again.
+        """Drop the records of steps beyond ``step``, and a torn last line: what a resumed run will write again. Each
+        sink forgets as much as it can.
 
         Raises InputError when an earlier line is not a record.
         """
         for sink in self._sinks:
             sink.truncate_after(step)
 
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
-
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 class JsonLines:
-    """``metrics.jsonl``; every record is on disk when ``write`` returns."""
+    """``metrics.jsonl``. When ``write`` returns the operating system has the whole line: killing the process loses
+    nothing. It is not forced to the disk (fsync), so that a machine that loses power may lose the last lines."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / FILE_NAME
@@ -127,7 +117,7 @@ class JsonLines:
             atomic_write(self._path, "".join(_line(int(record.pop("step")), record) for record in kept))
 
     def close(self) -> None:
-        pass
+        """Nothing is open between records."""
 
 
 def _line(step: int, metrics: Mapping[str, float]) -> str:
@@ -148,21 +138,19 @@ class TensorBoard:
             raise InputError(
                 'train.tensorboard needs tensorboardX; pip install "snlp-jax[tensorboard]" or switch it off.'
             ) from error
-        self._make_file, self._make_scalar = event_file_writer.EventsWriter, summary.scalar
-        self._make_event, self._session_log = event_pb2.Event, event_pb2.SessionLog
+        self._open_file, self._scalar, self._proto = event_file_writer.EventsWriter, summary.scalar, event_pb2
         self._prefix = str(directory / "events")
         self._purge_step: int | None = None
         self._events: Any = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        Event, SessionLog = self._proto.Event, self._proto.SessionLog
         if self._events is None:
-            self._events = self._make_file(self._prefix)
+            self._events = self._open_file(self._prefix)
             if self._purge_step is not None:  # TensorBoard hides what earlier files hold from this step on
-                start = self._session_log(status=self._session_log.START)
-                self._events.write_event(self._make_event(step=self._purge_step, session_log=start))
+                self._events.write_event(Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
         for name, value in metrics.items():
-            scalar = self._make_scalar(name, value)
-            self._events.write_event(self._make_event(step=step, wall_time=time.time(), summary=scalar))
+            self._events.write_event(Event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
         self._events.flush()
 
     def truncate_after(self, step: int) -> None:
@@ -177,7 +165,7 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases. A resumed training continues its run, where steps that it takes again appear twice."""
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, project: str, name: str | None, config: Mapping[str, Any] | None) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -185,9 +173,11 @@ class Wandb:
                 'train.wandb_project needs wandb; pip install "snlp-jax[wandb]" or leave it empty.'
             ) from error
         id_path = directory / WANDB_ID_NAME
-        known = {"id": id_path.read_text().strip()} if id_path.is_file() else {}
+        run_id = id_path.read_text().strip() if id_path.is_file() else None
         try:
-            self._run = wandb.init(dir=str(directory), resume="allow", **known, **settings)
+            self._run = wandb.init(
+                project=project, name=name, config=config, dir=str(directory), resume="allow", id=run_id
+            )
         except Exception as error:  # its errors share no class with those of the network
             raise InputError(
                 f"wandb did not start ({error}); run `wandb login`, set WANDB_MODE=offline, or leave "
@@ -200,7 +190,7 @@ class Wandb:
         self._run.log({"step": step, **metrics})
 
     def truncate_after(self, step: int) -> None:
-        pass
+        """It cannot forget."""
 
     def close(self) -> None:
         self._run.finish()

@@ -27,7 +27,7 @@ from snlp_jax.train.flops import run_flops, step_flops
 from snlp_jax.train.loss import Plan
 from snlp_jax.train.memory import GIB, capacity_of, refusal, state_bytes
 from snlp_jax.train.optim import param_labels
-from snlp_jax.train.start import its_data
+from snlp_jax.train.start import data_config
 from snlp_jax.train.step import TrainState, abstract_state, make_step, optimizer_of
 from snlp_jax.types import Batch
 
@@ -80,7 +80,7 @@ def plan_run(config: Config, topology: str = "") -> Budget:
     model = LanguageModel(config.model, backend=None if chips is None else chips.chip.backend)
     data = None
     if chips is None:
-        data = prepare_data(its_data(config, resume=False))
+        data = prepare_data(data_config(config, resume=False))
         check_vocab(data.tokenizer, config.model.vocab_size)
     state = abstract_state(model, optimizer_of(model, config, mesh), mesh, config)
     device = jax.devices()[0].device_kind if chips is None else chips.chip.name

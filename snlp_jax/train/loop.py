@@ -1,67 +1,58 @@
-"""The training run: check everything, build, restore, step, evaluate, save. Reads from top to bottom."""
+"""The training run, in five chapters: check, build, restore, step, finish. :func:`train` calls them in this order.
+
+The first two are in snlp_jax/train/setup.py. ``Setup`` is what was checked, ``Programs`` what was built, ``Loop`` a run
+on its way.
+"""
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from snlp_jax.config import Config, to_json
-from snlp_jax.data.chat import prepare_data
-from snlp_jax.data.pipeline import TokenData, held_out_batches, train_iterator
-from snlp_jax.data.tokenizer import Tokenizer, check_vocab
-from snlp_jax.errors import DivergedError, InputError
-from snlp_jax.infer.greedy import make_greedy_fn
-from snlp_jax.io.checkpoint import Checkpointer, check_run_dir
-from snlp_jax.io.files import atomic_write
+from snlp_jax.errors import DivergedError
+from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.io.metrics import MetricsWriter
-from snlp_jax.layout import training_weights
-from snlp_jax.model import LanguageModel, num_params
-from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
-from snlp_jax.parallel.processes import Vote, all_or_none, check_same, is_first
-from snlp_jax.parallel.sharding import bytes_per_device
+from snlp_jax.model import num_params
+from snlp_jax.parallel.mesh import put_batch
+from snlp_jax.parallel.processes import Vote, all_or_none, is_first
 from snlp_jax.train.flops import train_flops_per_token
-from snlp_jax.train.loss import Plan, balanced, loss_fn, make_plan, start_step
-from snlp_jax.train.memory import check_state
-from snlp_jax.train.observe import Meter, Profiler, RunRecord, make_observe, memory
+from snlp_jax.train.loss import make_plan
+from snlp_jax.train.observe import Meter, Profiler, RunRecord, memory
 from snlp_jax.train.report import REPORT_NAME, write_html
-from snlp_jax.train.start import its_data, read_origin
+from snlp_jax.train.setup import Programs, Setup, build, check
+from snlp_jax.train.start import read_origin
 from snlp_jax.train.step import (
     TrainState,
-    abstract_saved,
-    abstract_state,
     from_saved,
     make_init,
-    make_reader,
-    make_step,
-    optimizer_of,
     to_saved,
 )
-from snlp_jax.types import Array, Batch
+from snlp_jax.types import Array, Batch, Params
+
+if TYPE_CHECKING:
+    import grain
 
 logger = logging.getLogger(__name__)
-
-SAMPLE_PROMPT_LEN = 32
-"""Tokens of held-out text that a sample continues."""
 
 
 def train(config: Config, *, resume: bool = False, started: float | None = None) -> Path:
     """Run (or, with ``resume``, continue) the experiment and return its run directory.
 
-    The directory receives config.json, tokenizer.json, metrics.jsonl and checkpoints/. SIGTERM or Ctrl-C saves a
-    checkpoint and returns early. Several processes call this together (snlp_jax/parallel/processes.py) on a directory
-    they all see; the first one writes and speaks for all, and a signal to any of them stops all after the same step.
+    The directory receives config.json, tokenizer.json, metrics.jsonl, checkpoints/, run.json and, at the end,
+    report.html. SIGTERM or Ctrl-C saves a checkpoint and returns early; during the last step they change nothing.
+    Several processes call this together (snlp_jax/parallel/processes.py) on a directory they all see. The first one
+    writes and speaks for all, and a signal to any of them stops all after the same step.
     A run that is killed and resumed ends with the same parameters, bit for bit, as an unbroken one on the same mesh
     wherever the backend's kernels are deterministic: always on CPU; on GPU with
     ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.
@@ -73,256 +64,208 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
         InputError: bad input, before anything is compiled.
         DivergedError: NaN or infinity in the metrics; names the step, the metrics and the last good checkpoint.
     """
-    started = started or time.time()
-    console, run_path, tc = Console(quiet=not is_first()), config.run_path, config.train
-
-    # -- Check: everything that can be wrong is looked at before anything is compiled or written ----------------------
-    with all_or_none():
-        mesh = make_mesh(config.mesh)
-        part, num_parts = data_shard(mesh)
-        model = LanguageModel(config.model)
-        data = prepare_data(its_data(config, resume))
-        check_vocab(data.tokenizer, config.model.vocab_size)
-        seq_len, eval_rows = config.model.seq_len, tc.batch_size // tc.num_microbatches
-        sizes = {"seq_len": seq_len, "batch_size": tc.batch_size, "seed": config.data.seed}
-        batches = train_iterator(data, **sizes, process_index=part, process_count=num_parts)
-        windows = held_out_batches(data, seq_len=seq_len, batch_size=eval_rows, num_batches=tc.eval_batches)
-        held_out = [Batch(**rows) for rows in windows]
-        _check_division(held_out, config, mesh)
-        optimizer = optimizer_of(model, config, mesh)
-        abstract = abstract_state(model, optimizer, mesh, config)
-        check_state(abstract, config, mesh)
-        observe = make_observe(model, config, mesh) if tc.frontier_every else None
-    check_same("config", to_json(config))
-    check_same("corpus", data.content_hash)
-    with all_or_none():
-        if is_first():
-            check_run_dir(run_path, to_json(config), resume)
-            _check_corpus(run_path, data)
-            atomic_write(run_path / "tokenizer.json", data.tokenizer.to_json())
-
-    # -- Build --------------------------------------------------------------------------------------------------------
-    tokens_per_step = tc.batch_size * config.model.seq_len
-    saved = abstract_saved(abstract, model, mesh)
-    read = make_reader(model, config, mesh)
-    step_fn, eval_fn, sample_fn = make_step(model, optimizer, config, mesh), _make_eval(model, config, mesh), None
-    console.print(
-        f"{config.name}: {num_params(saved['params']) / 1e6:.2f} M parameters, {data.train.size / 1e6:.1f} M training "
-        f"tokens, {tc.num_steps} steps of {tokens_per_step} tokens on {_describe_devices(mesh, config, abstract)}"
-    )
-
+    started, run_path = started or time.time(), config.run_path
+    console = Console(quiet=not is_first())
+    setup = check(config, resume)
+    programs = build(setup, console)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            Checkpointer(run_path / "checkpoints", tc.keep_last, config_json=to_json(config))
-        )
-        with all_or_none():
-            about = {"name": config.name, "config": dataclasses.asdict(config)}
-            sinks: dict[str, Any] = {"tensorboard": tc.tensorboard, "wandb_project": tc.wandb_project, "about": about}
-            writer = stack.enter_context(MetricsWriter(run_path if is_first() else None, **sinks))
-
-        # -- Restore --------------------------------------------------------------------------------------------------
-        restored = checkpoints.restore(saved, batches) if resume else None
-        first_step = 0
-        if restored is None:
-            its_step, origin = read_origin(config, saved["params"]) if tc.init_from else (0, None)
-            state: TrainState = make_init(model, optimizer, tc.seed, mesh, config)(origin)
-            del origin
-            if tc.init_from:
-                console.print(f"starting from step {its_step} of {tc.init_from}")
-        else:
-            first_step, state, batches = restored[0], from_saved(restored[1]), restored[2]
-            console.print(f"resumed from the checkpoint of step {first_step}")
-        # What a killed run recorded beyond its last checkpoint comes again.
-        writer.truncate_after(first_step if restored else -1)
-        if first_step >= tc.num_steps:
-            if is_first() and not (run_path / REPORT_NAME).exists():
-                write_html(run_path)  # killed after its last checkpoint
-            console.print(f"{run_path} is finished ({first_step} steps)")
+        loop = restore(setup, programs, console, started, stack, resume=resume)
+        was_finished = loop.done >= config.train.num_steps
+        if not was_finished and not take_steps(loop):
             return run_path
-
-        facts = {"num_params": num_params(saved["params"]), "flops_per_token": train_flops_per_token(config.model)}
-        record = RunRecord(run_path if is_first() else None, first_step, started, facts)
-        profiler = Profiler(run_path, tc.profile_start, tc.profile_steps if is_first() else 0, first_step)
-        stack.callback(profiler.close)
-
-        # -- Step -----------------------------------------------------------------------------------------------------
-        stop, vote = stack.enter_context(_stop_on_signal()), Vote()
-        progress = stack.enter_context(_progress(console))
-        meter = Meter(config, tokens_per_step, mesh.size)
-        task = progress.add_task("train", total=tc.num_steps, completed=first_step, note="compiling")
-        pending: tuple[int, dict[str, Array]] | None = None
-
-        def read_pending() -> None:
-            """Read the metrics of the step before, which the device has finished by now, and stop on NaN."""
-            nonlocal pending
-            if pending is None:
-                return
-            step, device_metrics = pending
-            pending = None
-            metrics = {name: float(value) for name, value in device_metrics.items()}
-            if not all(map(math.isfinite, metrics.values())):
-                raise DivergedError(
-                    f"step {step} gave {metrics}; the last good checkpoint is that of step {checkpoints.latest_step} "
-                    f"in {run_path}. Lower optim.lr_scale or set optim.max_grad_norm and start again from it."
-                )
-            if step == first_step + 1:
-                logger.info("first step done %.1f s after the start", time.time() - started)
-            if step % tc.log_every == 0 or step == tc.num_steps:
-                rates = meter.rates(step)
-                writer.write(step, {**metrics, **rates, **memory()})
-                note = f"loss {metrics['loss']:.3f}  " + "  ".join(f"{k} {v:.3g}" for k, v in rates.items())
-                progress.update(task, completed=step, note=note)
-                if not console.is_terminal:
-                    console.print(f"step {step}/{tc.num_steps}  {note}", highlight=False)
-
-        def evaluate(done: int, params: Any) -> dict[str, float]:
-            """Record and print the held-out metrics after ``done`` steps."""
-            with meter.paused():
-                val_metrics = eval_fn(params, held_out, max(done - 1, 0))
-            writer.write(done, val_metrics)
-            text = "  ".join(f"{name} {value:.4f}" for name, value in val_metrics.items())
-            console.print(f"step {done}  {text}", highlight=False)
-            return val_metrics
-
-        if tc.init_from and first_step == 0:
-            evaluate(0, read(state))  # what it starts from
-
-        params: Any = None
-        for step in range(first_step, tc.num_steps):
-            plan = make_plan(config.loss, step, tc.num_steps, tc.seed)
-            with meter.waiting():
-                batch = Batch(**next(batches))
-            model.check_tokens(batch.tokens)
-            profiler.before(step + 1)
-            state, metrics = step_fn(state, put_batch(mesh, batch), plan=plan)
-            if notice := profiler.after(step + 1, metrics):
-                console.print(notice, highlight=False, soft_wrap=True)
-            read_pending()
-            pending = step + 1, metrics
-
-            done = step + 1
-            is_stopping = vote(stop.requested)  # asked once: a signal that comes later waits for the next step
-            is_last = done == tc.num_steps
-            should_eval = is_last or _is_due(done, tc.eval_every)
-            should_sample = _is_due(done, tc.sample_every)
-            should_observe = observe is not None and (is_last or _is_due(done, tc.frontier_every))
-            # Who sends a signal may not wait for long: nothing but what is due anyway comes before the checkpoint.
-            should_save = is_last or is_stopping or _is_due(done, tc.checkpoint_every)
-            if should_eval or should_sample or should_observe or should_save:
-                read_pending()  # waits for the step: no checkpoint before its metrics proved finite, and honest rates
-                with meter.paused():
-                    params = read(state)
-            val_metrics = evaluate(done, params) if should_eval else {}
-            if observe is not None and should_observe:
-                with meter.paused():
-                    observed = observe(params, held_out)
-                writer.write(done, observed)
-                text = "  ".join(f"{n} {v:.4f}" for n, v in observed.items() if n.startswith("frontier/"))
-                console.print(f"step {done}  {text}", highlight=False, style="dim")
-            if should_sample:
-                with meter.paused():
-                    sample_fn = sample_fn or _make_sample(model, config, held_out, data.tokenizer, mesh)
-                    console.print(sample_fn(params), style="dim", highlight=False, markup=False)
-            if should_save:
-                with meter.paused():
-                    checkpoints.save(done, to_saved(state, params), batches, val_metrics)
-                    record.update(done)
-            params = None  # a merged copy need not outlive this
-            if is_stopping:
-                console.print(f"stopped by a signal; step {done} is saved, continue with --resume")
-                return run_path
-    if is_first():
+    # Finish. A run may have been killed after its last checkpoint and before its report.
+    if is_first() and not (was_finished and (run_path / REPORT_NAME).exists()):
         write_html(run_path)
-    console.print(f"finished in {time.time() - started:.0f} s: {run_path}")
+    how = f"is finished ({loop.done} steps)" if was_finished else f"finished in {time.time() - started:.0f} s"
+    console.print(f"{run_path} {how}" if was_finished else f"{how}: {run_path}")
     return run_path
 
 
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+# -- Restore -----------------------------------------------------------------------------------------------------------
 
 
-def _check_corpus(run_path: Path, data: TokenData) -> None:
-    """Refuse to continue a run on other text: the position in the data would mean something else."""
-    path = run_path / "corpus.txt"
-    if path.exists() and path.read_text().strip() != data.content_hash:
-        raise InputError(f"the corpus has changed since {str(run_path)!r} began; restore it or use another --run-dir.")
-    atomic_write(path, data.content_hash + "\n")
-
-
-def _check_division(held_out: list[Batch], config: Config, mesh: Mesh) -> None:
-    """Training batches are checked with the config; a short held-out split may give smaller ones."""
-    rows, parts = held_out[0].tokens.shape[0], mesh.shape["data"] * config.mesh.ring_microbatches
-    if config.train.batch_size // config.train.num_microbatches % parts or rows % parts:
-        raise InputError(
-            f"batches of {config.train.batch_size // config.train.num_microbatches} windows to train and {rows} to "
-            f"evaluate do not divide into {parts} parts (data x ring_microbatches); change the mesh or "
-            "train.batch_size, or give a larger corpus."
+def restore(
+    setup: Setup, programs: Programs, console: Console, started: float, stack: contextlib.ExitStack, *, resume: bool
+) -> "Loop":
+    """Open the run's checkpoints and logs, on ``stack``, and go to where it stands: to its newest good checkpoint, to
+    the parameters of ``train.init_from``, or to fresh ones."""
+    config, run_path = setup.config, setup.config.run_path
+    folder = run_path / "checkpoints"
+    checkpoints = stack.enter_context(Checkpointer(folder, config.train.keep_last, config_json=to_json(config)))
+    with all_or_none():
+        writer = MetricsWriter(
+            run_path if is_first() else None,
+            tensorboard=config.train.tensorboard,
+            wandb_project=config.train.wandb_project,
+            name=config.name,
+            config=dataclasses.asdict(config),
         )
+    stack.enter_context(writer)
+    found = checkpoints.restore(programs.saved, setup.batches) if resume else None
+    if found is None:
+        done, state, batches = 0, _first_state(setup, programs, console), setup.batches
+    else:
+        done, state, batches = found[0], from_saved(found[1]), found[2]
+        console.print(f"resumed from the checkpoint of step {done}")
+    writer.truncate_after(-1 if found is None else done)  # what a killed run recorded beyond it comes again
+    facts = {
+        "num_params": num_params(programs.saved["params"]),
+        "flops_per_token": train_flops_per_token(config.model),
+    }
+    record = RunRecord(run_path if is_first() else None, done, started, facts)
+    num_profiled = config.train.profile_steps if is_first() else 0
+    profiler = Profiler(run_path, config.train.profile_start, num_profiled, done)
+    stack.callback(profiler.close)
+    meter = Meter(config, config.train.batch_size * config.model.seq_len, setup.mesh.size)
+    return Loop(
+        setup, programs, checkpoints, writer, record, profiler, meter, console, started, state, batches, done, done
+    )
 
 
-def _describe_devices(mesh: Mesh, config: Config, state: TrainState) -> str:
-    kind = jax.devices()[0].device_kind
-    if mesh.size == 1:
-        return kind
-    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    text = f"{mesh.size} x {kind}{processes} ({shape}), {bytes_per_device(state) / 2**20:.1f} MiB of state on each"
-    if mesh.shape["layer"] > 1:
-        text += (
-            f"\nlayers over {mesh.shape['layer']} devices: the sequential pass is a ring with "
-            f"{config.mesh.ring_microbatches} microbatches"
+def _first_state(setup: Setup, programs: Programs, console: Console) -> TrainState:
+    config = setup.config
+    init = make_init(setup.model, setup.optimizer, config.train.seed, setup.mesh, config)
+    if not config.train.init_from:
+        return init(None)
+    step, origin = read_origin(config, programs.saved["params"])
+    console.print(f"starting from step {step} of {config.train.init_from}")
+    return init(origin)
+
+
+# -- Step --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loop:
+    """A run on its way: what takes its steps, where they are recorded, and how far it has come."""
+
+    setup: Setup
+    programs: Programs
+    checkpoints: Checkpointer
+    writer: MetricsWriter
+    record: RunRecord
+    profiler: Profiler
+    meter: Meter
+    console: Console
+    started: float
+    state: TrainState
+    batches: "grain.DatasetIterator"
+    done: int
+    """Steps made."""
+    begun_at: int
+    """Steps made before this process began."""
+    unread: dict[str, Array] | None = None
+    """Metrics of the last step, which the device may still be computing."""
+
+    def step(self, progress: Progress) -> None:
+        """Dispatch one step, and read the metrics of the one before, which the device has finished by now."""
+        config, number = self.setup.config, self.done + 1
+        plan = make_plan(config.loss, self.done, config.train.num_steps, config.train.seed)
+        with self.meter.waiting():
+            batch = Batch(**next(self.batches))
+        self.setup.model.check_tokens(batch.tokens)
+        self.profiler.before(number)
+        placed = put_batch(self.setup.mesh, batch)
+        with jax.transfer_guard("disallow"):  # nothing moves between host and device but by put_batch and device_get
+            self.state, metrics = self.programs.step(self.state, placed, plan=plan)
+        if notice := self.profiler.after(number, metrics):
+            self.console.print(notice, highlight=False, soft_wrap=True)
+        self.read_metrics(progress)
+        self.done, self.unread = number, metrics
+
+    def read_metrics(self, progress: Progress) -> None:
+        """Wait for the last step, record it where that is due, and stop on NaN. Nothing if it was read before.
+
+        Raises:
+            DivergedError: a metric is not finite.
+        """
+        if self.unread is None:
+            return
+        metrics = {name: float(value) for name, value in jax.device_get(self.unread).items()}
+        self.unread, train_config = None, self.setup.config.train
+        if not all(map(math.isfinite, metrics.values())):
+            raise DivergedError(
+                f"step {self.done} gave {metrics}; the last good checkpoint is that of step "
+                f"{self.checkpoints.latest_step} in {self.setup.config.run_path}. Lower optim.lr_scale or set "
+                "optim.max_grad_norm and start again from it."
+            )
+        if self.done == self.begun_at + 1:
+            logger.info("first step done %.1f s after the start", time.time() - self.started)
+        if self.done % train_config.log_every == 0 or self.done == train_config.num_steps:
+            rates = self.meter.rates(self.done)
+            self.writer.write(self.done, {**metrics, **rates, **memory()})
+            note = f"loss {metrics['loss']:.3f}  " + "  ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+            progress.update(progress.task_ids[0], completed=self.done, note=note)
+            if not self.console.is_terminal:
+                self.console.print(f"step {self.done}/{train_config.num_steps}  {note}", highlight=False)
+
+    def after_step(self, progress: Progress, *, is_last: bool, is_stopping: bool) -> None:
+        """Evaluate, observe, sample and save, each where it is due.
+
+        Every scheduled checkpoint is evaluated first (unless ``eval_every`` is 0), since only one with a ``val_loss``
+        can be the best. Who sends a signal may not wait for long: then nothing comes before the checkpoint but what is
+        due anyway.
+        """
+        config = self.setup.config.train
+        is_due = lambda every: every > 0 and self.done % every == 0  # noqa: E731
+        should_evaluate = is_last or (
+            config.eval_every > 0 and (is_due(config.eval_every) or is_due(config.checkpoint_every))
         )
-    return text
+        should_observe = self.setup.observe is not None and (is_last or is_due(config.frontier_every))
+        should_sample = is_due(config.sample_every)
+        should_save = is_last or is_stopping or is_due(config.checkpoint_every)
+        if not (should_evaluate or should_observe or should_sample or should_save):
+            return
+        self.read_metrics(progress)  # no checkpoint before its metrics proved finite, and honest rates
+        with self.meter.paused():
+            params = self.programs.read(self.state)
+            val_metrics = self.evaluate(params) if should_evaluate else {}
+            if should_observe:
+                self.observe(params)
+            if should_sample:
+                self.console.print(self.programs.sample(params), style="dim", highlight=False, markup=False)
+            if should_save:
+                self.checkpoints.save(self.done, to_saved(self.state, params), self.batches, val_metrics)
+                self.record.update(self.done)
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Record and print the held-out metrics."""
+        val_metrics = self.programs.evaluate(params, self.setup.held_out, max(self.done - 1, 0))
+        self.writer.write(self.done, val_metrics)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in val_metrics.items())
+        self.console.print(f"step {self.done}  {text}", highlight=False)
+        return val_metrics
+
+    def observe(self, params: Params) -> None:
+        """Record the frontier and the residuals; print the frontier."""
+        assert self.setup.observe is not None
+        observed = self.setup.observe(params, self.setup.held_out)
+        self.writer.write(self.done, observed)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in observed.items() if name.startswith("frontier/"))
+        self.console.print(f"step {self.done}  {text}", highlight=False, style="dim")
 
 
-def _make_eval(model: LanguageModel, config: Config, mesh: Mesh) -> Callable[[Any, list[Batch], int], dict[str, float]]:
-    """Held-out means of every part of the loss that has begun, all region sizes included.
-
-    ``val_loss``, by which the best checkpoint is chosen, is the whole loss at full weights and appears only once every
-    term has begun, so that no checkpoint from before counts as the best.
-    """
-    terms = config.loss.terms
-    weights: dict[str, Array | float] = {name: term.weight for name, term in terms.items()}
-    ring = config.mesh.ring_microbatches
-
-    @functools.partial(jax.jit, static_argnames="plan")
-    def evaluate(params: Any, batch: Batch, *, plan: Plan) -> dict[str, Array]:
-        return loss_fn(model, params, balanced(batch), config.loss, plan, weights, mesh=mesh, ring_microbatches=ring)[1]
-
-    def run(params: Any, batches: list[Batch], step: int) -> dict[str, float]:
-        begun = [name for name, term in terms.items() if step >= start_step(term, config.train.num_steps)]
-        plan = Plan(tuple((name, terms[name].region_sizes) for name in begun))
-        parts = [evaluate(params, put_batch(mesh, rows, is_whole=True), plan=plan) for rows in batches]
-        # Each is a mean over the batch's targets, of which batches of conversations have different numbers.
-        counts = [1.0 if rows.weight is None else float(rows.weight.sum()) for rows in batches]
-        means = {f"val_{name}": float(np.average([part[name] for part in parts], weights=counts)) for name in parts[0]}
-        if len(begun) < len(terms):
-            del means["val_loss"]
-        return means
-
-    return run
+def take_steps(loop: Loop) -> bool:
+    """Take the steps that are left. False where a signal ended the run before its last step."""
+    config, vote = loop.setup.config.train, Vote()
+    loop.record.update(loop.done)
+    with _stop_on_signal() as stop, _progress(loop.console) as progress:
+        progress.add_task("train", total=config.num_steps, completed=loop.done, note="compiling")
+        if config.init_from and loop.done == 0:
+            loop.evaluate(loop.programs.read(loop.state))  # what it starts from
+        while loop.done < config.num_steps:
+            loop.step(progress)
+            is_last = loop.done == config.num_steps
+            # Asked once a step: a signal that comes later waits for the next. The last step ends the run anyway.
+            is_stopping = vote(stop.requested) and not is_last
+            loop.after_step(progress, is_last=is_last, is_stopping=is_stopping)
+            if is_stopping:
+                loop.console.print(f"stopped by a signal; step {loop.done} is saved, continue with --resume")
+                return False
+    return True
 
 
-def _make_sample(
-    model: LanguageModel, config: Config, held_out: list[Batch], tokenizer: Tokenizer, mesh: Mesh
-) -> Callable[[Any], str]:
-    """Greedy continuation of a piece of held-out text by the sequential pass."""
-    prompt, num_tokens = held_out[0].tokens[:1, :SAMPLE_PROMPT_LEN], config.train.sample_tokens
-    greedy = make_greedy_fn(model, prompt_len=prompt.shape[1], num_tokens=num_tokens, mesh=mesh)
-    # The same text for every part of the batch that the mesh has.
-    start = np.pad(np.repeat(prompt, mesh.shape["data"], axis=0), ((0, 0), (0, num_tokens)))
-
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def decode(params: Any) -> Array:
-        return greedy(training_weights(model, params, mesh), start)
-
-    def sample(params: Any) -> str:
-        return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(np.asarray(decode(params))[0])}"
-
-    return sample
-
-
-@dataclasses.dataclass
+@dataclass
 class _Stop:
     requested: bool = False
 

@@ -30,11 +30,11 @@ PLACES = {
 def init_adapters(key: Array, params: Params, config: LoraConfig) -> Adapters:
     """A normal with variance 1 / in, B zero, for every target."""
     blocks: dict[str, Any] = {}
-    for name, its_key in zip(config.targets, jax.random.split(key, len(config.targets)), strict=True):
+    for name, target_key in zip(config.targets, jax.random.split(key, len(config.targets)), strict=True):
         place, matrix = PLACES[name]
         L, fan_in, fan_out = params["blocks"][place][matrix].shape
         adapter = {
-            "a": fan_in**-0.5 * jax.random.normal(its_key, (L, fan_in, config.rank)),
+            "a": fan_in**-0.5 * jax.random.normal(target_key, (L, fan_in, config.rank)),
             "b": jnp.zeros((L, config.rank, fan_out)),
         }
         blocks.setdefault(place, {})[matrix] = adapter

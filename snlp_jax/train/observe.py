@@ -44,9 +44,9 @@ def frontier_settings(config: Config) -> dict[str, Schedule]:
     Raises:
         InputError: names the setting that the model cannot run, or the solver file that cannot be read.
     """
-    own = with_settings(config.eval, config.model.num_layers, config.run_path)
-    solvers = own.solvers or _short_list(config)
-    settings = parse_settings(config.model, dataclasses.replace(own, solvers=solvers, greedy_tokens=0, timing_len=0))
+    chosen = with_settings(config.eval, config.model.num_layers, config.run_path)
+    solvers = chosen.solvers or _short_list(config)
+    settings = parse_settings(config.model, dataclasses.replace(chosen, solvers=solvers, greedy_tokens=0, timing_len=0))
     return {text: schedule for text, schedule in settings.items() if not any(region.fit for region in schedule.regions)}
 
 
@@ -80,9 +80,14 @@ def make_observe(model: LanguageModel, config: Config, mesh: Mesh) -> Observe:
             weights = jax.lax.with_sharding_constraint(weights, weights_shardings(model, weights, mesh))
         else:
             weights = split(model, params, schedule)
-        settings: dict[str, Any] = {"mesh": mesh if is_spread else None, "with_stats": True}
-        settings["document_BT"] = None if batch.document is None else batch.document[:, :-1]
-        output = forward(model, weights, batch.tokens[:, :-1], **settings)
+        output = forward(
+            model,
+            weights,
+            batch.tokens[:, :-1],
+            mesh=mesh if is_spread else None,
+            with_stats=True,
+            document_BT=None if batch.document is None else batch.document[:, :-1],
+        )
         ce = cross_entropy(output.logits_BTV, batch.tokens[:, 1:], model.config.vocab_size, batch.weight)
         return ce, tuple(solution.stats["residual_norm"] for solution in output.solutions)
 
@@ -196,20 +201,16 @@ class RunRecord:
     def __init__(
         self, run_path: Path | None, first_step: int, started: float, facts: dict[str, Any] | None = None
     ) -> None:
-        """Open a session; one that begins at step 0 begins the record anew. None as the path writes nothing.
+        """A session that begins at step 0 begins the record anew. None as the path writes nothing.
 
         Args:
             started: ``time.time()`` of its start.
             facts: what is the same in all sessions.
         """
-        self._path = run_path
-        if run_path is None:
-            return
-        self._started = started
+        self._path, self._started = run_path, started
         self._session: dict[str, Any] = circumstances() | {"num_devices": jax.device_count(), "first_step": first_step}
-        earlier = read_record(run_path)["sessions"] if first_step else []
+        earlier = read_record(run_path)["sessions"] if run_path is not None and first_step else []
         self._record = {**(facts or {}), "sessions": [*earlier, self._session]}
-        self.update(first_step)
 
     def update(self, step: int) -> None:
         """Note that ``step`` steps are safe."""

@@ -10,9 +10,8 @@ import dataclasses
 import html
 import io
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from snlp_jax.config import Config, from_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.metrics import FILE_NAME, read_metrics
+from snlp_jax.io.run_dir import flatten
 from snlp_jax.train.observe import read_record
 
 REPORT_NAME = "report.html"
@@ -42,12 +42,12 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222b30; max-width: 1080px; 
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } img { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } caption { text-align: left; color: #66727a }
 td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e9eb }
-td.n { text-align: right }
 """
 
 Records = list[dict[str, float]]
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps and values."""
+Curves = dict[str, Curve]
 
 
 def write_html(run_dir: str | Path) -> Path:
@@ -69,46 +69,47 @@ def write_html(run_dir: str | Path) -> Path:
 def make_html(config: Config, records: Records, record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     """The page. All text that is not this file's own is escaped."""
     curves = curves_of(records)
+    losses = {name: curve for name, curve in curves.items() if "/" not in name and name not in RATES}
+    held_out = {name: curve for name, curve in losses.items() if name.startswith("val_")}
+    training = {name: curve for name, curve in losses.items() if name not in held_out}
+    rates = {title: {"": curves[name]} for name, title in RATES.items() if name in curves}
+    last = [(name, int(steps[-1]), f"{values[-1]:.5g}") for name, (steps, values) in sorted(curves.items())
+            if "/" not in name]  # fmt: skip
     parts = [
-        f"<h1>{_text(config.name)}</h1>",
-        _table("", summary(config, curves, record), head=("", "")),
+        _table("", summary(config, curves, record)),
         "<h2>Loss</h2>",
-        _plot(lambda: _draw_losses(curves)),
-        _table("Last values", last_values(curves), head=("metric", "step", "value")),
+        _plot({"training, a step's batch": training, "held out": held_out}, log=True),
+        _table("Last values", last, head=("metric", "step", "value")),
         "<h2>Rates and memory</h2>",
-        _plot(lambda: _draw_rates(curves)),
+        _plot(rates),
     ]
-    if any(name.startswith("frontier/") for name in curves):
-        parts += [
-            "<h2>Frontier during training</h2>",
-            "<p>Held-out cross entropy of each solver setting, a few batches.</p>",
-            _plot(lambda: _draw_frontier(curves)),
-        ]
-    if any(name.startswith("residual/") for name in curves):
-        parts += [
-            "<h2>Residual by layer</h2>",
-            "<p>Relative residual of the trace after one iteration.</p>",
-            _plot(lambda: _draw_residuals(curves)),
-        ]
+    for prefix, title in (
+        ("frontier/", "Frontier during training: held-out cross entropy of each solver setting, a few batches"),
+        ("residual/", "Residual by layer: relative, of the trace after one iteration"),
+    ):
+        if chosen := {name.removeprefix(prefix): curve for name, curve in curves.items() if name.startswith(prefix)}:
+            parts += [f"<h2>{title}</h2>", _plot({"": chosen}, log=True)]
     if evaluation is not None:
         parts += ["<h2>Evaluation</h2>", _evaluation_table(evaluation)]
+    session_fields = ("date", "first_step", "last_step", "seconds", "device", "num_devices", "jax", "commit")
+    sessions = [tuple(session.get(name, "") for name in session_fields) for session in record["sessions"]]
     parts += [
         "<h2>Config</h2>",
         _table("Fields that differ from their defaults", changed_fields(config), head=("field", "value", "default")),
         "<h2>Sessions</h2>",
-        _sessions_table(record["sessions"]),
+        _table("", sessions, head=session_fields),
     ]
-    body = "\n".join(filter(None, parts))
+    name, body = html.escape(config.name), "\n".join(parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(config.name)}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{name}</h1>\n{body}\n</body></html>\n"
     )
 
 
 # -- What is said ------------------------------------------------------------------------------------------------------
 
 
-def curves_of(records: Records) -> dict[str, Curve]:
+def curves_of(records: Records) -> Curves:
     """Metric -> its steps and values. Of a step that was written twice the later value counts."""
     values: dict[str, dict[int, float]] = {}
     for record in records:
@@ -118,44 +119,28 @@ def curves_of(records: Records) -> dict[str, Curve]:
     return {name: (np.array(sorted(v)), np.array([v[step] for step in sorted(v)])) for name, v in values.items()}
 
 
-def summary(config: Config, curves: dict[str, Curve], record: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the run was, in a few lines."""
-    sessions = record["sessions"]
+def summary(config: Config, curves: Curves, record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the run was, in a few lines. ``record`` is its run.json, which older runs have not."""
     done = max((int(steps[-1]) for steps, _ in curves.values()), default=0)
-    rows = [("steps", f"{done} of {config.train.num_steps}")]
     tokens = done * config.train.batch_size * config.model.seq_len
-    rows.append(("tokens", f"{tokens:,}"))
+    rows = [("steps", f"{done} of {config.train.num_steps}"), ("tokens", f"{tokens:,}")]
     if "num_params" in record:
         rows.append(("parameters", f"{record['num_params']:,}"))
     if "flops_per_token" in record:
-        flops = tokens * record["flops_per_token"]
-        rows.append(("FLOPs", f"{flops:.3g}, of the sequential pass and its gradient alone"))
-    if sessions:
-        seconds, last = sum(session.get("seconds", 0.0) for session in sessions), sessions[-1]
-        rows.append(("wall time", f"{seconds:,.0f} s in {len(sessions)} session(s)"))
-        rows.append(("device", f"{last.get('num_devices', 1)} x {last.get('device')}, jax {last.get('jax')}"))
-        rows.append(("commit", str(last.get("commit"))))
+        text = f"{tokens * record['flops_per_token']:.3g}, of the sequential pass and its gradient alone"
+        rows.append(("FLOPs", text))
+    if record["sessions"]:
+        seconds = sum(session.get("seconds", 0.0) for session in record["sessions"])
+        rows.append(("wall time", f"{seconds:,.0f} s in {len(record['sessions'])} session(s)"))
     return rows
-
-
-def last_values(curves: dict[str, Curve]) -> list[tuple[str, str, str]]:
-    """The newest value of every metric that is no frontier or residual."""
-    names = sorted(name for name in curves if "/" not in name)
-    return [(name, str(int(curves[name][0][-1])), f"{curves[name][1][-1]:.5g}") for name in names]
 
 
 def changed_fields(config: Config) -> list[tuple[str, str, str]]:
     """Field, value and default, of every field that is not at its default."""
-    ours, theirs = (dict(_flatten(dataclasses.asdict(each))) for each in (config, Config()))
-    return [(name, str(value), str(theirs.get(name))) for name, value in ours.items() if value != theirs.get(name)]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    values, defaults = flatten(dataclasses.asdict(config)), flatten(dataclasses.asdict(Config()))
+    return [
+        (name, str(value), str(defaults.get(name))) for name, value in values.items() if value != defaults.get(name)
+    ]
 
 
 def thinned(curve: Curve, num_points: int = MAX_POINTS) -> Curve:
@@ -163,24 +148,25 @@ def thinned(curve: Curve, num_points: int = MAX_POINTS) -> Curve:
     steps, values = curve
     if len(steps) <= num_points:
         return curve
-    means = [part[np.isfinite(part)].mean() if np.isfinite(part).any() else math.nan
-             for part in np.array_split(values, num_points)]  # fmt: skip
+    parts = [part[np.isfinite(part)] for part in np.array_split(values, num_points)]
+    means = [part.mean() if part.size else np.nan for part in parts]
     return np.array([part[-1] for part in np.array_split(steps, num_points)]), np.array(means)
 
 
 def _evaluation_table(evaluation: dict[str, Any]) -> str:
     info, rows = evaluation.get("info", {}), []
+    number = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
     for result in evaluation.get("results", ()):
-        interval, timing = result.get("ppl_interval"), result.get("timing") or {}
+        interval, timing = result.get("ppl_interval") or (), result.get("timing") or {}
         rows.append(
             (
-                str(result.get("setting")),
-                _number(result.get("depth"), "g"),
-                _number(result.get("ppl"), ".4g"),
-                _percent(result.get("ppl_change")),
-                " to ".join(map(_percent, interval)) if interval else "",
-                _percent(result.get("top1"), sign=""),
-                _number(timing.get("median_ms"), ".3g"),
+                result.get("setting"),
+                number(result.get("depth"), "g"),
+                number(result.get("ppl"), ".4g"),
+                number(result.get("ppl_change"), "+.2%"),
+                " to ".join(number(bound, "+.2%") for bound in interval),
+                number(result.get("top1"), ".2%"),
+                number(timing.get("median_ms"), ".3g"),
             )
         )
     title = (
@@ -191,138 +177,43 @@ def _evaluation_table(evaluation: dict[str, Any]) -> str:
     return _table(title, rows, head=("setting", "depth", "PPL", "change", "95 % interval", "top-1", "ms"))
 
 
-def _sessions_table(sessions: Sequence[dict[str, Any]]) -> str:
-    if not sessions:
-        return "<p>None recorded.</p>"
-    names = ("date", "first_step", "last_step", "seconds", "device", "num_devices", "jax", "commit")
-    return _table("", [tuple(str(session.get(name, "")) for name in names) for session in sessions], head=names)
-
-
 # -- How it looks ------------------------------------------------------------------------------------------------------
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+def _table(caption: str, rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
+    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)  # noqa: E731
+    lines = [f"<tr>{cells(head, 'th')}</tr>", *(f"<tr>{cells(row, 'td')}</tr>" for row in rows)]
+    return f"<table><caption>{html.escape(caption)}</caption>{''.join(lines)}</table>"
 
 
-def _number(value: Any, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _percent(value: Any, sign: str = "+") -> str:
-    return "" if value is None else f"{100 * value:{sign}.2f} %"
-
-
-def _table(caption: str, rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
-    cells = lambda row, tag: "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in row)  # noqa: E731
-    lines = [f"<tr>{cells(head, 'th')}</tr>"] if any(head) else []
-    lines += [f"<tr>{cells(row, 'td')}</tr>" for row in rows]
-    title = f"<caption>{_text(caption)}</caption>" if caption else ""
-    return f"<table>{title}{''.join(lines)}</table>"
-
-
-def _plot(draw: Callable[[], Any]) -> str:
-    """A matplotlib figure as an SVG inside of the page; a sentence where matplotlib is missing.
+def _plot(panels: dict[str, Curves], *, log: bool = False) -> str:
+    """Curves over steps, a panel for each title, as an SVG inside of the page; a sentence where matplotlib is missing.
 
     As an image, and not as markup, so that names inside of one drawing cannot meet those of another.
     """
     try:
         import matplotlib
-
-        with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "snlp"}):
-            figure, buffer = draw(), io.BytesIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
     except ImportError:
-        return f"<p>{_text(NO_PLOTS)}</p>"
+        return f"<p>{html.escape(NO_PLOTS)}</p>"
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "snlp"}):
+        figure = Figure(figsize=(10.4, 3.4), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+        for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+            for name, curve in curves.items():
+                axis.plot(*thinned(curve), linewidth=1.3, marker="." if len(curve[0]) < 30 else "", label=name)
+            if any(curves):
+                axis.legend(frameon=False, fontsize=7, ncols=1 + len(curves) // 12)
+            if log and curves and all((values > 0).all() for _, values in curves.values()):
+                axis.set_yscale("log")
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel("step")
+            axis.grid(color="#e6e9eb", linewidth=0.6)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f'<img alt="" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _panels(num_panels: int, height: float = 3.4) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.4, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = list(figure.subplots(1, num_panels, squeeze=False)[0])
-    for axis in axes:
-        axis.grid(color="#e6e9eb", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("step")
-    return figure, axes
-
-
-def _lines(axis: Any, curves: dict[str, Curve], style: str = "-") -> None:
-    for name, curve in curves.items():
-        steps, values = thinned(curve)
-        axis.plot(steps, values, style, linewidth=1.3, markersize=3, label=name)
-    if curves:
-        axis.legend(frameon=False, fontsize=8)
-
-
-def _draw_losses(curves: dict[str, Curve]) -> Any:
-    figure, (left, right) = _panels(2)
-    own = {name: curve for name, curve in curves.items() if "/" not in name and name not in RATES}
-    _lines(left, {name: curve for name, curve in own.items() if not name.startswith("val_")})
-    _lines(right, {name: curve for name, curve in own.items() if name.startswith("val_")}, ".-")
-    left.set_title("training, a step's batch")
-    right.set_title("held out")
-    for axis in (left, right):
-        _log_scale(axis)
-    return figure
-
-
-def _log_scale(axis: Any) -> None:
-    """With plain numbers; where no value forbids it."""
-    if axis.lines and all((line.get_ydata() > 0).all() for line in axis.lines):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(which="minor", labelsize=7)
-
-
-def _draw_rates(curves: dict[str, Curve]) -> Any:
-    names = [name for name in RATES if name in curves]
-    figure, axes = _panels(max(len(names), 1), 2.6)
-    for axis, name in zip(axes, names, strict=False):
-        axis.plot(*thinned(curves[name]), linewidth=1.3)
-        axis.set_title(RATES[name], fontsize=9)
-        axis.set_ylim(bottom=0)
-    return figure
-
-
-def _draw_frontier(curves: dict[str, Curve]) -> Any:
-    figure, (left, right) = _panels(2)
-    frontier = {name.removeprefix("frontier/"): curve for name, curve in curves.items() if name.startswith("frontier/")}
-    _lines(left, frontier, ".-")
-    left.set_title("cross entropy, nats")
-    _log_scale(left)
-    if "seq" in frontier:
-        steps, sequential = frontier["seq"]
-        for line, (name, (own_steps, values)) in zip(left.lines, frontier.items(), strict=True):
-            if name != "seq" and np.array_equal(own_steps, steps):
-                above = thinned((steps, values - sequential))
-                right.plot(*above, ".-", linewidth=1.3, markersize=3, color=line.get_color())
-    right.set_title("above the sequential pass, nats")
-    right.set_yscale("symlog", linthresh=1e-3)
-    return figure
-
-
-def _draw_residuals(curves: dict[str, Curve]) -> Any:
-    from matplotlib.colors import LogNorm
-
-    names = sorted(name for name in curves if name.startswith("residual/"))
-    steps = curves[names[0]][0]
-    rows = [np.interp(steps, *curves[name]) for name in names]
-    table = np.nan_to_num(np.array(rows), nan=1e1).clip(1e-4, 1e1)
-    figure, (axis,) = _panels(1, 1.2 + 0.16 * len(names))
-    axis.grid(False)
-    image = axis.imshow(table, aspect="auto", origin="lower", norm=LogNorm(1e-4, 1e1), cmap="magma")
-    places = np.unique(np.linspace(0, len(steps) - 1, min(10, len(steps))).round().astype(int))
-    axis.set_xticks(places, [str(steps[place]) for place in places])
-    axis.set_yticks(range(len(names)), [name.removeprefix("residual/") for name in names], fontsize=7)
-    axis.set_ylabel("layer")
-    figure.colorbar(image, ax=axis, pad=0.01)
-    return figure
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

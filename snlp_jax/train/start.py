@@ -13,19 +13,20 @@ MAY_DIFFER = ("seq_len", "rotary_multiple", "remat", "compute_dtype", "attention
 """Fields of the model that the new run may set otherwise: no parameter depends on them. Windows follow ``seq_len``."""
 
 
-def its_data(config: Config, resume: bool) -> DataConfig:
-    """``config.data``; where the run starts from another, with that one's tokenizer, of which it keeps a copy.
+def data_config(config: Config, resume: bool) -> DataConfig:
+    """``config.data``, with the tokenizer of ``train.init_from`` where the run starts from another. A run keeps a copy
+    of its tokenizer, which ``resume`` reads.
 
     Raises:
         InputError: see :func:`check_origin`.
     """
     if not config.train.init_from:
         return config.data
-    own = config.run_path / TOKENIZER_NAME
-    if not (resume and own.is_file()):  # a run that has begun needs its origin no more
+    tokenizer = config.run_path / TOKENIZER_NAME
+    if not (resume and tokenizer.is_file()):  # a run that has begun needs its origin no more
         check_origin(config)
-        own = Path(config.train.init_from) / TOKENIZER_NAME
-    return dataclasses.replace(config.data, tokenizer=str(own))
+        tokenizer = Path(config.train.init_from) / TOKENIZER_NAME
+    return dataclasses.replace(config.data, tokenizer=str(tokenizer))
 
 
 def check_origin(config: Config) -> None:
@@ -36,16 +37,16 @@ def check_origin(config: Config) -> None:
             a checkpoint.
     """
     origin = Path(config.train.init_from)
-    theirs, ours = (dataclasses.asdict(each.model) for each in (read_config(origin), config))
+    fields, origin_fields = dataclasses.asdict(config.model), dataclasses.asdict(read_config(origin).model)
     read_tokenizer(origin)
     with Checkpointer(origin / CHECKPOINT_NAME, read_only=True) as checkpoints:
         if not checkpoints.steps():
             raise InputError(f"train.init_from {str(origin)!r} holds no checkpoint; train it first.")
-    for name, value in ours.items():
-        if name not in MAY_DIFFER and theirs[name] != value:
+    for name, value in fields.items():
+        if name not in MAY_DIFFER and origin_fields[name] != value:
             raise InputError(
-                f"train.init_from {str(origin)!r} holds a model with model.{name} {theirs[name]!r}, and here it is "
-                f"{value!r}; set it to the same."
+                f"train.init_from {str(origin)!r} holds a model with model.{name} {origin_fields[name]!r}, and here it "
+                f"is {value!r}; set it to the same."
             )
 
 

@@ -1,0 +1,222 @@
+"""The first two chapters of a run: check everything that can be wrong, and build its programs."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from snlp_jax.config import Config, to_json
+from snlp_jax.data.chat import prepare_data
+from snlp_jax.data.pipeline import TokenData, held_out_batches, train_iterator
+from snlp_jax.data.tokenizer import Tokenizer, check_vocab
+from snlp_jax.errors import InputError
+from snlp_jax.infer.greedy import make_greedy_fn
+from snlp_jax.io.files import atomic_write
+from snlp_jax.io.run_dir import check_run_dir
+from snlp_jax.layout import training_weights
+from snlp_jax.model import LanguageModel, num_params
+from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
+from snlp_jax.parallel.processes import all_or_none, check_same, is_first
+from snlp_jax.parallel.sharding import bytes_per_device
+from snlp_jax.train.loss import Plan, balanced, loss_fn, start_step
+from snlp_jax.train.memory import check_state
+from snlp_jax.train.observe import Observe, make_observe
+from snlp_jax.train.start import data_config
+from snlp_jax.train.step import (
+    StepFn,
+    TrainState,
+    abstract_saved,
+    abstract_state,
+    make_reader,
+    make_step,
+    optimizer_of,
+)
+from snlp_jax.types import Array, Batch, Params
+
+if TYPE_CHECKING:
+    import grain
+
+
+SAMPLE_PROMPT_LEN = 32
+"""Tokens of held-out text that a sample continues."""
+
+EvalFn = Callable[[Params, list[Batch], int], dict[str, float]]
+
+
+# -- Check -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run needs. All of it is checked before anything is compiled."""
+
+    config: Config
+    mesh: Mesh
+    model: LanguageModel
+    data: TokenData
+    batches: "grain.DatasetIterator"
+    """This process's rows of the training batches, from the first step on."""
+    held_out: list[Batch]
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    """Shapes and shardings of the state."""
+    observe: Observe | None
+
+
+def check(config: Config, resume: bool) -> Setup:
+    """Look at everything that can be wrong, on all processes, and claim the run directory.
+
+    Raises:
+        InputError: on every process, if one of them finds a mistake.
+    """
+    seq_len, train_config = config.model.seq_len, config.train
+    with all_or_none():
+        mesh = make_mesh(config.mesh)
+        part, num_parts = data_shard(mesh)
+        model = LanguageModel(config.model)
+        data = prepare_data(data_config(config, resume))
+        check_vocab(data.tokenizer, config.model.vocab_size)
+        batches = train_iterator(
+            data,
+            seq_len=seq_len,
+            batch_size=train_config.batch_size,
+            seed=config.data.seed,
+            process_index=part,
+            process_count=num_parts,
+        )
+        rows = train_config.batch_size // train_config.num_microbatches
+        windows = held_out_batches(data, seq_len=seq_len, batch_size=rows, num_batches=train_config.eval_batches)
+        held_out = [Batch(**window) for window in windows]
+        _check_division(held_out, config, mesh)
+        optimizer = optimizer_of(model, config, mesh)
+        abstract = abstract_state(model, optimizer, mesh, config)
+        check_state(abstract, config, mesh)
+        observe = make_observe(model, config, mesh) if train_config.frontier_every else None
+    check_same("config", to_json(config))
+    check_same("corpus", data.content_hash)
+    with all_or_none():
+        if is_first():
+            check_run_dir(config.run_path, to_json(config), resume)
+            _check_corpus(config.run_path, data)
+            atomic_write(config.run_path / "tokenizer.json", data.tokenizer.to_json())
+    return Setup(config, mesh, model, data, batches, held_out, optimizer, abstract, observe)
+
+
+def _check_corpus(run_path: Path, data: TokenData) -> None:
+    """Refuse to continue a run on other text: the position in the data would mean something else."""
+    path = run_path / "corpus.txt"
+    if path.exists() and path.read_text().strip() != data.content_hash:
+        raise InputError(f"the corpus has changed since {str(run_path)!r} began; restore it or use another --run-dir.")
+    atomic_write(path, data.content_hash + "\n")
+
+
+def _check_division(held_out: list[Batch], config: Config, mesh: Mesh) -> None:
+    """Training batches are checked with the config; a short held-out split may give smaller ones."""
+    rows, parts = held_out[0].tokens.shape[0], mesh.shape["data"] * config.mesh.ring_microbatches
+    if config.train.batch_size // config.train.num_microbatches % parts or rows % parts:
+        raise InputError(
+            f"batches of {config.train.batch_size // config.train.num_microbatches} windows to train and {rows} to "
+            f"evaluate do not divide into {parts} parts (data x ring_microbatches); change the mesh or "
+            "train.batch_size, or give a larger corpus."
+        )
+
+
+# -- Build -------------------------------------------------------------------------------------------------------------
+
+
+class Programs(NamedTuple):
+    """Compiled where they are first called."""
+
+    saved: TrainState
+    """Shapes and shardings of what a checkpoint holds."""
+    read: Callable[[TrainState], Params]
+    step: StepFn
+    evaluate: EvalFn
+    sample: Callable[[Params], str]
+
+
+def build(setup: Setup, console: Console) -> Programs:
+    """The programs of the run; says what is about to be trained."""
+    config, mesh, model = setup.config, setup.mesh, setup.model
+    saved = abstract_saved(setup.abstract, model, mesh)
+    console.print(
+        f"{config.name}: {num_params(saved['params']) / 1e6:.2f} M parameters, {setup.data.train.size / 1e6:.1f} M "
+        f"training tokens, {config.train.num_steps} steps of {config.train.batch_size * config.model.seq_len} tokens "
+        f"on {_describe_devices(mesh, config, setup.abstract)}"
+    )
+    return Programs(
+        saved,
+        make_reader(model, config, mesh),
+        make_step(model, setup.optimizer, config, mesh),
+        _make_eval(model, config, mesh),
+        _make_sample(model, config, setup.held_out, setup.data.tokenizer, mesh),
+    )
+
+
+def _describe_devices(mesh: Mesh, config: Config, state: TrainState) -> str:
+    kind = jax.devices()[0].device_kind
+    if mesh.size == 1:
+        return kind
+    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    text = f"{mesh.size} x {kind}{processes} ({shape}), {bytes_per_device(state) / 2**20:.1f} MiB of state on each"
+    if mesh.shape["layer"] > 1:
+        text += (
+            f"\nlayers over {mesh.shape['layer']} devices: the sequential pass is a ring with "
+            f"{config.mesh.ring_microbatches} microbatches"
+        )
+    return text
+
+
+def _make_eval(model: LanguageModel, config: Config, mesh: Mesh) -> EvalFn:
+    """Held-out means of every part of the loss that has begun, all region sizes included.
+
+    ``val_loss``, by which the best checkpoint is chosen, is the whole loss at full weights and appears only once every
+    term has begun, so that no checkpoint from before counts as the best.
+    """
+    terms = config.loss.terms
+    weights: dict[str, Array | float] = {name: term.weight for name, term in terms.items()}
+    ring = config.mesh.ring_microbatches
+
+    @functools.partial(jax.jit, static_argnames="plan")
+    def evaluate(params: Params, batch: Batch, *, plan: Plan) -> dict[str, Array]:
+        return loss_fn(model, params, balanced(batch), config.loss, plan, weights, mesh=mesh, ring_microbatches=ring)[1]
+
+    def run(params: Params, batches: list[Batch], step: int) -> dict[str, float]:
+        begun = [name for name, term in terms.items() if step >= start_step(term, config.train.num_steps)]
+        plan = Plan(tuple((name, terms[name].region_sizes) for name in begun))
+        parts = [evaluate(params, put_batch(mesh, rows, is_whole=True), plan=plan) for rows in batches]
+        # Each is a mean over the batch's targets, of which batches of conversations have different numbers.
+        counts = [1.0 if rows.weight is None else float(rows.weight.sum()) for rows in batches]
+        means = {f"val_{name}": float(np.average([part[name] for part in parts], weights=counts)) for name in parts[0]}
+        if len(begun) < len(terms):
+            del means["val_loss"]
+        return means
+
+    return run
+
+
+def _make_sample(
+    model: LanguageModel, config: Config, held_out: list[Batch], tokenizer: Tokenizer, mesh: Mesh
+) -> Callable[[Params], str]:
+    """Greedy continuation of a piece of held-out text by the sequential pass."""
+    prompt, num_tokens = held_out[0].tokens[:1, :SAMPLE_PROMPT_LEN], config.train.sample_tokens
+    greedy = make_greedy_fn(model, prompt_len=prompt.shape[1], num_tokens=num_tokens, mesh=mesh)
+    # The same text for every part of the batch that the mesh has.
+    start = np.pad(np.repeat(prompt, mesh.shape["data"], axis=0), ((0, 0), (0, num_tokens)))
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def decode(params: Params) -> Array:
+        return greedy(training_weights(model, params, mesh), start)
+
+    def sample(params: Params) -> str:
+        return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(np.asarray(decode(params))[0])}"
+
+    return sample
