@@ -59,10 +59,14 @@ def base():
 
 
 def test_fresh_adapters_change_nothing_and_merged_ones_add_their_product(base) -> None:
-    adapters = init_adapters(jax.random.key(1), base, LORA)
-    chex.assert_trees_all_equal(merge(base, adapters, LORA), base)
-    adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), adapters)
-    merged = merge(base, adapters, LORA)
+    @jax.jit
+    def run(base):
+        fresh = init_adapters(jax.random.key(1), base, LORA)
+        moved = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), fresh)
+        return merge(base, fresh, LORA), moved, merge(base, moved, LORA)
+
+    unchanged, adapters, merged = run(base)
+    chex.assert_trees_all_equal(unchanged, base)
     for path in (("attn", "query"), ("mlp", "down")):
         pick = lambda tree, path=path: tree["blocks"][path[0]][path[1]]  # noqa: E731
         for layer in range(MODEL.num_layers):
@@ -137,7 +141,7 @@ def tuning(run_dir: Path, base_dir: Path, **changes) -> Config:
     records = [{"question": f"{i} + 1?", "answer": f"{i + 1}" * (1 + i % 3)} for i in range(120)]
     talk.write_text("".join(json.dumps(record) + "\n" for record in records))
     data = DataConfig(source=str(talk), format="chat", prompt_field="question", response_field="answer")
-    schedule = TrainConfig(num_steps=6, batch_size=4, log_every=1, eval_every=3, eval_batches=2, checkpoint_every=3)
+    schedule = TrainConfig(num_steps=6, batch_size=4, log_every=1, eval_every=6, eval_batches=2, checkpoint_every=6)
     config = Config(
         name="sft",
         run_dir=str(run_dir),
@@ -160,6 +164,7 @@ def saved_state(config: Config, step: int) -> dict:
         return checkpoints.restore(abstract, None)[1]
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_on_conversations(base, base_dir: Path, tmp_path: Path) -> None:
     """It records where it starts from, and is read like any run: by merged parameters, on the responses alone."""
     config = tuning(tmp_path / "run", base_dir)
@@ -208,13 +213,13 @@ def test_adapters_need_a_base() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ("adapters", "adapters, average", "all parameters, solver alone", "average"))
+@pytest.mark.parametrize("arm", ("adapters, average", "all parameters, solver alone"))
 def test_runs_learn_and_resume_bit_for_bit(arm: str, base_dir: Path, tmp_path: Path) -> None:
     """Though where they started from is gone by then."""
     origin = tmp_path / "origin"
     shutil.copytree(base_dir, origin)
     config = tuning(tmp_path / "run", origin, lora=LORA if "adapters" in arm else LoraConfig())
-    steps = {"num_steps": 40, "checkpoint_every": 20, "num_microbatches": 2}
+    steps = {"num_steps": 40, "checkpoint_every": 20, "eval_every": 40, "num_microbatches": 2}
     schedule = dataclasses.replace(config.train, **steps, ema_decay=0.9 * ("average" in arm))
     config = dataclasses.replace(config, train=schedule)
     if "alone" in arm:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import ROOT, start, tiny, wait_for_step
+from tiny_run import ROOT, tiny
 
 from benchmarks import kills
 from snlp_jax.config import Config
@@ -27,20 +27,6 @@ def saved_params(config: Config, step: int) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
 
 
-def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
-    """Without an evaluation first, which may compile: who sends a signal does not wait for long."""
-    config = tiny(tmp_path / "run", num_steps=100_000, checkpoint_every=0, eval_every=0)
-    process = start(config, tmp_path)
-    wait_for_step(config, 5, process)
-    process.terminate()
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    assert "continue with --resume" in output
-    with Checkpointer(config.run_path / "checkpoints", read_only=True) as checkpoints:
-        assert checkpoints.latest_step >= 5
-    assert not any("val_loss" in record for record in read_metrics(config.run_path / "metrics.jsonl"))
-
-
 @pytest.mark.slow
 def test_a_run_killed_in_every_phase_ends_like_an_unbroken_one(tmp_path: Path) -> None:
     """Tokenization, evaluation, a checkpoint in the making, steps: the run of benchmarks/kills.py made small. Arrays,
@@ -49,7 +35,7 @@ def test_a_run_killed_in_every_phase_ends_like_an_unbroken_one(tmp_path: Path) -
     rng = np.random.default_rng(0)
     (tmp_path / "text.txt").write_text("\n\n".join(" ".join(rng.choice(words, 60)) for _ in range(1000)))
     source = str(tmp_path / "text.txt")
-    sizes = {"steps": 48, "layers": 3, "width": 32, "shard_bytes": 20_000, "vocab_size": 300}
+    sizes = {"steps": 36, "layers": 2, "width": 32, "shard_bytes": 20_000, "vocab_size": 300}
     record = kills.run(kills.Args(kills=4, source=source, **sizes), tmp_path)
     assert record["differences"] == []
     rows = {row["phase"]: row for row in record["rows"]}
