@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import PLAIN, SMALL, VARIANTS, all_sequential, random_params, random_tokens
+from problems import PLAIN, SMALL, VARIANTS, all_sequential, random_params, random_tokens, relative_error
 
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import ModelConfig, NormConfig, RopeConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.layout import split
@@ -53,28 +53,29 @@ def test_attention_is_its_definition(num_queries, num_keys, num_kv_heads):
     np.testing.assert_allclose(attend(q, k, v, 2, "xla"), plain_attention(q, k, v, 2), atol=2e-6)
 
 
-@pytest.mark.parametrize("offset", (0, 32))
-def test_blockwise_attention_is_direct(monkeypatch, offset):
-    """Four blocks of queries against one, forward and gradient."""
-    q, k, v = draw(0, 1, 256, 2, 4), draw(1, 1, 256 + offset, 1, 4), draw(2, 1, 256 + offset, 1, 4)
+def test_blockwise_attention_is_direct(monkeypatch):
+    """Four blocks of queries against one, forward and gradient, with keys before the first query."""
+    num_queries, num_keys = 64, 72
+    q, k, v = draw(0, 1, num_queries, 2, 4), draw(1, 1, num_keys, 1, 4), draw(2, 1, num_keys, 1, 4)
     blocks = []
     block = attention._xla_block
     monkeypatch.setattr(attention, "_xla_block", lambda q, *rest: (blocks.append(q.shape[1]), block(q, *rest))[1])
 
     def both(q, k, v, window):
-        loss = lambda *qkv: jnp.sum(jnp.sin(3 * attend(*qkv, window, "xla")) * draw(3, 1, 256, 2, 4))  # noqa: E731
+        loss = lambda *qkv: jnp.sum(jnp.sin(3 * attend(*qkv, window, "xla")) * draw(3, 1, num_queries, 2, 4))  # noqa: E731
         return attend(q, k, v, window, "xla"), jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
-    windows = (40, 1000)
+    windows = (10, 1000)
     run = jax.jit(lambda *args: both(*args))
     direct = [run(q, k, v, window) for window in windows]
-    assert set(blocks) == {256}
+    assert set(blocks) == {64}
     blocks.clear()
-    monkeypatch.setattr(attention, "MAX_SCORES", 64 * 2 * (256 + offset))
+    monkeypatch.setattr(attention, "MIN_BLOCK", 16)
+    monkeypatch.setattr(attention, "MAX_SCORES", 16 * 2 * num_keys)
     run = jax.jit(lambda *args: both(*args))  # a new function, traced anew
     in_blocks = [run(q, k, v, window) for window in windows]
-    assert set(blocks) == {64}
-    # Float32 sums over up to 288 keys or queries, in another order.
+    assert set(blocks) == {16}
+    # Float32 sums over up to 72 keys or queries, in another order.
     chex.assert_trees_all_close(in_blocks, direct, atol=2e-5, rtol=1e-5)
 
 
@@ -88,14 +89,14 @@ def test_choice_of_the_attention_kernel():
     assert choose("auto", "tpu", T=200) == choose("auto", "tpu", H=64) == "xla"
     assert choose("auto", "gpu", dtype=jnp.float32) == choose("xla", "gpu") == choose("xla", "tpu") == "xla"
     assert (choose("cudnn", "gpu"), choose("splash", "tpu")) == ("cudnn", "splash")
-    for requested, backend, changed, message in (
-        ("cudnn", "cpu", {}, "'cudnn' needs a GPU and bfloat16, not bfloat16 on 'cpu'; use 'auto'."),
-        ("cudnn", "tpu", {}, "'cudnn' needs a GPU and bfloat16, not bfloat16 on 'tpu'"),
-        ("cudnn", "gpu", {"dtype": jnp.float32}, "'cudnn' needs a GPU and bfloat16, not float32 on 'gpu'"),
-        ("splash", "cpu", {}, "'splash' needs a TPU and lengths and head sizes that are multiples of 128"),
-        ("splash", "tpu", {"T": 200}, "multiples of 128, not 200 and 128 on 'tpu'; use 'auto'."),
+    for requested, backend, changed in (
+        ("cudnn", "cpu", {}),
+        ("cudnn", "tpu", {}),
+        ("cudnn", "gpu", {"dtype": jnp.float32}),
+        ("splash", "cpu", {}),
+        ("splash", "tpu", {"T": 200}),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=f"{requested}.*{backend}"):
             choose(requested, backend, **changed)
 
 
@@ -105,37 +106,24 @@ def test_a_kernel_refuses_a_traced_window():
         attend(q, q, q, window, "cudnn")
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the refusal is for a CPU")
-@pytest.mark.parametrize("kernel", ("cudnn", "splash"))
-def test_a_model_refuses_a_kernel_that_the_backend_lacks(kernel):
-    model = LanguageModel(dataclasses.replace(SMALL, attention=kernel))
-
-    def run(params, tokens):
-        return forward(model, split(model, params, all_sequential(model.config)), tokens)
-
-    with pytest.raises(InputError, match=f"model.attention '{kernel}' needs a .*; use 'auto'"):
-        jax.eval_shape(run, model.abstract_params(), random_tokens(model.config))
-
-
 def test_splash_attention_lowers_for_tpu():
     """Without a TPU: the kernel, a window, grouped heads and more keys than queries pass the compiler's front end."""
-    for window, num_keys, num_kv_heads in ((64, 256, 2), (1000, 256, 1), (64, 512, 2)):
+    for window, num_keys, num_kv_heads in ((64, 512, 2), (1000, 256, 1)):
         q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
         kv = jax.ShapeDtypeStruct((1, num_keys, num_kv_heads, 128), jnp.bfloat16)
         traced = jax.jit(lambda q, k, v: attend(q, k, v, window, "splash")).trace(q, kv, kv)  # noqa: B023
         assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
-@pytest.mark.parametrize("window, num_keys, num_kv_heads", ((40, 128, 2), (150, 256, 1)))
-def test_splash_attention_is_xla_attention(monkeypatch, window, num_keys, num_kv_heads):
+def test_splash_attention_is_xla_attention(monkeypatch):
     """The Pallas kernel in the interpreter."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
     make = splash_attention_kernel.make_splash_mha
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", lambda **kw: make(**kw, interpret=True))
-    q, k, v = draw(0, 2, 128, 2, 128), draw(1, 2, num_keys, num_kv_heads, 128), draw(2, 2, num_keys, num_kv_heads, 128)
+    q, k, v = draw(0, 1, 128, 2, 128), draw(1, 1, 256, 1, 128), draw(2, 1, 256, 1, 128)
     # Float32 sums over up to 256 keys in blocks, against one sum.
-    np.testing.assert_allclose(attend(q, k, v, window, "splash"), attend(q, k, v, window, "xla"), atol=1e-5)
+    np.testing.assert_allclose(attend(q, k, v, 150, "splash"), attend(q, k, v, 150, "xla"), atol=1e-5)
 
 
 # ---------------------------------------------------------------- small pieces
@@ -162,7 +150,9 @@ def test_smear_mixes_in_the_previous_unsmeared_embedding():
     gates = 1 / (1 + np.exp(-(e[:, :24] @ embed["smear_gate"])))
     expected = e.copy()
     expected[1:] += embed["smear_scale"] * gates[1:, None] * e[:-1]
-    np.testing.assert_allclose(model.embed(params, tokens)[0], expected, atol=3e-6)  # a float32 sum of 24 terms
+    np.testing.assert_allclose(
+        jax.jit(model.embed)(params, tokens)[0], expected, atol=3e-6
+    )  # a float32 sum of 24 terms
 
 
 def test_soft_cap_and_mid_layer_state_of_the_head():
@@ -175,6 +165,49 @@ def test_soft_cap_and_mid_layer_state_of_the_head():
     assert np.abs(z).max() > 30
     # Logits of size 30 carry float32 errors of 1e-5.
     np.testing.assert_allclose(capped.logits(params, h, h_mid), 15 * np.tanh(z / 15), atol=1e-4)
+
+
+# ---------------------------------------------------------------- the plain model
+
+QWEN = dataclasses.replace(
+    PLAIN, mlp="swiglu", norm=NormConfig(weight="plain"), use_qkv_bias=True, use_mlp_bias=True, num_kv_heads=2
+)
+GEMMA = dataclasses.replace(
+    PLAIN,
+    mlp="geglu",
+    norm=NormConfig(weight="plus_one", use_post=True),
+    rope=RopeConfig(direction="forward", fraction=0.5, local_base=100.0),
+    window_pattern="SL",
+    use_tied_head=True,
+    attention_softcap=20.0,
+    logit_softcap=30.0,
+)
+LINEARIZED = dataclasses.replace(SMALL, linear_attention=(2,), dropped_mlp=(1,), linear_mlp=(0,), linear_rank=4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    (
+        pytest.param(SMALL, id="nanochat"),
+        pytest.param(VARIANTS["hyper_static"], id="static streams"),
+        pytest.param(VARIANTS["hyper_dynamic"], id="dynamic streams"),
+        pytest.param(QWEN, id="qwen"),
+        pytest.param(GEMMA, id="gemma"),
+        pytest.param(LINEARIZED, id="linearized"),
+    ),
+)
+def test_a_sequential_schedule_is_the_plain_model(config):
+    """Documents included. The same operations in the same order: rounding is all that may differ."""
+    config = dataclasses.replace(config, num_layers=3)
+    model = LanguageModel(config)
+    tokens, document = random_tokens(config, length=7), jnp.asarray([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 2, 2]])
+
+    @jax.jit
+    def both(params):
+        weights = split(model, params, all_sequential(config))
+        return model(params, tokens, document), forward(model, weights, tokens, document_BT=document).logits_BTV
+
+    assert relative_error(*both(random_params(model))) < 3e-6
 
 
 # ---------------------------------------------------------------- parameters
@@ -236,9 +269,7 @@ def test_fresh_parameters():
         assert np.unique(np.asarray(leaf)).size > 0.9 * leaf.size, f"{name}: layers or tables share their draws"
     for gate in (embed["value_gate"], embed["smear_gate"]):
         assert gate.min() >= 0 and 0.01 < gate.max() <= 0.02
-    logits = jax.jit(lambda w, tokens: forward(model, w, tokens).logits_BTV)(
-        split(model, params, all_sequential(config)), random_tokens(config)
-    )
+    logits = jax.jit(model)(params, random_tokens(config))
     assert np.isfinite(logits).all()
     # Rows of the normed state against a head of spread 0.001: logits of spread 0.008, a fresh model knows nothing.
     assert 0.004 < np.std(logits) < 0.016
@@ -254,13 +285,16 @@ def test_windows_follow_the_pattern_and_the_last_layer_sees_everything():
         assert windows(short_window=0, seq_len=seq_len)[0] == short
 
 
-@pytest.mark.parametrize("num_layers, owners", ((6, (1, 3, 5)), (5, (0, 2, 4)), (1, (0,))))
+@pytest.mark.parametrize("num_layers, owners", ((6, (1, 3, 5)), (5, (0, 2, 4))))
 def test_value_embeddings_alternate_from_the_last_layer(num_layers, owners):
     config = dataclasses.replace(SMALL, num_layers=num_layers)
     assert config.value_embed_layers == owners
     model = LanguageModel(config)
     params, tokens = random_params(model), random_tokens(config, length=4)
-    context = model.context(params, params["blocks"], tokens, 0, num_layers)
+    context_of = lambda start, stop: jax.jit(  # noqa: E731
+        lambda params: model.context(params, params["blocks"], tokens, start, stop)
+    )(params)
+    context = context_of(0, num_layers)
     np.testing.assert_array_equal(context.window, config.windows)
     for layer in range(num_layers):
         rows, gate = context.value_embed.rows_BTKH[layer], context.value_embed.gate[layer]
@@ -272,10 +306,10 @@ def test_value_embeddings_alternate_from_the_last_layer(num_layers, owners):
             assert not rows.any() and not gate.any()
     # A part of the layers gets its part of the context, and none where none of them owns a table.
     if num_layers > 2:
-        part = model.context(params, params["blocks"], tokens, 1, 3)
+        part = context_of(1, 3)
         chex.assert_trees_all_equal(part, jax.tree.map(lambda leaf: leaf[1:3], context))
         lone = next(i for i in range(num_layers) if i not in owners)
-        assert model.context(params, params["blocks"], tokens, lone, lone + 1).value_embed is None
+        assert context_of(lone, lone + 1).value_embed is None
     assert dataclasses.replace(config, use_value_embeds=False).value_embed_layers == ()
 
 
@@ -300,15 +334,15 @@ def test_cast_keeps_the_residual_path_in_float32():
 
 
 def test_bfloat16_is_close_to_float32_and_leaves_the_state_in_float32():
-    tokens = random_tokens(SMALL)
+    tokens = random_tokens(SMALL, length=8)
     outputs = []
     for dtype in ("float32", "bfloat16"):
-        model = LanguageModel(dataclasses.replace(SMALL, compute_dtype=dtype))
+        model = LanguageModel(dataclasses.replace(SMALL, num_layers=3, compute_dtype=dtype))
         weights = split(model, model.cast(random_params(model)), all_sequential(model.config))
         outputs.append(jax.jit(lambda w, t, model=model: forward(model, w, t))(weights, tokens))
     full, half = outputs
     assert half.logits_BTV.dtype == half.h_last.dtype == half.h_mid.dtype == jnp.float32
-    # bfloat16 keeps 8 bits, 0.4 percent an operand; six layers of four products each add up to a few percent.
+    # bfloat16 keeps 8 bits, 0.4 percent an operand; three layers of four products each add up to a few percent.
     root_mean_square = lambda x: float(np.sqrt(np.mean(np.square(x))))  # noqa: E731
     ratio = root_mean_square(half.h_last - full.h_last) / root_mean_square(full.h_last)
     assert 1e-4 < ratio < 0.03
@@ -331,12 +365,8 @@ def test_remat_recomputes_blocks():
 def test_check_tokens():
     model = LanguageModel(SMALL)
     model.check_tokens(np.array([[0, 49]]))
-    for tokens, message in (
-        ([[0, 50]], "token id 50 lies outside the vocabulary of 50 entries"),
-        ([[-3, 60]], "token id -3 lies outside the vocabulary"),
-        ([[]], "there are no tokens"),
-    ):
-        with pytest.raises(InputError, match=message):
+    for tokens, keyword in (([[0, 50]], "id 50"), ([[-3, 60]], "id -3"), ([[]], "no tokens")):
+        with pytest.raises(InputError, match=keyword):
             model.check_tokens(np.array(tokens))
 
 
@@ -346,5 +376,5 @@ def test_context_ends_with_the_rotary_table():
         lambda params: model.shared(model.embed(params, jnp.zeros((1, length), jnp.int32))), model.abstract_params()
     )
     run(SMALL.max_context)
-    with pytest.raises(InputError, match="321 tokens exceed the rotary table of 320; shorten the input or raise"):
+    with pytest.raises(InputError, match="321 tokens"):
         run(321)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from snlp_jax.config import Kind, ModelConfig
+from snlp_jax.model.attention import attend
 from snlp_jax.model.hyper import Hyper, LayerMaps, residual_path
 from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, norm_weight, project, rms_norm, rotate, uniform, weigh
 from snlp_jax.model.projections import head_widths, linear, linear_of_each
@@ -207,6 +208,14 @@ class Block(nnx.Module):
             self.x0_scale = nnx.Param(jnp.asarray(0.20 - 0.15 * depth, jnp.float32))
         if config.num_streams:
             self.hyper = Hyper(config, layer, rngs=rngs)
+
+    def __call__(self, h: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> Array:
+        """One layer from h to h', with XLA's attention. Solvers call its three stages one by one."""
+        carry, q_BTNH, kv = self.before(h, ctx, shared, dtype)
+        out_BTNH = None
+        if q_BTNH is not None and kv is not None:
+            out_BTNH = attend(q_BTNH, *kv, ctx.window, "xla", shared.document_BT, self.config.attention_softcap)
+        return self.after(carry, out_BTNH, ctx, dtype)[0]
 
     def before(
         self, h: Array, ctx: Context, shared: Shared, dtype: jnp.dtype

@@ -19,7 +19,7 @@ from snlp_jax.model.attention import Implementation, choose_decoding, choose_imp
 from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
 from snlp_jax.model.ends import Embedding, Head
 from snlp_jax.model.hyper import LayerMaps, static_maps
-from snlp_jax.model.kinds import join, kind_of, kinds_in, of_all
+from snlp_jax.model.kinds import join, kind_of, kinds_in, of_all, take
 from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, weigh
 from snlp_jax.model.nodes import (
     LARGE_STATE,
@@ -56,6 +56,32 @@ class LanguageModel:
         self._wrap_path: Callable[[Any], Any] = lambda path: path
         self._on_input: OnInput | None = None
         self._one_by_one_from = LARGE_STATE
+
+    def __call__(self, params: Params, tokens_BT: Array, document_BT: Array | None = None) -> Array:
+        """``logits_BTV``: one layer after another, with no schedule, no cache and no mesh.
+
+        This is what the model computes. ``snlp_jax/forward.py`` computes the same in other orders, and tests compare
+        both. ``document_BT`` numbers the document of each token, where tokens attend to their own document alone.
+        """
+        config, embed = self.config, params["embed"]
+        x0_BTD = self.embed(params, tokens_BT, document_BT=document_BT)
+        shared = self.shared(x0_BTD, document_BT=document_BT)
+        h = h_mid = self.expand(x0_BTD)
+        for layer, window in enumerate(config.windows):
+            block = jax.tree.map(lambda leaf: leaf[0], take(config, params["blocks"], [layer]))
+            value_embed = None
+            if layer in config.value_embed_layers:
+                table = config.value_embed_layers.index(layer)
+                rows_BTX = embed["value"][table][tokens_BT]
+                rows_BTKH = rows_BTX.reshape(*tokens_BT.shape, config.num_kv_heads, config.head_dim)
+                value_embed = ValueEmbed(rows_BTKH, embed["value_gate"][table])
+            has_static_maps = config.num_streams and config.hyper_maps == "static"
+            maps = static_maps(block["hyper"], config) if has_static_maps else None
+            is_local = jnp.asarray(config.letters[layer] == "S") if config.rope.local_base else None
+            h = self._merge(block)(h, Context(window, value_embed, maps, None, is_local), shared, self.dtype)
+            if layer == config.mid_layer:
+                h_mid = h
+        return self.logits(params, h, h_mid)
 
     def init(self, key: Array) -> Params:
         """Fresh parameters. Jit it, with ``out_shardings`` where they should be born sharded."""
