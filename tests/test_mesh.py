@@ -32,7 +32,7 @@ from snlp_jax.parallel import data_shard, make_mesh, put_batch
 from snlp_jax.parallel.hlo import count_collectives
 from snlp_jax.parallel.mesh import kernels_on
 from snlp_jax.parallel.sharding import TRAINING, bytes_per_device, shardings_of
-from snlp_jax.solver import Schedule, SequentialSegment, sequential
+from snlp_jax.solver import SequentialSegment, sequential
 from snlp_jax.train.loss import Plan, loss_fn
 from snlp_jax.train.step import abstract_state, make_init, make_step, optimizer_of
 from snlp_jax.types import Batch
@@ -42,8 +42,8 @@ LOGITS, LOSS, GRADIENT = 3e-5, 5e-6, 5e-3
 the loss is a mean over tokens; gradients are sums over tokens and layers that partly cancel."""
 
 EIGHT = dataclasses.replace(SMALL, num_layers=8)
-STREAMS = dataclasses.replace(VARIANTS["hyper_static"], num_layers=8)
-DYNAMIC = dataclasses.replace(VARIANTS["hyper_dynamic"], num_layers=8)
+STREAMS = dataclasses.replace(VARIANTS["hyper_static"], num_layers=4, num_streams=2)
+DYNAMIC = dataclasses.replace(VARIANTS["hyper_dynamic"], num_layers=4)
 
 
 def assert_close(actual, desired, tolerance):
@@ -53,32 +53,20 @@ def assert_close(actual, desired, tolerance):
 
 # ---------------------------------------------------------------- the forward pass
 
+FOUR = dataclasses.replace(SMALL, num_layers=4)
 FORWARD_CASES = (
     # config, mesh, how what runs in order lies, setting
-    (EIGHT, MeshConfig(layer=8), "tensor", "sid:n=8,k=2,init=batch_forward"),
-    (EIGHT, MeshConfig(layer=4), "ring", "idn:n=6,k=2"),  # two layers of zero weights fill up the devices
-    (EIGHT, MeshConfig(layer=4), "ring", "seq"),
-    (EIGHT, MeshConfig(data=2, layer=2, tensor=2), "tensor", "idn:n=4,k=1,stage=2xF2"),
-    (EIGHT, MeshConfig(layer=2), "ring", "exact:n=4,k=2"),
-    (STREAMS, MeshConfig(data=2, layer=4), "tensor", "hcn:n=4,k=2"),
-    (STREAMS, MeshConfig(layer=2), "ring", "hcn:n=6,k=1,stage=3xF2,init=batch_forward"),
-    (DYNAMIC, MeshConfig(layer=4), "ring", "hcn:n=4,k=2"),
+    (FOUR, MeshConfig(layer=4), "ring", "idn:n=3,k=2"),  # a layer of zero weights fills up the devices
+    (FOUR, MeshConfig(data=2, layer=2, tensor=2), "tensor", "idn:n=4,k=1,stage=2xF2"),
 )
 MORE_FORWARD_CASES = (
-    (EIGHT, MeshConfig(layer=2, tensor=2), "ring", "diag:2-6,k=2"),
-    (EIGHT, MeshConfig(layer=4), "tensor", "jac:n=6,k=3"),
-    (EIGHT, MeshConfig(layer=8), "ring", "sid:n=5,k=2,trust=0.5"),
-    (EIGHT, MeshConfig(tensor=2), "tensor", "sid:n=6,k=2"),
-    (EIGHT, MeshConfig(data=4, tensor=2), "tensor", "seq"),
-    (EIGHT, MeshConfig(layer=2, tensor=4), "tensor", "seq"),  # two kv heads on eight devices
-    (EIGHT, MeshConfig(layer=2), "tensor", "idn:0-2,k=1+sid:4-8,k=2,init=warm"),
-    (EIGHT, MeshConfig(layer=4), "ring", "skip:2-4"),
-    (EIGHT, MeshConfig(layer=2), "tensor", "idn:n=8,tol=0.05"),
-    (EIGHT, MeshConfig(layer=2), "ring", "diag:n=6,k=2,mode=vjp,reuse=1,damp=0.1"),
-    (EIGHT, MeshConfig(layer=4), "tensor", "idn:n=8,k=2,stage=8xF1,scales=own"),
-    (DYNAMIC, MeshConfig(layer=2, tensor=2), "tensor", "exact:n=4,k=1"),
-    (VARIANTS["plain"], MeshConfig(layer=3), "tensor", "idn:n=3,k=1"),
-    (VARIANTS["no_value_embeds"], MeshConfig(data=2, layer=3), "ring", "idn:n=4,k=2"),
+    (FOUR, MeshConfig(layer=2), "ring", "exact:n=2,k=2"),
+    (STREAMS, MeshConfig(data=2, layer=2), "tensor", "hcn:n=4,k=2,init=batch_forward"),
+    (DYNAMIC, MeshConfig(layer=2, tensor=2), "ring", "hcn:n=4,k=2"),
+    (FOUR, MeshConfig(layer=2, tensor=4), "tensor", "seq"),  # two kv heads on eight devices
+    (FOUR, MeshConfig(layer=4), "ring", "skip:1-2+diag:2-4,k=2,mode=vjp,reuse=1,damp=0.1"),
+    (FOUR, MeshConfig(layer=2), "tensor", "idn:0-1,k=1+sid:2-4,k=2,init=warm"),
+    (VARIANTS["plain"], MeshConfig(data=2, layer=3), "tensor", "idn:n=4,tol=0.05"),
 )
 
 
@@ -95,7 +83,7 @@ def case_id(case):
 )
 def test_logits_on_a_mesh_are_those_of_one_device(config, mesh_config, sequential, setting):
     model, mesh = LanguageModel(config), make_mesh(mesh_config)
-    params, tokens = random_params(model), random_tokens(config, batch=4, length=12)
+    params, tokens = random_params(model), random_tokens(config, batch=4, length=6)
     schedule = parse_schedule(setting, config.num_layers)
     run = lambda mesh: jax.jit(lambda w, t: forward(model, w, t, mesh=mesh, with_stats=True))  # noqa: E731
     expected = run(None)(prepare(model, params, schedule, num_tokens=1, layout="stack"), tokens)
@@ -116,8 +104,8 @@ def collectives_of(config, mesh_config, sequential, setting, batch=2, past=0):
     return count_collectives(run.lower(weights, tokens, cache).compile().as_text())
 
 
-WIDE = dataclasses.replace(EIGHT, embed_dim=64, num_heads=8, num_kv_heads=8)
-"""Heads that eight devices divide."""
+WIDE = dataclasses.replace(FOUR, num_kv_heads=4)
+"""Heads that four devices divide."""
 
 
 @pytest.mark.parametrize("past", (0, pytest.param(16, marks=pytest.mark.slow)))
@@ -126,21 +114,21 @@ def test_how_often_the_devices_talk(past):
     of a ring and one all-reduce of its states; the embedding's rows and the logits."""
     ends = {"all-reduce": 1, "all-gather": 1}
     for setting, how, region, order in (
-        ("sid:n=8,k=3,init=batch_forward", "tensor", 4, 0),
-        ("idn:n=6,k=2", "tensor", 2, 2 * 2),
-        ("idn:n=4,k=1", "ring", 1, 1),
-        ("seq", "tensor", 0, 2 * 8),
+        ("sid:n=4,k=3,init=batch_forward", "tensor", 4, 0),
+        ("idn:n=2,k=2", "tensor", 2, 2 * 2),
+        ("idn:n=2,k=1", "ring", 1, 1),
         ("seq", "ring", 0, 1),
     ):
-        found = collectives_of(WIDE, MeshConfig(layer=8), how, setting, past=past)
-        moves = 7 if how == "ring" and order else 0
+        found = collectives_of(WIDE, MeshConfig(layer=4), how, setting, past=past)
+        moves = 3 if how == "ring" and order else 0
         expected = {"all-gather": region + ends["all-gather"], "all-reduce": order + ends["all-reduce"]}
         assert found == expected | ({"collective-permute": moves} if moves else {}), (setting, how)
 
 
 def test_every_weight_lives_once():
     """Regions by layer, the rest by heads, features and vocabulary; value embeddings with their layers."""
-    model, mesh = LanguageModel(WIDE), make_mesh(MeshConfig(layer=8))
+    config = dataclasses.replace(EIGHT, embed_dim=64, num_heads=8, num_kv_heads=8)
+    model, mesh = LanguageModel(config), make_mesh(MeshConfig(layer=8))
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(model.abstract_params()))
     for setting in ("idn:n=8,k=1", "seq"):
         weights = abstract_weights(model, parse_schedule(setting, 8), mesh)
@@ -151,13 +139,11 @@ def test_every_weight_lives_once():
 
 def test_a_region_can_be_run_in_order_over_the_same_arrays():
     """What checks a draft: the exact pass over weights laid out for a parallel one, regions as rings."""
-    model, mesh = LanguageModel(EIGHT), make_mesh(MeshConfig(layer=4))
-    params, tokens = random_params(model), random_tokens(EIGHT)
-    weights = prepare(model, params, parse_schedule("idn:n=6,k=1", 8), num_tokens=1, mesh=mesh)
-    run = jax.jit(lambda w, t, mesh: forward(model, w, t, mesh=mesh).logits_BTV, static_argnames="mesh")
-    exact = run(split(model, params, Schedule.of(8)), tokens, None)
-    assert_close(run(in_order(weights), tokens, mesh), exact, LOGITS)
-    assert relative_error(run(weights, tokens, mesh), exact) > 100 * LOGITS
+    model, mesh = LanguageModel(FOUR), make_mesh(MeshConfig(layer=2))
+    params, tokens = random_params(model), random_tokens(FOUR, length=6)
+    weights = prepare(model, params, parse_schedule("idn:n=3,k=1", 4), num_tokens=1, mesh=mesh)
+    run = jax.jit(lambda w, t: forward(model, w, t, mesh=mesh).logits_BTV)
+    assert_close(run(in_order(weights), tokens), jax.jit(model)(params, tokens), LOGITS)
 
 
 # ---------------------------------------------------------------- a cached step
@@ -166,9 +152,8 @@ def test_a_region_can_be_run_in_order_over_the_same_arrays():
 @pytest.mark.parametrize(
     "config",
     (
-        pytest.param(EIGHT, id="everything"),
+        pytest.param(FOUR, id="everything"),
         pytest.param(dataclasses.replace(STREAMS, window_pattern="L"), id="mhc", marks=pytest.mark.slow),
-        pytest.param(VARIANTS["plain"], id="plain", marks=pytest.mark.slow),
     ),
 )
 def test_a_step_with_a_cache_is_the_end_of_the_whole_pass(config):
@@ -179,26 +164,26 @@ def test_a_step_with_a_cache_is_the_end_of_the_whole_pass(config):
     S, L = 8, config.num_layers
 
     @jax.jit
-    def cache(params, tokens):
+    def whole(params, tokens):
         x0 = model.embed(params, tokens)
         segment, shared = SequentialSegment(0, L), model.shared(x0)
         problem = layer_problem(model, params, params["blocks"], tokens, shared, segment, model.expand(x0))
-        return sequential(problem, with_aux=True).aux.kv
+        kv = sequential(problem, with_aux=True).aux.kv
+        return jax.tree.map(lambda leaf: leaf[:, :, :S], kv), model(params, tokens)
 
-    kv = jax.tree.map(lambda leaf: leaf[:, :, :S], cache(params, tokens))
+    kv, expected = whole(params, tokens)
     length_B = jnp.full((len(tokens),), S)
-    expected = jax.jit(lambda w, t: forward(model, w, t).logits_BTV)(split(model, params, Schedule.of(L)), tokens)
     n = L // 2
     mesh = make_mesh(MeshConfig(layer=2))
-    for setting, its_mesh in (("seq", None), (f"idn:n={n},k={n}", None), (f"idn:n={n},k={n}", mesh)):
+    for setting, used_mesh in (("seq", None), (f"idn:n={n},k={n}", mesh)):
         schedule = parse_schedule(setting, L)
-        weights = prepare(model, params, schedule, num_tokens=1, layout="stack", mesh=its_mesh)
+        weights = prepare(model, params, schedule, num_tokens=1, layout="stack", mesh=used_mesh)
         plans = plan_rings(model, weights, capacity=11, block=3)
         pairs = zip(plans, weights.segments, strict=True)
         rings = tuple(
             fill(plan, jax.tree.map(lambda leaf, s=s: leaf[s.start : s.stop], kv), length_B) for plan, s in pairs
         )
-        run = jax.jit(lambda w, t, p, mesh=its_mesh: forward(model, w, t, past=p, mesh=mesh).logits_BTV)
+        run = jax.jit(lambda w, t, p, mesh=used_mesh: forward(model, w, t, past=p, mesh=mesh).logits_BTV)
         step = run(weights, tokens[:, S:], Past(tokens[:, S - 1 : S], length_B, rings))
         assert_close(step, expected[:, S:], LOGITS)
 
@@ -206,7 +191,7 @@ def test_a_step_with_a_cache_is_the_end_of_the_whole_pass(config):
 # ---------------------------------------------------------------- training
 
 LOSSES = {
-    "hidden_norm": HiddenNormConfig(weight=0.5, region_sizes=(3,), stride=2),
+    "hidden_norm": HiddenNormConfig(weight=0.5, region_sizes=(2,), stride=2),
     "solver_ce": SolverCEConfig(weight=0.5, region_sizes=(4,)),
     "layer_skip": LayerSkipConfig(weight=0.3, region_sizes=(2,)),
 }
@@ -242,32 +227,14 @@ def value_and_grad(model, loss, mesh, ring_microbatches):
     return jax.jit(run)
 
 
-FOUR = dataclasses.replace(SMALL, num_layers=4)
-FOUR_STREAMS = dataclasses.replace(STREAMS, num_layers=4, num_streams=2)
-SIZES_AND_ITERS = LossConfig(
-    hidden_norm=dataclasses.replace(LOSSES["hidden_norm"], region_sizes=(3, 8)),
-    solver_ce=dataclasses.replace(LOSSES["solver_ce"], region_sizes=(6,), num_iters=2, init="batch_forward"),
-)
 TRAINING_CASES = (
+    (dataclasses.replace(SMALL, num_layers=3), LossConfig(hidden_norm=LOSSES["hidden_norm"]), MeshConfig(layer=3)),
     (FOUR, EVERY_TERM, MeshConfig(layer=4)),
     (FOUR, EVERY_TERM, MeshConfig(data=2, layer=2, tensor=2, ring_microbatches=4)),
-    (FOUR, LossConfig(hidden_norm=LOSSES["hidden_norm"]), MeshConfig(data=8)),
-)
-MORE_TRAINING_CASES = (
-    (FOUR_STREAMS, with_correction("hcn"), MeshConfig(layer=2, ring_microbatches=2)),
-    (EIGHT, SIZES_AND_ITERS, MeshConfig(layer=4, ring_microbatches=8)),
-    (EIGHT, SIZES_AND_ITERS, MeshConfig(data=2, layer=4)),
-    (FOUR, EVERY_TERM, MeshConfig(tensor=2)),
-    (FOUR, EVERY_TERM, MeshConfig(data=2, tensor=4)),  # two kv heads on four devices
-    (FOUR, with_correction("jac"), MeshConfig(layer=4)),
-    (FOUR, with_correction("sid"), MeshConfig(data=2, layer=4)),
+    (STREAMS, with_correction("hcn"), MeshConfig(data=2, layer=2, ring_microbatches=2)),
     (FOUR, with_correction("diag"), MeshConfig(layer=2, tensor=2)),
-    (FOUR, with_correction("exact"), MeshConfig(layer=2)),
     (dataclasses.replace(FOUR, remat=True), EVERY_TERM, MeshConfig(data=4, layer=2, ring_microbatches=2)),
-    (FOUR_STREAMS, with_correction("hcn"), MeshConfig(data=4, tensor=2)),
-    (FOUR_STREAMS, with_correction("hcn"), MeshConfig(data=2, layer=4, ring_microbatches=2)),
-    (dataclasses.replace(DYNAMIC, num_layers=4), with_correction("hcn"), MeshConfig(data=2, layer=4)),
-    (VARIANTS["plain"], with_correction("idn"), MeshConfig(layer=3)),
+    (DYNAMIC, with_correction("hcn"), MeshConfig(data=2, layer=4)),
     (dataclasses.replace(SMALL, use_x0_resid=False), with_correction("idn"), MeshConfig(layer=6)),  # tables by entries
 )
 
@@ -276,7 +243,7 @@ MORE_TRAINING_CASES = (
     "config, loss, mesh_config",
     (
         TRAINING_CASES[0],
-        *(pytest.param(*c, marks=pytest.mark.slow) for c in (*TRAINING_CASES[1:], *MORE_TRAINING_CASES)),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in TRAINING_CASES[1:]),
     ),
 )
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(config, loss, mesh_config):
@@ -285,32 +252,22 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(config, loss, mesh
     params = random_params(model)
     params = jax.device_put(params, shardings_of(params, config, mesh, TRAINING))
     run = value_and_grad(model, loss, mesh, mesh_config.ring_microbatches)
-    (its_value, its_parts), its_grads = run(params, put_batch(mesh, batch_of(config), is_whole=True))
-    np.testing.assert_allclose(its_value, value, rtol=LOSS)
+    (mesh_value, mesh_parts), mesh_grads = run(params, put_batch(mesh, batch_of(config), is_whole=True))
+    np.testing.assert_allclose(mesh_value, value, rtol=LOSS)
     for name in parts:
-        np.testing.assert_allclose(its_parts[name], parts[name], rtol=10 * LOSS)  # differences of nearly equal states
+        np.testing.assert_allclose(mesh_parts[name], parts[name], rtol=10 * LOSS)  # differences of nearly equal states
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        its_grad = functools.reduce(lambda tree, key: tree[key.key], path, its_grads)
-        assert relative_error(its_grad, grad) < GRADIENT, path
+        mesh_grad = functools.reduce(lambda tree, key: tree[key.key], path, mesh_grads)
+        assert relative_error(mesh_grad, grad) < GRADIENT, path
         assert float(jnp.abs(grad).max()) > 0, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, setting, mesh_config",
     (
-        pytest.param(
-            dataclasses.replace(SMALL, num_layers=4),
-            "idn:n=4,k=2,stage=2xF2,mid=input,init=batch_forward",
-            MeshConfig(data=2, layer=2),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            dataclasses.replace(SMALL, num_layers=4), "sid:n=3,k=2", MeshConfig(layer=2), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            *(dataclasses.replace(STREAMS, num_layers=4), "hcn:n=4,k=1,stage=2xF2,mid=input", MeshConfig(layer=2)),
-            marks=pytest.mark.slow,
-        ),
+        (FOUR, "idn:n=4,k=2,stage=2xF2,mid=input,init=batch_forward", MeshConfig(data=2, layer=2)),
+        (STREAMS, "hcn:n=3,k=1", MeshConfig(layer=2)),
     ),
 )
 def test_gradients_through_any_schedule_on_a_mesh(config, setting, mesh_config):
@@ -365,10 +322,10 @@ def test_steps_on_a_mesh_are_steps_on_one_device():
         for tokens in rows:
             state, metrics = step(state, put_batch(mesh, Batch(tokens), is_whole=True), plan=plan)
         results.append((jax.device_get(state["params"]), {name: float(value) for name, value in metrics.items()}))
-    (params, metrics), (its_params, its_metrics) = results
-    assert its_metrics == pytest.approx(metrics, rel=1e-4)
+    (params, metrics), (mesh_params, mesh_metrics) = results
+    assert mesh_metrics == pytest.approx(metrics, rel=1e-4)
     # Adam divides by the root of tiny second moments in the first steps, which turns rounding into a share of a step.
-    assert_close(its_params, params, 1e-3)
+    assert_close(mesh_params, params, 1e-3)
 
 
 def test_every_leaf_of_the_training_state_has_its_spec():
@@ -445,25 +402,17 @@ def test_batches_over_the_data_axis():
     assert batch.sharding.spec == P("data") and batch.addressable_shards[0].data.shape == (2, 3)
 
 
-@pytest.mark.parametrize(
-    "make, sentence",
-    (
-        (lambda: Config(model=EIGHT, mesh=MeshConfig(layer=3)), "model.num_layers 8 is not a multiple of mesh.layer 3"),
-        (
-            lambda: Config(model=EIGHT, train=TrainConfig(batch_size=6), mesh=MeshConfig(data=4)),
-            r"a batch of 6 \(train.batch_size / train.num_microbatches\) is not a multiple of 4",
-        ),
-        (
-            lambda: Config(model=EIGHT, train=TrainConfig(batch_size=8), mesh=MeshConfig(layer=2, ring_microbatches=3)),
-            r"is not a multiple of 3 \(mesh.data x mesh.ring_microbatches\); change one",
-        ),
-        (lambda: Config(mesh=MeshConfig(ring_microbatches=2)), "with mesh.layer 1 there is no ring"),
-        (lambda: MeshConfig(tensor=0), "mesh.tensor is 0; it must be at least 1"),
-    ),
-)
-def test_refusals(make, sentence):
-    with pytest.raises(InputError, match=sentence):
-        make()
+def test_refusals():
+    batch_of_6, batch_of_8 = TrainConfig(batch_size=6), TrainConfig(batch_size=8)
+    for make, keyword in (
+        (lambda: Config(model=EIGHT, mesh=MeshConfig(layer=3)), "mesh.layer 3"),
+        (lambda: Config(model=EIGHT, train=batch_of_6, mesh=MeshConfig(data=4)), "multiple of 4"),
+        (lambda: Config(model=EIGHT, train=batch_of_8, mesh=MeshConfig(layer=2, ring_microbatches=3)), "multiple of 3"),
+        (lambda: Config(mesh=MeshConfig(ring_microbatches=2)), "no ring"),
+        (lambda: MeshConfig(tensor=0), "mesh.tensor is 0"),
+    ):
+        with pytest.raises(InputError, match=keyword):
+            make()
 
 
 def test_a_model_for_another_backend():
@@ -481,5 +430,5 @@ def test_attention_kernels_on_a_mesh():
     config = dataclasses.replace(SMALL, embed_dim=512, num_heads=4)
     choose = lambda config, kernels: LanguageModel(config, "tpu").adapted(kernels=kernels)._attention(128)  # noqa: E731
     assert choose(config, ("cudnn", "splash")) == "splash" and choose(config, ("cudnn",)) == "xla"
-    with pytest.raises(InputError, match="model.attention 'splash' does not run over this mesh; use 'auto' or 'xla'"):
+    with pytest.raises(InputError, match="over this mesh"):
         choose(dataclasses.replace(config, attention="splash"), ())
