@@ -67,7 +67,7 @@ class LanguageModel:
         x0_BTD = self.embed(params, tokens_BT, document_BT=document_BT)
         shared = self.shared(x0_BTD, document_BT=document_BT)
         h = h_mid = self.expand(x0_BTD)
-        for layer, window in enumerate(config.windows):
+        for layer, window in enumerate(jnp.asarray(config.windows)):
             block = jax.tree.map(lambda leaf: leaf[0], take(config, params["blocks"], [layer]))
             value_embed = None
             if layer in config.value_embed_layers:
