@@ -45,7 +45,7 @@ from snlp_jax.config import EvalConfig, ModelConfig
 from snlp_jax.data.pipeline import val_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run
-from snlp_jax.infer.engine import Request
+from snlp_jax.infer import Drafting, Placement, Request
 from snlp_jax.infer.rules import check_settings
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import Layout, check_schedule
@@ -71,7 +71,7 @@ class Args(ShapeArgs):
     drafters: tuple[str, ...] = ("auto",)
     """The same, or mtp for the model's heads; auto: IDN over the last 3/4, K = 1, and the first half of the layers."""
     draft_lens: tuple[int, ...] = (0, 1, 3, 7)
-    """Drafts a round; 0 adapts the number."""
+    """Drafts a round; 0: the usual number, and none while that is measured slower."""
     layouts: tuple[Layout, ...] = ("auto",)
     """Of solvers and speculation; the sequential engines are always a stack and a list."""
     batches: tuple[int, ...] = (1, 4)
@@ -91,7 +91,7 @@ class Args(ShapeArgs):
         if self.new_tokens < 2:
             raise InputError(f"new_tokens is {self.new_tokens}; it must be at least 2, as the prefill makes the first.")
         if min(self.draft_lens, default=0) < 0:
-            raise InputError("draft_lens must not be negative; 0 adapts the length.")
+            raise InputError("draft_lens must not be negative; 0 takes the usual length and may switch drafting off.")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -168,11 +168,11 @@ def settings_of(args: Args, config: ModelConfig) -> tuple[tuple[str, ...], tuple
     drafters = (idn[0], *([f"exit:{L // 2}"] if L > 1 else [])) if args.drafters == ("auto",) else args.drafters
     for setting in solvers:
         schedule = parse_schedule(setting, L)
-        check_settings(schedule, "last_eval", None, None, 0, 0)
+        check_settings(schedule, "last_eval")
         check_schedule(config, schedule)
     for setting in drafters:
-        drafter, most = parse_drafter(setting, L), longest(args.draft_lens, setting, config)
-        check_settings(Schedule.of(L), "last_eval", drafter, None, most, config.num_mtp_heads)
+        drafter, most = parse_drafter(setting, L), max(args.draft_lens, default=0) or None
+        check_settings(Schedule.of(L), "last_eval", Drafting(drafter, most), config.num_mtp_heads)
         if isinstance(drafter, Schedule):
             check_schedule(config, drafter)
     total = max(args.contexts) + args.new_tokens
@@ -197,23 +197,21 @@ def make_arms(
 
     def arm(setting: str, layout: Layout) -> Arm:
         schedule = parse_schedule(setting, num_layers)
-        return Arm(setting, layout, schedule, RecordedEngine(model, params, schedule, layout=layout, fits=fits))
+        engine = RecordedEngine(model, params, schedule, placement=Placement(layout=layout), fits=fits)
+        return Arm(setting, layout, schedule, engine)
 
     arms = [arm("seq", "stack"), arm("seq", "list")]
     arms += [arm(setting, layout) for layout in args.layouts for setting in solvers]
     for layout, setting in itertools.product(args.layouts, drafters):
-        drafter, most = parse_drafter(setting, num_layers), longest(args.draft_lens, setting, model.config)
-        settings: dict[str, Any] = {"max_draft": most, "layout": layout, "fits": fits}
-        shared = RecordedEngine(model, params, draft=drafter, **settings)
+        drafter = parse_drafter(setting, num_layers)
+        shared = RecordedEngine(model, params, draft=drafter, placement=Placement(layout=layout), fits=fits)
         for draft_len in args.draft_lens:
             engine = copy.copy(shared)
-            engine.draft_len = draft_len or None
+            if draft_len:
+                engine.draft_len = engine.max_draft = draft_len
+                engine.may_switch = False
             arms.append(Arm(setting, layout, drafter, engine, draft_len))
     return arms
-
-
-def longest(draft_lens: Sequence[int], drafter: str, config: ModelConfig) -> int:
-    return max(draft_lens, default=0) or (config.num_mtp_heads if drafter == "mtp" else 8)
 
 
 def median_seconds(arm: Arm) -> float:
@@ -306,19 +304,21 @@ def measure_costs(
     arms: list[Arm], twin: Arm, requests: Sequence[Request], repeats: int, deadline: float, is_trained: bool
 ) -> list[dict[str, Any]]:
     """The cost model of every drafter, from the programs that are compiled, and what it predicts."""
-    by_drafter = {(arm.setting, arm.layout): arm.engine for arm in arms if arm.draft_len is not None}
+    by_drafter: dict[tuple[str, Layout], dict[int, RecordedEngine]] = defaultdict(dict)
+    for arm in arms:
+        if arm.draft_len is not None:
+            by_drafter[arm.setting, arm.layout][arm.engine.max_draft] = arm.engine
     if not by_drafter:
         return []
     steps, engine, jobs, seconds = jnp.int32(COST_ROUNDS), twin.engine, {}, defaultdict(list)
     state, programs = engine._prefill(requests)
-    run = engine._compiled(programs, "decode", (engine.weights, state, steps), donate=1)
+    run = engine._compiled(programs, "decode", (engine.weights, state, steps))
     jobs["plain"] = run, (engine.weights,), state, (steps,)
-    for who, engine in by_drafter.items():
-        state, programs = engine._prefill(requests)
-        both = (engine.weights, engine.exact)
-        for width in sorted(engine.widths):
-            arguments = (*both, state, steps, jnp.int32(width))
-            run = engine._compiled(programs, "speculate", arguments, {"max_draft": width}, donate=2)
+    for who, engines in by_drafter.items():
+        for width, engine in sorted(engines.items()):
+            state, programs = engine._prefill(requests)
+            both = (engine.weights, engine.exact)
+            run = engine._compiled(programs, "speculate", (*both, state, steps, jnp.int32(width)))
             for length in sorted({0, (width + 1) // 2, width}):
                 jobs[who, width, length] = run, both, state, (steps, jnp.int32(length))
 
@@ -369,7 +369,7 @@ def _table(cell: dict[str, Any]) -> Table:
         same += f" from {arm['first_difference']}" if arm.get("rows_different") else ""
         sizes = [f"{arm[name] / 1e6:.1f}" for name in ("weight_bytes", "cache_bytes")]
         last = [same, f"{arm['prefill_ms']:.1f}", *sizes, f"{sum(arm['compile_s'].values()):.1f}"]
-        draft_len = {None: "-", 0: "adapt"}.get(arm["draft_len"], str(arm["draft_len"]))
+        draft_len = {None: "-", 0: "switch"}.get(arm["draft_len"], str(arm["draft_len"]))
         numbers = [_show(arm, name, form) for name, form in formats.items()]
         table.add_row(arm["setting"], arm["layout"], draft_len, *numbers, *last)
     return table

@@ -53,7 +53,7 @@ from snlp_jax.eval.task_data import Task, load_tasks
 from snlp_jax.eval.tasks import Outcome, compare_outcomes, score_choices
 from snlp_jax.eval.text_model import Score, TextModel
 from snlp_jax.forward import forward
-from snlp_jax.infer.engine import Request
+from snlp_jax.infer import Placement, Request
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import Layout, prepare
 from snlp_jax.linearize.nbl import Candidate, apply, check_linearize, choose, linearize, measure
@@ -367,7 +367,9 @@ def measure_decoding(methods: Sequence[Method], prompts: Sequence[list[int]], ar
     by_round = [[Request(prompt, args.new_tokens)] for prompt in prompts]
 
     def warm(method: Method, layout: Layout) -> Arm:
-        engine = RecordedEngine(method.model, method.params, method.schedule, layout=layout, fits=method.fits)
+        engine = RecordedEngine(
+            method.model, method.params, method.schedule, placement=Placement(layout=layout), fits=method.fits
+        )
         arm = Arm(method.name, layout, method.schedule, engine)
         arm.warm_up(by_round[0])
         method.row["cache_bytes"] = engine.num_cache_bytes

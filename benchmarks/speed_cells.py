@@ -299,11 +299,11 @@ def decoding(
     rows, features = rows_of([Sampling()] * batch)
     is_fused = any(isinstance(s, ParallelSegment) and not isinstance(s.stage, PerLayer) for s in weights.segments)
     kept: Kept = "every" if is_fused else "last"
-    programs = Programs(model, features, plan_rings(model, weights, context, length), kept)
+    plans = plan_rings(model, weights, context, length)
+    programs = Programs(model, features, plans, kept, mesh=None, num_slots=16 + length)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-    prefill = functools.partial(programs.prefill, num_slots=16 + length)
     prompt = (ints(batch, 16), ints(batch), ints(batch), ints(batch, 1))
-    return programs, jax.eval_shape(prefill, weights if is_fused else in_order(weights), *prompt, rows)
+    return programs, jax.eval_shape(programs.prefill, weights if is_fused else in_order(weights), *prompt, rows)
 
 
 def random_state(like: State, context: int) -> State:

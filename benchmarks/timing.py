@@ -9,29 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.errors import InputError
-from snlp_jax.infer.engine import Engine, Request, Statistics
-from snlp_jax.infer.pace import Pace
+from snlp_jax.infer import Engine, Request, Statistics
+from snlp_jax.infer.engine import CHUNK
+from snlp_jax.infer.programs import Programs, State
 from snlp_jax.layout import Layout
 from snlp_jax.notation import Drafter
 
 T = TypeVar("T")
 GROUP = 4
 """Things that are timed together, beside the first."""
-
-
-class RecordedPace(Pace):
-    """A pace that counts the rounds of every draft length; 0 stands for plain steps."""
-
-    def __init__(self, max_draft: int, fixed: int | None = None) -> None:
-        super().__init__(max_draft, fixed)
-        self.rounds: Counter[int] = Counter()
-
-    def report(self, draft_len: int, seconds: float, rounds: int, tested: int, accepted: int, tokens: int) -> None:
-        self.rounds[draft_len] += rounds
-        super().report(draft_len, seconds, rounds, tested, accepted, tokens)
 
 
 class RecordedEngine(Engine):
@@ -41,19 +31,27 @@ class RecordedEngine(Engine):
         super().__init__(*args, **settings)
         self.compiled: dict[str, float] = {}
         """Program, with the most drafts of a speculative one -> seconds."""
-        self.widths: set[int] = set()
-        """Most drafts of the speculative programs that were used."""
+        self.rounds: Counter[int] = Counter()
+        """Draft length -> rounds, where drafting may be switched off; 0 stands for plain steps."""
         self.num_cache_bytes = 0
 
-    def _compiled(self, programs: Any, name: str, arguments: tuple, settings: Any = None, donate: Any = None) -> Any:
+    def _compiled(self, programs: Programs, name: str, arguments: tuple[Any, ...]) -> Any:
         before = self._compile_seconds
-        run = super()._compiled(programs, name, arguments, settings, donate)
-        if name == "speculate":
-            self.widths.add(settings["max_draft"])
-            name = f"{name} {settings['max_draft']}"
+        run = super()._compiled(programs, name, arguments)
         if self._compile_seconds > before:
-            self.compiled[name] = round(self._compile_seconds - before, 2)
+            full_name = f"{name} {programs.max_draft}" if name == "speculate" else name
+            self.compiled[full_name] = round(self._compile_seconds - before, 2)
         return run
+
+    def _run_steps(
+        self, programs: Programs, state: State, steps: jax.Array, *, is_drafting: bool
+    ) -> tuple[State, float]:
+        if not self.may_switch:
+            return super()._run_steps(programs, state, steps, is_drafting=is_drafting)
+        before = int(state.counts.steps)
+        state, seconds = super()._run_steps(programs, state, steps, is_drafting=is_drafting)
+        self.rounds[self.draft_len if is_drafting else 0] += int(state.counts.steps) - before
+        return state, seconds
 
     def _prefill(self, requests: Sequence[Request]) -> Any:
         state, programs = super()._prefill(requests)
@@ -82,7 +80,7 @@ class Arm:
     """Of plain steps, or the drafter."""
     engine: RecordedEngine
     draft_len: int | None = None
-    """0 adapts it; None does not speculate."""
+    """0 takes the usual length and switches drafting off where that is slower; None does not speculate."""
     compile_s: dict[str, float] = field(default_factory=dict)
     """Of what an arm before it has not compiled already."""
     runs: list[Run] = field(default_factory=list)
@@ -97,21 +95,17 @@ class Arm:
         engine.compiled.clear()
         if self.draft_len == 0:
             state, programs = engine._prefill(requests)
-            for length in range(engine.max_draft + 1):
-                engine.pace = RecordedPace(engine.max_draft, length)
-                state = engine._advance(programs, state, is_watched=True)
-        if self.draft_len is not None:
-            engine.pace = RecordedPace(engine.max_draft, self.draft_len or None)
+            for is_drafting in (True, False):
+                state, _ = engine._run_steps(programs, state, jnp.int32(CHUNK), is_drafting=is_drafting)
         self.generate(requests)
         self.compile_s = dict(engine.compiled)
 
     def generate(self, requests: Sequence[Request]) -> Run:
-        if self.draft_len == 0:
-            self.engine.pace.rounds.clear()
+        self.engine.rounds.clear()
         text_BT = np.asarray([completion.tokens for completion in self.engine.generate(requests)])
         found = self.engine.statistics
-        fixed = Counter({self.draft_len or 0: found.steps})  # a pace of fixed length is told nothing
-        rounds = Counter(self.engine.pace.rounds) if self.draft_len == 0 else fixed
+        assert found is not None
+        rounds = Counter(self.engine.rounds) or Counter({self.draft_len or 0: found.steps})
         return Run(found.decode_seconds / (text_BT.shape[1] - 1), found, text_BT, rounds)
 
 

@@ -6,25 +6,44 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from problems import SMALL, random_params
+from problems import PLAIN, SMALL, random_params
 
+from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.forward import forward
-from snlp_jax.infer.engine import Request
+from snlp_jax.infer import Engine, Placement, Request
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 
-TINY = dataclasses.replace(SMALL, num_layers=4, seq_len=8)
-"""Every feature on; windows of 4 and 8, so that a text of some dozens of tokens goes round every ring several times."""
+TINY = dataclasses.replace(SMALL, num_layers=3, seq_len=8)
+"""Every feature on; windows of 4, 4 and 8, so that a text of some dozens of tokens goes round every ring several times.
+Rings that differ make the layers a list, unrolled."""
+ALIKE = dataclasses.replace(TINY, window_pattern="L")
+"""One window and so a scan over a stack, which compiles in half the time."""
+SIMPLE = dataclasses.replace(PLAIN, num_layers=2, seq_len=8)
+"""For what does not depend on the layers, such as sampling: the cheapest to compile."""
 PROMPTS = (3, 14, 7, 5)
 """Lengths: shorter than each window and longer than both."""
-NEW = 34
-LENGTH = 48
+NEW = 26
+LENGTH = 40
 """Of the padded texts that the reference reads."""
 ROUNDING = 3e-5
 """Logits of up to 15 in float32: two programs that add up in another order differ by 1.5e-5 each."""
 TIE = 1e-4
 """Greedy tokens are compared where the two best logits are further apart than this."""
+
+
+def engine_of(config, setting="seq", *, params=None, **how):
+    """An engine of random weights, whose tokens are the first bytes."""
+    model, usual, _ = model_of(config)
+    return Engine(model, usual if params is None else params, setting, tokenizer=ByteTokenizer(), **how)
+
+
+@functools.cache
+def decoded(config, setting="seq", rule="last_eval", layout="auto"):
+    """An engine, four requests and what it makes of them, for all tests of a file that ask for the same."""
+    engine, requests = engine_of(config, setting, rule=rule, placement=Placement(layout=layout)), requests_of(config)
+    return engine, requests, engine.generate(requests)
 
 
 def requests_of(config, new=NEW, lengths=PROMPTS, seed=3, **settings):
@@ -43,7 +62,7 @@ def model_of(config):
 
 
 @functools.cache
-def calm_params(share=0.5, config=TINY):
+def calm_params(share=0.3, config=TINY):
     """Weights whose layers add a part of what they would: drafters that leave work out are often right, as with
     trained models, and often wrong."""
 

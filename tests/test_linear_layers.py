@@ -30,7 +30,7 @@ from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run
 from snlp_jax.forward import forward
-from snlp_jax.infer import Engine, Request
+from snlp_jax.infer import Drafting, Engine, Placement, Request
 from snlp_jax.infer.sampling import Features
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.layout import prepare
@@ -211,7 +211,7 @@ def test_maps_in_the_scan_are_read_where_they_lie():
 
 # ---------------------------------------------------------------- decoding
 
-LONG = decoding.TINY
+LONG = dataclasses.replace(decoding.TINY, num_layers=4)
 """Windows of 4 and 8: rings go round several times in a text."""
 
 
@@ -226,11 +226,13 @@ def decoded():
     [
         ("seq", {}),
         ("sid:n=3,k=2", {"rule": "per_iteration"}),
-        pytest.param("seq", {"layout": "list"}, marks=pytest.mark.slow),
+        pytest.param("seq", {"placement": Placement(layout="list")}, marks=pytest.mark.slow),
         pytest.param("sid:n=3,k=3", {"rule": "last_eval"}, marks=pytest.mark.slow),
         pytest.param("sid:n=3,k=3,init=warm", {}, marks=pytest.mark.slow),
         pytest.param("exact:n=4,k=4", {}, marks=pytest.mark.slow),
-        pytest.param("sid:n=3,k=3", {"rule": "refreshed", "layout": "list"}, marks=pytest.mark.slow),
+        pytest.param(
+            "sid:n=3,k=3", {"rule": "refreshed", "placement": Placement(layout="list")}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_decoding_is_the_whole_pass(setting, settings):
@@ -247,7 +249,7 @@ def test_speculation_with_several_kinds_gives_the_sequential_text(draft):
     config, params = decoded()
     model, requests = LanguageModel(config), decoding.requests_of(config, new=12)
     drafter = parse_schedule(draft, config.num_layers)
-    done = Engine(model, params, draft=drafter, draft_len=3).generate(requests)
+    done = Engine(model, params, draft=Drafting(drafter, 3)).generate(requests)
     decoding.assert_is_the_whole_pass(config, "seq", requests, done, params=params)
 
 
@@ -329,7 +331,7 @@ def test_evaluation_and_decoding_over_devices_equal_one_device():
     config, params = decoded()
     schedule = parse_schedule("sid:n=3,k=2", config.num_layers)
     requests = decoding.requests_of(config, new=6)
-    engine = Engine(LanguageModel(config), params, schedule, rule="per_iteration", mesh=mesh)
+    engine = Engine(LanguageModel(config), params, schedule, rule="per_iteration", placement=Placement(mesh))
     done = engine.generate(requests)
     decoding.assert_is_the_whole_pass(config, "sid:n=3,k=2", requests, done, params=params)
 

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import TINY, assert_is_the_whole_pass, requests_of
+from decoding import NEW, SIMPLE, TINY, assert_is_the_whole_pass, requests_of
 from problems import random_params, relative_error
 from test_mesh import FOUR_STREAMS, batch_of, value_and_grad
 from test_sampling import assert_law, reference
-from test_speculation import LAWS, PROMPT, SEEDS, sample, set_draft_len, table
+from test_speculation import LAWS, PROMPT, SEEDS, sample, table
 from tiny_run import MODEL, tiny
 
 from snlp_jax.config import Config, LossConfig, MeshConfig, ModelConfig, MTPConfig, SolverCEConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
-from snlp_jax.infer.engine import Engine
+from snlp_jax.infer import Drafting, Engine, Placement
 from snlp_jax.io.metrics import read_metrics
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
@@ -34,11 +34,9 @@ from snlp_jax.train.step import init_state, make_step, optimizer_of
 from snlp_jax.types import Batch
 
 NUM_HEADS = 3
-AHEAD = dataclasses.replace(TINY, vocab_size=8, num_mtp_heads=NUM_HEADS)
+AHEAD = dataclasses.replace(SIMPLE, vocab_size=8, num_mtp_heads=NUM_HEADS, use_mid_subtract=True, logit_softcap=15.0)
 """Few words, so that drafts of random heads are right now and then."""
 WEIGHT = 0.3
-MESHES = (MeshConfig(layer=4), MeshConfig(data=2, layer=2, tensor=2, ring_microbatches=2))
-NEW = 34
 
 
 @functools.cache
@@ -73,25 +71,18 @@ def drawn():
     return Batch(tokens, weight / weight.mean(), np.asarray([[0] * 4 + [1] * 5, [0] * 9]))
 
 
-@functools.cache
-def loss_of(weight, is_weighted=True):
-    """Value, parts and gradients."""
-    model, params = LanguageModel(AHEAD), states_of(AHEAD)[0]
-    batch = drawn() if is_weighted else Batch(drawn().tokens)
-    loss = lambda params: loss_fn(model, params, batch, LossConfig(mtp=MTPConfig(weight)), Plan(), {})  # noqa: E731
-    (value, parts), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return float(value), {name: float(part) for name, part in parts.items()}, grads
+def loss_of(weight):
+    """``params -> (value, parts)``."""
+    config = LossConfig(mtp=MTPConfig(weight))
+    return lambda params: loss_fn(LanguageModel(AHEAD), params, drawn(), config, Plan(), {})
 
 
-@pytest.mark.parametrize(
-    "is_weighted", (pytest.param(False, marks=pytest.mark.slow), True), ids=("plain", "weights and documents")
-)
-def test_loss_is_the_formula_and_each_matrix_learns_from_its_own_term(is_weighted):
+def test_loss_is_the_formula_and_each_matrix_learns_from_its_own_term():
     """Position t of head k against token t + 1 + k with that token's weight, in the same document; the sum of heads."""
     params, run = states_of(AHEAD)
     tokens, weight_BT, document = drawn()
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    h_last, h_mid = run(inputs, document[:, :-1] if is_weighted else None)
+    h_last, h_mid = run(inputs, document[:, :-1])
     logits_MBTV = heads_of(AHEAD, params, h_last, h_mid)
     expected = []
     for k, logits_BTV in enumerate(logits_MBTV, start=1):
@@ -99,11 +90,11 @@ def test_loss_is_the_formula_and_each_matrix_learns_from_its_own_term(is_weighte
         for row in range(2):
             for t in range(8 - k):
                 is_same = document[row, t] == document[row, t + 1 + k]
-                weight = weight_BT[row, t + k] * is_same if is_weighted else 1.0
+                weight = weight_BT[row, t + k] * is_same
                 nll = np.log(np.exp(logits_BTV[row, t]).sum()) - logits_BTV[row, t, targets[row, t + k]]
                 total += weight * nll
         expected.append(total / (2 * (8 - k)))
-    value, parts, grads = loss_of(WEIGHT, is_weighted)
+    (value, parts), grads = jax.device_get(jax.jit(jax.value_and_grad(loss_of(WEIGHT), has_aux=True))(params))
     # Logits of float32 states, which are 1e-5 from exact.
     assert parts["mtp"] == pytest.approx(np.mean(expected), rel=1e-5)
     assert value == pytest.approx(parts["sequential_ce"] + WEIGHT * sum(expected), rel=1e-5)
@@ -114,8 +105,7 @@ def test_loss_is_the_formula_and_each_matrix_learns_from_its_own_term(is_weighte
         y_BTD *= jax.lax.rsqrt(jnp.mean(y_BTD**2, -1, keepdims=True) + 1.1920929e-07)
         log_probs_BTV = jax.nn.log_softmax(15 * jnp.tanh(y_BTD @ kernel / 15))
         nll_BT = -jnp.take_along_axis(log_probs_BTV, targets[:, k:, None], axis=-1)[..., 0]
-        if is_weighted:
-            nll_BT *= weight_BT[:, k:] * (document[:, : -k - 1] == document[:, k + 1 :])
+        nll_BT *= weight_BT[:, k:] * (document[:, : -k - 1] == document[:, k + 1 :])
         return WEIGHT * nll_BT.mean()
 
     head = params["head"]
@@ -126,9 +116,10 @@ def test_loss_is_the_formula_and_each_matrix_learns_from_its_own_term(is_weighte
 
 
 def test_without_weight_the_heads_cost_and_learn_nothing():
-    value, parts, grads = loss_of(0.0)
-    assert "mtp" not in parts and value == pytest.approx(loss_of(WEIGHT)[1]["sequential_ce"], rel=1e-6)
-    assert not np.any(grads["head"]["mtp"])
+    params, _ = states_of(AHEAD)
+    unread = params | {"head": params["head"] | {"mtp": jnp.full_like(params["head"]["mtp"], jnp.nan)}}
+    value, parts = jax.jit(loss_of(0.0))(unread)
+    assert "mtp" not in parts and value == parts["sequential_ce"] and np.isfinite(value)
 
 
 def test_fresh_heads_say_what_the_next_token_head_says():
@@ -142,26 +133,23 @@ def test_fresh_heads_say_what_the_next_token_head_says():
     np.testing.assert_allclose(logits_BMV, np.tile(model.logits(params, h_last, h_mid), (1, 2, 1)), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "make, named",
-    [
-        (lambda: Config(loss=LossConfig(mtp=MTPConfig(0.3))), "loss.mtp.weight is 0.3, but model.num_mtp_heads is 0"),
-        (lambda: ModelConfig(seq_len=16, num_mtp_heads=16), "num_mtp_heads is 16; give 0 to 15"),
+def test_configs_without_a_meaning_are_refused():
+    for make, named in (
+        (lambda: Config(loss=LossConfig(mtp=MTPConfig(0.3))), "num_mtp_heads is 0"),
+        (lambda: ModelConfig(seq_len=16, num_mtp_heads=16), "num_mtp_heads is 16"),
         (lambda: ModelConfig(num_mtp_heads=-1), "num_mtp_heads is -1"),
-        (lambda: MTPConfig(-0.1), "loss.mtp.weight is -0.1"),
-    ],
-)
-def test_configs_without_a_meaning_are_refused(make, named):
-    with pytest.raises(InputError, match=named):
-        make()
+        (lambda: MTPConfig(-0.1), "mtp.weight is -0.1"),
+    ):
+        with pytest.raises(InputError, match=named):
+            make()
     # Heads that nothing trains are a control, or a model that is trained on for something else.
     Config(model=ModelConfig(num_mtp_heads=2))
     LossConfig(sequential_weight=0.0, mtp=MTPConfig(1.0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh_config", MESHES)
-def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(mesh_config):
+def test_loss_and_gradients_on_a_mesh_are_those_of_one_device():
+    mesh_config = MeshConfig(data=2, layer=2, tensor=2, ring_microbatches=2)
     config = dataclasses.replace(TINY, num_mtp_heads=2)
     loss = LossConfig(mtp=MTPConfig(WEIGHT), solver_ce=SolverCEConfig(weight=0.5, region_sizes=(2,)))
     model, mesh, params = LanguageModel(config), make_mesh(mesh_config), random_params(LanguageModel(config))
@@ -210,9 +198,9 @@ def test_a_run_trains_its_heads_and_tells_how_well(tmp_path):
 
 
 @functools.cache
-def engine_of(config=AHEAD, **settings):
+def engine_of(config=AHEAD, length=None, most=None, placement=None):
     model = LanguageModel(config)
-    return Engine(model, random_params(model), draft="mtp", **settings)
+    return Engine(model, random_params(model), draft=Drafting("mtp", length, most), placement=placement)
 
 
 def rounds_of(drafts_MT, text, start, new, draft_len):
@@ -232,7 +220,7 @@ def rounds_of(drafts_MT, text, start, new, draft_len):
 
 def test_greedy_text_is_the_sequential_one_and_its_drafts_are_those_of_the_heads():
     """Drafts of every length, of rows that end at different times; counted against the formula at every position."""
-    engine = engine_of(draft_len=NUM_HEADS)
+    engine = engine_of(length=NUM_HEADS)
     requests = requests_of(AHEAD, NEW + NUM_HEADS)
     longer = engine.generate(requests)
     params, run = states_of(AHEAD)
@@ -243,7 +231,7 @@ def test_greedy_text_is_the_sequential_one_and_its_drafts_are_those_of_the_heads
     new_of = (NEW, 5, 2, 17)
     shorter = [dataclasses.replace(request, max_new_tokens=new) for request, new in zip(requests, new_of, strict=True)]
     for draft_len in range(1, NUM_HEADS + 1):
-        set_draft_len(engine, draft_len)
+        engine.draft_len = draft_len
         for done, whole, new in zip(engine.generate(shorter), longer, new_of, strict=True):
             assert done.tokens == whole.tokens[:new]
         rows = [
@@ -261,14 +249,11 @@ def test_greedy_text_is_the_sequential_one_and_its_drafts_are_those_of_the_heads
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
-    (
-        dataclasses.replace(FOUR_STREAMS, seq_len=8, vocab_size=8, num_mtp_heads=2),
-        dataclasses.replace(AHEAD, use_mid_subtract=False),
-    ),
-    ids=("streams", "without the mid-layer state"),
+    (dataclasses.replace(FOUR_STREAMS, num_layers=3, seq_len=8, vocab_size=8, num_mtp_heads=2),),
+    ids=("streams",),
 )
 def test_other_models_draft_with_their_heads(config):
-    engine = engine_of(config, draft_len=2)
+    engine = engine_of(config, 2)
     requests = requests_of(config, NEW)
     completions = engine.generate(requests)
     assert_is_the_whole_pass(config, "seq", requests, completions, params=random_params(LanguageModel(config)))
@@ -276,23 +261,9 @@ def test_other_models_draft_with_their_heads(config):
 
 
 @pytest.mark.slow
-def test_an_adaptive_length_gives_the_same_text():
-    """Plain steps in between leave the heads what they read."""
-    engine = engine_of()
-    assert engine.max_draft == NUM_HEADS
-    requests = requests_of(AHEAD, 66, (3, 7, 14, 5))
-    completions = engine.generate(requests)
-    assert_is_the_whole_pass(AHEAD, "seq", requests, completions, params=states_of(AHEAD)[0], length=80)
-    assert {"decode", "speculate"} <= {key[0] for key in engine._programs}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh_config, sequential", ((MeshConfig(layer=4), "tensor"), (MeshConfig(data=2, layer=2), "ring"))
-)
-def test_devices_together_give_the_text_and_the_counts_of_one(mesh_config, sequential):
-    requests = requests_of(AHEAD, NEW)
-    one, many = engine_of(draft_len=2), engine_of(draft_len=2, mesh=make_mesh(mesh_config), sequential=sequential)
+def test_devices_together_give_the_text_and_the_counts_of_one():
+    requests, mesh = requests_of(AHEAD), make_mesh(MeshConfig(data=2, layer=2))
+    one, many = engine_of(length=2), engine_of(length=2, placement=Placement(mesh, "ring"))
     texts = [[done.tokens for done in engine.generate(requests)] for engine in (one, many)]
     assert texts[0] == texts[1]
     for name in ("steps", "tested", "accepted"):
@@ -300,12 +271,11 @@ def test_devices_together_give_the_text_and_the_counts_of_one(mesh_config, seque
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draft_len", (1, 2, 3))
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law, draft_len", (("plain", 2), ("filtered", 3)))
 def test_samples_have_the_law_of_the_model(law, draft_len):
     """As for drafts of layers, tests/test_speculation.py: the second and third new token jointly."""
-    engine, sampling, V = engine_of(draft_len=1, max_draft=3), LAWS[law], AHEAD.vocab_size
-    set_draft_len(engine, draft_len)
+    engine, sampling, V = engine_of(length=1, most=3), LAWS[law], AHEAD.vocab_size
+    engine.draft_len = draft_len
     tokens = sample(engine, sampling, 3)
     first_V, second_VV, third_VVV = table("seq", sampling, AHEAD)
     law_VV = (first_V[:, None, None] * second_VV[:, :, None] * third_VVV).sum(0)
@@ -316,11 +286,10 @@ def test_samples_have_the_law_of_the_model(law, draft_len):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law", LAWS)
-def test_drafts_are_accepted_as_often_as_two_laws_agree(law):
+def test_drafts_are_accepted_as_often_as_two_laws_agree():
     """``sum_v min(p_v, q_v)``: one draft a row, after a first token from the prefill that the head does not know."""
-    engine, sampling = engine_of(draft_len=1, max_draft=3), LAWS[law]
-    set_draft_len(engine, 1)
+    engine, sampling = engine_of(length=1, most=3), LAWS["plain"]
+    engine.draft_len = 1
     sample(engine, sampling, 2)
     first_V, p_VV, _ = table("seq", sampling, AHEAD)
     rate = float(first_V @ np.minimum(p_VV, drafted(sampling)).sum(-1))
@@ -337,16 +306,13 @@ def drafted(sampling):
     return np.stack([reference(logits_V, np.isin(words, [*PROMPT, first]), sampling) for first in words])
 
 
-@pytest.mark.parametrize(
-    "config, settings, named",
-    [
-        (TINY, {}, "this model has no multi-token-prediction heads to draft with; train one with model.num_mtp_heads"),
-        (AHEAD, {"draft_len": 4}, "a draft length of 4 exceeds the model's 3 .* ask for at most 3"),
-        (AHEAD, {"max_draft": 8}, "a max_draft of 8 exceeds the model's 3"),
-        (AHEAD, {"rule": "refreshed"}, "cache rule 'refreshed' means nothing"),
-    ],
-)
-def test_drafts_without_heads_are_refused(config, settings, named):
+def test_drafts_without_heads_are_refused():
     assert parse_drafter(" mtp ", 4) == "mtp" and isinstance(parse_drafter("exit:3", 4), Schedule)
-    with pytest.raises(InputError, match=named):
-        Engine(LanguageModel(config), {}, draft="mtp", **settings)
+    for config, draft, rule, named in (
+        (TINY, Drafting("mtp"), "last_eval", "no multi-token-prediction heads"),
+        (AHEAD, Drafting("mtp", 4), "last_eval", "4 exceeds the model's 3"),
+        (AHEAD, Drafting("mtp", most=8), "last_eval", "8 exceeds the model's 3"),
+        (AHEAD, Drafting("mtp"), "refreshed", "'refreshed'"),
+    ):
+        with pytest.raises(InputError, match=named):
+            Engine(LanguageModel(config), {}, draft=draft, rule=rule)

@@ -10,7 +10,7 @@ from test_model import GEMMA, LINEARIZED, QWEN
 
 from benchmarks.speed_cells import decoding
 from snlp_jax.forward import forward
-from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.infer import Drafting, Engine, Request
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.projections import join_projections
@@ -87,7 +87,7 @@ def test_cached_decoding_says_the_same():
     config = dataclasses.replace(QWEN, window_pattern="L")
     joined, separate = models(config)
     draft = parse_schedule("idn:n=2,k=1", config.num_layers)
-    engines = (Engine(joined, random_params(joined), draft=draft, draft_len=2), Engine(separate, random_params(joined)))
+    engines = (Engine(joined, random_params(joined), draft=Drafting(draft, 2)), Engine(separate, random_params(joined)))
     texts = [engine.generate([Request([3, 1, 4, 1, 5], max_new_tokens=6)])[0].tokens for engine in engines]
     assert texts[0] == texts[1]
 

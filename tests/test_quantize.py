@@ -17,7 +17,7 @@ from snlp_jax.config import EvalConfig, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run
 from snlp_jax.forward import forward
-from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.infer import Drafting, Engine, Request
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.projections import PARTS
@@ -181,7 +181,7 @@ def test_speculation_is_lossless_for_the_quantised_model():
     config = dataclasses.replace(GATED, window_pattern="L")
     model, request = LanguageModel(config), [Request([3, 1, 4, 1, 5], max_new_tokens=8)]
     params = quantize(random_params(model), "int8")
-    plain, drafted = Engine(model, params), Engine(model, params, draft=parse_schedule("skip:2-5", 6), draft_len=2)
+    plain, drafted = Engine(model, params), Engine(model, params, draft=Drafting("skip:2-5", 2))
     assert drafted.generate(request)[0].tokens == plain.generate(request)[0].tokens
 
 

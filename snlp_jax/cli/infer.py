@@ -27,8 +27,9 @@ from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.solver_file import SolverFile, is_solver_file, read_solver_file
-from snlp_jax.infer.engine import Engine, Request
-from snlp_jax.infer.rules import CacheRule, check_settings
+from snlp_jax.infer.engine import Engine
+from snlp_jax.infer.requests import Request
+from snlp_jax.infer.rules import CacheRule, Drafting, Placement, check_settings
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import Spread, check_schedule
 from snlp_jax.linearize import fingerprint
@@ -59,9 +60,10 @@ class Args:
     """Draft with this setting, or mtp for the model's multi-token-prediction heads, and verify with the sequential
     pass: the same text, faster where drafts are good."""
     draft_len: int = 0
-    """Drafts a round; 0 adapts the number to acceptance and costs, down to none (or is that of the solver file)."""
+    """Drafts a round. 0 takes that of the solver file, or else 3 (with mtp the number of heads), and drafts none while
+    that is measured slower than plain decoding."""
     max_draft: int | None = None
-    """Most drafts a round; by default the draft length, or 8 where it adapts (the number of heads at most)."""
+    """Most drafts a round; by default the draft length."""
     max_new_tokens: int = 128
     temperature: float = 0.0
     """0 takes the likeliest token."""
@@ -108,13 +110,14 @@ def open_engine(args: Args) -> Engine:
     args, found = with_solver_file(args, num_layers)
     rule = args.rule or "last_eval"
     schedule = parse_schedule(args.solver, num_layers)
-    draft = parse_drafter(args.speculate, num_layers) if args.speculate else None
+    draft = None
+    if args.speculate:
+        draft = Drafting(parse_drafter(args.speculate, num_layers), args.draft_len or None, args.max_draft)
     # Mistakes are told before anything is read.
     sampling_of(args)
     check_weights(args.weights, args.weight_calibration)
-    num_heads = config.model.num_mtp_heads
-    check_settings(schedule, rule, draft, args.draft_len or None, args.max_draft, num_heads)
-    schedules = [each for each in (schedule, draft) if isinstance(each, Schedule)]
+    check_settings(schedule, rule, draft, config.model.num_mtp_heads)
+    schedules = [each for each in (schedule, draft and draft.by) if isinstance(each, Schedule)]
     for each in schedules:
         check_schedule(config.model, each)
     if args.mesh.ring_microbatches != 1:
@@ -133,10 +136,7 @@ def open_engine(args: Args) -> Engine:
         schedule,
         rule=rule,
         draft=draft,
-        draft_len=args.draft_len or None,
-        max_draft=args.max_draft,
-        mesh=mesh,
-        sequential=args.sequential,
+        placement=Placement(mesh, args.sequential),
         fits=fits,
         tokenizer=tokenizer,
     )

@@ -132,7 +132,7 @@ def tasks_of_run(run_dir: Path, config: Config, task_config: TaskConfig, which: 
     settings = parse_settings(config.model, config.eval)
     if not all(task.is_choice for task in tasks):
         for schedule in settings.values():
-            check_settings(schedule, task_config.rule, None, None, None, config.model.num_mtp_heads)
+            check_settings(schedule, task_config.rule)
     run = open_run(run_dir, config, which)
     batch_size = min(config.eval.batch_size, config.eval.num_windows)
     shape = {"batch_size": batch_size, "num_batches": config.eval.num_windows // batch_size}

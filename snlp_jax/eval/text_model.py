@@ -15,7 +15,7 @@ from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval.perplexity import token_nll
 from snlp_jax.forward import forward
-from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.infer import Engine, Placement, Request
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import Spread, Weights, prepare
@@ -204,8 +204,15 @@ class TextModel:
     @functools.cached_property
     def engine(self) -> Engine:
         """The cached decoder."""
-        settings = self._settings | {"rule": self._rule, "tokenizer": self.tokenizer}
-        return Engine(self.model, self._params, self.schedule, **settings)
+        return Engine(
+            self.model,
+            self._params,
+            self.schedule,
+            rule=self._rule,
+            placement=Placement(self._mesh, self._settings["sequential"]),
+            fits=self._settings["fits"],
+            tokenizer=self.tokenizer,
+        )
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]], on_share: OnShare = lambda share: None) -> list[Score]:
         """Of each continuation after its context.

@@ -7,116 +7,56 @@ solver's K iterations a token; what its cache holds is a rule of its own:
     refreshed       of the corrected trace h^K, for one more read of W_k and W_v. Exact prefill. K = N is sequential.
     per_iteration   one cache an evaluation, prefill by the solver: equals the full-sequence solver at every K.
 
-Speculation (Leviathan et al. 2023) drafts with any schedule and verifies with the sequential pass over the same cache:
-greedy text is that of ``seq`` up to ties of logits, sampled text has its distribution. A model with heads that look
-further ahead drafts with them instead, without any layer (Gloeckle et al. 2024): ``draft="mtp"``.
+Speculation (Leviathan et al. 2023) drafts with any schedule and verifies with the sequential pass over the same cache.
+In float32 greedy text is that of ``seq`` up to ties of logits, and sampled text has its distribution. In bfloat16 the
+verification of several tokens rounds its sums in another order than a step of one token does: where two logits are
+closer than that rounding, the text may take the other token. A model with heads that look further ahead drafts with
+them instead, without any layer (Gloeckle et al. 2024): ``draft="mtp"``.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from snlp_jax.cache import plan_rings
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
-from snlp_jax.infer.pace import Pace
 from snlp_jax.infer.programs import Counts, Programs, State, warm_segments
-from snlp_jax.infer.rules import KEPT, CacheRule, check_settings
-from snlp_jax.infer.sampling import Features, Sampling, rows_of
-from snlp_jax.infer.text import TextStream
-from snlp_jax.layout import Layout, Spread, in_order, prepare, verifier
+from snlp_jax.infer.requests import Completion, Delivery, OnTokens, Request, Statistics, check_request
+from snlp_jax.infer.rules import KEPT, CacheRule, Drafting, Placement, check_settings
+from snlp_jax.infer.sampling import Features, rows_of
+from snlp_jax.infer.switch import DraftSwitch
+from snlp_jax.layout import in_order, prepare, verifier
 from snlp_jax.model import LanguageModel
-from snlp_jax.notation import Drafter
+from snlp_jax.notation import Drafter, parse_schedule
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
-MAX_DRAFT = 8
-"""Most drafts a round where their number adapts and nothing else is asked for."""
 CHUNK = 16
-"""Steps between two looks of the host where somebody waits for the text, a stop string or the draft length."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to go on."""
-
-    tokens: Sequence[int]
-    max_new_tokens: int = 64
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_tokens: tuple[int, ...] = ()
-    """Any of these ends the text and is not part of it."""
-    stop_strings: tuple[str, ...] = ()
-    """The same for text; needs the engine's tokenizer."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What came of a request."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    """Of each token under the model itself, before temperature, filters and penalties."""
-    finish: Literal["length", "stop"]
-    text: str | None
-    """None without a tokenizer."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Of the last :meth:`Engine.generate`."""
-
-    prompt_tokens: int
-    new_tokens: int
-    compile_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-    """Without the first token of every row, which comes out of the prefill."""
-    steps: int
-    """Plain steps and speculative rounds, over all rows at once."""
-    iterations: int
-    """Solver iterations, summed over rows, of regions that stop by a tolerance."""
-    tested: int
-    """Drafts that were compared with what the exact pass says."""
-    accepted: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
-
-    @property
-    def acceptance(self) -> float | None:
-        """Share of the tested drafts that were accepted; None where nothing was drafted."""
-        return self.accepted / self.tested if self.tested else None
-
-
-OnTokens = Callable[[int, list[int], str], None]
-"""Called with a row, its new tokens and their text ("" without a tokenizer), some tokens at a time."""
+"""Steps between two looks of the host where somebody waits for the text, a stop string or what drafting costs."""
+UNWATCHED = np.iinfo(np.int32).max // 2
+"""Steps where nobody waits: the loop ends with its rows."""
 
 
 class Engine:
     """Weights laid out for decoding, and the programs compiled so far.
 
-    Programs are compiled once for every number of rows, power of two of prompt length and of total length, and kind of
-    sampling; requests that differ in anything else share them.
+    Programs are compiled once for every number of rows, prompt length and total length (rounded up, see
+    :func:`bucket`), and kind of sampling; requests that differ in anything else share them.
 
     Args:
-        schedule: how a token is decoded; the sequential pass by default.
+        schedule: how a token is decoded, as text ("idn:n=8,k=2") or parsed; the sequential pass by default.
         rule: what the cache keeps of a parallel region, see the module.
         draft: speculate with this schedule as the drafter, or with the model's multi-token-prediction heads ("mtp");
-            ``schedule`` must then be sequential.
-        draft_len: drafts a round; None adapts the number to what acceptance and costs are measured, down to plain
-            decoding.
-        max_draft: most drafts a round, compiled in: the verification evaluates one token more. By default the draft
-            length, or 8 where that adapts; with heads at most as many as there are.
-        layout: "stack" scans over layers in order, "list" unrolls them; "auto" scans where all windows are alike.
-        mesh, sequential, fits: see :func:`snlp_jax.layout.prepare`.
+            ``schedule`` must then be sequential. With a :class:`Drafting` the number of drafts is chosen too.
+        placement: devices and layout.
+        fits: calibrations by the names that the schedule's regions give.
         tokenizer: for text, stop strings and nothing else.
 
     Raises:
@@ -127,40 +67,39 @@ class Engine:
         self,
         model: LanguageModel,
         params: Params,
-        schedule: Schedule | None = None,
+        schedule: Schedule | str = "seq",
         *,
         rule: CacheRule = "last_eval",
-        draft: Drafter | None = None,
-        draft_len: int | None = None,
-        max_draft: int | None = None,
-        layout: Layout = "auto",
-        mesh: Mesh | None = None,
-        sequential: Spread = "tensor",
+        draft: Drafting | Drafter | str | None = None,
+        placement: Placement | None = None,
         fits: Mapping[str, Calibration] | None = None,
         tokenizer: Tokenizer | None = None,
     ):
-        schedule = schedule or Schedule.of(model.config.num_layers)
-        num_heads = model.config.num_mtp_heads
-        check_settings(schedule, rule, draft, draft_len, max_draft, num_heads)
-        most = draft_len or (min(MAX_DRAFT, num_heads) if draft == "mtp" else MAX_DRAFT)
-        drafting = draft if isinstance(draft, Schedule) else None
-        self.model, self.schedule, self.draft, self.rule, self.mesh = model, schedule, draft, rule, mesh
-        self.draft_len, self.max_draft, self.tokenizer = draft_len, (max_draft or most) if draft else 0, tokenizer
+        placement, config = placement or Placement(), model.config
+        schedule = parse_schedule(schedule, config.num_layers) if isinstance(schedule, str) else schedule
+        drafting = draft if isinstance(draft, Drafting) or draft is None else Drafting(draft)
+        drafting = drafting and drafting.parsed(config.num_layers)
+        check_settings(schedule, rule, drafting, config.num_mtp_heads)
+        drafter = drafting.by if drafting else None
+        self.model, self.schedule, self.rule, self.draft = model, schedule, rule, drafter
+        self.mesh, self.tokenizer = placement.mesh, tokenizer
+        self.draft_len, self.max_draft = drafting.lengths(config.num_mtp_heads) if drafting else (0, 0)
         # One token at a time a scan over a stack is as fast as unrolled layers and compiles several times faster; but
         # it cannot go through layers whose rings differ.
-        if layout == "auto" and len(set(model.config.windows)) == 1:
-            layout = "stack"
-        settings: dict[str, Any] = {"num_tokens": 1, "layout": layout, "mesh": mesh, "sequential": sequential}
-        self.weights = prepare(model, params, drafting or schedule, fits=fits, **settings)
-        """Of plain steps, or of the layers that draft."""
-        self.exact = (
-            self.weights
-            if drafting is None
-            else verifier(model, params, self.weights, layout=layout, mesh=mesh, sequential=sequential)
+        is_scanned = placement.layout == "auto" and len(set(config.windows)) == 1
+        layout, mesh, sequential = "stack" if is_scanned else placement.layout, placement.mesh, placement.sequential
+        first = drafter if isinstance(drafter, Schedule) else schedule
+        self.weights = prepare(
+            model, params, first, num_tokens=1, layout=layout, mesh=mesh, sequential=sequential, fits=fits
         )
+        """Of plain steps, or of the layers that draft."""
+        self.exact = self.weights
         """Of plain steps and verification where there is a drafter."""
-        self.pace = Pace(self.max_draft, draft_len) if draft else None
+        if isinstance(drafter, Schedule):
+            self.exact = verifier(model, params, self.weights, layout=layout, mesh=mesh, sequential=sequential)
         self.statistics: Statistics | None = None
+        self.may_switch = drafting is not None and drafting.length is None
+        self._switches: dict[int, DraftSwitch] = {}
         self._programs: dict[Any, Any] = {}
         self._compile_seconds = 0.0
 
@@ -179,34 +118,53 @@ class Engine:
         """
         self.check(requests)
         self._compile_seconds = 0.0
-        streams = [TextStream(self.tokenizer, request.stop_strings) for request in requests] if self.tokenizer else None
+        delivery = Delivery(requests, self.tokenizer, on_tokens)
         began = time.perf_counter()
         state, programs = self._prefill(requests)
         jax.block_until_ready(state)
         prefill_seconds, prefill_compile = time.perf_counter() - began - self._compile_seconds, self._compile_seconds
-        given = [0] * len(requests)
-        is_watched = on_tokens is not None or any(request.stop_strings for request in requests)
         began = time.perf_counter()
         while True:
-            active_B, length_B = jax.device_get((state.is_active_B, state.length_B))
-            if is_watched:
-                state = self._show(requests, state, active_B, length_B, streams, given, on_tokens)
-                active_B = jax.device_get(state.is_active_B)
-            if not active_B.any():
-                break
-            state = self._advance(programs, state, is_watched)
+            is_active_B = np.asarray(state.is_active_B)
+            if delivery.is_watched or not is_active_B.any():
+                tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
+                goes_on_B = delivery.take(tokens_BS, length_B, is_active_B)
+                if not goes_on_B.any():
+                    break
+                if (goes_on_B != is_active_B).any():
+                    state = state._replace(is_active_B=jax.device_put(goes_on_B, state.is_active_B.sharding))
+            state = self._advance(programs, state, delivery.is_watched)
         decode_seconds = time.perf_counter() - began - (self._compile_seconds - prefill_compile)
-        completions = self._finish(requests, state)
+        completions = delivery.completions(np.asarray(state.log_probs_BS))
         counts = _read(state.counts)
         self.statistics = Statistics(
             prompt_tokens=sum(len(request.tokens) for request in requests),
-            new_tokens=counts.pop("tokens"),
+            new_tokens=sum(len(completion.tokens) for completion in completions),
             compile_seconds=self._compile_seconds,
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
-            **counts,
+            steps=counts["steps"],
+            iterations=counts["iterations"],
+            tested=counts["tested"],
+            accepted=counts["accepted"],
         )
         return completions
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise the InputError that :meth:`generate` would, without compiling anything."""
+        if not requests:
+            raise InputError("there are no requests; give at least one.")
+        for number, request in enumerate(requests):
+            try:
+                check_request(request, self.model.config.max_context, has_tokenizer=self.tokenizer is not None)
+            except InputError as error:
+                raise error if len(requests) == 1 else InputError(f"request {number}: {error}") from error
+            self.model.check_tokens(np.asarray(request.tokens))
+        if self.mesh is not None and len(requests) % self.mesh.shape["data"]:
+            raise InputError(
+                f"{len(requests)} requests do not divide over the mesh's {self.mesh.shape['data']} parts of the batch; "
+                "give a multiple."
+            )
 
     # -- Programs ------------------------------------------------------------------------------------------------------
 
@@ -214,9 +172,9 @@ class Engine:
         lengths = np.asarray([len(request.tokens) for request in requests], np.int32)
         targets = lengths + np.asarray([request.max_new_tokens for request in requests], np.int32)
         longest = self.model.config.max_context
-        capacity = min(_bucket(int(targets.max())), longest)
-        prompt_BP = np.zeros((len(requests), min(_bucket(int(lengths.max())), longest)), np.int32)
-        num_stops = _bucket(max(len(request.stop_tokens) for request in requests), 1)
+        capacity = min(bucket(int(targets.max())), longest)
+        prompt_BP = np.zeros((len(requests), min(bucket(int(lengths.max())), longest)), np.int32)
+        num_stops = bucket(max(len(request.stop_tokens) for request in requests), 1)
         stop_BX = np.full((len(requests), num_stops), -1, np.int32)
         for row, request in enumerate(requests):
             prompt_BP[row, : len(request.tokens)] = request.tokens
@@ -224,62 +182,64 @@ class Engine:
         rows, features = rows_of([request.sampling for request in requests])
         programs = self._programs_for(capacity, features)
         arguments = self._put((jnp.asarray(prompt_BP), *map(jnp.asarray, (lengths, targets, stop_BX)), rows))
-        by_solver = self.rule == "per_iteration"
-        weights = self.exact if self.draft else self.weights if by_solver else in_order(self.weights)
-        warm = warm_segments(self.weights)
-        settings = {"num_slots": capacity + self.max_draft + 1, "warm_segments": warm}
-        run = self._compiled(programs, "prefill", (weights, *arguments), settings)
-        return run(weights, *arguments), programs
+        weights = self.weights if self.rule == "per_iteration" else in_order(self.weights)
+        weights = self.exact if self.draft else weights
+        return self._compiled(programs, "prefill", (weights, *arguments))(weights, *arguments), programs
 
     def _advance(self, programs: Programs, state: State, is_watched: bool) -> State:
         """Some steps: as many as there are, or as the host waits for."""
-        if self.pace is None:
-            steps = jnp.int32(CHUNK if is_watched else np.iinfo(np.int32).max // 2)
-            plain = (self.weights, state, steps)
-            return self._compiled(programs, "decode", plain, donate=1)(*plain)
-        draft_len = self.pace.next()
-        is_adaptive = self.draft_len is None
-        steps = jnp.int32(CHUNK if is_watched or is_adaptive else np.iinfo(np.int32).max // 2)
-        if draft_len == 0:
-            arguments: tuple = (self.exact, state, steps)
-            run = self._compiled(programs, "decode", arguments, donate=1)
-        else:
-            width = min(_bucket(draft_len + 1, 2), self.max_draft + 1) - 1
-            arguments = (self.weights, self.exact, state, steps, jnp.int32(draft_len))
-            run = self._compiled(programs, "speculate", arguments, {"max_draft": width}, donate=2)
-        if not is_adaptive:
-            return run(*arguments)
-        before = _read(state.counts)
-        began = time.perf_counter()
-        state = jax.block_until_ready(run(*arguments))
-        seconds = time.perf_counter() - began
+        steps = jnp.int32(CHUNK if is_watched or self.may_switch else UNWATCHED)
+        if not self.may_switch:
+            return self._run_steps(programs, state, steps, is_drafting=self.draft is not None)[0]
+        switch = self._switches.setdefault(len(state.length_B), DraftSwitch())
+        is_drafting, before = switch.next(), _read(state.counts)
+        state, seconds = self._run_steps(programs, state, steps, is_drafting=is_drafting)
         made = {name: count - before[name] for name, count in _read(state.counts).items()}
-        rounds = made["steps"]
-        self.pace.report(draft_len, seconds, rounds, made["tested"], made["accepted"], made["tokens"])
+        seconds_per_step, steps_per_token = seconds / made["steps"], made["rows"] / made["tokens"]
+        switch.report(is_drafting, seconds_per_step * steps_per_token)
         return state
+
+    def _run_steps(
+        self, programs: Programs, state: State, steps: jax.Array, *, is_drafting: bool
+    ) -> tuple[State, float]:
+        """The state after some steps, and the seconds that took where a switch waits for it."""
+        arguments: tuple[Any, ...] = (self.exact, state, steps)
+        if is_drafting:
+            arguments = (self.weights, *arguments, jnp.int32(self.draft_len))
+        run = self._compiled(programs, "speculate" if is_drafting else "decode", arguments)
+        began = time.perf_counter()
+        state = run(*arguments)
+        if self.may_switch:
+            jax.block_until_ready(state)
+        return state, time.perf_counter() - began
 
     def _programs_for(self, capacity: int, features: Features) -> Programs:
         block = self.max_draft + 1
         plans = plan_rings(self.model, self.weights, capacity, block)
         if self.draft is not None:  # layers that the drafter leaves out are the verifier's alone
             others = plan_rings(self.model, self.exact, capacity, block)
-            plans = tuple(mine or other for mine, other in zip(plans, others, strict=True))
-        return Programs(self.model, features, plans, KEPT[self.rule], self.mesh, by_heads=self.draft == "mtp")
+            plans = tuple(plan or other for plan, other in zip(plans, others, strict=True))
+        return Programs(
+            self.model,
+            features,
+            plans,
+            KEPT[self.rule],
+            mesh=self.mesh,
+            num_slots=capacity + block,
+            warm_segments=warm_segments(self.weights),
+            max_draft=self.max_draft,
+            by_heads=self.draft == "mtp",
+        )
 
-    def _compiled(
-        self, programs: Programs, name: str, arguments: tuple, settings: Any = None, donate: int | None = None
-    ) -> Any:
-        """The executable of one of the programs for arguments of these shapes."""
-        settings = settings or {}
+    def _compiled(self, programs: Programs, name: str, arguments: tuple[Any, ...]) -> Any:
+        """The executable of one of the programs for arguments of these shapes. Steps take the state over."""
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(arguments))
-        key = (name, programs, tuple(settings.items()), shapes)
+        key = (name, programs, shapes)
         if key not in self._programs:
             began = time.perf_counter()
-            run: Any = lambda *arguments: getattr(programs, name)(*arguments, **settings)  # noqa: E731
-            donated = () if donate is None else (donate,)
-            out: Any = None
-            if self.mesh is not None:
-                out = self._shardings(jax.eval_shape(run, *arguments))
+            run = getattr(programs, name)
+            donated = tuple(index for index, argument in enumerate(arguments) if isinstance(argument, State))
+            out = None if self.mesh is None else self._shardings(jax.eval_shape(run, *arguments))
             self._programs[key] = jax.jit(run, donate_argnums=donated, out_shardings=out).lower(*arguments).compile()
             self._compile_seconds += time.perf_counter() - began
         return self._programs[key]
@@ -315,99 +275,16 @@ class Engine:
         rings = tuple(map(of_segment, state.rings, spread))
         return by_row._replace(rings=rings, warm=tuple(map(of_trace, state.warm, spread)))
 
-    # -- Requests ------------------------------------------------------------------------------------------------------
-
-    def check(self, requests: Sequence[Request]) -> None:
-        """Raise the InputError that :meth:`generate` would, without compiling anything."""
-        if not requests:
-            raise InputError("there are no requests; give at least one.")
-        for number, request in enumerate(requests):
-            which = f"request {number}: " if len(requests) > 1 else ""
-            tokens = np.asarray(request.tokens)
-            if tokens.size == 0:
-                raise InputError(f"{which}the prompt is empty; give at least one token.")
-            if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-                raise InputError(f"{which}the prompt must be a flat sequence of token ids.")
-            self.model.check_tokens(tokens)
-            if request.max_new_tokens < 1:
-                raise InputError(f"{which}max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
-            total, longest = tokens.size + request.max_new_tokens, self.model.config.max_context
-            if total > longest:
-                raise InputError(
-                    f"{which}a prompt of {tokens.size} and {request.max_new_tokens} new tokens are {total}, more than "
-                    f"the rotary embedding's {longest}; ask for fewer or shorten the prompt."
-                )
-            if request.stop_strings and self.tokenizer is None:
-                raise InputError(f"{which}stop strings need a tokenizer; give the engine one.")
-        if self.mesh is not None and len(requests) % self.mesh.shape["data"]:
-            raise InputError(
-                f"{len(requests)} requests do not divide over the mesh's {self.mesh.shape['data']} parts of the batch; "
-                "give a multiple."
-            )
-
-    def _show(
-        self,
-        requests: Sequence[Request],
-        state: State,
-        active_B: np.ndarray,
-        length_B: np.ndarray,
-        streams: list[TextStream] | None,
-        given: list[int],
-        on_tokens: OnTokens | None,
-    ) -> State:
-        """Hand out what is new of every row, and end rows whose text holds a stop string."""
-        tokens_BS, still_B = np.asarray(state.tokens_BS), active_B.copy()
-        for row, request in enumerate(requests):
-            before, start = given[row], len(request.tokens)
-            new = [int(token) for token in tokens_BS[row, start + before : int(length_B[row]) + 1]]
-            if not new or (streams is not None and streams[row].is_stopped):
-                continue
-            given[row] += len(new)
-            if new[-1] in request.stop_tokens:
-                new.pop()
-            text = ""
-            if streams is not None:
-                stream = streams[row]
-                text = stream.push(new)
-                if stream.is_stopped:
-                    still_B[row] = False
-                    new = new[: stream.num_tokens - before]
-                elif not active_B[row]:
-                    text += stream.finish()
-            if on_tokens is not None and (new or text):
-                on_tokens(row, new, text)
-        if (still_B == active_B).all():
-            return state
-        return state._replace(is_active_B=jax.device_put(jnp.asarray(still_B), state.is_active_B.sharding))
-
-    def _finish(self, requests: Sequence[Request], state: State) -> list[Completion]:
-        tokens_BS, log_probs_BS, length_B = jax.device_get((state.tokens_BS, state.log_probs_BS, state.length_B))
-        completions = []
-        for row, request in enumerate(requests):
-            start = len(request.tokens)
-            tokens = [int(token) for token in tokens_BS[row, start : int(length_B[row]) + 1]]
-            finish: Literal["length", "stop"] = "length"
-            if tokens and tokens[-1] in request.stop_tokens:
-                tokens, finish = tokens[:-1], "stop"
-            text = None
-            if self.tokenizer is not None:
-                stream = TextStream(self.tokenizer, request.stop_strings)
-                text = stream.push(tokens)
-                if stream.is_stopped:
-                    tokens, finish = tokens[: stream.num_tokens], "stop"
-                else:
-                    text += stream.finish()
-            log_probs = [float(value) for value in log_probs_BS[row, start : start + len(tokens)]]
-            completions.append(Completion(tokens, log_probs, finish, text))
-        return completions
-
 
 def _read(counts: Counts) -> dict[str, int]:
     return {name: int(count) for name, count in jax.device_get(counts)._asdict().items()}
 
 
-def _bucket(count: int, smallest: int = 16) -> int:
-    """The power of two, times ``smallest``, that holds ``count``."""
+def bucket(count: int, smallest: int = 16) -> int:
+    """The next size that programs are compiled for: powers of two times ``smallest``, and from 2,048 on multiples of
+    512, so that no more than a fifth is filled up in vain."""
+    if count > 2048:
+        return -(-count // 512) * 512
     size = smallest
     while size < count:
         size *= 2

@@ -32,6 +32,8 @@ class Counts(NamedTuple):
 
     steps: Array
     """Plain steps and speculative rounds."""
+    rows: Array
+    """Rows that were not done, summed over steps."""
     tokens: Array
     iterations: Array
     """Solver iterations of rows that were not done, over all steps and regions that stop by a tolerance."""
@@ -71,7 +73,13 @@ class Programs:
     features: Features
     plans: tuple[RingPlan | None, ...]
     kept: Kept
-    mesh: Mesh | None = None
+    mesh: Mesh | None
+    num_slots: int
+    """Length S of ``tokens_BS``."""
+    warm_segments: tuple[int, ...] = ()
+    """Segments whose trace of the last token is the guess for the next."""
+    max_draft: int = 0
+    """Most drafts of a round: a verification evaluates one token more."""
     by_heads: bool = False
     """Whether the model's heads that look further ahead draft, and no layer."""
 
@@ -83,18 +91,10 @@ class Programs:
         target_B: Array,
         stop_BX: Array,
         rows: Rows,
-        *,
-        num_slots: int,
-        warm_segments: tuple[int, ...] = (),
     ) -> State:
-        """Evaluate the prompts, filled up to one length behind their ends, and draw every row's first token.
-
-        Args:
-            num_slots: length S of ``tokens_BS``.
-            warm_segments: segments whose trace of the last token is the guess for the next.
-        """
+        """Evaluate the prompts, filled up to one length behind their ends, and draw every row's first token."""
         B, P = prompt_BP.shape
-        states = self._run(weights, prompt_BP, traced=warm_segments)
+        states = self._run(weights, prompt_BP, traced=self.warm_segments)
         last_B = length_B - 1
         last = _pick(states.h_last, last_B), _pick(states.h_mid, last_B)
         logits_BV = self._logits(weights, *last)[:, 0]
@@ -106,11 +106,13 @@ class Programs:
             None if plan is None or left is None else _fill(plan, left.kv, length_B)
             for plan, left in zip(self.plans, states.left, strict=True)
         )
-        traces = [left.trace if left and index in warm_segments else None for index, left in enumerate(states.left)]
+        traces = [
+            left.trace if left and index in self.warm_segments else None for index, left in enumerate(states.left)
+        ]
         zero = jnp.zeros((), jnp.int32)
         state = State(
-            tokens_BS=jnp.zeros((B, num_slots), jnp.int32).at[:, :P].set(prompt_BP),
-            log_probs_BS=jnp.zeros((B, num_slots)),
+            tokens_BS=jnp.zeros((B, self.num_slots), jnp.int32).at[:, :P].set(prompt_BP),
+            log_probs_BS=jnp.zeros((B, self.num_slots)),
             length_B=last_B,
             target_B=target_B,
             is_active_B=length_B < target_B,
@@ -120,7 +122,7 @@ class Programs:
             rings=rings,
             warm=tuple(None if trace is None else _pick(trace, last_B, axis=2) for trace in traces),
             last=last if self.by_heads else None,
-            counts=Counts(zero - 1, zero, zero, zero, zero),  # the prefill is no step
+            counts=Counts(zero - 1, zero, zero, zero, zero, zero),  # the prefill is no step
         )
         return self._take(state, logits_BV)
 
@@ -135,23 +137,21 @@ class Programs:
 
         return _repeat(step, state, num_steps)
 
-    def speculate(
-        self, drafter: Weights, exact: Weights, state: State, num_rounds: Array, draft_len: Array, *, max_draft: int
-    ) -> State:
+    def speculate(self, drafter: Weights, exact: Weights, state: State, num_rounds: Array, draft_len: Array) -> State:
         """Rounds of ``draft_len`` <= ``max_draft`` drafts and one verification of ``max_draft + 1`` tokens."""
 
         def one_round(state: State) -> State:
-            state, log_probs_BGV = self._draft(drafter, state, draft_len, max_draft)
-            return self._verify(exact, state, log_probs_BGV, draft_len, max_draft)
+            state, log_probs_BGV = self._draft(drafter, state, draft_len)
+            return self._verify(exact, state, log_probs_BGV, draft_len)
 
         return _repeat(one_round, state, num_rounds)
 
-    def _draft(self, drafter: Weights, state: State, draft_len: Array, max_draft: int) -> tuple[State, Array | None]:
+    def _draft(self, drafter: Weights, state: State, draft_len: Array) -> tuple[State, Array | None]:
         """Write drafts behind the newest token, which stays the newest; and the laws they were drawn from."""
         B, V = state.tokens_BS.shape[0], self.model.config.vocab_size
         row_B = jnp.arange(B)
         # The k-th head says what comes k after the newest token, whatever that and the drafts in between are.
-        ahead_BGV = self.model.logits_ahead(drafter.ends, *state.last, max_draft) if state.last else None
+        ahead_BGV = self.model.logits_ahead(drafter.ends, *state.last, self.max_draft) if state.last else None
 
         def propose(state: State, index: Array) -> tuple[Array, States | None]:
             """The logits of a draft, and what was evaluated for it."""
@@ -174,15 +174,13 @@ class Programs:
             tokens_BS = state.tokens_BS.at[row_B, length_B + 1].set(token_B)
             return state._replace(tokens_BS=tokens_BS), log_probs_BGV, seen_BV
 
-        log_probs_BGV = jnp.zeros((B, max_draft, V)) if self.features.samples else None
+        log_probs_BGV = jnp.zeros((B, self.max_draft, V)) if self.features.samples else None
         state, log_probs_BGV, _ = jax.lax.fori_loop(0, draft_len, one, (state, log_probs_BGV, state.seen_BV))
         return state, log_probs_BGV
 
-    def _verify(
-        self, exact: Weights, state: State, draft_log_probs_BGV: Array | None, draft_len: Array, max_draft: int
-    ) -> State:
+    def _verify(self, exact: Weights, state: State, draft_log_probs_BGV: Array | None, draft_len: Array) -> State:
         """Keep the drafts that the exact pass accepts, and the token after them."""
-        start_B, is_active_B, X = state.length_B, state.is_active_B, max_draft + 1
+        start_B, is_active_B, X = state.length_B, state.is_active_B, self.max_draft + 1
         block_BX = _slices(state.tokens_BS, start_B, X)
         states = self._evaluate(exact, state, start_B, X)
         logits_BXV = self._logits(exact, states.h_last, states.h_mid)
@@ -271,14 +269,19 @@ class Programs:
         seen_BV = state.seen_BV
         if seen_BV is not None:
             seen_BV = seen_BV | seen_in(new_BX, is_new_BX, logits_BXV.shape[-1])
-        steps, tokens = state.counts.steps + 1, state.counts.tokens + num_new_B.sum()
+        counts = state.counts
+        counts = counts._replace(
+            steps=counts.steps + 1,
+            rows=counts.rows + state.is_active_B.sum(),
+            tokens=counts.tokens + num_new_B.sum(),
+        )
         return state._replace(
             tokens_BS=_put(state.tokens_BS, new_BX, is_new_BX, start_B),
             log_probs_BS=_put(state.log_probs_BS, _log_prob_of(logits_BXV, new_BX), is_new_BX, start_B),
             length_B=state.length_B + num_new_B,
             is_active_B=state.is_active_B & (num_new_B < room_B) & (before_stop_B >= num_new_B),
             seen_BV=seen_BV,
-            counts=state.counts._replace(steps=steps, tokens=tokens),
+            counts=counts,
         )
 
 

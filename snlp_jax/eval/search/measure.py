@@ -12,10 +12,9 @@ from snlp_jax.eval.perplexity import token_nll
 from snlp_jax.eval.search.race import Sums
 from snlp_jax.eval.search.space import DRAFT_LEN, Candidate, rule_of
 from snlp_jax.forward import forward
-from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.infer import CacheRule, Drafting, Engine, Placement, Request
 from snlp_jax.layout import Layout, Weights, prepare
 from snlp_jax.model import LanguageModel
-from snlp_jax.notation import parse_drafter
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params
 
@@ -171,14 +170,22 @@ class Decode:
 
     def reader(self, candidate: Candidate, layout: Layout = "auto") -> Reader:
         config = self.model.config
-        settings: dict[str, Any] = {}
+        drafting: Drafting | None = None
+        rule: CacheRule = "last_eval"
         if candidate.speculate:
-            most = min(DRAFT_LEN, config.num_mtp_heads) if candidate.speculate == "mtp" else DRAFT_LEN
-            settings = {"draft": parse_drafter(candidate.speculate, config.num_layers), "draft_len": most}
+            length = min(DRAFT_LEN, config.num_mtp_heads) if candidate.speculate == "mtp" else DRAFT_LEN
+            drafting = Drafting(candidate.speculate, length)
         elif not candidate.schedule.is_sequential:
-            settings = {"rule": rule_of(candidate.schedule)}
-        kinds: dict[str, Any] = {"layout": layout, "fits": self.fits} | settings
-        engine = Engine(self.model, self.params, candidate.schedule, **kinds)
+            rule = rule_of(candidate.schedule)
+        engine = Engine(
+            self.model,
+            self.params,
+            candidate.schedule,
+            rule=rule,
+            draft=drafting,
+            placement=Placement(layout=layout),
+            fits=self.fits,
+        )
 
         def read(number: int) -> float:
             engine.generate(self.requests[number % len(self.requests)])

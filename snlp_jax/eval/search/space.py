@@ -135,7 +135,7 @@ def _can_run(model: ModelConfig, schedule: Schedule, objective: Objective) -> bo
     try:
         check_schedule(model, schedule)
         if objective == "decode":
-            check_settings(schedule, "per_iteration", None, None, None, 0)
+            check_settings(schedule, "per_iteration")
     except InputError:
         return False
     return True

@@ -1,0 +1,158 @@
+"""What is asked of a decoding engine, and what it gives back: requests, completions, statistics and streamed text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from snlp_jax.data.tokenizer import Tokenizer
+from snlp_jax.errors import InputError
+from snlp_jax.infer.sampling import Sampling
+from snlp_jax.infer.text import TextStream
+
+OnTokens = Callable[[int, list[int], str], None]
+"""Called with a row, its new tokens and their text ("" without a tokenizer), some tokens at a time."""
+Finish = Literal["length", "stop"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to go on."""
+
+    tokens: Sequence[int]
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_tokens: tuple[int, ...] = ()
+    """Any of these ends the text and is not part of it."""
+    stop_strings: tuple[str, ...] = ()
+    """The same for text; needs the engine's tokenizer."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a request."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    """Of each token under the model itself, before temperature, filters and penalties."""
+    finish: Finish
+    text: str | None
+    """None without a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the last :meth:`Engine.generate`."""
+
+    prompt_tokens: int
+    new_tokens: int
+    """Tokens of the completions; what was computed behind a stop does not count."""
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    """Without the first token of every row, which comes out of the prefill."""
+    steps: int
+    """Plain steps and speculative rounds, over all rows at once."""
+    iterations: int
+    """Solver iterations, summed over rows, of regions that stop by a tolerance."""
+    tested: int
+    """Drafts that were compared with what the exact pass says."""
+    accepted: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the tested drafts that were accepted; None where nothing was drafted."""
+        return self.accepted / self.tested if self.tested else None
+
+
+def check_request(request: Request, max_context: int, *, has_tokenizer: bool) -> None:
+    """Refuse a request that no model of ``max_context`` positions can serve.
+
+    Raises:
+        InputError: an empty prompt, one that is no list of numbers, too many tokens, no tokens asked for, a stop string
+            without a tokenizer.
+    """
+    tokens = np.asarray(request.tokens)
+    if tokens.size == 0:
+        raise InputError("the prompt is empty; give at least one token.")
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError("the prompt must be a flat sequence of token ids.")
+    if request.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
+    total = tokens.size + request.max_new_tokens
+    if total > max_context:
+        raise InputError(
+            f"a prompt of {tokens.size} and {request.max_new_tokens} new tokens are {total}, more than "
+            f"the rotary embedding's {max_context}; ask for fewer or shorten the prompt."
+        )
+    if request.stop_strings and not has_tokenizer:
+        raise InputError("stop strings need a tokenizer; give the engine one.")
+
+
+class Delivery:
+    """Hands out the tokens and texts of a batch while they are made, and ends rows whose text holds a stop string."""
+
+    def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer | None, on_tokens: OnTokens | None):
+        self._rows = [_Row(request, tokenizer) for request in requests]
+        self._on_tokens = on_tokens
+        self.is_watched = on_tokens is not None or any(request.stop_strings for request in requests)
+        """Whether somebody waits for the text before it is finished."""
+
+    def take(self, tokens_BS: np.ndarray, length_B: np.ndarray, is_active_B: np.ndarray) -> np.ndarray:
+        """Hand out what is new of every row.
+
+        Args:
+            tokens_BS: prompts and texts; the newest token of a row is at its ``length_B``.
+
+        Returns:
+            The rows [B] that go on.
+        """
+        for index, row in enumerate(self._rows):
+            new, text = row.take(tokens_BS[index, : int(length_B[index]) + 1], is_last=not is_active_B[index])
+            if self._on_tokens is not None and (new or text):
+                self._on_tokens(index, new, text)
+        return np.asarray([not row.is_done for row in self._rows])
+
+    def completions(self, log_probs_BS: np.ndarray) -> list[Completion]:
+        """Of rows that are all done."""
+        return [row.completion(log_probs_S) for row, log_probs_S in zip(self._rows, log_probs_BS, strict=True)]
+
+
+class _Row:
+    """One request's text so far."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None):
+        self._request = request
+        self._stream = None if tokenizer is None else TextStream(tokenizer, request.stop_strings)
+        self._tokens: list[int] = []
+        self._finish: Finish = "length"
+        self.is_done = False
+
+    def take(self, tokens_S: np.ndarray, *, is_last: bool) -> tuple[list[int], str]:
+        """The tokens that were not handed out yet, and their text."""
+        if self.is_done:
+            return [], ""
+        before = len(self._tokens)
+        self._tokens += map(int, tokens_S[len(self._request.tokens) + before :])
+        if len(self._tokens) > before and self._tokens[-1] in self._request.stop_tokens:
+            self._tokens.pop()
+            self._finish = "stop"
+        text, self.is_done = "", is_last
+        if self._stream is not None:
+            text = self._stream.push(self._tokens[before:])
+            if is_last:
+                text += self._stream.finish()
+            if self._stream.is_stopped:
+                self._tokens = self._tokens[: self._stream.num_tokens]
+                self._finish, self.is_done = "stop", True
+        return self._tokens[before:], text
+
+    def completion(self, log_probs_S: np.ndarray) -> Completion:
+        start, stop = len(self._request.tokens), len(self._request.tokens) + len(self._tokens)
+        text = None if self._stream is None else self._stream.text
+        return Completion(self._tokens, [float(value) for value in log_probs_S[start:stop]], self._finish, text)
