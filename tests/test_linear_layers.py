@@ -215,6 +215,9 @@ LONG = dataclasses.replace(decoding.TINY, num_layers=4)
 """Windows of 4 and 8: rings go round several times in a text."""
 
 
+LISTS = {"placement": Placement(layout="list")}
+
+
 @functools.cache
 def decoded():
     config, params = mixed(LONG, {1: random_map(1), 2: None}, {2: random_map(2)})
@@ -226,7 +229,7 @@ def decoded():
     [
         ("seq", {}),
         ("sid:n=3,k=2", {"rule": "per_iteration"}),
-        pytest.param("seq", {"placement": Placement(layout="list")}, marks=pytest.mark.slow),
+        pytest.param("seq", LISTS, marks=pytest.mark.slow),
         pytest.param("sid:n=3,k=3", {"rule": "last_eval"}, marks=pytest.mark.slow),
         pytest.param("sid:n=3,k=3,init=warm", {}, marks=pytest.mark.slow),
         pytest.param("exact:n=4,k=4", {}, marks=pytest.mark.slow),
