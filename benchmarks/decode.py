@@ -42,7 +42,7 @@ from benchmarks.draft_costs import fit_costs
 from benchmarks.machine import Dtype, ShapeArgs, header, made_up, measure_limits, out_path, random_params, work
 from benchmarks.timing import Arm, RecordedEngine, Run, first_line, quartiles, round_robin
 from snlp_jax.config import EvalConfig, ModelConfig
-from snlp_jax.data.pipeline import val_batches
+from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run
 from snlp_jax.infer import Drafting, Placement, Request
@@ -123,7 +123,8 @@ def main(args: Args) -> dict[str, Any]:
         if data is None:
             prompts = [np.random.default_rng(0).integers(0, config.vocab_size, (batch, context))]
         else:
-            windows = val_batches(data, seq_len=context, batch_size=batch, num_batches=args.repeats)
+            held_out = held_out_batches(data, seq_len=context, batch_size=batch, num_batches=args.repeats)
+            windows = [rows["tokens"] for rows in held_out]
             # Again from the start where the text is short.
             prompts = [np.resize(window[:, :-1], (batch, context)) for window in windows]
         by_round = [[Request(prompt.tolist(), args.new_tokens) for prompt in prompt_BT] for prompt_BT in prompts]

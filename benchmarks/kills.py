@@ -129,7 +129,7 @@ class Moment:
     phase: str
     signal: signal.Signals
     place: int
-    """Not before so many steps, or shards; -1 is before the first shard, while the corpus is read."""
+    """Not before so many steps, or shards."""
     delay: float = 0.0
     """Seconds after the phase has begun."""
 
@@ -143,8 +143,6 @@ def draw_moments(args: Args, num_shards: int) -> list[Moment]:
     rng.shuffle(rest)
     part = num_shards * 3 // 4 // max(len(first), 1)
     moments = [Moment(*kind, int(part * (i + rng.random()))) for i, kind in enumerate(first)]
-    if len(first) > 1:
-        moments[0] = Moment(*first[0], -1)
     part = (args.steps - 2 * EVERY["checkpoint_every"]) // max(len(rest), 1)
     for i, kind in enumerate(rest):
         moments.append(Moment(*kind, 1 + int(part * (i + rng.random())), rng.uniform(0, 0.5)))
@@ -253,8 +251,6 @@ class Run:
     def _is_now(self, moment: Moment) -> bool:
         """Whether the process is in the phase, and far enough."""
         if moment.phase == "tokenization":
-            if moment.place < 0:
-                return any(self.cache.glob("corpora/*/.writing-*"))
             is_whole, is_writing = (any(self.cache.glob(f"tokens/*/{name}")) for name in ("meta.json", ".writing-*"))
             return is_writing and not is_whole and self.num_shards() >= moment.place
         record = self._record()

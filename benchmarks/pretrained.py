@@ -45,7 +45,7 @@ from benchmarks.timing import Arm, RecordedEngine, time_beside_first
 from snlp_jax.cli.entry import run_entry
 from snlp_jax.cli.linearize import draw_text
 from snlp_jax.config import Config, LinearizeConfig, ModelConfig
-from snlp_jax.data.pipeline import TokenData, val_batches
+from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import fit_spec, parse_calibration
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change, token_mean
@@ -172,7 +172,8 @@ def main(args: Args) -> dict[str, Any]:
     data = read_data(args.run_dir, config)
     model = LanguageModel(config.model)
     sizes = {"batch_size": args.batch_size, "num_batches": -(-args.num_windows // args.batch_size)}
-    batches = val_batches(data, seq_len=config.model.seq_len, **sizes)
+    windows = held_out_batches(data, seq_len=config.model.seq_len, **sizes)
+    batches = [window["tokens"] for window in windows]
     probe = planted_keys(data.tokenizer, data.val, args.distances, args.num_keys, config.model.max_context)
     step, params = read_params(args.run_dir, model, args.checkpoint)
     report = header(config.model, dataclasses.asdict(args) | {"run_dir": str(args.run_dir)})

@@ -1,12 +1,14 @@
 """Small corpora, and tokens that tell where they come from."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data import tokenizer
+from snlp_jax.data.corpus import documents_of, plan_shards
 from snlp_jax.data.pipeline import TokenData
 
 WORDS = ["one", "two", "three", "four", "snow", "rain", "wind", "naïve", "日本", "<|bos|>", "<s>"]
@@ -19,6 +21,12 @@ def write_jsonl(path: Path, documents: list[str]) -> None:
 def make_documents(count: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
     return [f"document {i}\n" + " ".join(rng.choice(WORDS, size=40)) for i in range(count)]
+
+
+def iter_documents(config: DataConfig) -> Iterator[str]:
+    """Of the whole corpus."""
+    for shard in plan_shards(config):
+        yield from documents_of(shard, config.text_field)
 
 
 def split_by_bos(tokens: np.ndarray, tok: tokenizer.Tokenizer) -> list[str]:

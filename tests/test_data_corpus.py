@@ -8,13 +8,12 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from corpora import make_documents, write_jsonl
+from corpora import iter_documents, make_documents, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data import corpus, formats
-from snlp_jax.data.corpus import iter_documents
 from snlp_jax.data.pipeline import prepare_tokens
 from snlp_jax.errors import InputError
 

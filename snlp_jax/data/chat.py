@@ -14,18 +14,18 @@ A record of a .jsonl file is ``{"messages": [{"role", "content"}, ...]}``, or on
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data.corpus import corpus_files, digest_of, key_of, val_limit
-from snlp_jax.data.pipeline import TokenData, prepare_tokens
-from snlp_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer_json, train_bpe
+from snlp_jax.data.formats import explained
+from snlp_jax.data.pipeline import TokenData, find_tokenizer, prepare_tokens
+from snlp_jax.data.tokenizer import Tokenizer, train_bpe
 from snlp_jax.errors import InputError
 
 ROLES = {"system": "System: ", "user": "User: ", "assistant": "Assistant:"}
@@ -155,9 +155,6 @@ class ChatWindows:
         window = {"tokens": tokens, "weight": weight}
         return window | {"document": document} if self._with_document else window
 
-    def __repr__(self) -> str:
-        return f"ChatWindows({len(self)} windows of {self._seq_len})"
-
 
 class Conversations:
     """Rendered conversations of a split, one after another in memory."""
@@ -166,9 +163,8 @@ class Conversations:
         self.lengths = np.array([len(one.ids_T) for one in rendered], np.int64)
         self.first_response = np.array([int(one.is_response_T.argmax()) for one in rendered], np.int64)
         self._ends = np.cumsum(self.lengths)
-        none = Rendered(np.zeros(0, np.int32), np.zeros(0, bool))
-        self.ids = np.concatenate([one.ids_T for one in (none, *rendered)])
-        self._is_response = np.concatenate([one.is_response_T for one in (none, *rendered)])
+        self.ids = np.concatenate([np.zeros(0, np.int32), *(one.ids_T for one in rendered)])
+        self._is_response = np.concatenate([np.zeros(0, bool), *(one.is_response_T for one in rendered)])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -195,9 +191,14 @@ class ChatData(TokenData):
         Raises:
           InputError: no conversation of the split reaches a response within ``seq_len`` tokens.
         """
-        settings: dict[str, Any] = {"bos_id": self.tokenizer.bos_id, "seed": self.seed}
-        settings["with_document"] = self.mask_documents
-        windows, total = ChatWindows(self.splits[split], seq_len, **settings), len(self.splits[split])
+        conversations, total = self.splits[split], len(self.splits[split])
+        windows = ChatWindows(
+            conversations,
+            seq_len,
+            bos_id=self.tokenizer.bos_id,
+            seed=self.seed,
+            with_document=self.mask_documents,
+        )
         if windows.num_cut + windows.num_dropped:
             _logger.warning(
                 "Of %d conversations (%s) %d are longer than model.seq_len %d and are cut there, and %d more have no "
@@ -229,8 +230,11 @@ def prepare_chat(config: DataConfig) -> ChatData:
             "one out; give more."
         )
     limit = val_limit(config.val_fraction, min(keys), max(keys))
-    learned = (messages for messages, key in zip(conversations, keys, strict=True) if key >= limit)
-    tokenizer = _tokenizer(config, (text for messages in learned for _, text in messages))
+    if (found := find_tokenizer(config)) is not None:
+        tokenizer = found[1]
+    else:
+        learned = (messages for messages, key in zip(conversations, keys, strict=True) if key >= limit)
+        tokenizer = train_bpe((text for messages in learned for _, text in messages), config.bpe_vocab_size)
     parts: dict[str, list[Rendered]] = {"train": [], "val": []}
     num_tokens = 0
     for messages, key in zip(conversations, keys, strict=True):
@@ -257,15 +261,10 @@ def read_conversations(config: DataConfig) -> Iterator[list[tuple[str, str]]]:
     for path in corpus_files(config):
         if path.suffix.lower() != ".jsonl":
             raise InputError(f"data.format is 'chat', but {str(path)!r} is no .jsonl file; leave it out.")
-        try:
-            with path.open(encoding="utf-8-sig") as file:
-                for number, line in enumerate(file, start=1):
-                    if not line.isspace():
-                        yield _parse(line, config, where=f"{path}:{number}")
-        except UnicodeDecodeError as error:
-            raise InputError(f"file {str(path)!r} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
-        except OSError as error:
-            raise InputError(f"file {str(path)!r} cannot be read ({error.strerror}); mend it.") from error
+        with explained(str(path)), path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.isspace():
+                    yield _parse(line, config, where=f"{path}:{number}")
 
 
 def _parse(line: str, config: DataConfig, where: str) -> list[tuple[str, str]]:
@@ -302,20 +301,6 @@ def _parse(line: str, config: DataConfig, where: str) -> list[tuple[str, str]]:
     if not any(role == "assistant" for role, _ in conversation):
         raise InputError(f"{where} holds no message of the assistant, so that nothing is to be learned; remove it.")
     return conversation
-
-
-def _tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
-    if config.tokenizer == "byte":
-        return ByteTokenizer()
-    if config.tokenizer == "bpe":
-        return train_bpe(texts, config.bpe_vocab_size)
-    path = Path(config.tokenizer).expanduser()
-    try:
-        return load_tokenizer_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, InputError) as error:
-        raise InputError(
-            f"data.tokenizer {config.tokenizer!r} cannot be read ({error}); name a tokenizer.json."
-        ) from error
 
 
 def prepare_data(config: DataConfig) -> TokenData:

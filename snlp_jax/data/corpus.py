@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from snlp_jax.config import DataConfig
-from snlp_jax.data.formats import SUFFIXES, Part, kind_of, parts_of, read_part
+from snlp_jax.data.formats import KINDS, Part, kind_of, parts_of, read_part
 from snlp_jax.errors import InputError
 
 BUILTIN_MAX_BYTES = 12_000_000
@@ -21,30 +21,23 @@ Shard = list[Part]
 """Consecutive parts of a corpus."""
 
 
-def iter_documents(config: DataConfig) -> Iterator[str]:
-    """Documents of the corpus, sorted by path; those of nothing but blanks are left out. What a document is depends on
-    the file (``snlp_jax/data/formats.py``); a file of the builtin corpus is one.
+def documents_of(shard: Shard, text_field: str) -> Iterator[str]:
+    """Documents of one shard in order; those of nothing but blanks are left out. What a document is depends on the file
+    (``snlp_jax/data/formats.py``); a file of the builtin corpus is one.
 
     Raises:
-      InputError: nothing there, no text in it, not UTF-8, a bad record.
+      InputError: not UTF-8, or a bad record.
     """
-    num_documents = 0
-    for shard in plan_shards(config):
-        for document in documents_of(shard, config.text_field):
-            num_documents += 1
-            yield document
-    if num_documents == 0:
-        raise no_text(config)
-
-
-def documents_of(shard: Shard, text_field: str) -> Iterator[str]:
-    """Documents of one shard in order."""
     for part in shard:
         yield from read_part(part, text_field)
 
 
 def plan_shards(config: DataConfig) -> list[Shard]:
-    """The corpus as shards of about ``SHARD_BYTES`` of text, which depend on its files alone."""
+    """The corpus as shards of about ``SHARD_BYTES`` of text, which depend on its files alone.
+
+    Raises:
+      InputError: there are no files, or one cannot be read.
+    """
     shards: list[Shard] = [[]]
     size = 0
     for path in corpus_files(config):
@@ -59,25 +52,25 @@ def plan_shards(config: DataConfig) -> list[Shard]:
 
 
 def corpus_files(config: DataConfig) -> list[Path]:
-    """Files of ``config.source`` in the order in which they are read. Raises InputError if there are none."""
+    """Files of ``config.source`` in the order in which they are read, sorted by path. Raises InputError if there are
+    none."""
     if config.source == "builtin":
         return _builtin_files()
     path = Path(config.source).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [p for p in _walk(path, skip=set()) if p.name.lower().endswith(SUFFIXES)]
-        if not found:
-            raise InputError(
-                f"folder {config.source!r} holds no {', '.join(SUFFIXES[:-1])} file; add some or name another folder."
-            )
-        return found
-    if glob.has_magic(config.source):
-        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-        if not found:
-            raise InputError(f"data.source {config.source!r} matches no file; check the pattern.")
-        return found
-    raise InputError(f"data.source {config.source!r} does not exist; give 'builtin' or a file, folder or glob.")
+        found = [file for file in _walk(path, skip=set()) if file.name.lower().endswith(tuple(KINDS))]
+        fault = f"folder {config.source!r} holds no {', '.join(KINDS)} file; add some or name another folder."
+    elif glob.has_magic(config.source):
+        found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+        fault = f"data.source {config.source!r} matches no file; check the pattern."
+    else:
+        found = []
+        fault = f"data.source {config.source!r} does not exist; give 'builtin' or a file, folder or glob."
+    if not found:
+        raise InputError(fault)
+    return found
 
 
 def file_state(path: Path) -> tuple[str, int, int, int]:
@@ -102,10 +95,6 @@ def key_of(digest: bytes) -> int:
 def val_limit(val_fraction: float, min_key: int, max_key: int) -> int:
     """Documents with a key below it are held out: about that share of them, and at least one on either side."""
     return min(max(int(val_fraction * 2**64), min_key + 1), max_key)
-
-
-def no_text(config: DataConfig) -> InputError:
-    return InputError(f"data.source {config.source!r} holds no text; give files that are not empty.")
 
 
 def _builtin_files() -> list[Path]:

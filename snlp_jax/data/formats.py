@@ -14,6 +14,7 @@ anything else             the file, or pieces of it (:func:`read_part`)         
 Nothing here, nor in what it imports, imports jax: the processes that tokenize have no use for it.
 """
 
+import contextlib
 import gzip
 import io
 import json
@@ -26,8 +27,15 @@ from snlp_jax.errors import InputError
 
 MIN_PIECE_CHARS = 4_096
 MAX_PIECE_CHARS = 16_384
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet", ".arrayrecord", ".array_record")
-"""Of the files that are read from a folder."""
+KINDS = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl.gz",
+    ".parquet": "parquet",
+    ".arrayrecord": "arrayrecord",
+    ".array_record": "arrayrecord",
+}
+"""End of a file's name, of those that are read from a folder, and how the file is read."""
 
 _ROWS = 256  # of a parquet file or an array record that are held at once
 
@@ -47,11 +55,7 @@ class Part(NamedTuple):
 
 def kind_of(path: Path) -> str:
     """How a file is read, by its name."""
-    name = path.name.lower()
-    if name.endswith(".jsonl.gz"):
-        return "jsonl.gz"
-    kinds = {".jsonl": "jsonl", ".parquet": "parquet", ".arrayrecord": "arrayrecord", ".array_record": "arrayrecord"}
-    return kinds.get(path.suffix.lower(), "text")
+    return next((kind for end, kind in KINDS.items() if path.name.lower().endswith(end)), "text")
 
 
 def parts_of(path: Path, kind: str, part_size: int) -> list[Part]:
@@ -61,21 +65,22 @@ def parts_of(path: Path, kind: str, part_size: int) -> list[Part]:
       InputError: it cannot be read, or a package is missing.
     """
     name = str(path)
-    with _explained(name):
+    with explained(name):
         size = path.stat().st_size
         if kind == "parquet":
             return _row_groups(name, part_size)
+        count, step = size, part_size  # of bytes
         if kind == "arrayrecord":
-            reader = _open_records(name)
-            count = reader.num_records()
-            reader.close()
+            with contextlib.closing(_open_records(name)) as reader:
+                count = reader.num_records()
             step = max(1, count * part_size // max(size, 1))
-            starts = range(0, count, step)
-            return [Part(name, kind, i, min(i + step, count), size * min(step, count - i) // count) for i in starts]
-        if kind not in ("text", "jsonl") or size <= part_size:
-            return [Part(name, kind, 0, size, size)]
-        starts = range(0, size, part_size)
-        return [Part(name, kind, i, min(i + part_size, size), min(part_size, size - i)) for i in starts]
+        elif kind not in ("text", "jsonl"):
+            step = max(size, 1)
+        stops = [min(start + step, count) for start in range(0, max(count, 1), step)]
+        return [
+            Part(name, kind, start, stop, size * (stop - start) // max(count, 1))
+            for start, stop in zip([0, *stops], stops, strict=False)
+        ]
 
 
 def read_part(part: Part, text_field: str) -> Iterator[str]:
@@ -88,43 +93,48 @@ def read_part(part: Part, text_field: str) -> Iterator[str]:
     Raises:
       InputError: no text in the field, not UTF-8, a bad record, a missing package.
     """
-    with _explained(part.path):
+    with explained(part.path):
         for document in _READERS[part.kind](part, text_field):
             if document and not document.isspace():
                 yield document
 
 
-class _explained:  # noqa: N801
-    """Faults of a file in one sentence."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UnicodeDecodeError):
-            raise InputError(
-                f"file {self._path!r} is not UTF-8 text ({error.reason}); convert it to UTF-8 or leave it out."
-            ) from error
-        if isinstance(error, EOFError | gzip.BadGzipFile):
-            raise InputError(f"file {self._path!r} is not whole ({error}); mend it or leave it out.") from error
-        if isinstance(error, OSError):
-            raise InputError(
-                f"file {self._path!r} cannot be read ({error.strerror or error}); mend it or leave it out."
-            ) from error
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Faults in reading the file ``path`` become an InputError of one sentence."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"file {path!r} is not UTF-8 text ({error.reason}); convert it to UTF-8 or leave it out."
+        ) from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"file {path!r} is not whole ({error}); mend it or leave it out.") from error
+    except OSError as error:
+        raise InputError(
+            f"file {path!r} cannot be read ({error.strerror or error}); mend it or leave it out."
+        ) from error
 
 
-class _Slice(io.RawIOBase):
+# -- Lines -------------------------------------------------------------------------------------------------------------
+
+
+class _Lines(io.RawIOBase):
     """The lines of a file that begin at bytes ``start`` to ``stop - 1``."""
 
-    def __init__(self, path: str, start: int, stop: int) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115
-        self._left = _line_start(self._file, stop)
-        self.begins_at = _line_start(self._file, start)
-        self._left -= self.begins_at
-        self._file.seek(self.begins_at)
+    def __init__(self, part: Part) -> None:
+        self._file = open(part.path, "rb")  # noqa: SIM115
+        stop = self._line_start(part.stop)
+        self.begins_at = self._line_start(part.start)
+        self._left = stop - self.begins_at
+
+    def _line_start(self, place: int) -> int:
+        """Go to the first byte from ``place`` on that begins a line; to the end of the file where none does."""
+        self._file.seek(max(place - 1, 0))
+        chunk = b"\n" if place == 0 else b""
+        while not chunk.endswith(b"\n") and (chunk := self._file.readline(1 << 20)):
+            pass
+        return self._file.tell()
 
     def readable(self) -> bool:
         return True
@@ -139,70 +149,50 @@ class _Slice(io.RawIOBase):
         super().close()
 
 
-def _line_start(file: io.BufferedReader, place: int) -> int:
-    """The first byte from ``place`` on that begins a line; the end of the file where none does."""
-    if place == 0:
-        return 0
-    file.seek(place - 1)
-    while chunk := file.readline(1 << 20):
-        if chunk.endswith(b"\n"):
-            break
-    return file.tell()
-
-
-def _open_text(part: Part, newline: str | None) -> tuple[TextIO, int]:
+def _open_text(part: Part) -> tuple[TextIO, int]:
     """The part as text, and the byte at which it begins."""
-    raw = _Slice(part.path, part.start, part.stop)
+    if part.kind == "jsonl.gz":
+        return gzip.open(part.path, "rt", encoding="utf-8-sig"), 0
+    lines = _Lines(part)
     encoding = "utf-8" if part.start else "utf-8-sig"
-    return io.TextIOWrapper(io.BufferedReader(raw, 1 << 16), encoding=encoding, newline=newline), raw.begins_at
+    return io.TextIOWrapper(io.BufferedReader(lines, 1 << 16), encoding=encoding, newline=""), lines.begins_at
 
 
 def _read_python(part: Part, _: str) -> Iterator[str]:
-    try:
+    with contextlib.suppress(UnicodeDecodeError):  # a few files of the standard library declare another encoding
         yield Path(part.path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:  # a few files of the standard library declare another encoding
-        return
 
 
-def _read_text(part: Part, text_field: str) -> Iterator[str]:
+def _read_text(part: Part, _: str) -> Iterator[str]:
     is_whole = os.path.getsize(part.path) <= MAX_PIECE_CHARS
-    lines: list[str] = []
-    size = 0
-    with _open_text(part, newline="")[0] as file:
+    piece = ""
+    with _open_text(part)[0] as file:
         while line := file.readline(MAX_PIECE_CHARS):  # a longer line comes in parts, so memory stays bounded
             if "\0" in line:
                 raise InputError(f"file {part.path!r} is binary, not text; leave it out or convert it to UTF-8.")
-            if size + len(line) > MAX_PIECE_CHARS:
-                yield "".join(lines)
-                lines, size = [], 0
-            lines.append(line)
-            size += len(line)
-            if line.isspace() and size >= MIN_PIECE_CHARS and not is_whole:
-                yield "".join(lines)
-                lines, size = [], 0
-    yield "".join(lines)
+            if len(piece) + len(line) > MAX_PIECE_CHARS:
+                yield piece
+                piece = ""
+            piece += line
+            if line.isspace() and len(piece) >= MIN_PIECE_CHARS and not is_whole:
+                yield piece
+                piece = ""
+    yield piece
 
 
 def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
-    file, first_byte = _open_text(part, newline=None)
+    file, first_byte = _open_text(part)
     where = f"{part.path}:" if first_byte == 0 else f"{part.path}, after byte {first_byte}, line "
     with file:
-        yield from _read_lines(file, text_field, where)
-
-
-def _read_jsonl_gz(part: Part, text_field: str) -> Iterator[str]:
-    with gzip.open(part.path, "rt", encoding="utf-8-sig") as file:
-        yield from _read_lines(file, text_field, f"{part.path}:")
-
-
-def _read_lines(file: TextIO, text_field: str, where: str) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
-        if not line.isspace():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}{number} is not valid JSON ({error}); mend or remove the line.") from error
-            yield text_of(record, text_field, f"{where}{number}")
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(
+                        f"{where}{number} is not valid JSON ({error}); mend or remove the line."
+                    ) from error
+                yield text_of(record, text_field, f"{where}{number}")
 
 
 def text_of(record: Any, text_field: str, where: str) -> str:
@@ -217,6 +207,9 @@ def text_of(record: Any, text_field: str, where: str) -> str:
     if not isinstance(text, str):
         raise InputError(f"{where} holds {type(text).__name__} in field {text_field!r}; the field must be a string.")
     return text.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold lone surrogates
+
+
+# -- Parquet -----------------------------------------------------------------------------------------------------------
 
 
 def _open_parquet(path: str) -> Any:
@@ -254,16 +247,16 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
             raise InputError(
                 f"{part.path} has no column {text_field!r}; set data.text_field to the column that holds the text."
             )
-        row = 0
+        groups, row = list(range(part.start, part.stop)), 0
         try:
-            groups = range(part.start, part.stop)
-            for batch in file.iter_batches(_ROWS, row_groups=list(groups), columns=[text_field], use_threads=False):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    where = f"{part.path}, row {row} from row group {part.start} on,"
-                    yield text_of({text_field: text}, text_field, where)
+            for batch in file.iter_batches(_ROWS, row_groups=groups, columns=[text_field], use_threads=False):
+                for row, record in enumerate(batch.to_pylist(), start=row + 1):  # noqa: B020
+                    yield text_of(record, text_field, f"{part.path}, row {row} from row group {part.start} on,")
         except pyarrow.ArrowInvalid as error:
             raise InputError(f"file {part.path!r} is damaged ({error}); mend it or leave it out.") from error
+
+
+# -- Array records -----------------------------------------------------------------------------------------------------
 
 
 def _open_records(path: str) -> Any:
@@ -280,29 +273,21 @@ def _open_records(path: str) -> Any:
 
 
 def _read_records(part: Part, text_field: str) -> Iterator[str]:
-    reader = _open_records(part.path)
-    try:
+    with contextlib.closing(_open_records(part.path)) as reader:
         for start in range(part.start, part.stop, _ROWS):
-            stop = min(start + _ROWS, part.stop)
-            for index, content in enumerate(reader.read(start, stop), start=start):
-                text = content.decode("utf-8")
-                record = None
+            for index, content in enumerate(reader.read(start, min(start + _ROWS, part.stop)), start=start):
+                text, record = content.decode("utf-8"), None
                 if text.startswith("{"):
-                    try:
+                    with contextlib.suppress(ValueError, RecursionError):  # text that begins with a brace
                         record = json.loads(text)
-                    except (ValueError, RecursionError):
-                        record = None  # text that begins with a brace
-                is_object = isinstance(record, dict)
-                yield text_of(record, text_field, f"{part.path}, record {index},") if is_object else text
-    finally:
-        reader.close()
+                yield text_of(record, text_field, f"{part.path}, record {index},") if record is not None else text
 
 
 _READERS: dict[str, Callable[[Part, str], Iterator[str]]] = {
     "python": _read_python,
     "text": _read_text,
     "jsonl": _read_jsonl,
-    "jsonl.gz": _read_jsonl_gz,
+    "jsonl.gz": _read_jsonl,
     "parquet": _read_parquet,
     "arrayrecord": _read_records,
 }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from snlp_jax.config import DataConfig
-from snlp_jax.data.shards import Corpus, ShardedTokens, hash_of, read_corpus, tokenized, trained_tokenizer
+from snlp_jax.data.shards import ShardedTokens, find_corpus, hash_of, tokenized, trained_tokenizer
 from snlp_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer_json
 from snlp_jax.errors import InputError
 
@@ -77,31 +77,29 @@ def prepare_tokens(config: DataConfig) -> TokenData:
       InputError: a bad corpus or tokenizer, fewer than two different documents, or a cache that cannot be written.
     """
     cache_dir = _cache_dir(config)
-    found = _find_tokenizer(config)
+    found, weights = find_tokenizer(config), list(config.sources.values())
     try:
-        corpora = [
-            read_corpus(replace(config, source=name, mixture=()), cache_dir / "corpora") for name in config.sources
-        ]
-        weights = list(config.sources.values())
-        key, tokenizer = found or _train_tokenizer(config, corpora, weights, cache_dir / "tokenizers")
-        entries = [tokenized(corpus, tokenizer, key, cache_dir / "tokens") for corpus in corpora]
+        corpora = [find_corpus(replace(config, source=name, mixture=())) for name in config.sources]
+        if found is None:
+            trained = trained_tokenizer(config, corpora, weights, cache_dir / "tokenizers")
+            found = f"file {hash_of(trained.to_json())}", trained
+        entries = [tokenized(corpus, found[1], found[0], cache_dir / "tokens") for corpus in corpora]
     except OSError as error:
         raise InputError(
             f"the token cache {str(cache_dir)!r} cannot be written ({error.strerror or error}); "
             "make room there or set data.cache_dir to another folder."
         ) from error
     first, *others = entries
-    if not others:
-        content_hash = corpora[0].summary.content_hash
-        return TokenData(first.tokenizer, first.train, first.val, content_hash, mask_documents=config.mask_documents)
-    names = zip(config.sources, weights, entries, strict=True)
+    hashes = [entry.content_hash for entry in entries]
+    named = zip(config.sources, weights, entries, strict=True)
+    mixture = tuple(Source(name, weight, entry.train, entry.val) for name, weight, entry in named)
     return TokenData(
         first.tokenizer,
         sum((entry.train for entry in others), start=first.train),
         sum((entry.val for entry in others), start=first.val),
-        hash_of([[corpus.summary.content_hash, weight] for corpus, weight in zip(corpora, weights, strict=True)]),
+        hash_of(list(zip(hashes, weights, strict=True))) if others else hashes[0],
         mask_documents=config.mask_documents,
-        mixture=tuple(Source(name, weight, entry.train, entry.val) for name, weight, entry in names),
+        mixture=mixture if others else (),
     )
 
 
@@ -146,9 +144,6 @@ class WindowSource:
             return {"tokens": tokens}
         return {"tokens": tokens, "document": np.cumsum(tokens == self._bos_id, dtype=np.int32)}
 
-    def __repr__(self) -> str:
-        return f"WindowSource(num_tokens={len(self._tokens)}, seq_len={self._seq_len})"
-
 
 class MixedWindows:
     """Windows of several sources, one source after another, of each as many as its weight says, spread evenly over it:
@@ -169,9 +164,6 @@ class MixedWindows:
         place = int(np.searchsorted(self._ends, index, side="right"))
         source, count = self.sources[place], self._counts[place]
         return source[(int(index) - int(self._ends[place]) + count) * len(source) // count]
-
-    def __repr__(self) -> str:
-        return f"MixedWindows({self.sources}, {self.weights})"
 
 
 def train_iterator(
@@ -199,8 +191,8 @@ def train_iterator(
             f"train.batch_size {batch_size} is not a multiple of the {process_count} processes; change one of them."
         )
     source = data.windows("train", seq_len)
-    mixture = source if isinstance(source, MixedWindows) else None
-    if len(source) < batch_size and mixture is None:
+    sources, weights = (source.sources, source.weights) if isinstance(source, MixedWindows) else ([source], [1.0])
+    if len(source) < batch_size and len(sources) == 1:
         raise InputError(
             f"the training split has {len(data.train)} tokens, which fill {len(source)} windows of {seq_len}, but a "
             f"batch takes {batch_size}; give a larger corpus, or lower train.batch_size or model.seq_len."
@@ -208,17 +200,11 @@ def train_iterator(
     # Repeating before slicing keeps the processes in step when the windows cannot be divided evenly among them.
     parts = [
         grain.MapDataset.source(part).seed((seed + number) % 2**32).shuffle().repeat(None)
-        for number, part in enumerate(mixture.sources if mixture else [source])
+        for number, part in enumerate(sources)
     ]
-    windows = grain.MapDataset.mix(parts, mixture.weights) if mixture else parts[0]
+    windows = grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0]
     batches = windows[process_index::process_count].batch(batch_size // process_count, drop_remainder=True)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
-
-
-def val_batches(data: TokenData, *, seq_len: int, batch_size: int, num_batches: int) -> list[np.ndarray]:
-    """The tokens alone of :func:`held_out_batches`, int32 [batch_size, seq_len + 1]."""
-    sizes = {"seq_len": seq_len, "batch_size": batch_size, "num_batches": num_batches}
-    return [batch["tokens"] for batch in held_out_batches(data, **sizes)]
 
 
 def held_out_batches(
@@ -241,8 +227,8 @@ def held_out_batches(
     rows = min(batch_size, len(source))
     picked = rows * min(num_batches, len(source) // rows)
     windows = [source[i * len(source) // picked] for i in range(picked)]
-    stack = lambda some: {name: np.stack([window[name] for window in some]) for name in some[0]}  # noqa: E731
-    return [stack(windows[start : start + rows]) for start in range(0, picked, rows)]
+    batches = [windows[start : start + rows] for start in range(0, picked, rows)]
+    return [{name: np.stack([window[name] for window in batch]) for name in batch[0]} for batch in batches]
 
 
 def _cache_dir(config: DataConfig) -> Path:
@@ -251,8 +237,12 @@ def _cache_dir(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snlp_jax"
 
 
-def _find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer] | None:
-    """What tells the tokenizer from others, and the tokenizer; None if it must be trained."""
+def find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer] | None:
+    """What tells the tokenizer from others, and the tokenizer; None if it must be trained.
+
+    Raises:
+      InputError: it cannot be read.
+    """
     if config.tokenizer == "byte":
         return "byte", ByteTokenizer()
     if config.tokenizer == "bpe":
@@ -267,10 +257,3 @@ def _find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer] | None:
         return f"file {hash_of(text)}", load_tokenizer_json(text)
     except (OSError, ValueError, InputError) as error:
         raise InputError(f"data.tokenizer {config.tokenizer!r}: {error}") from error
-
-
-def _train_tokenizer(
-    config: DataConfig, corpora: list[Corpus], weights: list[float], folder: Path
-) -> tuple[str, Tokenizer]:
-    tokenizer = trained_tokenizer(config, corpora, weights, folder)
-    return f"file {hash_of(tokenizer.to_json())}", tokenizer

@@ -1,20 +1,19 @@
 """A corpus to memory-mapped tokens, kept in a cache.
 
-    corpora/HASH.json          what one pass over a corpus told, found again by names, sizes and times of its files
     tokenizers/HASH.json       what was trained here
-    tokens/HASH/               of one (corpus, tokenizer, split): tokenizer.json; for each shard 00000.train, 00000.val
-                               and 00000.json; once all of them are there, meta.json
+    tokens/HASH/               of one (corpus, tokenizer, split): tokenizer.json; for each shard 00000.train, 00000.val,
+                               00000.digests and 00000.json; once all of them are there, meta.json
 
-Shards are those of the corpus (``snlp_jax/data/corpus.py``), so that the tokens do not depend on who tokenizes. All
-files are written aside and renamed. An entry without meta.json is one that was interrupted: the shards that it has are
-used by whoever builds it again. Several processes may build the same entry at once, and share the work if they do.
+A corpus is known by names, sizes and times of its files: while they stay the same it is not read again. Shards are of
+the corpus (``snlp_jax/data/corpus.py``), so that the tokens do not depend on who tokenizes. All files are written
+aside and renamed. An entry without meta.json is one that was interrupted: the shards that it has are used by whoever
+builds it again. Several processes may build the same entry at once, and share the work if they do.
 """
 
-import dataclasses
 import functools
+import itertools
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,8 +23,17 @@ from typing import Any
 import numpy as np
 
 from snlp_jax.config import DataConfig
-from snlp_jax.data.corpus import Shard, corpus_files, file_state, no_text, plan_shards, val_limit
-from snlp_jax.data.jobs import Job, Record, finished, remove_leftovers, run_jobs
+from snlp_jax.data.corpus import (
+    Shard,
+    corpus_files,
+    digest_of,
+    documents_of,
+    file_state,
+    key_of,
+    plan_shards,
+    val_limit,
+)
+from snlp_jax.data.jobs import Job, finished, remove_leftovers, run_jobs
 from snlp_jax.data.tokenizer import Tokenizer, load_tokenizer_json, train_bpe
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
@@ -35,7 +43,7 @@ BPE_TRAIN_CHARS = 200_000_000
 OPEN_SHARDS = 256
 """Files of a split that are mapped at a time: an open map takes a file descriptor."""
 
-_FORMAT = 2  # part of every name: raise it when documents, splits or files change
+_FORMAT = 3  # part of every name: raise it when documents, splits or files change
 _logger = logging.getLogger(__name__)
 
 
@@ -43,10 +51,8 @@ _logger = logging.getLogger(__name__)
 
 
 class ShardedTokens:
-    """Tokens [n] that lie in several files, one after another, read only. A slice is an array; memory is that of the
-    slice."""
-
-    ndim = 1
+    """Tokens [n] that lie in several files, one after another, read only: ``len``, an item, or a slice of step 1, which
+    is an array. Memory is that of the slice."""
 
     def __init__(self, files: Sequence[tuple[Path, int]], dtype: np.dtype) -> None:
         self._files = [(path, count) for path, count in files if count]
@@ -57,31 +63,20 @@ class ShardedTokens:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    @property
-    def size(self) -> int:
-        return len(self)
-
-    @property
-    def shape(self) -> tuple[int]:
-        return (len(self),)
-
     def __getitem__(self, index: int | slice) -> Any:
         if not isinstance(index, slice):
-            index = range(len(self))[index]
-            return self[index : index + 1][0]
+            place = range(len(self))[index]
+            return self[place : place + 1][0]
         start, stop, step = index.indices(len(self))
         if step != 1:
-            places = range(start, stop, step) or range(1)
-            piece = self[min(places[0], places[-1]) : max(places[0], places[-1]) + 1]
-            return piece[::step][: len(range(start, stop, step))]
-        pieces = []
+            raise IndexError(f"slices of tokens have step 1, not {step}")
+        pieces = [np.zeros(0, self.dtype)]
         while start < stop:
             shard = int(np.searchsorted(self._ends, start, side="right"))
-            end = int(self._ends[shard])
-            first = int(self._ends[shard - 1]) if shard else 0
+            end, first = int(self._ends[shard]), int(self._ends[shard]) - self._files[shard][1]
             pieces.append(self._open(shard)[start - first : min(stop, end) - first])
             start = end
-        return np.concatenate([np.zeros(0, self.dtype), *pieces]) if len(pieces) != 1 else pieces[0]
+        return np.concatenate(pieces)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self[:], dtype=dtype)
@@ -96,111 +91,51 @@ class ShardedTokens:
         return np.memmap(path, dtype=self.dtype, mode="r")
 
 
-# -- A pass over the corpus --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CorpusSummary:
-    """What one pass over a corpus tells. A document's key is the number, below 2**64, that its hash begins with."""
-
-    content_hash: str
-    """Of all documents in their order, wherever shards end."""
-    num_documents: int
-    num_chars: int
-    min_key: int
-    max_key: int
-    shard_hashes: tuple[str, ...]
-    """Of the documents of each shard."""
-    shard_chars: tuple[int, ...]
-
-    def val_limit(self, val_fraction: float) -> int:
-        return val_limit(val_fraction, self.min_key, self.max_key)
+# -- A corpus ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus that was read once."""
+    """Files as they were when first looked at, and how they are divided."""
 
     config: DataConfig
+    states: list[tuple[str, int, int, int]]
     shards: list[Shard]
-    summary: CorpusSummary
 
-    def jobs(self, kind: str, folder: Path, **more: Any) -> list[Job]:
-        """One for each shard, on the documents that the summary tells of."""
-        known = {"val_limit": self.summary.val_limit(self.config.val_fraction), **more}
-        jobs = _jobs(self.config, self.shards, kind, folder)
-        facts = zip(jobs, self.summary.shard_hashes, self.summary.shard_chars, strict=True)
-        return [job | known | {"documents_hash": digest, "size": size} for job, digest, size in facts]
+    @property
+    def key(self) -> str:
+        """Tells it from other corpora."""
+        return hash_of(_FORMAT, self.config.source == "builtin", self.config.text_field, self.states, self.shards)
+
+    @property
+    def val_limit(self) -> int:
+        """Documents with a key below it are held out, unless that leaves a side empty."""
+        return int(self.config.val_fraction * 2**64)
+
+    def training_documents(self, max_chars: int) -> Iterator[str]:
+        """Documents that are not held out, thinned evenly to about ``max_chars``."""
+        stride = -(-sum(part.size for shard in self.shards for part in shard) // max(max_chars, 1))
+        for shard in self.shards:
+            documents = documents_of(shard, self.config.text_field)
+            training = (document for document in documents if key_of(digest_of(document)) >= self.val_limit)
+            yield from itertools.islice(training, 0, None, max(stride, 1))
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Raises InputError where a file is not what it was."""
+        if [file_state(path) for path in corpus_files(self.config)] != self.states:
+            raise InputError(
+                f"data.source {self.config.source!r} changed while it was read; run again when it is at rest."
+            )
 
 
-def read_corpus(config: DataConfig, record_dir: Path) -> Corpus:
-    """Read the whole corpus once, or the record of an earlier call if names, sizes and times of its files are the same.
-
-    Args:
-      record_dir: where records are kept, and what an interrupted pass has found out.
+def find_corpus(config: DataConfig) -> Corpus:
+    """Look at the files of ``config.source``.
 
     Raises:
-      InputError: a bad corpus, or fewer than two different documents, which cannot be split.
-      OSError: the record cannot be written.
+      InputError: there are none, or one cannot be read.
     """
-    states = [file_state(path) for path in corpus_files(config)]
-    shards = plan_shards(config)
-    state = [_FORMAT, config.source == "builtin", config.text_field, states, shards]
-    record, folder = record_dir / f"{hash_of(*state)}.json", record_dir / f"{hash_of(*state)}"
-    summary = _read_summary(record)
-    if summary is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            jobs = _jobs(config, shards, "scan", folder)
-            summary = _join(config, run_jobs(jobs, config.num_workers, "Reading the corpus"), jobs)
-        except FileNotFoundError:
-            summary = _read_summary(record)  # another process was faster, and has tidied up
-            if summary is None:
-                raise
-        atomic_write(record, json.dumps(dataclasses.asdict(summary)))
-        remove_leftovers(record_dir)
-    shutil.rmtree(folder, ignore_errors=True)  # also where another process was killed before it could
-    if summary.min_key == summary.max_key:
-        raise InputError(
-            f"data.source {config.source!r} holds only one document, or copies of one, and two are needed to hold one "
-            "out; give more text."
-        )
-    return Corpus(config, shards, summary)
-
-
-def _jobs(config: DataConfig, shards: list[Shard], kind: str, folder: Path) -> list[Job]:
-    common = {"kind": kind, "text_field": config.text_field, "source": config.source}
-    return [
-        common | {"parts": shard, "out": str(folder / f"{number:05d}"), "size": sum(part.size for part in shard)}
-        for number, shard in enumerate(shards)
-    ]
-
-
-def _join(config: DataConfig, records: list[Record], jobs: list[Job]) -> CorpusSummary:
-    total = blake2b(digest_size=16)
-    for job in jobs:
-        total.update(Path(f"{job['out']}.digests").read_bytes())
-    num_documents = sum(record["num_documents"] for record in records)
-    if num_documents == 0:
-        raise no_text(config)
-    return CorpusSummary(
-        content_hash=total.hexdigest(),
-        num_documents=num_documents,
-        num_chars=sum(record["num_chars"] for record in records),
-        min_key=min(record["min_key"] for record in records),
-        max_key=max(record["max_key"] for record in records),
-        shard_hashes=tuple(record["documents_hash"] for record in records),
-        shard_chars=tuple(record["num_chars"] for record in records),
-    )
-
-
-def _read_summary(record: Path) -> CorpusSummary | None:
-    try:
-        fields: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return CorpusSummary(**(fields | lists))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
+    return Corpus(config, [file_state(path) for path in corpus_files(config)], plan_shards(config))
 
 
 # -- A tokenizer for it ------------------------------------------------------------------------------------------------
@@ -214,37 +149,23 @@ def trained_tokenizer(
     Of a mixture every corpus gives at most its share, by weight, of ``BPE_TRAIN_CHARS``, thinned evenly: a document
     counts once, whatever the weight.
     """
-    about = [(corpus.summary.content_hash, weight) for corpus, weight in zip(corpora, weights, strict=True)]
-    name = hash_of(_FORMAT, config.bpe_vocab_size, config.val_fraction, BPE_TRAIN_CHARS, about)
-    path, work = folder / f"{name}.json", folder / name
-    known = _read_trained(path)
-    if known is not None:
-        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed before it could
-        return known
-    work.mkdir(parents=True, exist_ok=True)
-    jobs: list[Job] = []
-    for number, (corpus, weight) in enumerate(zip(corpora, weights, strict=True)):
-        stride = -(-corpus.summary.num_chars // max(int(BPE_TRAIN_CHARS * weight), 1))
-        for job in corpus.jobs("sample", work, stride=stride):
-            jobs.append(job | {"out": f"{job['out']}-{number}"})
-
-    def documents() -> Iterator[str]:
-        for job in jobs:
-            yield from json.loads(Path(f"{job['out']}.documents").read_text(encoding="utf-8"))
-
-    try:
-        run_jobs(jobs, config.num_workers, "Choosing text for the tokenizer")
-        tokenizer = train_bpe(documents(), config.bpe_vocab_size)
-    except FileNotFoundError:
-        known = _read_trained(path)  # another process was faster, and has tidied up
-        if known is None:
-            raise
-        return known
-    text = tokenizer.to_json()
-    atomic_write(path, json.dumps({"tokenizer": text, "hash": hash_of(text)}))
-    shutil.rmtree(work, ignore_errors=True)
-    remove_leftovers(folder)
-    return tokenizer
+    shares = list(zip((corpus.key for corpus in corpora), weights, strict=True))
+    path = folder / f"{hash_of(config.bpe_vocab_size, config.val_fraction, BPE_TRAIN_CHARS, shares)}.json"
+    found = _read_trained(path)
+    if found is None:
+        _logger.info(
+            "Training a tokenizer of %d entries on %s, once.", config.bpe_vocab_size, ", ".join(config.sources)
+        )
+        documents = (
+            corpus.training_documents(int(BPE_TRAIN_CHARS * weight))
+            for corpus, weight in zip(corpora, weights, strict=True)
+        )
+        found = train_bpe(itertools.chain.from_iterable(documents), config.bpe_vocab_size)
+        text = found.to_json()
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps({"tokenizer": text, "hash": hash_of(text)}))
+        remove_leftovers(folder)
+    return found
 
 
 def _read_trained(path: Path) -> Tokenizer | None:
@@ -270,19 +191,26 @@ class Entry:
     tokenizer: Tokenizer
     train: ShardedTokens
     val: ShardedTokens
+    content_hash: str
+    """Of all documents in their order, wherever shards end."""
 
 
 def tokenized(corpus: Corpus, tokenizer: Tokenizer, tokenizer_key: str, folder: Path) -> Entry:
     """The cache entry of a corpus, which is built, or built to its end, or mended, where it is not whole.
 
     Raises:
-      InputError: the corpus has changed since it was read.
+      InputError: a bad document; fewer than two different ones, which cannot be split; or the corpus has changed since
+        it was looked at.
       OSError: the entry cannot be written.
     """
-    config, summary = corpus.config, corpus.summary
-    name = hash_of(_FORMAT, summary.content_hash, summary.shard_hashes, tokenizer_key, config.val_fraction)
-    entry = folder / name
-    return _open(entry) or _build(entry, corpus, tokenizer)
+    path = folder / hash_of(corpus.key, tokenizer_key, corpus.config.val_fraction)
+    entry = _open(path)
+    if entry is None:
+        _build(path, corpus, tokenizer)
+        entry = _open(path)
+    if entry is None:
+        raise InputError(f"the tokens written to {str(path)!r} cannot be read back; check the disk.")
+    return entry
 
 
 def _open(entry: Path) -> Entry | None:
@@ -294,38 +222,55 @@ def _open(entry: Path) -> Entry | None:
         text = (entry / "tokenizer.json").read_text(encoding="utf-8")
         if hash_of(text) != meta["tokenizer_hash"]:
             raise ValueError("tokenizer.json differs from what was written")
-        dtype = np.dtype(meta["dtype"])
-        splits: dict[str, list[tuple[Path, int]]] = {"train": [], "val": []}
-        for number, counts in enumerate(meta["shards"]):
-            for split, count in counts.items():
-                path = entry / f"{number:05d}.{split}"
+        dtype, splits = np.dtype(meta["dtype"]), {}
+        for split in ("train", "val"):
+            files = [(entry / f"{i:05d}.{split}", counts[split]) for i, counts in enumerate(meta["shards"])]
+            for path, count in files:
                 if path.stat().st_size != count * dtype.itemsize:
                     raise ValueError(f"{path.name} does not hold {count} tokens")
-                splits[split].append((path, count))
-        return Entry(load_tokenizer_json(text), *(ShardedTokens(splits[name], dtype) for name in ("train", "val")))
+            splits[split] = ShardedTokens(files, dtype)
+        return Entry(load_tokenizer_json(text), splits["train"], splits["val"], meta["content_hash"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError) as error:
         _logger.warning("Token cache entry %s is damaged (%s); mending it.", entry, error)
         return None
 
 
-def _build(entry: Path, corpus: Corpus, tokenizer: Tokenizer) -> Entry:
-    config, summary = corpus.config, corpus.summary
+def _build(entry: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    config = corpus.config
     if entry.is_file():
         _logger.warning("Token cache entry %s is damaged (a file, not a folder); building it again.", entry)
         entry.unlink()
     entry.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    text = tokenizer.to_json()
-    atomic_write(entry / "tokenizer.json", text)
-    jobs = corpus.jobs("encode", entry, tokenizer=str(entry / "tokenizer.json"), dtype=dtype.str)
-    num_done = sum(finished(Path(job["out"]), is_thorough=False) is not None for job in jobs)
+    tokenizer_path, text = entry / "tokenizer.json", tokenizer.to_json()
+    atomic_write(tokenizer_path, text)
+    jobs = [
+        Job(shard, config.text_field, str(entry / f"{i:05d}"), str(tokenizer_path), dtype.str, corpus.val_limit)
+        for i, shard in enumerate(corpus.shards)
+    ]
+    num_done = sum(finished(job, is_thorough=False) is not None for job in jobs)
     _logger.info(
-        "Tokenizing %s (%d documents, %.1f million characters, %d of %d shards are there) with %s, once; cached in %s.",
-        *(config.source, summary.num_documents, summary.num_chars / 1e6, num_done, len(jobs), tokenizer.name, entry),
+        "Tokenizing %s (%.1f MB, %d of %d shards are there) with %s, once; cached in %s.",
+        *(config.source, sum(job.size for job in jobs) / 1e6, num_done, len(jobs), tokenizer.name, entry),
     )
     records = run_jobs(jobs, config.num_workers, "Tokenizing")
+    min_key, max_key = min(r["min_key"] for r in records), max(r["max_key"] for r in records)
+    if max_key < 0:
+        raise InputError(f"data.source {config.source!r} holds no text; give files that are not empty.")
+    if min_key == max_key:
+        raise InputError(
+            f"data.source {config.source!r} holds only one document, or copies of one, and two are needed to hold one "
+            "out; give more text."
+        )
+    if (limit := val_limit(config.val_fraction, min_key, max_key)) != corpus.val_limit:  # a side without a document
+        jobs = [job._replace(val_limit=limit) for job in jobs]
+        records = run_jobs(jobs, config.num_workers, "Tokenizing")
+    corpus.check_unchanged()
+    content = blake2b(digest_size=16)
+    for job in jobs:
+        content.update(Path(f"{job.out}.digests").read_bytes())
     meta = {
-        "content_hash": summary.content_hash,
+        "content_hash": content.hexdigest(),
         "tokenizer": tokenizer.name,
         "tokenizer_hash": hash_of(text),
         "dtype": dtype.str,
@@ -333,10 +278,6 @@ def _build(entry: Path, corpus: Corpus, tokenizer: Tokenizer) -> Entry:
     }
     remove_leftovers(entry)  # before the entry is whole: nobody tidies up afterwards
     atomic_write(entry / "meta.json", json.dumps(meta, indent=2) + "\n")
-    opened = _open(entry)
-    if opened is None:
-        raise InputError(f"the tokens written to {str(entry)!r} cannot be read back; check the disk.")
-    return opened
 
 
 def hash_of(*parts: object) -> str:

@@ -147,7 +147,7 @@ def build(setup: Setup, console: Console) -> Programs:
     config, mesh, model = setup.config, setup.mesh, setup.model
     saved = abstract_saved(setup.abstract, model, mesh)
     console.print(
-        f"{config.name}: {num_params(saved['params']) / 1e6:.2f} M parameters, {setup.data.train.size / 1e6:.1f} M "
+        f"{config.name}: {num_params(saved['params']) / 1e6:.2f} M parameters, {len(setup.data.train) / 1e6:.1f} M "
         f"training tokens, {config.train.num_steps} steps of {config.train.batch_size * config.model.seq_len} tokens "
         f"on {_describe_devices(mesh, config, setup.abstract)}"
     )

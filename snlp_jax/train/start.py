@@ -14,19 +14,19 @@ MAY_DIFFER = ("seq_len", "rotary_multiple", "remat", "compute_dtype", "attention
 
 
 def data_config(config: Config, resume: bool) -> DataConfig:
-    """``config.data``, with the tokenizer of ``train.init_from`` where the run starts from another. A run keeps a copy
-    of its tokenizer, which ``resume`` reads.
+    """``config.data``, with the tokenizer of the run: the copy that it keeps, where it has begun; the one of
+    ``train.init_from``, where it starts from another run.
 
     Raises:
         InputError: see :func:`check_origin`.
     """
+    tokenizer = config.run_path / TOKENIZER_NAME
+    if resume and tokenizer.is_file() and (config.train.init_from or config.data.tokenizer == "bpe"):
+        return dataclasses.replace(config.data, tokenizer=str(tokenizer))
     if not config.train.init_from:
         return config.data
-    tokenizer = config.run_path / TOKENIZER_NAME
-    if not (resume and tokenizer.is_file()):  # a run that has begun needs its origin no more
-        check_origin(config)
-        tokenizer = Path(config.train.init_from) / TOKENIZER_NAME
-    return dataclasses.replace(config.data, tokenizer=str(tokenizer))
+    check_origin(config)
+    return dataclasses.replace(config.data, tokenizer=str(Path(config.train.init_from) / TOKENIZER_NAME))
 
 
 def check_origin(config: Config) -> None:
