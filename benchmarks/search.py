@@ -26,10 +26,9 @@ from rich.console import Console
 from benchmarks.machine import out_path
 from snlp_jax.config import SearchConfig
 from snlp_jax.errors import InputError
-from snlp_jax.eval.search.cost import depth_cost
-from snlp_jax.eval.search.measure import interleave
-from snlp_jax.eval.search.race import Bounds, Sums
-from snlp_jax.eval.search.run import LEAST_REPEATS, Search
+from snlp_jax.eval.search.quality import EXACT
+from snlp_jax.eval.search.search import Search
+from snlp_jax.eval.search.space import Candidate
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.run import read_config
@@ -89,37 +88,30 @@ def run_grid(search: Search) -> dict[str, Any]:
     """Every candidate, on all windows to choose on."""
     began, rows = time.perf_counter(), []
     alpha = (1 - search.search.confidence) / 2
-    costs = timed(search)
-    for index, candidate in enumerate(search.candidates):
-        bounds, depth = Bounds(0.0, 0.0, 0.0), float(candidate.schedule.depth)
+    ratios = timed(search)
+    for candidate in search.candidates:
+        bounds = EXACT
         if not candidate.is_lossless:
-            sums, made = search.quality.measure(candidate.schedule, 0, search.num_windows)
-            bounds = Sums(*sums).bounds(alpha)
-            if candidate.tolerance:
-                search.iterations[index] = made
-                depth = search._mean_depth(index)
-        cost = depth_cost(candidate.schedule, depth) if costs is None else costs[index]
+            found = search.quality.measure(candidate.schedule, 0, search.num_windows)
+            bounds, search.measured[candidate] = found.sums.bounds(alpha), found
+        depth, num_evals = search.cost(candidate)
+        cost = [depth, num_evals] if search.clock is None else [ratios[candidate]]
         rows.append({"name": candidate.name, "cost": cost, "depth": depth} | bounds._asdict())
-        Console(stderr=True).print(f"{index + 1} of {len(search.candidates)}: {rows[-1]}", highlight=False)
+        Console(stderr=True).print(f"{len(rows)} of {len(search.candidates)}: {rows[-1]}", highlight=False)
     within = [row for row in rows if row["high"] <= search.search.limit]
     best = min(within, key=lambda row: row["cost"])
     return {"seconds": time.perf_counter() - began, "winner": best["name"], "rows": rows}
 
 
-def timed(search: Search) -> list[float] | None:
-    """Of every candidate the median ratio to the sequential pass, timed in groups; None where depth is the cost."""
-    if search.clock is None:
-        return None
-    twins = [search._reader(0, layout) for layout in ("stack", "list")]
-    search.twin = ("stack", "list")[int(np.median(interleave(twins, LEAST_REPEATS), axis=0).argmin())]
-    ratios = [1.0]
-    others = range(1, len(search.candidates))
-    for start in range(0, len(others), GROUP):
-        group = others[start : start + GROUP]
-        search._time([0, *group])
-        ratios += [float(np.median(search.times_ms[index] / search.times_ms[0])) for index in group]
-        for index in group:  # or memory would hold all candidates' weights
-            search.readers.pop((index, "auto"), None)
+def timed(search: Search) -> dict[Candidate, float]:
+    """Of every candidate the median ratio to the sequential pass, timed in groups; none where depth is the cost."""
+    ratios: dict[Candidate, float] = {}
+    sequential, *others = search.candidates
+    for start in range(0, len(others) if search.clock else 0, GROUP):
+        group = [sequential, *others[start : start + GROUP]]
+        search.time(group)
+        ratios |= {candidate: search.ratio(candidate) for candidate in group}
+        search.readers.clear()  # or memory would hold all candidates' weights
     return ratios
 
 
@@ -127,16 +119,16 @@ def compare(report: dict[str, Any], grid: Search, winner: str) -> None:
     """Whether the search has found what the grid has, in what share of its time."""
     share = report["search"]["seconds"] / report["grid"]["seconds"]
     rows = {row["name"]: row for row in report["grid"]["rows"]}
-    mine, best = rows[winner], rows[report["grid"]["winner"]]
+    found, best = rows[winner], rows[report["grid"]["winner"]]
     verdict = {"share_of_time": share, "grid_winner": best["name"], "num_candidates": len(rows)}
     if grid.clock is None:
-        verdict |= {"depth": mine["depth"], "grid_depth": best["depth"], "is_as_deep": mine["cost"] <= best["cost"]}
+        verdict |= {"depth": found["depth"], "grid_depth": best["depth"], "is_as_deep": found["cost"] <= best["cost"]}
     else:
-        index = {candidate.name: place for place, candidate in enumerate(grid.candidates)}
+        by_name = {candidate.name: candidate for candidate in grid.candidates}
         within = [row for row in rows.values() if row["high"] <= grid.search.limit]
-        leaders = [index[row["name"]] for row in sorted(within, key=lambda row: row["cost"])[:NUM_AGAIN]]
-        grid._time(list(dict.fromkeys([0, index[winner], *leaders])))
-        medians = {grid.candidates[i].name: float(np.median(times)) for i, times in grid.times_ms.items()}
+        leaders = [by_name[row["name"]] for row in sorted(within, key=lambda row: row["cost"])[:NUM_AGAIN]]
+        grid.time(list(dict.fromkeys([grid.candidates[0], by_name[winner], *leaders])))
+        medians = {candidate.name: float(np.median(times)) for candidate, times in grid.times_ms.items()}
         ratio = medians[winner] / min(medians.values())
         verdict |= {"again_ms": medians, "time_over_grid_best": ratio, "is_within_5_percent": ratio <= 1.05}
     report["verdict"] = verdict | {"is_under_a_quarter": share < 0.25}

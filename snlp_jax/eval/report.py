@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,16 +72,11 @@ class Report:
 
     def to_json(self) -> str:
         """The info and the results; numbers that are not finite, which JSON has not, become null."""
-        return json.dumps(finite_or_none(dataclasses.asdict(self)), indent=2) + "\n"
+        return to_json(self)
 
     def to_csv(self) -> str:
         """One row a setting: the numbers of the tables, fractions as fractions."""
-        rows = [_csv_row(result) for result in self.results]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return rows_to_csv([_csv_row(result) for result in self.results])
 
     def to_png(self) -> bytes:
         """PPL change against depth and, where it was measured, time. Raises ImportError without matplotlib."""
@@ -133,9 +128,7 @@ def write_files(
 
 def print_report(report: Report) -> None:
     """Two tables on stdout: what a setting changes, and what it costs."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
+    console = make_console()
     console.print(_quality_table(report))
     if report.results[0].timing is not None:
         console.print(_cost_table(report))
@@ -147,12 +140,12 @@ def _quality_table(report: Report) -> Table:
     greedy = report.results[0].greedy
     columns = ["depth", "PPL", "change", "95 % interval", "KL", "top-1", "error"]
     columns += ["greedy in a row"] if greedy else []
-    table = _table(title, columns)
+    table = new_table(title, columns)
     for result in report.results:
         interval = result.ppl_interval
         changes = [
-            f"{_percent(result.ppl_change)} %",
-            "-" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
+            f"{percent(result.ppl_change)} %",
+            "-" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}",
             f"{result.kl:.2g}",
             f"{100 * result.top1:.1f} %",
             f"{result.state_error:.2g}",
@@ -171,7 +164,7 @@ def _cost_table(report: Report) -> Table:
         f"Cost of a forward of {info['timing_batch']} x {info['timing_len']} tokens: {info['device']}, "
         f"{info['dtype']}, {info['timing_repeats']} runs, interleaved"
     )
-    table = _table(title, ["depth", "evals", "ms (median)", "quartiles", "layout", "speed-up", "memory, MiB"])
+    table = new_table(title, ["depth", "evals", "ms (median)", "quartiles", "layout", "speed-up", "memory, MiB"])
     for result in report.results:
         timing = result.timing
         if timing is None or result.speedup is None:
@@ -183,7 +176,8 @@ def _cost_table(report: Report) -> Table:
     return table
 
 
-def _table(title: str, columns: list[str]) -> Table:
+def new_table(title: str, columns: list[str]) -> Table:
+    """A row a setting; ``columns`` are those behind its name."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("setting", overflow="fold", min_width=24)
     for column in columns:
@@ -191,9 +185,32 @@ def _table(title: str, columns: list[str]) -> Table:
     return table
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """Signed, without the percent sign."""
     percent = 100 * fraction
     return f"{percent:+.2f}" if abs(percent) < 1000 else f"{percent:+.3g}"
+
+
+def make_console() -> Console:
+    """Of stdout, ``TABLE_WIDTH`` wide where that is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=TABLE_WIDTH)
+
+
+def to_json(report: Any) -> str:
+    """A dataclass of numbers as JSON; those that are not finite, which JSON has not, become null."""
+    return json.dumps(finite_or_none(dataclasses.asdict(report)), indent=2) + "\n"
+
+
+def rows_to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a row; columns are the keys in the order of their first appearance."""
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def finite_or_none(value: Any) -> Any:

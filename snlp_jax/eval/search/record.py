@@ -1,18 +1,13 @@
 """What a search has found: tables, JSON, CSV, a picture, and the solver file."""
 
-import csv
 import dataclasses
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from snlp_jax.errors import InputError
 from snlp_jax.eval.frontier import draw_frontier, pareto_front
-from snlp_jax.eval.report import TABLE_WIDTH, _percent, _table, finite_or_none, write_files
+from snlp_jax.eval.report import make_console, new_table, percent, rows_to_csv, to_json, write_files
 from snlp_jax.eval.solver_file import SOLVER_NAME, SolverFile, write_solver_file
 
 
@@ -22,14 +17,14 @@ class Row:
 
     name: str
     status: str
-    """winner; passed (but slower), failed, beaten by what costs less, implied by an easier failure, undecided on all
-    windows, refuted on fresh ones."""
+    """winner; passed, failed or undecided on the windows to choose on; implied by another of its line; refuted on
+    fresh windows."""
     depth: int
     mean_depth: float
+    """Of an average sequence, which may stop early."""
     num_block_evals: int
-    cost: float
-    """Depth, or milliseconds, measured or predicted."""
-    is_cost_measured: bool
+    ms: float | None
+    """At the last timing."""
     num_windows: int
     ppl_change: float | None
     ppl_interval: tuple[float, float] | None
@@ -43,14 +38,16 @@ class Found:
     solver: SolverFile
     rows: tuple[Row, ...]
     info: dict[str, Any]
-    """Objective, limit, cost model, device, versions, seconds."""
+    """Objective, limit, device, versions, seconds."""
 
     @property
     def winner(self) -> Row:
         return next(row for row in self.rows if row.status == "winner")
 
-    def to_json(self) -> str:
-        return json.dumps(finite_or_none(dataclasses.asdict(self)), indent=2) + "\n"
+    @property
+    def measured(self) -> list[Row]:
+        """Candidates whose quality is known, the sequential pass first."""
+        return [row for row in self.rows if row.ppl_change is not None]
 
     def to_csv(self) -> str:
         """One row a candidate."""
@@ -59,50 +56,34 @@ class Found:
             fields = dataclasses.asdict(row)
             low, high = fields.pop("ppl_interval") or (None, None)
             rows.append(fields | {"ppl_change_low": low, "ppl_change_high": high})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return rows_to_csv(rows)
 
     def to_png(self) -> bytes:
-        """PPL change of what was measured against cost. Raises ImportError without matplotlib."""
-        shown = self.measured()
+        """PPL change of what was measured against depth. Raises ImportError without matplotlib."""
         return draw_frontier(
-            [row.name for row in shown],
-            [row.ppl_change or 0.0 for row in shown],
-            [row.ppl_interval for row in shown],
-            {self.info["cost"]: [row.cost for row in shown]},
-            title=f"{self.winner.name}: at most {_percent(self.info['limit'])} %; {self.info['device']}",
+            [row.name for row in self.measured],
+            [row.ppl_change or 0.0 for row in self.measured],
+            [row.ppl_interval for row in self.measured],
+            {"depth, dependent block evaluations": [row.mean_depth for row in self.measured]},
+            title=f"{self.winner.name}: at most {percent(self.info['limit'])} %; {self.info['device']}",
         )
-
-    def measured(self) -> list[Row]:
-        """Candidates whose quality is known, the sequential pass first."""
-        return [row for row in self.rows if row.ppl_change is not None]
 
 
 def print_found(found: Found) -> None:
-    """The front of what was measured, and a sentence on the winner."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
-    shown = found.measured()
-    on_front = pareto_front([(row.cost, row.ppl_change or 0.0) for row in shown])
-    info = found.info
+    """The front of what was measured, what was timed, and a sentence on the winner."""
+    console, shown, info = make_console(), found.measured, found.info
+    on_front = pareto_front([(row.mean_depth, row.ppl_change or 0.0) for row in shown])
     title = f"Front of {len(shown)} measured candidates of {len(found.rows)}; {info['num_windows']} held-out windows"
-    is_timed = info["objective"] != "depth"
-    columns = ["depth", *(["ms"] if is_timed else []), "windows", "change", "interval", "status"]
-    table = _table(title, columns)
+    table = new_table(title, ["depth", "ms", "windows", "change", "interval", "status"])
     for row, is_on in zip(shown, on_front, strict=True):
-        if not (is_on or row.status == "winner" or row.name == "seq"):
-            continue
-        interval = "-" if row.ppl_interval is None else " to ".join(map(_percent, row.ppl_interval))
-        change = f"{_percent(row.ppl_change or 0.0)} %"
-        ms = [f"{row.cost:.3f}" + ("" if row.is_cost_measured else " *")] if is_timed else []
-        table.add_row(row.name, f"{row.mean_depth:.3g}", *ms, str(row.num_windows), change, interval, row.status)
+        if is_on or row.ms is not None or row.name in ("seq", found.winner.name):
+            interval = "-" if row.ppl_interval is None else " to ".join(map(percent, row.ppl_interval))
+            ms = "-" if row.ms is None else f"{row.ms:.3f}"
+            change = f"{percent(row.ppl_change or 0.0)} %"
+            table.add_row(row.name, f"{row.mean_depth:.3g}", ms, str(row.num_windows), change, interval, row.status)
     console.print(table)
-    if is_timed:
-        console.print(f"{info['cost']}; * predicted, to within {100 * info['slack']:.0f} % or so", markup=False)
+    if info["objective"] != "depth":
+        console.print(info["cost"], markup=False)
     console.print(verdict(found), markup=False, soft_wrap=True)
 
 
@@ -119,7 +100,7 @@ def verdict(found: Found) -> str:
     if found.solver.speculate:
         return f"{name}: {gain}, with the sequential pass's text, which is within any limit."
     low, high = measured["ppl_interval"]
-    fresh = f"{_percent(measured['ppl_change'])} % ({_percent(low)} to {_percent(high)})"
+    fresh = f"{percent(measured['ppl_change'])} % ({percent(low)} to {percent(high)})"
     return f"{name}: {gain}; {fresh} of perplexity on {measured['num_windows']} fresh windows, within {within}."
 
 
@@ -132,7 +113,7 @@ def write_found(found: Found, run_dir: Path) -> tuple[list[Path], str]:
     Raises:
         InputError: a folder cannot be written.
     """
-    contents: dict[str, str | bytes] = {"search.json": found.to_json(), "search.csv": found.to_csv()}
+    contents: dict[str, str | bytes] = {"search.json": to_json(found), "search.csv": found.to_csv()}
     paths, notice = write_files(run_dir, contents, "search.png", found.to_png)
     try:
         paths.append(write_solver_file(run_dir / SOLVER_NAME, found.solver))

@@ -1,9 +1,9 @@
-"""The settings that a search chooses from."""
+"""The settings that a search chooses from: lines of settings that differ in their number of layers alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from snlp_jax.config import ModelConfig, Objective, SearchConfig
+from snlp_jax.config import ModelConfig, SearchConfig
 from snlp_jax.errors import InputError
 from snlp_jax.infer.rules import CacheRule, check_settings
 from snlp_jax.layout import check_schedule
@@ -26,16 +26,8 @@ class Candidate:
     setting: str
     schedule: Schedule
     speculate: str = ""
-    family: str = ""
-    """The correction; candidates of one family are ordered by what follows."""
-    size: int = 0
-    """Layers from the first region's start to the last one's end."""
-    num_iters: int = 0
-    tolerance: float = 0.0
-    guess_iters: float = 0.0
-    """Iterations that the guess is worth: an evaluation without a correction counts as half of one."""
-    coupling: int = 0
-    """How much is solved at once: pairs of layers, two regions, one, one of fused layers."""
+    num_layers: int = 0
+    """From the first region's start to the last one's end."""
 
     @property
     def name(self) -> str:
@@ -46,21 +38,24 @@ class Candidate:
         """Whether its text is that of the sequential pass by construction."""
         return self.schedule.is_sequential
 
-    def is_harder_than(self, other: "Candidate") -> bool:
-        """Whether it asks more of the model than another of its family: no fewer layers, no more iterations, no sharper
-        tolerance, no smaller regions.
-
-        A guide, no theorem: a model may have been trained for the larger region.
-        """
-        mine = (self.size, -self.num_iters - self.guess_iters, self.tolerance, self.coupling)
-        its = (other.size, -other.num_iters - other.guess_iters, other.tolerance, other.coupling)
-        return self.family == other.family != "" and mine != its and all(a >= b for a, b in zip(mine, its, strict=True))
+    @property
+    def least_depth(self) -> int:
+        """Where a tolerance stops every iteration after the first."""
+        saved = (region.num_iters - 1 for region in self.schedule.regions if region.tolerance)
+        return self.schedule.depth - sum(saved)
 
 
-def candidates_of(
-    model: ModelConfig, search: SearchConfig, calibrations: Mapping[str, About] | None = None
-) -> list[Candidate]:
-    """The sequential pass, then every setting of the space that the model can run.
+@dataclass(frozen=True)
+class Line:
+    """Settings of one form, the fewest layers first."""
+
+    family: str
+    """Lines of one family come with ever more iterations, so that each keeps at least what the one before it keeps."""
+    candidates: tuple[Candidate, ...]
+
+
+def lines_of(model: ModelConfig, search: SearchConfig, calibrations: Mapping[str, About]) -> list[Line]:
+    """Every setting of the space that the model can run.
 
     Left out is what has no fewer dependent evaluations than the sequential pass, K >= N (which is exact) among it: it
     evaluates more blocks besides, and so cannot be faster by any objective. For objective ``decode`` the cache keeps
@@ -73,27 +68,32 @@ def candidates_of(
     Raises:
         InputError: a region size larger than the model.
     """
-    L = model.num_layers
-    too_large = [size for size in search.region_sizes if size > L]
-    if too_large:
-        raise InputError(f"region size {too_large[0]} exceeds the model's {L} layers; give at most {L}.")
-    found = {"seq": Candidate("seq", Schedule.of(L))}
-    for text, family, size, num_iters, tolerance, coupling in _texts(model, search, calibrations or {}):
-        schedule = parse_schedule(text, L)
-        guess = 0.5 * max(region.init.num_evals for region in schedule.regions)
-        # Iterations that stop by themselves may stop after the first.
-        fewest = schedule.depth - (num_iters - 1 if tolerance else 0)
-        if fewest >= L or not _can_run(model, schedule, search.objective):
-            continue
-        found.setdefault(text, Candidate(text, schedule, "", family, size, num_iters, tolerance, guess, coupling))
-    drafters = _drafters(model) if search.objective == "decode" else ()
-    return [*found.values(), *(Candidate("seq", Schedule.of(L), drafter) for drafter in drafters)]
-
-
-def region_sizes(num_layers: int) -> tuple[int, ...]:
-    """About ``NUM_SIZES`` numbers of layers, evenly spaced, all of them among these."""
+    num_layers, largest = model.num_layers, max(search.region_sizes, default=0)
+    if largest > num_layers:
+        raise InputError(f"region size {largest} exceeds the model's {num_layers} layers; give at most {num_layers}.")
     step = -(-num_layers // NUM_SIZES)
-    return tuple(sorted({*range(max(step, 2), num_layers + 1, step), num_layers}))
+    sizes = sorted(set(search.region_sizes)) or sorted({*range(max(step, 2), num_layers + 1, step), num_layers})
+    lines = []
+    for family, texts in (*_forms(model, search, sizes), *_calibrated(calibrations)):
+        schedules = [(text, parse_schedule(text, num_layers)) for text in texts]
+        candidates = [
+            Candidate(text, schedule, "", schedule.regions[-1].stop - schedule.regions[0].start)
+            for text, schedule in schedules
+            if _can_run(model, schedule, search.objective == "decode")
+        ]
+        shallow = tuple(candidate for candidate in candidates if candidate.least_depth < num_layers)
+        lines += [Line(family, shallow)] if shallow else []
+    return lines
+
+
+def lossless_of(model: ModelConfig, search: SearchConfig) -> list[Candidate]:
+    """The sequential pass; for decoding also with drafts of few layers, of the solver, and of the model's heads."""
+    L = model.num_layers
+    drafters = [f"skip:{start}-{L - 1}" for start in sorted({max(1, L // 4), max(1, L // 2)}) if start < L - 1]
+    drafters += [f"idn:n={max(2, 3 * L // 4)},k=1"] if L > 2 else []
+    drafters += ["mtp"] if model.num_mtp_heads else []
+    names = ["", *(drafters if search.objective == "decode" else [])]
+    return [Candidate("seq", Schedule.of(L), drafter) for drafter in names]
 
 
 def rule_of(schedule: Schedule) -> CacheRule:
@@ -101,49 +101,41 @@ def rule_of(schedule: Schedule) -> CacheRule:
     return "last_eval" if any(region.tolerance > 0 for region in schedule.regions) else "per_iteration"
 
 
-def _texts(
-    model: ModelConfig, search: SearchConfig, calibrations: Mapping[str, About]
-) -> Iterator[tuple[str, str, int, int, float, int]]:
-    """Setting, family, size, iterations, tolerance and coupling."""
-    L, sizes = model.num_layers, sorted(set(search.region_sizes)) or region_sizes(model.num_layers)
+def draft_len(drafter: str, model: ModelConfig) -> int:
+    """Drafts a round that are timed; 0 without a drafter."""
+    return 0 if not drafter else min(DRAFT_LEN, model.num_mtp_heads) if drafter == "mtp" else DRAFT_LEN
+
+
+def _forms(model: ModelConfig, search: SearchConfig, sizes: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
+    """Family and settings of each line."""
+    L, most = model.num_layers, search.max_iters
     corrections = ("hcn", "idn") if model.num_streams else ("idn", "sid") if model.use_x0_resid else ("idn",)
     for name in corrections:
-        for n in sizes:
-            for k in range(1, min(search.max_iters, n) + 1):
-                yield f"{name}:n={n},k={k}", name, n, k, 0.0, 2
-                yield f"{name}:n={n},k={k},init=batch_forward", name, n, k, 0.0, 2
-            for tolerance in search.tolerances:
-                most = min(search.max_iters, n)
-                yield f"{name}:n={n},k={most},tol={tolerance:g}", name, n, most, tolerance, 2
+        for init in ("", ",init=batch_forward"):
+            for k in range(1, most + 1):
+                yield name + init, [f"{name}:n={n},k={k}{init}" for n in sizes if k <= n]
+        for tolerance in search.tolerances:
+            yield "", [f"{name}:n={n},k={min(most, n)},tol={tolerance:g}" for n in sizes]
     name = corrections[0]
-    for n in sizes:
-        first, middle = L - n, L - n // 2
-        for k in range(1, min(MAX_CUT_ITERS, search.max_iters) + 1):
-            if n >= 4:
-                yield f"{name}:{first}-{middle},k={k}+{name}:{middle}-{L},k={k}", name, n, k, 0.0, 1
-            if n >= 4 and n % 2 == 0:
-                yield f"{name}:n={n},k={k},stage={n // 2}xF2", name, n, k, 0.0, 3
-        if n % 2 == 0:
-            yield f"pairs:n={n}", "idn", n, 1, 0.0, 0
-    for fit, about in calibrations.items():
+    halves = [(L - n, L - n // 2) for n in sizes if n >= 4]
+    for k in range(1, min(MAX_CUT_ITERS, most) + 1):
+        yield "halves", [f"{name}:{first}-{middle},k={k}+{name}:{middle}-{L},k={k}" for first, middle in halves]
+        yield "fused", [f"{name}:n={n},k={k},stage={n // 2}xF2" for n in sizes if n >= 4 and n % 2 == 0]
+    yield "", [f"pairs:n={n}" for n in sizes if n % 2 == 0]
+
+
+def _calibrated(calibrations: Mapping[str, About]) -> Iterator[tuple[str, list[str]]]:
+    for name, about in calibrations.items():
         stage = f",stage={about.stage}" if about.stage else ""
-        head = f"cal:{about.start}-{about.stop},k={about.num_iters},init={about.init or 'h0'},fit={fit}{stage}"
-        yield head, "", about.stop - about.start, about.num_iters, 0.0, 2
+        head = f"cal:{about.start}-{about.stop},k={about.num_iters}"
+        yield "", [f"{head},init={about.init or 'h0'},fit={name}{stage}"]
 
 
-def _can_run(model: ModelConfig, schedule: Schedule, objective: Objective) -> bool:
+def _can_run(model: ModelConfig, schedule: Schedule, is_decode: bool) -> bool:
     try:
         check_schedule(model, schedule)
-        if objective == "decode":
+        if is_decode:
             check_settings(schedule, "per_iteration")
     except InputError:
         return False
     return True
-
-
-def _drafters(model: ModelConfig) -> tuple[str, ...]:
-    """Few layers, the solver's own drafts, and the model's heads."""
-    L = model.num_layers
-    few = [f"skip:{start}-{L - 1}" for start in sorted({max(1, L // 4), max(1, L // 2)}) if start < L - 1]
-    own = [f"idn:n={max(2, 3 * L // 4)},k=1"] if L > 2 else []
-    return (*few, *own, *(["mtp"] if model.num_mtp_heads else []))

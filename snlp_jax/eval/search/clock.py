@@ -1,0 +1,143 @@
+"""Milliseconds of candidates: readers of one run each, and readings of many, interleaved."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from snlp_jax.config import Config, SearchConfig
+from snlp_jax.errors import InputError
+from snlp_jax.eval.search.space import Candidate, draft_len, rule_of
+from snlp_jax.forward import forward
+from snlp_jax.infer import Drafting, Engine, Placement, Request
+from snlp_jax.layout import Layout, Weights, prepare
+from snlp_jax.model import LanguageModel
+from snlp_jax.solver import Calibration
+from snlp_jax.types import Array, Params
+
+NUM_WARMUP = 2
+TIMING_SEED = 0
+LEAST_SECONDS = 1.0
+MOST_REPEATS = 10
+NUM_TEXTS = 16
+"""Of a timed forward."""
+NEW_TOKENS = 48
+"""Decoded in one reading."""
+
+Reader = Callable[[int], float]
+"""Runs once, with the number of the round, and returns milliseconds."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How candidates are timed: a forward (``prefill``) or a decoded token. Every round reads another text, so that
+    iterations stop as often as they do in use."""
+
+    model: LanguageModel
+    params: Params
+    fits: Mapping[str, Calibration]
+    texts_BT: Sequence[np.ndarray]
+    """Of each round: what is read, or the prompts."""
+    num_tokens: int
+    """Decoded in one reading; 0 reads all texts by one forward."""
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        search: SearchConfig,
+        model: LanguageModel,
+        params: Params,
+        fits: Mapping[str, Calibration],
+        tokens_WT: np.ndarray,
+    ) -> "Clock | None":
+        """None for objective ``depth``; ``tokens_WT`` is held-out text.
+
+        Raises:
+            InputError: a forward of more tokens than the model reads.
+        """
+        rows, longest = config.eval.timing_batch, config.model.max_context
+        if search.objective == "depth":
+            return None
+        if search.objective == "prefill":
+            length = config.eval.timing_len or config.model.seq_len
+            if length > longest:
+                raise InputError(
+                    f"eval.timing_len takes {length} tokens, but the model reads {longest} at most; lower it."
+                )
+            text = tokens_WT[:, :length].reshape(-1)  # again from the start where it is short
+            texts = np.resize(text, (NUM_TEXTS, rows, length))
+            return cls(model, model.cast(params), fits, list(texts.astype(np.int32)), 0)
+        length = max(1, min(config.eval.greedy_prompt_len or 64, tokens_WT.shape[1] - 1))
+        prompts = np.resize(tokens_WT[:, :length], (max(len(tokens_WT) // rows, 1), rows, length))
+        return cls(model, model.cast(params), fits, list(prompts), min(NEW_TOKENS, longest - length))
+
+    @property
+    def what(self) -> str:
+        """What the milliseconds are of."""
+        rows, length = self.texts_BT[0].shape
+        forward_of = f"ms a forward of {rows} x {length} tokens"
+        return f"ms a decoded token, {rows} rows after {length} tokens" if self.num_tokens else forward_of
+
+    def reader(self, candidate: Candidate, layout: Layout) -> Reader:
+        """One run of it, compiled."""
+        return (self._decode if self.num_tokens else self._prefill)(candidate, layout)
+
+    def _prefill(self, candidate: Candidate, layout: Layout) -> Reader:
+        def logits(weights: Weights, tokens_BT: Array) -> Array:
+            return forward(self.model, weights, tokens_BT).logits_BTV
+
+        texts_BT, num_tokens = [jnp.asarray(text) for text in self.texts_BT], self.texts_BT[0].size
+        schedule = candidate.schedule
+        weights = prepare(self.model, self.params, schedule, num_tokens=num_tokens, layout=layout, fits=self.fits)
+        compiled = jax.jit(logits).lower(weights, texts_BT[0]).compile()
+
+        def read(number: int) -> float:
+            tokens_BT = texts_BT[number % len(texts_BT)]
+            began = time.perf_counter()
+            jax.block_until_ready(compiled(weights, tokens_BT))
+            return 1e3 * (time.perf_counter() - began)
+
+        return read
+
+    def _decode(self, candidate: Candidate, layout: Layout) -> Reader:
+        schedule, drafter = candidate.schedule, candidate.speculate
+        engine = Engine(
+            self.model,
+            self.params,
+            schedule,
+            rule="last_eval" if schedule.is_sequential else rule_of(schedule),
+            draft=Drafting(drafter, draft_len(drafter, self.model.config)) if drafter else None,
+            placement=Placement(layout=layout),
+            fits=self.fits,
+        )
+        requests = [[Request(row.tolist(), self.num_tokens) for row in text] for text in self.texts_BT]
+
+        def read(number: int) -> float:
+            engine.generate(requests[number % len(requests)])
+            assert engine.statistics is not None
+            return 1e3 * engine.statistics.decode_seconds / max(self.num_tokens - 1, 1)
+
+        return read
+
+
+def interleave(readers: Sequence[Reader], num_repeats: int) -> np.ndarray:
+    """Milliseconds [repeats, readers] after a warm-up; a new order every round, so that a change of the machine's
+    speed meets all alike. Short readings are repeated up to ``MOST_REPEATS`` times as often, for ``LEAST_SECONDS``."""
+    rng = np.random.default_rng(TIMING_SEED)
+    for number in range(NUM_WARMUP):
+        for reader in readers:
+            reader(number)
+    times_ms: list[np.ndarray] = []
+    began = time.perf_counter()
+    while len(times_ms) < num_repeats or (
+        len(times_ms) < MOST_REPEATS * num_repeats and time.perf_counter() - began < LEAST_SECONDS
+    ):
+        row = np.empty(len(readers))
+        for index in rng.permutation(len(readers)):
+            row[index] = readers[index](len(times_ms))
+        times_ms.append(row)
+    return np.stack(times_ms)

@@ -1,0 +1,286 @@
+"""The search on a trained run.
+
+Along a line of settings that differ in their number of layers alone, the perplexity grows with that number, and depth
+and time change with it in one direction. So of every line one setting matters: the one with the most layers within the
+limit, which bisection finds. A line with one iteration more keeps at least as many layers, so its bisection begins
+there. Of what the lines give, those are timed (or for objective ``depth`` compared) that no other beats in both depth
+and block evaluations. The fastest is confirmed on windows that nothing was chosen by; if they refute it, its line falls
+back by one setting, and the rest is compared again.
+
+That perplexity grows along a line is a guide, no theorem: a model may have been trained for one of the larger regions.
+The limit itself rests on no guide: it is what the confirmation tests.
+
+A setting is measured on 16, 32, 64, ... windows until its one-sided Student bounds lie on one side of the limit. Each
+of the R looks spends alpha / R, so that a setting within the limit fails, and one above it passes, with probability
+alpha at most (to the accuracy of Student's interval).
+"""
+
+import dataclasses
+import time
+from functools import cached_property
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from snlp_jax.config import Config, MeshConfig, SearchConfig
+from snlp_jax.data.pipeline import TokenData, held_out_batches
+from snlp_jax.errors import InputError
+from snlp_jax.eval.calibrations import load_fits
+from snlp_jax.eval.evaluate import mean_depth
+from snlp_jax.eval.frontier import pareto_front
+from snlp_jax.eval.run import open_run
+from snlp_jax.eval.search.clock import Clock, Reader, interleave
+from snlp_jax.eval.search.quality import EXACT, Bounds, Measured, Quality
+from snlp_jax.eval.search.record import Found, Row
+from snlp_jax.eval.search.space import Candidate, Line, draft_len, lines_of, lossless_of, rule_of
+from snlp_jax.eval.solver_file import SolverFile
+from snlp_jax.io.provenance import circumstances
+from snlp_jax.layout import Layout
+from snlp_jax.linearize import fingerprint, stored_calibrations
+from snlp_jax.notation import parse_schedule
+from snlp_jax.run import Which
+
+SEED = 0
+"""Of the order of the windows."""
+FIRST_RUNG = 16
+"""Windows of the first look."""
+LEAST_REPEATS = 9
+
+
+class Search:
+    """One search, measured on a run's checkpoint; :meth:`run` does it."""
+
+    def __init__(self, run_dir: Path, config: Config, search: SearchConfig, which: Which):
+        if config.eval.mesh != MeshConfig():
+            raise InputError("--search measures on one device; leave out --mesh.")
+        if config.eval.weights != "compute":
+            what = f"--weights {config.eval.weights}"
+            raise InputError(f"--search measures weights in the compute dtype; leave out {what}.")
+        lines_of(config.model, search, {})  # a bad size should not wait for the corpus
+        evaluation = dataclasses.replace(config.eval, solvers=("seq",), calibrations=())
+        opened = open_run(run_dir, dataclasses.replace(config, eval=evaluation), which)
+        self.config, self.search, self.about = config, search, opened.about
+        self.fingerprint = fingerprint(opened.params)
+        self.lines = lines_of(config.model, search, stored_calibrations(run_dir, self.fingerprint))
+        self.lossless = lossless_of(config.model, search)
+        self.candidates = [*self.lossless, *(each for line in self.lines for each in line.candidates)]
+        drafters = [each.speculate for each in self.lossless if each.speculate not in ("", "mtp")]
+        schedules = [each.schedule for each in self.candidates]
+        schedules += [parse_schedule(text, config.model.num_layers) for text in drafters]
+        fits = load_fits(run_dir, opened.params, schedules)
+        windows = shuffled_windows(opened.data, config.model.seq_len, 2 * config.eval.num_windows)
+        total = len(windows["tokens"])
+        self.num_windows = (total + 1) // 2
+        """To choose on; the others confirm."""
+        if total - self.num_windows < 2:
+            raise InputError(
+                f"a search needs at least 4 held-out windows, but there are {total} of {config.model.seq_len} tokens "
+                f"with eval.num_windows {config.eval.num_windows}; give more."
+            )
+        batch_size = min(config.eval.batch_size, FIRST_RUNG)
+        self.quality = Quality(opened.model, opened.params, windows, batch_size, fits)
+        texts_WT = windows["tokens"][: self.num_windows]
+        self.clock = Clock.of(config, search, opened.model, opened.params, fits, texts_WT)
+        self.measured: dict[Candidate, Measured] = {}
+        self.status: dict[Candidate, str] = {}
+        self.times_ms: dict[Candidate, np.ndarray] = {}
+        """Of the last timing, interleaved."""
+        self.readers: dict[tuple[Candidate, Layout], Reader] = {}
+        self.console = Console(stderr=True)
+
+    def run(self) -> Found:
+        """The lines, timing, confirmation; until the fastest stands."""
+        began, alpha = time.perf_counter(), 1 - self.search.confidence
+        with self.console.status("searching"):
+            standing = self._last_within()
+            for attempt in range(1, len(self.candidates) + 1):  # each refutes one, and the sequential pass stands
+                winner = self._fastest([*self.lossless, *(line.candidates[i] for line, i in standing.items())])
+                confirmed = self._confirm(winner, alpha / 2 / (attempt * (attempt + 1)))  # in all alpha / 2
+                if confirmed.high <= self.search.limit:
+                    break
+                self.status[winner] = "refuted"
+                line = next(line for line, i in standing.items() if line.candidates[i] == winner)
+                place = standing.pop(line) - 1
+                while place >= 0 and not self._is_within(line.candidates[place]):
+                    place -= 1
+                standing |= {line: place} if place >= 0 else {}
+        return self._found(winner, confirmed, time.perf_counter() - began)
+
+    # -- Quality -------------------------------------------------------------------------------------------------------
+
+    def _last_within(self) -> dict[Line, int]:
+        """Of every line that keeps within the limit, the place of its last candidate that does."""
+        found: dict[Line, int] = {}
+        most: dict[str, int] = {}
+        for line in self.lines:
+            family = line.family or line.candidates[0].setting
+            sizes = [candidate.num_layers for candidate in line.candidates]
+            low, high = sum(size <= most.get(family, 0) for size in sizes) - 1, len(sizes)
+            known = low
+            if self.search.objective == "depth":  # what cannot be shallower need not be measured
+                best = min((self.cost(other.candidates[i]) for other, i in found.items()), default=(np.inf, 0))
+                low = max(low, sum(candidate.least_depth > best[0] for candidate in line.candidates) - 1)
+                known = low
+            while high - low > 1:
+                middle = high - 1 if low == known and high == len(sizes) else (low + high) // 2  # the last one first
+                low, high = (middle, high) if self._is_within(line.candidates[middle]) else (low, middle)
+            if low > known:
+                found[line] = low
+                most[family] = max(most.get(family, 0), sizes[low])
+        return found
+
+    def _is_within(self, candidate: Candidate) -> bool:
+        """Whether it passes on the windows to choose on."""
+        rungs = [FIRST_RUNG * 2**i for i in range(32) if FIRST_RUNG * 2**i < self.num_windows] + [self.num_windows]
+        start = 0
+        for stop in rungs:
+            part = self.quality.measure(candidate.schedule, start, stop)
+            before = self.measured.get(candidate)
+            self.measured[candidate] = before.join(part) if before and start else part
+            low, _, high = self.measured[candidate].sums.bounds((1 - self.search.confidence) / len(rungs))
+            if low > self.search.limit or high <= self.search.limit:
+                break
+            start = stop
+        within = high <= self.search.limit
+        self.status[candidate] = "passed" if within else "failed" if low > self.search.limit else "undecided"
+        return within
+
+    def _confirm(self, winner: Candidate, alpha: float) -> Bounds:
+        """On windows that nothing was chosen by."""
+        if winner.is_lossless:
+            return EXACT
+        return self.quality.measure(winner.schedule, self.num_windows, self.quality.num_windows).sums.bounds(alpha)
+
+    # -- Cost ----------------------------------------------------------------------------------------------------------
+
+    def cost(self, candidate: Candidate) -> tuple[float, float]:
+        """Dependent block evaluations and all of them, of an average sequence."""
+        schedule = candidate.schedule
+        if candidate not in self.measured:
+            return float(schedule.depth), float(schedule.num_block_evals)
+        iterations = self.measured[candidate].iterations
+        saved = [
+            (region.num_iters - made.mean()) * region.num_layers
+            for region, made in zip(schedule.regions, iterations, strict=True)
+        ]
+        return mean_depth(schedule, iterations), schedule.num_block_evals - float(sum(saved))
+
+    def _fastest(self, candidates: list[Candidate]) -> Candidate:
+        costs = [self.cost(candidate) for candidate in candidates]
+        if self.clock is None:
+            return candidates[min(range(len(candidates)), key=lambda i: costs[i])]
+        front = [each for each, is_on in zip(candidates, pareto_front(costs), strict=True) if is_on]
+        self.time(list(dict.fromkeys([*self.lossless, *front])))
+        ranked = sorted(self.times_ms, key=self.ratio)
+        self.time(list(dict.fromkeys([self.lossless[0], *ranked[: self.search.finalists]])))
+        return min(ranked[: self.search.finalists], key=self.ratio)
+
+    @cached_property
+    def twin(self) -> Layout:
+        """That of the fair sequential pass: the faster one."""
+        layouts: tuple[Layout, ...] = ("stack", "list")
+        times_ms = interleave([self._reader(self.lossless[0], layout) for layout in layouts], LEAST_REPEATS)
+        return layouts[int(np.median(times_ms, axis=0).argmin())]
+
+    def time(self, candidates: list[Candidate]) -> None:
+        """Interleaved, all again, so that they can be compared; the sequential pass is the first."""
+        readers = [self._reader(candidates[0], self.twin), *(self._reader(each, "auto") for each in candidates[1:])]
+        times_ms = interleave(readers, max(self.config.eval.timing_repeats, LEAST_REPEATS))
+        self.times_ms = dict(zip(candidates, times_ms.T, strict=True))
+
+    def ratio(self, candidate: Candidate) -> float:
+        """Time over that of the sequential pass in the same rounds: the machine may have changed its speed between."""
+        return float(np.median(self.times_ms[candidate] / self.times_ms[self.lossless[0]]))
+
+    def _reader(self, candidate: Candidate, layout: Layout) -> Reader:
+        assert self.clock is not None
+        if (candidate, layout) not in self.readers:
+            self.readers[candidate, layout] = self.clock.reader(candidate, layout)
+        return self.readers[candidate, layout]
+
+    # -- The record ----------------------------------------------------------------------------------------------------
+
+    def _found(self, winner: Candidate, confirmed: Bounds, seconds: float) -> Found:
+        config, search, clock = self.config, self.search, self.clock
+        self.status[winner] = "winner"
+        num_fresh = self.quality.num_windows - self.num_windows
+        about = circumstances() | {
+            "objective": search.objective,
+            "cost": "depth, dependent block evaluations" if clock is None else clock.what,
+            "limit": search.limit,
+            "confidence": search.confidence,
+            "dtype": jnp.dtype(self.quality.model.dtype).name,
+            "seed": SEED,
+        }
+        measured = about | {
+            "checkpoint": self.about["checkpoint"],
+            "step": self.about["step"],
+            "num_windows": 0 if winner.is_lossless else num_fresh,
+            "ppl_change": confirmed.change,
+            "ppl_interval": [confirmed.low, confirmed.high],
+            "depth": self.cost(winner)[0],
+            "sequential_depth": config.model.num_layers,
+        }
+        if clock is not None:
+            times_ms, twin_ms = self.times_ms[winner], self.times_ms[self.lossless[0]]
+            low, middle, high = map(float, np.quantile(twin_ms / times_ms, (0.25, 0.5, 0.75)))
+            measured |= {"speedup": middle, "speedup_quartiles": [low, high], "speedup_runs": len(times_ms)}
+            measured |= {"ms": float(np.median(times_ms)), "sequential_ms": float(np.median(twin_ms))}
+            measured |= {"twin": self.twin}
+        solver = SolverFile(
+            winner.setting,
+            config.model.num_layers,
+            rule_of(winner.schedule),
+            winner.speculate,
+            draft_len(winner.speculate, config.model),
+            self.fingerprint,
+            measured,
+        )
+        info = {
+            "num_windows": self.num_windows,
+            "num_fresh_windows": num_fresh,
+            "window_len": self.quality.num_tokens,
+            "num_measured": len(self.measured),
+            "seconds": seconds,
+            "search": dataclasses.asdict(search),
+        }
+        return Found(solver, tuple(map(self._row, self.candidates)), self.about | about | info)
+
+    def _row(self, candidate: Candidate) -> Row:
+        measured, alpha = self.measured.get(candidate), 1 - self.search.confidence
+        bounds = EXACT if candidate.is_lossless else measured.sums.bounds(alpha / 2) if measured else None
+        mean, _ = self.cost(candidate)
+        schedule, timed = candidate.schedule, self.times_ms.get(candidate)
+        return Row(
+            candidate.name,
+            self.status.get(candidate, "passed" if candidate.is_lossless else "implied"),
+            schedule.depth,
+            mean,
+            schedule.num_block_evals,
+            None if timed is None else float(np.median(timed)),
+            len(measured.sums.total_W) if measured else 0,
+            bounds.change if bounds else None,
+            (bounds.low, bounds.high) if bounds else None,
+        )
+
+
+def search_run(run_dir: Path, config: Config, search: SearchConfig, which: Which = "best") -> Found:
+    """The cheapest setting of a run's checkpoint within the limit of ``search``.
+
+    Raises:
+        InputError: see :func:`snlp_jax.eval.run.open_run`; a mesh, kernels of eight bits, a region
+            size larger than the model, too little text.
+    """
+    return Search(run_dir, config, search, which).run()
+
+
+def shuffled_windows(data: TokenData, seq_len: int, num_windows: int) -> dict[str, np.ndarray]:
+    """Held-out windows in random order: the first half to choose on, the second to confirm.
+
+    They share no token as targets, but may be of one document.
+    """
+    batches = held_out_batches(data, seq_len=seq_len, batch_size=1, num_batches=num_windows)
+    order = np.random.default_rng(SEED).permutation(len(batches))
+    return {name: np.concatenate([batches[index][name] for index in order]) for name in batches[0]}
