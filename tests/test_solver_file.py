@@ -15,9 +15,10 @@ from tiny_run import MODEL, random_run, tiny
 from snlp_jax.cli.infer import Args, open_engine
 from snlp_jax.config import EvalConfig, SearchConfig
 from snlp_jax.errors import InputError
-from snlp_jax.eval.search import clock, print_found, search_run, write_found
+from snlp_jax.eval.search import clock, print_found, search, search_run, write_found
 from snlp_jax.eval.search.clock import interleave
 from snlp_jax.eval.search.quality import Measured, Quality, Sums
+from snlp_jax.eval.search.space import lines_of, lossless_of
 from snlp_jax.eval.solver_file import SolverFile, read_solver_file, setting_of, with_settings, write_solver_file
 from snlp_jax.linearize import About, fingerprint, save_calibration, stored_calibrations
 from snlp_jax.model import LanguageModel
@@ -153,7 +154,11 @@ def test_search_of_a_run_writes_what_it_finds(run_dir, monkeypatch):
 
 
 @pytest.mark.slow
-def test_search_for_decoding(run_dir):
+def test_search_for_decoding(run_dir, monkeypatch):
+    """One setting and one drafter, each of which is an engine to compile."""
+    monkeypatch.setattr(clock, "NEW_TOKENS", 8)
+    monkeypatch.setattr(search, "lossless_of", lambda *args: lossless_of(*args)[:2])
+    monkeypatch.setattr(search, "lines_of", lambda *args: lines_of(*args)[:1])
     found = search_of(run_dir, objective="decode", max_ppl_increase="50%", region_sizes=(4,), max_iters=1)
     measured = found.solver.measured
     assert measured["speedup"] > 0 and measured["speedup_quartiles"][0] <= measured["speedup_quartiles"][1]
