@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from problems import PLAIN, SMALL, VARIANTS, all_sequential, random_params, random_tokens, relative_error
 
 from snlp_jax.config import ModelConfig, NormConfig, RopeConfig
@@ -329,6 +331,7 @@ def test_cast_keeps_the_residual_path_in_float32():
         "blocks/x0_scale",
         "embed/smear_gate",
         "embed/smear_scale",
+        "embed/value_gate",
         "head/mid_scale",
     }
 
@@ -346,6 +349,38 @@ def test_bfloat16_is_close_to_float32_and_leaves_the_state_in_float32():
     root_mean_square = lambda x: float(np.sqrt(np.mean(np.square(x))))  # noqa: E731
     ratio = root_mean_square(half.h_last - full.h_last) / root_mean_square(full.h_last)
     assert 1e-4 < ratio < 0.03
+
+
+def products_in(jaxpr):
+    """Operand dtypes and precision of every matrix product of a program, those of inner programs included."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield *(str(var.aval.dtype) for var in eqn.invars), eqn.params["precision"]
+        for inner in jaxprs_in_params(eqn.params):
+            yield from products_in(inner)
+
+
+@pytest.mark.parametrize("variant", ("everything", "hyper_static", "hyper_dynamic", "no_qk_norm"))
+def test_products_of_a_training_step_in_bfloat16(variant):
+    """Forward and backward, a layer at a time and all at once: operands are bfloat16 on both sides, but for maps and
+    gates, which are float32 in full precision. What is stored for the MLP's backward pass is bfloat16."""
+    config = dataclasses.replace(VARIANTS[variant], compute_dtype="bfloat16", num_layers=2)
+    model, tokens = LanguageModel(config), random_tokens(config, length=6)
+    full = (jax.lax.Precision.HIGHEST,) * 2
+
+    def at_once(params):
+        x0 = model.embed(params, tokens)
+        h_L = jnp.stack([model.expand(x0)] * 2)
+        ctx = model.context(params, params["blocks"], tokens, 0, 2)
+        return model.sweep_fn(0, 2)(params["blocks"], h_L, ctx, model.shared(x0))[0].sum()
+
+    with jax.default_matmul_precision("bfloat16"):
+        for loss in (lambda params: model(params, tokens).sum(), at_once):
+            program = jax.make_jaxpr(jax.grad(loss))(model.abstract_params())
+            products = set(products_in(program.jaxpr))
+            assert {product[:2] for product in products} <= {("bfloat16",) * 2, ("float32",) * 2}
+            assert all(precision == full for *dtypes, precision in products if dtypes == ["float32"] * 2)
+            assert not re.search(rf"f32\[(2,)?2,6,{config.mlp_width}\]", str(program))
 
 
 def test_remat_recomputes_blocks():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.errors import InputError
+from snlp_jax.model.layers import einsum
 from snlp_jax.types import Array
 
 Implementation = Literal["xla", "cudnn", "splash", "triton", "mosaic"]
@@ -224,9 +225,8 @@ def attend_pieces(
     G, S = N // K, sum(lengths)
     # Heads before positions, and the G queries of a kv head along its positions: plain batched matrix products.
     q_BKXH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     join = lambda parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)  # noqa: E731
-    scores_BKXS = join([product("BKXH,BKSH->BKXS", q_BKXH, piece.key_BKSH) * H**-0.5 for piece in pieces])
+    scores_BKXS = join([einsum("BKXH,BKSH->BKXS", q_BKXH, piece.key_BKSH) * H**-0.5 for piece in pieces])
     if softcap:
         scores_BKXS = softcap * jnp.tanh(scores_BKXS / softcap)
     key_position_BS = join([piece.position_BS for piece in pieces])
@@ -238,7 +238,7 @@ def attend_pieces(
     dtype = pieces[0].value_BKSH.dtype
     weights_BKXS = jax.nn.softmax(masked, axis=-1).astype(dtype).reshape(B, K, G * T, S)
     weights = jnp.split(weights_BKXS, list(itertools.accumulate(lengths))[:-1], axis=-1)
-    outs = (product("BKXS,BKSH->BKXH", w, piece.value_BKSH) for w, piece in zip(weights, pieces, strict=True))
+    outs = (einsum("BKXS,BKSH->BKXH", w, piece.value_BKSH) for w, piece in zip(weights, pieces, strict=True))
     out_BKXH = functools.reduce(jnp.add, outs)
     return jnp.moveaxis(out_BKXH.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H).astype(dtype)
 

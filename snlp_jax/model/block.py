@@ -20,7 +20,7 @@ from flax import nnx
 from snlp_jax.config import Kind, ModelConfig
 from snlp_jax.model.attention import attend
 from snlp_jax.model.hyper import Hyper, LayerMaps, residual_path
-from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, norm_weight, project, rms_norm, rotate, uniform, weigh
+from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, norm_weight, rms_norm, rotate, small_product, uniform, weigh
 from snlp_jax.model.projections import head_widths, linear, linear_of_each
 from snlp_jax.types import Array
 
@@ -147,9 +147,9 @@ class Mlp(nnx.Module):
             self.down_bias = nnx.Param(jnp.zeros((D,)))
 
     def hidden(self, normed_BTD: Array, dtype: jnp.dtype) -> Array:
-        """Between the two projections, [B, T, F]."""
+        """Between the two projections, [B, T, F] in ``dtype``."""
         if self.config.mlp == "relu2":
-            return jnp.square(jax.nn.relu(linear(self, "up", normed_BTD, dtype)))
+            return jnp.square(jax.nn.relu(linear(self, "up", normed_BTD, dtype, dtype)))
         up_BTF, gate_BTF = linear_of_each(self, "mlp", (self.config.mlp_width,) * 2, normed_BTD, dtype)
         return (jax.nn.silu(gate_BTF) if self.config.mlp == "swiglu" else jax.nn.gelu(gate_BTF)) * up_BTF
 
@@ -170,7 +170,7 @@ class Linear(nnx.Module):
         if hasattr(self, "kernel"):
             y_BTD = linear(self, "kernel", x_BTD, dtype)
         else:
-            y_BTD = linear(self, "up", linear(self, "down", x_BTD, dtype), dtype)
+            y_BTD = linear(self, "up", linear(self, "down", x_BTD, dtype, dtype), dtype)
         return y_BTD + self.bias[...].reshape(1, 1, -1)
 
 
@@ -255,7 +255,7 @@ class Block(nnx.Module):
         if config.attention_scale:  # the kernels multiply scores by H^-0.5
             q = config.attention_scale * config.head_dim**0.5 * q
         if ctx.value_embed is not None:
-            gate_BTK = 3.0 * jax.nn.sigmoid(project(normed[..., :GATE_INPUT], ctx.value_embed.gate, dtype))
+            gate_BTK = 3.0 * jax.nn.sigmoid(small_product(normed[..., :GATE_INPUT], ctx.value_embed.gate))
             v = v + gate_BTK[..., None] * ctx.value_embed.rows_BTKH
         return q.astype(dtype), KeyValue(k.astype(dtype), v.astype(dtype))
 

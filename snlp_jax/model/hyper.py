@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.model.layers import project, rms_norm, uniform
+from snlp_jax.model.layers import rms_norm, small_product, uniform
 from snlp_jax.types import Array, PyTree
 
 DYNAMIC_OFF_DIAGONAL = -4.0
@@ -109,18 +109,23 @@ def join(attn: BranchMaps, mlp: BranchMaps) -> LayerMaps:
     return LayerMaps(
         attn,
         mlp,
-        skip_RR=mlp.res_RR @ attn.res_RR,
-        mlp_read_R=jnp.einsum("...Q,...QR->...R", mlp.pre_R, attn.res_RR),
+        skip_RR=compose(mlp.res_RR, attn.res_RR),
+        mlp_read_R=jnp.einsum("...Q,...QR->...R", mlp.pre_R, attn.res_RR, precision=jax.lax.Precision.HIGHEST),
         mlp_read_attn=jnp.sum(mlp.pre_R * attn.post_R, axis=-1),
-        attn_write_R=jnp.einsum("...QR,...R->...Q", mlp.res_RR, attn.post_R),
+        attn_write_R=jnp.einsum("...QR,...R->...Q", mlp.res_RR, attn.post_R, precision=jax.lax.Precision.HIGHEST),
     )
+
+
+def compose(outer_RR: Array, inner_RR: Array) -> Array:
+    """``outer inner``, in float32 on every backend."""
+    return jnp.matmul(outer_RR, inner_RR, precision=jax.lax.Precision.HIGHEST)
 
 
 def dynamic_maps(wiring: Wiring, h_BTRD: Array, config: ModelConfig) -> BranchMaps:
     """Of every token: ``z = alpha (rms(vec h) phi) + logits``; ``H_pre = sigmoid``, ``H_post = 2 sigmoid``,
     ``H_res = Sinkhorn(exp z)``, without a temperature."""
     B, T, R, D = h_BTRD.shape
-    z = project(rms_norm(h_BTRD.reshape(B, T, R * D)), wiring.phi[...], jnp.float32)
+    z = small_product(rms_norm(h_BTRD.reshape(B, T, R * D)), wiring.phi[...])
     alpha = wiring.alpha[...]
     pre, post, res = jnp.split(z, (R, 2 * R), axis=-1)
     pre = alpha[0] * pre + wiring.pre_logits[...][None, None]
@@ -217,7 +222,7 @@ class DynamicStreams:
         h_BTRD, attn = carry
         h_BTRD = mix(attn.res_RR, h_BTRD) + write(attn.post_R, attn_BTD)
         mlp = dynamic_maps(block.hyper.mlp, h_BTRD, self.config)
-        return read(mlp.pre_R, h_BTRD), (h_BTRD, mlp, mlp.res_RR @ attn.res_RR)
+        return read(mlp.pre_R, h_BTRD), (h_BTRD, mlp, compose(mlp.res_RR, attn.res_RR))
 
     def leave(self, carry: tuple[Array, BranchMaps, Array], ctx: Any, mlp_BTD: Array) -> tuple[Array, Array]:
         h_BTRD, mlp, skip_BTRR = carry

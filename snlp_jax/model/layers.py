@@ -1,5 +1,6 @@
 """Small pieces of one layer: norms, projections, rotary embedding, initialisers."""
 
+import functools
 import math
 from typing import Any
 
@@ -35,29 +36,105 @@ def weigh(normed: Array, weight: Array, config: NormConfig) -> Array:
     return normed * _along_last(1.0 + weight if config.weight == "plus_one" else weight, normed.ndim)
 
 
-def project(x: Array, kernel: Array, dtype: Any, bias: Array | None = None, scale: Array | None = None) -> Array:
-    """``(x @ kernel) * scale + bias`` with operands in ``dtype`` and a float32 result: [..., I], [I, O] -> [..., O].
+def project(
+    x: Array,
+    kernel: Array,
+    dtype: Any,
+    bias: Array | None = None,
+    scale: Array | None = None,
+    out_dtype: Any = jnp.float32,
+) -> Array:
+    """``(x @ kernel) * scale + bias`` with operands in ``dtype``, summed in float32: [..., I], [I, O] -> [..., O].
 
     As a product of two matrices: on a CPU the kernel's gradient is several times slower when batch and time are
     contracted as two axes.
+
+    Args:
+        out_dtype: of the result. What is added to the residual stream stays float32; what only the next product reads
+            may be in ``dtype``, and is then stored so for the backward pass.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    product = _product(rows, kernel.astype(dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
+    product = _product(rows, kernel, out_dtype).reshape(*x.shape[:-1], kernel.shape[-1])
     product = product if scale is None else product * _along_last(scale, x.ndim)
-    return product if bias is None else product + _along_last(bias, x.ndim)
+    product = product if bias is None else product + _along_last(bias, x.ndim)
+    return product.astype(out_dtype)
 
 
-def _product(x_SI: Array, kernel_IO: Array) -> Array:
-    """``x @ kernel`` in float32.
+def small_product(x: Array, kernel: Array) -> Array:
+    """``x @ kernel`` of maps and gates, in float32 on every backend, whatever the compute dtype."""
+    rows, kernel = x.reshape(-1, x.shape[-1]).astype(jnp.float32), kernel.astype(jnp.float32)
+    product = jnp.dot(rows, kernel, precision=jax.lax.Precision.HIGHEST)
+    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def _product(x_SI: Array, kernel_IO: Array, out_dtype: Any) -> Array:
+    """``x @ kernel`` with operands in the dtype of x.
+
+    In bfloat16 the backward pass multiplies bfloat16 by bfloat16 too. The kernel's gradient comes out of its product
+    in float32, so that it is summed over devices in float32. Parameters of eight bits have none.
+    """
+    if x_SI.dtype == jnp.float32 or not jnp.issubdtype(kernel_IO.dtype, jnp.floating):
+        return _of_rows(x_SI, kernel_IO.astype(x_SI.dtype), out_dtype)
+    constant_IO = jax.lax.stop_gradient(kernel_IO).astype(x_SI.dtype)
+    no_output = _kernel_gradient(kernel_IO, jax.lax.stop_gradient(x_SI), kernel_IO.dtype, jnp.dtype(out_dtype))
+    return _of_rows(x_SI, constant_IO, out_dtype) + no_output
+
+
+def _of_rows(x_SI: Array, kernel_IO: Array, out_dtype: Any) -> Array:
+    """A product of two matrices that stays one for a single row.
 
     XLA turns one row's product into a multiplication and a sum, and on GPUs writes all products out in between, in
     float32: twice the kernel's bytes. A second row of zeros keeps it a matrix product there.
     """
-    product = lambda x_SI: jnp.dot(x_SI, kernel_IO, preferred_element_type=jnp.float32)  # noqa: E731
+    product = lambda x_SI: einsum("SI,IO->SO", x_SI, kernel_IO, out_dtype)  # noqa: E731
     if len(x_SI) > 1:
         return product(x_SI)
     with_zeros = lambda x_SI: product(jnp.pad(x_SI, ((0, 1), (0, 0))))[:1]  # noqa: E731
     return jax.lax.platform_dependent(x_SI, cuda=with_zeros, rocm=with_zeros, default=product)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _kernel_gradient(kernel_IO: Array, x_SI: Array, kernel_dtype: Any, out_dtype: Any) -> Array:
+    """Zeros in the place of ``x @ kernel``, with its derivative by the kernel. Forward-mode passes never meet it, as
+    kernels do not move in them."""
+    return jnp.zeros((len(x_SI), kernel_IO.shape[-1]), out_dtype)
+
+
+def _kernel_gradient_fwd(kernel_IO: Array, x_SI: Array, kernel_dtype: Any, out_dtype: Any) -> tuple[Array, Array]:
+    return _kernel_gradient(kernel_IO, x_SI, kernel_dtype, out_dtype), x_SI
+
+
+def _kernel_gradient_bwd(kernel_dtype: Any, out_dtype: Any, x_SI: Array, grad_SO: Array) -> tuple[Array, None]:
+    grad_IO = jnp.einsum("SI,SO->IO", x_SI, grad_SO.astype(x_SI.dtype), preferred_element_type=jnp.float32)
+    return grad_IO.astype(kernel_dtype), None
+
+
+_kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
+
+
+def einsum(formula: str, x: Array, y: Array, out_dtype: Any = jnp.float32) -> Array:
+    """The einsum of two arrays of one dtype, summed in float32. Its derivatives are products in that dtype again, also
+    where the result is float32 and the arrays are not."""
+    if x.dtype == out_dtype:
+        return jnp.einsum(formula, x, y, preferred_element_type=out_dtype)
+    return _wide_einsum(formula, x, y)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _wide_einsum(formula: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
+
+
+def _wide_einsum_jvp(formula: str, primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (x, y), (dx, dy) = primals, tangents
+    is_zero = lambda tangent: isinstance(tangent, jax.custom_derivatives.SymbolicZero)  # noqa: E731
+    terms = [jnp.einsum(formula, dx, y)] if not is_zero(dx) else []
+    terms += [jnp.einsum(formula, x, dy)] if not is_zero(dy) else []
+    out = _wide_einsum(formula, x, y)
+    return out, sum((term.astype(jnp.float32) for term in terms), jnp.zeros_like(out))
+
+
+_wide_einsum.defjvp(_wide_einsum_jvp, symbolic_zeros=True)
 
 
 def _along_last(vector: Array, ndim: int) -> Array:

@@ -20,7 +20,7 @@ from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEm
 from snlp_jax.model.ends import Embedding, Head
 from snlp_jax.model.hyper import LayerMaps, static_maps
 from snlp_jax.model.kinds import join, kind_of, kinds_in, of_all, take
-from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, weigh
+from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, small_product, weigh
 from snlp_jax.model.nodes import (
     LARGE_STATE,
     ChooseKernel,
@@ -147,7 +147,7 @@ class LanguageModel:
         def one(path: Any, leaf: Array) -> Array:
             keys = [key.key for key in path]
             num_axes = leaf.ndim - (keys[0] == "blocks")
-            is_cast = num_axes >= 2 and "hyper" not in keys and leaf.dtype.itemsize > 1
+            is_cast = num_axes >= 2 and not {"hyper", "value_gate"} & set(keys) and leaf.dtype.itemsize > 1
             return leaf.astype(self.dtype) if is_cast else leaf
 
         return jax.tree_util.tree_map_with_path(one, params)
@@ -175,7 +175,7 @@ class LanguageModel:
             e_BTD = self.config.embed_scale * e_BTD
         if not self.config.use_smear:
             return e_BTD
-        gate_BT1 = jax.nn.sigmoid(e_BTD[:, 1:, :SMEAR_INPUT] @ embed["smear_gate"])[..., None]
+        gate_BT1 = jax.nn.sigmoid(small_product(e_BTD[:, 1:, :SMEAR_INPUT], embed["smear_gate"]))[..., None]
         if document_BT is not None:
             gate_BT1 *= (document_BT[:, 1:] == document_BT[:, :-1])[..., None]
         smeared = e_BTD[:, 1:] + embed["smear_scale"] * gate_BT1 * e_BTD[:, :-1]

@@ -34,21 +34,23 @@ def head_widths(config: ModelConfig) -> tuple[int, int, int]:
     return config.num_heads * config.head_dim, kv_width, kv_width
 
 
-def linear(module: nnx.Module, name: str, x: Array, dtype: Any) -> Array:
-    """``(x W) s + b`` with the module's kernel ``name``, and its scales and bias where it has them."""
+def linear(module: nnx.Module, name: str, x: Array, dtype: Any, out_dtype: Any = jnp.float32) -> Array:
+    """``(x W) s + b`` with the module's kernel ``name``, and its scales and bias where it has them; dtypes are those of
+    :func:`snlp_jax.model.layers.project`."""
     if (on_input := getattr(module, "on_input", None)) is not None:
         on_input(name, x)
     bias, scale = (getattr(module, f"{name}_{what}", None) for what in ("bias", "scale"))
     read = lambda leaf: None if leaf is None else leaf[...]  # noqa: E731
-    return project(x, getattr(module, name)[...], dtype, read(bias), read(scale))
+    return project(x, getattr(module, name)[...], dtype, read(bias), read(scale), out_dtype)
 
 
 def linear_of_each(module: nnx.Module, part: str, widths: Sequence[int], x: Array, dtype: Any) -> Sequence[Array]:
-    """The products of one input with the kernels that :data:`JOINED` names, in whichever form the module has them."""
+    """The products of one input with the kernels that :data:`JOINED` names, in whichever form the module has them;
+    the results are in ``dtype``."""
     joined, names = JOINED[part]
     if not hasattr(module, joined):
-        return [linear(module, name, x, dtype) for name in names]
-    return jnp.split(linear(module, joined, x, dtype), list(accumulate(widths))[:-1], axis=-1)
+        return [linear(module, name, x, dtype, dtype) for name in names]
+    return jnp.split(linear(module, joined, x, dtype, dtype), list(accumulate(widths))[:-1], axis=-1)
 
 
 def join_projections(blocks: PyTree) -> PyTree:

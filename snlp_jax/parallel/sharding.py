@@ -115,10 +115,12 @@ def gather_channels(
     """Parameters in the training layout, whole along ``channels`` from here on: what FSDP does before a weight is used.
 
     Under jit. Without it the compiler would rather split the activations the way the weights lie. Gradients go back
-    split: a reduce-scatter and not an all-reduce.
+    split, by a reduce-scatter and not an all-reduce, and in float32.
 
     Args:
-        dtype: of the matrices, cast before they travel; None leaves them as they are.
+        dtype: of the matrices, cast before they travel; None leaves them as they are. Tables that are looked up and
+            maps of the residual path travel in float32: gradients of a table's rows are sums over tokens, which stop
+            growing in bfloat16.
         is_one_layer: the leaves of ``blocks`` come without their layer axis.
     """
     whole = {what: axes for what, axes in TRAINING.items() if what != "channels"}
@@ -131,25 +133,27 @@ def gather_channels(
             return leaf
         if is_one_layer:
             split, gathered = PartitionSpec(*split[1:]), PartitionSpec(*gathered[1:])
-        is_matrix = dtype is not None and "hyper" not in name
-        return _gather(leaf.astype(dtype) if is_matrix else leaf, mesh, split, gathered)
+        is_cast = dtype is not None and "hyper" not in name and not name.startswith("embed/")
+        return _gather(leaf, mesh, split, gathered, dtype if is_cast else leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(leaf: jax.Array, mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec) -> jax.Array:
-    return constrain(leaf, mesh, gathered)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(leaf: jax.Array, mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec, dtype: Any) -> jax.Array:
+    return constrain(leaf.astype(dtype), mesh, gathered)
 
 
-def _gather_fwd(leaf: jax.Array, mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec) -> tuple[jax.Array, None]:
-    return constrain(leaf, mesh, gathered), None
+def _gather_fwd(
+    leaf: jax.Array, mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec, dtype: Any
+) -> tuple[jax.Array, None]:
+    return _gather(leaf, mesh, split, gathered, dtype), None
 
 
 def _gather_bwd(
-    mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec, _: None, grad: jax.Array
+    mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec, dtype: Any, _: None, grad: jax.Array
 ) -> tuple[jax.Array]:
-    return (constrain(grad, mesh, split),)
+    return (constrain(grad.astype(jax.numpy.float32), mesh, split),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
