@@ -21,7 +21,6 @@ from snlp_jax.model.attention import attend_ring, choose_decoding
 from snlp_jax.model.decode_kernel import attend_ring_at_once
 from snlp_jax.notation import parse_schedule
 
-TARGETS = ("triton", "mosaic")
 CLOSE: dict[str, Any] = {"atol": 5e-6, "rtol": 1e-5}
 """Float32 sums over up to 163 keys of values of size one, in another order."""
 CASES = {
@@ -48,8 +47,17 @@ def over_layers(attend):
     return jax.jit(jax.vmap(attend, in_axes=(0, 0, 0, 0, 0, 0, None)))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case, target",
+    [
+        ("partly filled", "triton"),
+        ("several queries of a head, several tokens", "triton"),
+        ("capped", "triton"),
+        ("empty", "mosaic"),
+        ("wrapped", "mosaic"),
+        ("most tokens at once", "mosaic"),
+    ],
+)
 def test_it_is_xla_attention(case, target):
     """Of layers with windows of their own and rows of their own lengths."""
     *shape, softcap = CASES[case]
@@ -67,12 +75,11 @@ def test_a_tpu_takes_in_a_ring_block_by_block(monkeypatch):
     chex.assert_trees_all_close(over_layers(kernel)(*args), over_layers(attend_ring)(*args), **CLOSE)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_chunks_of_layers_are_one_kernel(target):
+def test_chunks_of_layers_are_one_kernel():
     """Two axes that are mapped over, and a window for all."""
     *args, _, lengths = operands(1, 2, 2, 40, (50,), (0,) * 4, num_layers=4)
     args = [leaf.reshape(2, 2, *leaf.shape[1:]) for leaf in args]
-    kernel = functools.partial(attend_ring_at_once, target=target, interpret=True)
+    kernel = functools.partial(attend_ring_at_once, target="triton", interpret=True)
     chunks = lambda attend: jax.jit(jax.vmap(jax.vmap(lambda *own: attend(*own, 30, lengths))))  # noqa: E731
     chex.assert_trees_all_close(chunks(kernel)(*args), chunks(attend_ring)(*args), **CLOSE)
     assert str(jax.make_jaxpr(chunks(kernel))(*args)).count("pallas_call[") == 1
@@ -95,7 +102,7 @@ def test_derivatives_are_those_of_xla_attention():
     chex.assert_trees_all_close(slope, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("setting", ["idn:n=3,k=2", "idn:n=4,k=1,stage=2xF2"])
+@pytest.mark.parametrize("setting", ["idn:n=2,k=2", pytest.param("idn:n=4,k=1,stage=2xF2", marks=pytest.mark.slow)])
 def test_a_cached_pass_is_that_with_xla_attention(monkeypatch, setting):
     """Rings of two lengths, a region and layers in order, or layers fused by twos."""
     interpreted = functools.partial(attend_ring_at_once, interpret=True)
@@ -129,7 +136,7 @@ def test_choice():
     assert {choose(requested, backend) for requested in ("auto", "xla") for backend in ("gpu", "tpu")} == {"xla"}
     assert (choose("pallas", "gpu"), choose("pallas", "tpu", size=96)) == ("triton", "mosaic")
     assert (choose("pallas", "gpu", 16), choose("pallas", "gpu", 17)) == ("triton", "xla")
-    with pytest.raises(InputError, match="'pallas' needs heads of 16, 32, 64, 128 or 256 channels on a GPU, not 96"):
+    with pytest.raises(InputError, match="not 96"):
         choose("pallas", "gpu", size=96)
 
 
@@ -138,9 +145,9 @@ def test_a_model_refuses_it_where_it_does_not_run():
     assert LanguageModel(config, "gpu")._attention(1, True) == "triton"
     assert LanguageModel(config, "gpu").adapted(kernels=("triton",))._attention(1, True) == "triton"
     assert LanguageModel(config, "cpu")._attention(1) == "xla"  # the first tokens of a text are another matter
-    with pytest.raises(InputError, match="'pallas' needs a GPU or a TPU, not 'cpu'; use 'auto'."):
+    with pytest.raises(InputError, match="'cpu'"):
         LanguageModel(config, "cpu")._attention(1, True)
-    with pytest.raises(InputError, match="model.decode_attention 'pallas' does not run over this mesh; use 'auto' or"):
+    with pytest.raises(InputError, match="this mesh"):
         LanguageModel(config, "tpu").adapted(kernels=())._attention(1, True)
     quiet = dataclasses.replace(config, decode_attention="auto")
     assert LanguageModel(quiet, "cpu").adapted(kernels=())._attention(1, True) == "xla"

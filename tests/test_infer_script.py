@@ -57,36 +57,25 @@ def test_a_prompt_is_continued(infer):
 
 
 MISTAKES = (
-    (("--solver", "newton:n=2"), "solver setting 'newton:n=2'"),
-    (("--solver", "hcn:n=2"), "hcn needs residual streams"),
+    (("--solver", "newton:n=2"), "newton:n=2"),
+    (("--solver", "hcn:n=2"), "residual streams"),
     (("--speculate", "idn:n=9,k=1"), "idn:n=9,k=1"),
-    (("--speculate", "mtp"), "this model has no multi-token-prediction heads"),
-    (("--speculate", "seq"), "a drafter that is the sequential pass itself saves nothing"),
-    (("--solver", "idn:n=2", "--speculate", "exit:2"), "give a solver setting or a drafter, not both"),
-    (("--solver", "idn:n=2,init=warm", "--rule", "per_iteration"), "leave out init=warm"),
-    (("--solver", "idn:n=4,k=1,stage=2xF2"), "cache rule 'last_eval' has no exact limit for fused layers"),
-    (("--speculate", "exit:2", "--draft-len", "9", "--max-draft", "8"), "a draft length of 9 exceeds max_draft 8"),
-    (("--speculate", "exit:2", "--draft-len", "-1"), "the draft length is -1"),
-    (("--speculate", "exit:2", "--max-draft", "0"), "max_draft is 0"),
-    (("--temperature", "-1"), "temperature -1.0 is neither 0 nor in"),
-    (("--temperature", "nan"), "temperature nan is neither 0 nor in"),
-    (("--top-p", "0"), "top_p 0.0 lies outside (0, 1]"),
-    (("--max-new-tokens", "0"), "max_new_tokens is 0"),
-    (("--max-new-tokens", "154"), "a prompt of 7 and 154 new tokens are 161, more than the rotary embedding's 160"),
-    (("--stop", ""), "stop strings ('',)"),
-    (("--mesh.layer", "16"), "a mesh of"),
-    (("--solver", "cal:n=2,k=1,fit=mine"), "there is no calibration 'mine'"),
+    (("--speculate", "mtp"), "no multi-token-prediction heads"),
+    (("--solver", "idn:n=2", "--speculate", "exit:2"), "not both"),
+    (("--solver", "idn:n=4,k=1,stage=2xF2"), "last_eval"),
+    (("--speculate", "exit:2", "--draft-len", "9", "--max-draft", "8"), "9 exceeds max_draft 8"),
+    (("--temperature", "-1"), "temperature -1.0"),
+    (("--max-new-tokens", "154"), "161, more than the rotary embedding's 160"),
+    (("--stop", ""), "stop strings"),
+    (("--mesh.layer", "16"), "mesh"),
+    (("--solver", "cal:n=2,k=1,fit=mine"), "'mine'"),
 )
 
 
-@pytest.mark.parametrize("flags, sentence", MISTAKES, ids=lambda part: " ".join(part) if type(part) is tuple else "")
-def test_mistakes_are_one_sentence(infer, flags, sentence):
-    code, out, err = infer("--prompt", "layer ", *flags)
-    assert code == 2
-    assert sentence in err and err.startswith("error: ") and err.count("\n") == 1
-
-
-def test_a_missing_run_is_named(infer, tmp_path):
+def test_mistakes_are_one_sentence(infer, tmp_path):
+    for flags, named in MISTAKES:
+        code, out, err = infer("--prompt", "layer ", *flags)
+        assert code == 2 and named in err and err.startswith("error: ") and err.count("\n") == 1, flags
     code, _, err = infer("--prompt", "layer ", run=tmp_path / "nowhere")
     assert code == 2 and err.startswith("error: ") and "nowhere" in err and err.count("\n") == 1
     code, _, err = infer("--prompt", "layer ", run=tmp_path)
@@ -101,15 +90,10 @@ def test_settings_that_are_exact_give_the_same_text(infer):
     flags = ("--prompt", "layer ", "--max-new-tokens", 30)
     _, out, _ = infer(*flags)
     for more in (
-        ("--solver", "idn:n=3,k=3"),
-        ("--solver", "idn:n=3,k=3", "--rule", "refreshed"),
-        ("--solver", "exact:n=4,k=4"),
+        ("--solver", "idn:n=2,k=2", "--rule", "refreshed"),
         ("--solver", "idn:n=2,tol=1e-9"),
-        ("--speculate", "exit:2"),
-        ("--speculate", "idn:n=2,k=1", "--draft-len", 3),
-        ("--speculate", "idn:n=4,k=1,stage=2xF2", "--max-draft", 2),
-        ("--mesh.layer", 2, "--sequential", "ring"),
-        ("--checkpoint", "last"),
+        ("--speculate", "exit:2", "--max-draft", 2),
+        ("--mesh.layer", 2, "--sequential", "ring", "--checkpoint", "last"),
     ):
         code, same, err = infer(*flags, *more)
         assert (code, same) == (0, out), more
@@ -117,7 +101,6 @@ def test_settings_that_are_exact_give_the_same_text(infer):
         assert re.fullmatch(CLOSING, closing)
         assert ("passes of all layers" in closing) == ("--speculate" in more)
         assert ("iterations a token" in closing) == ("tol" in str(more))
-    assert infer(*flags, "--solver", "idn:n=4,k=1")[1] != out
 
 
 @pytest.mark.slow
@@ -127,8 +110,11 @@ def test_several_prompts_are_a_batch(infer):
     assert code == 0 and err.startswith("[27 tokens")
     *parts, rest = out.split("\n" + "-" * 40 + "\n")
     assert rest == "" and len(parts) == 3
-    for prompt, part in zip(prompts, parts, strict=True):
-        assert infer("--prompt", prompt, *flags)[1] == part + "\n"
+    whole = infer("--prompt", prompts[0], *flags)[1]
+    assert whole == parts[0] + "\n"
+    whole = text_after(prompts[0], whole)
+    stopped = infer("--prompt", prompts[0], *flags, "--stop", "never", whole[4:6])[1]
+    assert text_after(prompts[0], stopped) == whole[: whole.index(whole[4:6])]
 
 
 @pytest.mark.slow
@@ -144,14 +130,6 @@ def test_lines_of_a_pipe_are_prompts(infer):
 
 
 @pytest.mark.slow
-def test_stop_strings_end_the_text(infer):
-    flags = ("--prompt", "layer ", "--max-new-tokens", 30)
-    whole = text_after("layer ", infer(*flags)[1])
-    stop = whole[4:6]
-    assert text_after("layer ", infer(*flags, "--stop", "never", stop)[1]) == whole[: whole.index(stop)]
-
-
-@pytest.mark.slow
 def test_sampling_follows_its_seed(infer):
     sampling = ("--max-new-tokens", 20, "--temperature", 0.9, "--top-k", 50, "--repetition-penalty", 1.1)
     run = lambda *flags: infer(*flags, *sampling)[1]  # noqa: E731
@@ -160,8 +138,6 @@ def test_sampling_follows_its_seed(infer):
     assert one != run("--prompt", "layer ", "--seed", 8)
     # The second prompt of a batch has the next seed.
     assert run("--prompt", "layer ", "layer ", "--seed", 6).split("\n" + "-" * 40 + "\n")[1] == one[:-1]
-    speculative = ("--prompt", "layer ", "--seed", 7, "--speculate", "exit:2", "--draft-len", 2)
-    assert run(*speculative) == run(*speculative)
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Kernels of eight bits: bounds of their error, and that every reader takes them for the kernel ``q s``."""
 
 import dataclasses
-import sys
+import functools
 
+import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +12,12 @@ from jax.sharding import PartitionSpec
 from problems import PLAIN, SMALL, random_params, random_tokens, relative_error
 from tiny_run import random_run
 
-from snlp_jax.cli.entry import run_entry
-from snlp_jax.cli.infer import main as infer_main
+from snlp_jax.cli.infer import Args, open_engine
 from snlp_jax.config import EvalConfig, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run
 from snlp_jax.forward import forward
-from snlp_jax.infer import Drafting, Engine, Request
+from snlp_jax.infer import Drafting, Engine
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.projections import PARTS
@@ -28,8 +28,10 @@ from snlp_jax.run import read_config
 
 ROUNDING = 2e-5
 """Relative to the largest entry: float32 sums of ``(x q) s`` against those of ``x (q s)``."""
-GATED = dataclasses.replace(PLAIN, mlp="swiglu", use_qkv_bias=True, num_kv_heads=2)
-MIXED = dataclasses.replace(SMALL, linear_attention=(2,), dropped_mlp=(4,), linear_mlp=(1,), linear_rank=4)
+GATED = dataclasses.replace(PLAIN, num_layers=2, mlp="swiglu", use_qkv_bias=True, num_kv_heads=2)
+MIXED = dataclasses.replace(
+    SMALL, num_layers=4, linear_attention=(1,), dropped_mlp=(3,), linear_mlp=(2,), linear_rank=4
+)
 
 
 def kernels_of(params):
@@ -56,15 +58,23 @@ def as_floats(params, quantised):
     return params
 
 
-def logits_of(model, params, setting, tokens, layout="auto", mesh=None):
+def logits_of(model, every_params, setting, tokens, layout="auto", mesh=None):
+    """Of several parameters, compiled once for those of equal types."""
     schedule = parse_schedule(setting, model.config.num_layers)
-    weights = prepare(model, params, schedule, num_tokens=tokens.size, layout=layout, mesh=mesh)
-    return jax.jit(lambda w, t: forward(model, w, t, mesh=mesh).logits_BTV)(weights, tokens)
+    run = jax.jit(lambda w, t: forward(model, w, t, mesh=mesh).logits_BTV)
+    lay_out = functools.partial(prepare, num_tokens=tokens.size, layout=layout, mesh=mesh)
+    return [run(lay_out(model, params, schedule), tokens) for params in every_params]
+
+
+@functools.cache
+def plain(precision):
+    """Parameters of layers of every kind, and the same quantised."""
+    params = random_params(LanguageModel(MIXED))
+    return params, quantize(params, precision)
 
 
 def test_an_entry_errs_by_half_a_step_at_most():
-    params = random_params(LanguageModel(MIXED))
-    quantised = quantize(params, "int8")
+    params, quantised = plain("int8")
     for path, (kernel, scale) in multiplied(quantised).items():
         error = np.abs(np.asarray(kernels_of(params)[path]) - kernel)
         assert (error <= 0.5 * scale[..., None, :] * (1 + 1e-4)).all(), path  # W / s is rounded before it is rounded
@@ -74,29 +84,28 @@ def test_an_entry_errs_by_half_a_step_at_most():
 
 def test_float8_errs_by_a_sixteenth_of_an_entry():
     """Three bits of mantissa behind the leading one; below 2^-6, entries 2^-9 s apart."""
-    params = random_params(LanguageModel(SMALL))
-    for path, (kernel, scale) in multiplied(quantize(params, "float8")).items():
+    params, quantised = plain("float8")
+    for path, (kernel, scale) in multiplied(quantised).items():
         exact = np.asarray(kernels_of(params)[path])
         bound = np.maximum(np.abs(exact) / 16, 2.0**-10 * scale[..., None, :])
         assert (np.abs(exact - kernel) <= bound * (1 + 1e-4)).all(), path
 
 
 def test_a_channel_of_zeros_stays_zero():
-    params = random_params(LanguageModel(SMALL))
+    params = jax.tree.map(lambda leaf: leaf, plain("int8")[0])
     params["blocks"]["attn"]["out"] = params["blocks"]["attn"]["out"].at[:, :, 3].set(0.0)
     quantised = multiplied(quantize(params, "int8"))["attn", "out"]
     assert (quantised[0][:, :, 3] == 0).all() and np.isfinite(quantised[0]).all()
 
 
 def test_what_is_no_kernel_stays_and_bytes_shrink():
-    params = random_params(LanguageModel(MIXED))
-    quantised = quantize(params, "int8")
+    params, quantised = plain("int8")
     assert quantised["embed"] is params["embed"]
     num_bytes = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     saved = sum(3 * leaf.size for leaf in kernels_of(params).values())
     scales = sum(4 * scale.size for _, scale in multiplied(quantised).values())
     assert num_bytes(quantised) == num_bytes(params) - saved + scales
-    model, schedule = LanguageModel(MIXED), parse_schedule("idn:n=4,k=1", 6)
+    model, schedule = LanguageModel(MIXED), parse_schedule("idn:n=3,k=1", 4)
     full, small = (prepare(model, each, schedule, num_tokens=1).num_bytes for each in (params, quantised))
     assert full - small == saved - scales
 
@@ -104,35 +113,33 @@ def test_what_is_no_kernel_stays_and_bytes_shrink():
 @pytest.fixture(scope="module")
 def calibrated():
     """``(params, squares)`` of a model of every kind of layer, on random text."""
-    model = LanguageModel(MIXED)
-    params = random_params(model)
+    model, params = LanguageModel(MIXED), plain("int8")[0]
     batches = [{"tokens": np.asarray(random_tokens(MIXED, length=21, seed=seed))} for seed in (1, 2)]
     return model, params, batches, input_squares(model, params, batches)
 
 
-@pytest.mark.parametrize("precision", ["int8", "float8"])
-def test_calibrated_channels_err_no_more_than_plain_ones(calibrated, precision):
+def test_calibrated_channels_err_no_more_than_plain_ones(calibrated):
     """c = 1 is among the candidates. Some channel gains by clipping, or nothing is tested."""
     _, params, _, squares = calibrated
     errors = []
-    for each in (None, squares):
+    for quantised in (plain("int8")[1], quantize(params, "int8", squares)):
         found = {}
-        for (part, name), (kernel, _) in multiplied(quantize(params, precision, each)).items():
+        for (part, name), (kernel, _) in multiplied(quantised).items():
             exact = np.asarray(kernels_of(params)[part, name], np.float64)
             square = np.asarray(squares["head"] if part == "head" else squares[part][name], np.float64)
             found[part, name] = (square[..., None] * (exact - kernel) ** 2).sum(-2)
         errors.append(found)
-    plain, clipped = errors
-    for path in plain:  # sums of float32 chose
-        assert (clipped[path] <= plain[path] * (1 + 1e-5) + 1e-12).all(), path
-    assert any((clipped[path] < 0.98 * plain[path]).any() for path in plain)
+    whole, clipped = errors
+    for path in whole:  # sums of float32 chose
+        assert (clipped[path] <= whole[path] * (1 + 1e-5) + 1e-12).all(), path
+    assert any((clipped[path] < 0.98 * whole[path]).any() for path in whole)
 
 
 def test_squares_are_those_of_the_inputs(calibrated):
     """By their definition, at the two ends of the model: the first layer's and the head's."""
     model, params, batches, squares = calibrated
     tokens = jnp.concatenate([batch["tokens"] for batch in batches])[:, :-1]
-    weights = prepare(model, params, parse_schedule("seq", 6), num_tokens=1)
+    weights = prepare(model, params, parse_schedule("seq", 4), num_tokens=1)
     output = jax.jit(lambda w, t: forward(model, w, t))(weights, tokens)
     normed = model.head_input(params, model.readout(params, output.h_last, output.h_mid))
     np.testing.assert_allclose(squares["head"], jnp.square(normed).mean((0, 1)), rtol=1e-4)  # sums in another order
@@ -143,13 +150,15 @@ def test_squares_are_those_of_the_inputs(calibrated):
 
 
 CASES = {
-    "mixed": (MIXED, "idn:n=4,k=2", "stack"),
+    "mixed": (MIXED, "idn:n=3,k=2", "stack"),
     "lists": (GATED, "seq", "list"),
-    "chunks": (GATED, "idn:n=4,k=1,stage=2xF2", "stack"),
+    "chunks": (dataclasses.replace(GATED, num_layers=4), "idn:n=4,k=1,stage=2xF2", "stack"),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["mixed", *(pytest.param(case, marks=pytest.mark.slow) for case in ("lists", "chunks"))]
+)
 def test_logits_are_those_of_the_kernel_q_s(case):
     config, setting, layout = CASES[case]
     tokens = random_tokens(config)
@@ -157,9 +166,8 @@ def test_logits_are_those_of_the_kernel_q_s(case):
     model = LanguageModel(dataclasses.replace(config, compute_dtype="float32", attention="xla"), "gpu")
     params = random_params(model)
     quantised = quantize(params, "int8")
-    found, expected, exact = (
-        logits_of(model, each, setting, tokens, layout) for each in (quantised, as_floats(params, quantised), params)
-    )
+    each = (quantised, as_floats(params, quantised), params)
+    found, expected, exact = logits_of(model, each, setting, tokens, layout)
     assert relative_error(found, expected) < ROUNDING
     assert relative_error(found, exact) > 100 * ROUNDING
 
@@ -168,21 +176,21 @@ def test_scales_are_spread_over_a_mesh_like_biases():
     mesh = make_mesh(MeshConfig(layer=2, tensor=2), devices=jax.devices()[:4])
     model, tokens = LanguageModel(GATED), random_tokens(GATED)
     quantised = quantize(random_params(model), "int8")
-    alone, spread = (logits_of(model, quantised, "idn:n=4,k=1", tokens, "stack", where) for where in (None, mesh))
+    (alone,), (spread,) = (logits_of(model, [quantised], "idn:n=2,k=1", tokens, "stack", on) for on in (None, mesh))
     assert relative_error(spread, alone) < ROUNDING
-    weights = prepare(model, quantised, parse_schedule("idn:n=4,k=1", 6), num_tokens=1, mesh=mesh)
+    weights = prepare(model, quantised, parse_schedule("idn:n=2,k=1", 2), num_tokens=1, mesh=mesh)
     region = weights.blocks[-1]["mlp"]
     assert region["up_scale"].sharding.spec == PartitionSpec("layer", "tensor")
     assert region["up"].sharding.spec == PartitionSpec("layer", None, "tensor")
 
 
+@pytest.mark.slow
 def test_speculation_is_lossless_for_the_quantised_model():
     """Drafter and verifier read the same kernels."""
-    config = dataclasses.replace(GATED, window_pattern="L")
-    model, request = LanguageModel(config), [Request([3, 1, 4, 1, 5], max_new_tokens=8)]
-    params = quantize(random_params(model), "int8")
-    plain, drafted = Engine(model, params), Engine(model, params, draft=Drafting("skip:2-5", 2))
-    assert drafted.generate(request)[0].tokens == plain.generate(request)[0].tokens
+    params = quantize(random_params(LanguageModel(GATED)), "int8")
+    requests = decoding.requests_of(GATED, new=8)
+    done = Engine(LanguageModel(GATED), params, draft=Drafting("exit:1", 2)).generate(requests)
+    decoding.assert_is_the_whole_pass(GATED, "seq", requests, done, params=params)
 
 
 # ---------------------------------------------------------------- the two commands
@@ -193,6 +201,7 @@ def run_dir(tmp_path_factory):
     return random_run(tmp_path_factory.mktemp("quantize") / "run")
 
 
+@pytest.mark.slow
 def test_eval_opens_a_run_with_calibrated_kernels(run_dir):
     config, its = read_config(run_dir), EvalConfig(solvers=("seq",), weights="int8", weight_calibration=512)
     run = open_run(run_dir, dataclasses.replace(config, eval=its))
@@ -200,27 +209,16 @@ def test_eval_opens_a_run_with_calibrated_kernels(run_dir):
     assert run.params["head"]["kernel_scale"].shape == (config.model.padded_vocab_size,)
 
 
-@pytest.mark.parametrize(
-    ("weights", "calibration", "sentence"),
-    [("int4", 0, "weights is 'int4'"), ("int8", -1, "weight_calibration is -1"), ("compute", 9, "no scales")],
-)
-def test_mistakes_end_in_one_sentence(weights, calibration, sentence):
-    with pytest.raises(InputError, match=sentence):
-        EvalConfig(weights=weights, weight_calibration=calibration)
-
-
-def test_a_bad_precision_is_refused():
+def test_mistakes_end_in_one_sentence():
+    for weights, calibration, named in (("int4", 0, "int4"), ("int8", -1, "is -1"), ("compute", 9, "no scales")):
+        with pytest.raises(InputError, match=named):
+            EvalConfig(weights=weights, weight_calibration=calibration)
     with pytest.raises(InputError, match="'int4'"):
         quantize(random_params(LanguageModel(SMALL)), "int4")
 
 
-def test_infer_reads_quantised_kernels(run_dir, monkeypatch, capfd):
-    monkeypatch.setattr("snlp_jax.cli.entry.enable_compilation_cache", lambda: None)
-    flags = ["--prompt", "layer ", "--max-new-tokens", "4", "--weights", "int8", "--weight-calibration"]
-    monkeypatch.setattr(sys, "argv", ["infer", str(run_dir), *flags, "0"])
-    run_entry(infer_main)
-    assert "[4 tokens" in capfd.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["infer", str(run_dir), *flags, "-3"])
-    with pytest.raises(SystemExit):
-        run_entry(infer_main)
-    assert "weight_calibration is -3" in capfd.readouterr().err
+def test_infer_reads_quantised_kernels(run_dir):
+    engine = open_engine(Args(run_dir, weights="int8"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(engine.weights.blocks)} >= {jnp.dtype("int8")}
+    with pytest.raises(InputError, match="weight_calibration is -3"):
+        open_engine(Args(run_dir, weights="int8", weight_calibration=-3))

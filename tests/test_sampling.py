@@ -274,8 +274,9 @@ def markov_law(logits_VV, sampling):
     return reference(logits_VV[0], seen_VV[0], sampling), second_VV
 
 
-@pytest.mark.parametrize("draft_len", [1, 2, 3])
-@pytest.mark.parametrize("case", LAWS)
+@pytest.mark.parametrize(
+    "case, draft_len", [("equal", 2), ("different", 1), ("different", 3), ("disjoint", 2), ("filtered", 3)]
+)
 def test_speculated_tokens_have_the_law_of_the_target(case, draft_len):
     """The first two tokens jointly, in one block or in two: after a rejection the second block drafts again at
     positions whose noise the first block's dropped drafts have used."""
@@ -352,22 +353,20 @@ def test_seen_grows_with_the_inputs_of_the_block():
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("temperature", value) for value in (-1.0, 1e-5, 1e5, math.nan, math.inf, "1", True)),
-        *(("top_k", value) for value in (-1, 2**31, 2.0, None)),
-        *(("top_p", value) for value in (0.0, 1.1, -0.5, math.nan)),
-        *(("min_p", value) for value in (-0.1, 1.5, math.nan)),
-        *(("repetition_penalty", value) for value in (0.0, -1.0, 1000.0, math.nan)),
-        *(("seed", value) for value in (-1, 2**32, 1.5)),
-    ],
-)
-def test_a_setting_out_of_range_is_named_with_a_remedy(field, value):
-    with pytest.raises(InputError) as error:
-        Sampling(**{field: value})
-    message = str(error.value)
-    assert message.startswith(f"{field} {value!r} ") and "; " in message and message.endswith(".")
+def test_a_setting_out_of_range_is_named_with_a_remedy():
+    for field, values in {
+        "temperature": (-1.0, 1e-5, 1e5, math.nan, math.inf, "1", True),
+        "top_k": (-1, 2**31, 2.0, None),
+        "top_p": (0.0, 1.1, -0.5, math.nan),
+        "min_p": (-0.1, 1.5, math.nan),
+        "repetition_penalty": (0.0, -1.0, 1000.0, math.nan),
+        "seed": (-1, 2**32, 1.5),
+    }.items():
+        for value in values:
+            with pytest.raises(InputError) as error:
+                Sampling(**{field: value})
+            message = str(error.value)
+            assert message.startswith(f"{field} {value!r} ") and "; " in message and message.endswith(".")
 
 
 def test_what_is_missing_is_named():

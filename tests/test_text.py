@@ -70,7 +70,7 @@ STOPS = st.lists(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=120)
+@settings(max_examples=40)
 @given(data=st.data(), cuts=st.lists(st.integers(0, 60), max_size=6), stops=STOPS)
 def test_any_split_gives_the_text_of_all_tokens(kind, data, cuts, stops):
     tok = make(kind)
@@ -93,7 +93,7 @@ def test_any_split_gives_the_text_of_all_tokens(kind, data, cuts, stops):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(data=st.data(), more=st.data())
 def test_what_is_shown_is_never_taken_back(kind, data, more):
     """Whatever comes next, text given out stays the beginning of the text."""
@@ -164,7 +164,7 @@ def test_costs_the_same_for_each_token(ids):
 
 @pytest.mark.parametrize("stops", [[""], ["a", ""], "ab"])
 def test_bad_stop_strings(stops):
-    with pytest.raises(InputError, match="none of them empty"):
+    with pytest.raises(InputError, match="empty"):
         TextStream(ByteTokenizer(), stops)
 
 
