@@ -12,9 +12,9 @@ import sys  # noqa: E402
 import tyro  # noqa: E402
 
 from snlp_jax.cli.entry import run_entry  # noqa: E402
+from snlp_jax.cli.launch import add_flags, from_flags, is_supervised, joined, supervise  # noqa: E402
 from snlp_jax.config import Config, load_config, load_dial  # noqa: E402
 from snlp_jax.errors import InputError  # noqa: E402
-from snlp_jax.parallel.processes import add_flags, from_flags, is_supervised, joined, supervise  # noqa: E402
 
 EPILOG = "Every field of the config is a flag: `python train.py configs/demo.py --help` lists them with their defaults."
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from corpora import make_documents, split_by_bos, text_config, with_, write_jsonl
+from corpora import kill_worker, make_documents, split_by_bos, text_config, with_, write_jsonl
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data import corpus, jobs, pipeline, shards, tokenizer
@@ -259,15 +259,9 @@ def test_a_killed_builder_leaves_its_shards(config: DataConfig, monkeypatch) -> 
 
 def test_what_happens_to_workers_is_said_in_one_sentence(config: DataConfig, monkeypatch) -> None:
     monkeypatch.setattr(corpus, "SHARD_BYTES", 20_000)
-
-    class Killed(subprocess.Popen):
-        def __init__(self, *args, **keywords) -> None:
-            super().__init__(*args, **keywords)
-            self.kill()
-
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", Killed)
-        with pytest.raises(InputError, match=r"a process that reads the corpus ended \(exit code -9\)"):
+        patch.setattr(jobs, "run_job", kill_worker)
+        with pytest.raises(InputError, match=r"a process that reads the corpus ended; is memory short"):
             prepare_tokens(with_(config, num_workers=2))
     path = Path(config.source)
     path.write_text(path.read_text() + "{\n")

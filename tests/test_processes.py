@@ -20,14 +20,15 @@ import numpy as np
 import pytest
 from tiny_run import tiny
 
+from snlp_jax.cli import launch
+from snlp_jax.cli.launch import Processes, add_flags, from_flags
 from snlp_jax.config import Config, MeshConfig, OptimConfig
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.io.metrics import read_metrics
 from snlp_jax.model import LanguageModel
-from snlp_jax.parallel import processes
 from snlp_jax.parallel.mesh import make_mesh
-from snlp_jax.parallel.processes import Processes, Vote, add_flags, all_or_none, from_flags
+from snlp_jax.parallel.processes import Vote, all_or_none, tells_of_lost_peer
 from snlp_jax.parallel.sharding import TRAINING, shardings_of, with_shardings
 from snlp_jax.train.loop import _stop_on_signal, train
 
@@ -98,12 +99,11 @@ errors. This most likely indicates that another task died. absl::Status: UNAVAIL
 def test_the_abort_of_the_coordination_service_becomes_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.TextIOWrapper(io.BytesIO())
     monkeypatch.setattr(sys, "stderr", shown)
-    fatal: list[str] = []
-    processes._pass_on(io.BytesIO(b"a warning\n" + ABORT), fatal)
+    fatal = launch.pass_on(io.BytesIO(b"a warning\n" + ABORT))
     assert shown.buffer.getvalue() == b"a warning\n", "what came before stays, the stack does not"
     how = Processes(timeout=7)
-    assert "died or cannot be reached (--process-timeout 7 s)" in processes._lost_sentence(how, " ".join(fatal))
-    assert "not all come together within 7 s" in processes._lost_sentence(how, "RPC: RegisterTask")
+    assert "died or cannot be reached (--process-timeout 7 s)" in launch.lost_sentence(how, fatal)
+    assert "not all come together within 7 s" in launch.lost_sentence(how, "RPC: RegisterTask")
 
 
 def test_errors_that_tell_of_a_lost_peer() -> None:
@@ -112,9 +112,9 @@ def test_errors_that_tell_of_a_lost_peer() -> None:
         "INTERNAL: NCCL operation ncclAllReduce failed: remote process exited or there was a network error",
         "DEADLINE_EXCEEDED: Barrier timed out.",
     ):
-        assert processes.tells_of_lost_peer(ValueError(text))
+        assert tells_of_lost_peer(ValueError(text))
     for text in ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", "dot_general requires equal dimensions"):
-        assert not processes.tells_of_lost_peer(ValueError(text))
+        assert not tells_of_lost_peer(ValueError(text))
 
 
 # -- Several processes -------------------------------------------------------------------------------------------------

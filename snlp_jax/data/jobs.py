@@ -2,24 +2,26 @@
 
 A job writes its files aside and renames them, the record last. The record (``.json``) holds the length and the checksum
 of every other file, and what the job found out; so a job that was done before an interruption is not done again, and
-processes that do the same one at the same time write the same bytes. A worker is this module as a program: it reads a
-list of jobs from its standard input, needs no ``__main__`` of yours, and imports no jax.
+processes that do the same one at the same time write the same bytes. Nothing here imports jax: workers have no use for
+it.
 """
 
 import contextlib
 import functools
 import json
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +47,7 @@ suffix -> [size, checksum]."""
 
 
 class Job(NamedTuple):
-    """A shard to be tokenized. JSON can hold it."""
+    """A shard to be tokenized."""
 
     parts: list[Part]
     text_field: str
@@ -69,11 +71,13 @@ class Job(NamedTuple):
 
 def run_job(job: Job) -> None:
     """Tokenize the shard: tokens of its documents, the separator before each, in ``train`` and ``val``, and digests of
-    all documents, 16 bytes each, in ``digests``.
+    all documents, 16 bytes each, in ``digests``. Nothing if another process has done it already.
 
     Raises:
       InputError: a bad document.
     """
+    if finished(job) is not None:
+        return
     out = Path(job.out)
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=_WRITING, ignore_cleanup_errors=True) as name:
@@ -184,8 +188,7 @@ def run_jobs(jobs: Sequence[Job], num_workers: int, title: str) -> list[Record]:
             _run_in_workers(missing, num_workers, advance)
         else:
             for job in missing:
-                if finished(job) is None:  # another process may have been here since
-                    run_job(job)
+                run_job(job)
                 advance(job.size)
     records = [finished(job, is_thorough=False) for job in jobs]
     if None in records:
@@ -224,65 +227,33 @@ def _progress(title: str, total: int, done: int) -> Iterator[Callable[[int], Non
 
 
 def _run_in_workers(jobs: list[Job], num_workers: int, advance: Callable[[int], None]) -> None:
-    """Worker k does every ``num_workers``-th job from the k-th on. An error of one ends all."""
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "RAYON_NUM_THREADS": str(max(_num_cores() // num_workers, 1)),  # the tokenizer's own
-        "TOKENIZERS_PARALLELISM": "true",
-    }
-    command = [sys.executable, "-P", "-m", "snlp_jax.data.jobs"]
-    start = lambda: subprocess.Popen(  # noqa: E731
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-    workers = [start() for _ in range(num_workers)]
-
-    def follow(worker: subprocess.Popen[str], share: list[Job]) -> None:
-        assert worker.stdin is not None and worker.stdout is not None
-        with contextlib.suppress(BrokenPipeError), worker.stdin:
-            json.dump(share, worker.stdin)
-        with worker.stdout:
-            for line in worker.stdout:
-                kind, content = json.loads(line)
-                if kind != "done":
-                    raise InputError(content) if kind == "input_error" else OSError(*content)
-                advance(content)
-        if worker.wait() != 0:
-            raise InputError(
-                f"a process that reads the corpus ended (exit code {worker.returncode}); is memory short? Lower "
-                "data.num_workers and run again: what is done stays done."
-            )
-
-    with ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(follow, worker, jobs[i::num_workers]) for i, worker in enumerate(workers)]
+    """As soon as one fails the others end with the job that they are at."""
+    context = multiprocessing.get_context("spawn")
+    num_threads = max(_num_cores() // num_workers, 1)
+    with ProcessPoolExecutor(num_workers, context, initializer=_begin_worker, initargs=(num_threads,)) as pool:
+        futures = {pool.submit(run_job, job): job for job in jobs}
         try:
             for future in as_completed(futures):
                 future.result()
+                advance(futures[future].size)
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process that reads the corpus ended; is memory short? Lower data.num_workers and run again: what is "
+                'done stays done. (A script that trains must do so under `if __name__ == "__main__":`.)'
+            ) from error
         finally:
-            for worker in workers:
-                worker.kill()  # what it has begun is lost
-                worker.wait()
+            pool.shutdown(cancel_futures=True)
 
 
-def _serve() -> None:
-    """A worker's life. Says ["done", size] for each job, or what went wrong; ends when nobody listens any more."""
+def _begin_worker(num_threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for values in json.load(sys.stdin):
-        job = Job(*values)
-        job = job._replace(parts=[Part(*part) for part in job.parts])
-        reply: tuple[str, Any] = ("done", job.size)
-        try:
-            if finished(job) is None:  # another process may have been here before
-                run_job(job)
-        except InputError as error:
-            reply = ("input_error", str(error))
-        except OSError as error:
-            reply = ("os_error", [error.errno, error.strerror or str(error)])
-        try:
-            print(json.dumps(reply), flush=True)
-        except BrokenPipeError:
-            os._exit(1)
+    # The tokenizer's own threads.
+    os.environ.update(RAYON_NUM_THREADS=str(num_threads), TOKENIZERS_PARALLELISM="true")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-if __name__ == "__main__":
-    _serve()
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
