@@ -35,7 +35,7 @@ def test_a_run_killed_in_every_phase_ends_like_an_unbroken_one(tmp_path: Path) -
     rng = np.random.default_rng(0)
     (tmp_path / "text.txt").write_text("\n\n".join(" ".join(rng.choice(words, 60)) for _ in range(1000)))
     source = str(tmp_path / "text.txt")
-    sizes = {"steps": 36, "layers": 2, "width": 32, "shard_bytes": 20_000, "vocab_size": 300}
+    sizes = {"steps": 36, "layers": 3, "width": 32, "shard_bytes": 20_000, "vocab_size": 300}
     record = kills.run(kills.Args(kills=4, source=source, **sizes), tmp_path)
     assert record["differences"] == []
     rows = {row["phase"]: row for row in record["rows"]}
