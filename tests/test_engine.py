@@ -34,13 +34,16 @@ from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import region_problems
 from snlp_jax.infer import CacheRule, Drafting, Engine, Placement, Request, Sampling
 from snlp_jax.infer.engine import bucket
-from snlp_jax.layout import prepare
+from snlp_jax.infer.programs import Programs
+from snlp_jax.infer.sampling import Features
+from snlp_jax.layout import abstract_weights, prepare
 from snlp_jax.linearize import fit_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import KeyValue, Ring, Rings
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
 from snlp_jax.parallel.hlo import count_collectives
+from snlp_jax.solver import Schedule
 
 FOUR = dataclasses.replace(TINY, num_layers=4)
 """Two pairs of layers."""
@@ -242,6 +245,23 @@ def test_writing_the_cache_of_rows_on_several_devices_is_no_exchange(rows):
     shape = Rings((Ring(ring, ring),), ((0, 1, 2),))
     compiled = jax.jit(write, donate_argnums=0).lower(shape, KeyValue(new, new), length_B).compile()
     assert count_collectives(compiled.as_text()) == {}
+
+
+def test_logits_that_are_split_by_vocabulary_are_gathered_once():
+    """The padded vocabulary is cropped after it is whole: cropped before, its pieces move about."""
+    model, mesh = LanguageModel(SIMPLE), make_mesh(MeshConfig(tensor=2))
+    assert SIMPLE.padded_vocab_size > SIMPLE.vocab_size
+    weights = abstract_weights(model, Schedule.of(SIMPLE.num_layers), mesh)
+    features = Features(samples=False, filters=False, penalizes=False)
+    programs = Programs(model, features, (), "last", mesh=mesh, num_slots=1)
+    h_B1D = jax.ShapeDtypeStruct((4, 1, SIMPLE.embed_dim), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def step(weights, h_B1D):
+        logits_BTV = programs._logits(weights, h_B1D, h_B1D)
+        return logits_BTV.argmax(-1), jax.nn.logsumexp(logits_BTV, -1)
+
+    compiled = jax.jit(step).lower(weights, h_B1D).compile()
+    assert count_collectives(compiled.as_text()) == {"all-gather": 1}
 
 
 MESHES = {"2": MeshConfig(layer=2), "2x2": MeshConfig(data=2, layer=2), "tensor": MeshConfig(tensor=2)}

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding import NEW, SIMPLE, TINY, assert_is_the_whole_pass, requests_of
-from problems import random_params, relative_error
-from test_mesh import FOUR_STREAMS, batch_of, value_and_grad
+from problems import VARIANTS, random_params, relative_error
+from test_mesh import batch_of, value_and_grad
 from test_sampling import assert_law, reference
 from test_speculation import LAWS, PROMPT, SEEDS, sample, table
 from tiny_run import MODEL, tiny
@@ -247,14 +247,9 @@ def test_greedy_text_is_the_sequential_one_and_its_drafts_are_those_of_the_heads
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config",
-    (dataclasses.replace(FOUR_STREAMS, num_layers=3, seq_len=8, vocab_size=8, num_mtp_heads=2),),
-    ids=("streams",),
-)
-def test_other_models_draft_with_their_heads(config):
-    engine = engine_of(config, 2)
-    requests = requests_of(config, NEW)
+def test_a_model_with_streams_drafts_with_its_heads():
+    config = dataclasses.replace(VARIANTS["hyper_static"], num_layers=3, seq_len=8, vocab_size=8, num_mtp_heads=2)
+    engine, requests = engine_of(config, 2), requests_of(config)
     completions = engine.generate(requests)
     assert_is_the_whole_pass(config, "seq", requests, completions, params=random_params(LanguageModel(config)))
     assert 0 < engine.statistics.accepted < engine.statistics.tested

@@ -23,6 +23,7 @@ from snlp_jax.infer.sampling import Features, Rows, accept, distribution, draw, 
 from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Rings
+from snlp_jax.parallel.mesh import over_data
 from snlp_jax.solver import Kept, ParallelSegment
 from snlp_jax.types import Array
 
@@ -94,7 +95,7 @@ class Programs:
     ) -> State:
         """Evaluate the prompts, filled up to one length behind their ends, and draw every row's first token."""
         B, P = prompt_BP.shape
-        states = self._run(weights, prompt_BP, traced=self.warm_segments)
+        states = run_segments(self.model, weights, prompt_BP, mesh=self.mesh, kept=self.kept, traced=self.warm_segments)
         last_B = length_B - 1
         last = _pick(states.h_last, last_B), _pick(states.h_mid, last_B)
         logits_BV = self._logits(weights, *last)[:, 0]
@@ -202,18 +203,19 @@ class Programs:
 
     # -- Pieces --------------------------------------------------------------------------------------------------------
 
-    def _run(self, weights: Weights, tokens_BT: Array, **settings: Any) -> States:
-        return run_segments(self.model, weights, tokens_BT, mesh=self.mesh, kept=self.kept, **settings)
-
     def _evaluate(self, weights: Weights, state: State, length_B: Array, num_tokens: int) -> States:
         """The tokens after the first ``length_B``."""
         tokens_BX = _slices(state.tokens_BS, length_B - 1, num_tokens + 1)
         past = Past(tokens_BX[:, :1], length_B, state.rings, state.warm)
         traced = tuple(index for index, warm in enumerate(state.warm) if warm is not None)
-        return self._run(weights, tokens_BX[:, 1:], past=past, traced=traced)
+        return run_segments(
+            self.model, weights, tokens_BX[:, 1:], mesh=self.mesh, past=past, kept=self.kept, traced=traced
+        )
 
     def _logits(self, weights: Weights, h_last: Array, h_mid: Array) -> Array:
-        return self.model.logits(weights.ends, h_last, h_mid)
+        logits_BTV = self.model.padded_logits(weights.ends, h_last, h_mid)
+        # Cropping what is split by vocabulary would move pieces of it about.
+        return over_data(self.mesh, logits_BTV)[..., : self.model.config.vocab_size]
 
     def _remember(self, state: State, states: States, length_B: Array, last_B: Array | None = None) -> State:
         """Write what the evaluated tokens leave behind; ``last_B``: index of the last that stays, where it is not 0."""
@@ -243,8 +245,10 @@ class Programs:
     def _count(self, state: State, states: States) -> State:
         """Add the iterations that an evaluation took."""
         stats = [solution.stats for solution in states.solutions if "sequence_iters" in solution.stats]
-        made = sum((jnp.where(state.is_active_B, its["sequence_iters"], 0).sum() for its in stats), jnp.int32(0))
-        return state._replace(counts=state.counts._replace(iterations=state.counts.iterations + made))
+        iterations = state.counts.iterations
+        for of_region in stats:
+            iterations += jnp.where(state.is_active_B, of_region["sequence_iters"], 0).sum()
+        return state._replace(counts=state.counts._replace(iterations=iterations))
 
     def _draw(self, logits_BV: Array, seen_BV: Array | None, rows: Rows, position_B: Array) -> tuple[Array, Array]:
         """The law of the next token and a token drawn from it."""
@@ -301,7 +305,9 @@ def _repeat(step: Callable[[State], State], state: State, num_steps: Array) -> S
 
 def _fill(plan: RingPlan, kv: Any, length_B: Array) -> Any:
     """Of one evaluation, or of several in a tuple."""
-    return tuple(fill(plan, own, length_B) for own in kv) if type(kv) is tuple else fill(plan, kv, length_B)
+    if type(kv) is tuple:
+        return tuple(fill(plan, of_evaluation, length_B) for of_evaluation in kv)
+    return fill(plan, kv, length_B)
 
 
 def _pick(x: Array, index_B: Array, axis: int = 1) -> Array:
