@@ -68,9 +68,9 @@ def quantize(params: Params, precision: WeightPrecision, squares: PyTree = None)
     for part in filter(blocks.__contains__, PARTS):
         blocks[part] = of_tree(blocks[part], squares and squares[part], 3)
     if "kernel" in head:
-        its_square = squares and {"kernel": squares["head"][None]}
-        made = of_tree({"kernel": head["kernel"][None]}, its_square, 3)
-        head |= {name: leaf[0] for name, leaf in made.items()}
+        head_square = squares and {"kernel": squares["head"][None]}
+        quantised = of_tree({"kernel": head["kernel"][None]}, head_square, 3)
+        head |= {name: leaf[0] for name, leaf in quantised.items()}
     return params | {"blocks": blocks, "head": head}
 
 
@@ -149,7 +149,7 @@ def input_squares(model: LanguageModel, params: Params, batches: Iterable[Mappin
     by_layer, head_D = jax.tree.map(lambda leaf: leaf / count, total)
     squares: dict[str, Any] = {"head": head_D}
     for part in PARTS:
-        own = [found[part] for found in by_layer if part in found]
-        if own:
-            squares[part] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
+        of_part = [found[part] for found in by_layer if part in found]
+        if of_part:
+            squares[part] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_part)
     return squares

@@ -18,6 +18,7 @@ from snlp_jax.forward import forward
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.attention import attend_ring, choose_decoding
+from snlp_jax.model.block import KeyValue, Ring
 from snlp_jax.model.decode_kernel import attend_ring_at_once
 from snlp_jax.notation import parse_schedule
 
@@ -43,6 +44,16 @@ def operands(num_tokens, num_heads, num_kv_heads, num_slots, lengths, windows, n
     return (3.0 * q, *rest, jnp.asarray(windows), jnp.asarray(lengths))
 
 
+def at_once(target, **settings):
+    """The kernel on arrays, as :func:`attend_ring` takes them."""
+
+    def attend(q, key, value, ring_key, ring_value, window, length_B):
+        kv, ring = KeyValue(key, value), Ring(ring_key, ring_value)
+        return attend_ring_at_once(q, kv, ring, window, length_B, target, interpret=True, **settings)
+
+    return attend
+
+
 def over_layers(attend):
     return jax.jit(jax.vmap(attend, in_axes=(0, 0, 0, 0, 0, 0, None)))
 
@@ -62,7 +73,7 @@ def test_it_is_xla_attention(case, target):
     """Of layers with windows of their own and rows of their own lengths."""
     *shape, softcap = CASES[case]
     args = operands(*shape)
-    kernel = functools.partial(attend_ring_at_once, target=target, softcap=softcap, interpret=True)
+    kernel = at_once(target, softcap=softcap)
     expected = over_layers(functools.partial(attend_ring, softcap=softcap))(*args)
     chex.assert_trees_all_close(over_layers(kernel)(*args), expected, **CLOSE)
 
@@ -71,7 +82,7 @@ def test_a_tpu_takes_in_a_ring_block_by_block(monkeypatch):
     """The last block reaches beyond the ring."""
     monkeypatch.setattr("snlp_jax.model.decode_kernel.MOSAIC_BYTES", 1)
     args = operands(2, 2, 2, 150, (400, 140), (5, 148))
-    kernel = functools.partial(attend_ring_at_once, target="mosaic", interpret=True)
+    kernel = at_once("mosaic")
     chex.assert_trees_all_close(over_layers(kernel)(*args), over_layers(attend_ring)(*args), **CLOSE)
 
 
@@ -79,7 +90,7 @@ def test_chunks_of_layers_are_one_kernel():
     """Two axes that are mapped over, and a window for all."""
     *args, _, lengths = operands(1, 2, 2, 40, (50,), (0,) * 4, num_layers=4)
     args = [leaf.reshape(2, 2, *leaf.shape[1:]) for leaf in args]
-    kernel = functools.partial(attend_ring_at_once, target="triton", interpret=True)
+    kernel = at_once("triton")
     chunks = lambda attend: jax.jit(jax.vmap(jax.vmap(lambda *own: attend(*own, 30, lengths))))  # noqa: E731
     chex.assert_trees_all_close(chunks(kernel)(*args), chunks(attend_ring)(*args), **CLOSE)
     assert str(jax.make_jaxpr(chunks(kernel))(*args)).count("pallas_call[") == 1
@@ -88,7 +99,7 @@ def test_chunks_of_layers_are_one_kernel():
 def test_what_is_written_after_the_length_is_not_seen():
     """A rejected draft costs no clearing: slots that it took hold what is out of every window."""
     *args, key, value, window, lengths = operands(1, 2, 2, 40, (50,), (36, 36))
-    kernel = over_layers(functools.partial(attend_ring_at_once, target="mosaic", interpret=True))
+    kernel = over_layers(at_once("mosaic"))
     drafted = [ring.at[:, :, :, 50 % 40 : 50 % 40 + 4].set(1e3) for ring in (key, value)]
     before, after = kernel(*args, key, value, window, lengths), kernel(*args, *drafted, window, lengths)
     chex.assert_trees_all_equal(after, before)
@@ -96,7 +107,7 @@ def test_what_is_written_after_the_length_is_not_seen():
 
 def test_derivatives_are_those_of_xla_attention():
     q, *rest = (leaf[0] for leaf in operands(2, 2, 2, 20, (30,), (15, 15))[:-1])
-    kernel = functools.partial(attend_ring_at_once, target="mosaic", interpret=True)
+    kernel = at_once("mosaic")
     size = lambda attend: lambda q: jnp.sum(attend(q, *rest, jnp.asarray([30])) ** 2)  # noqa: E731
     slope, expected = (jax.jit(jax.grad(size(attend)))(q) for attend in (kernel, attend_ring))
     chex.assert_trees_all_close(slope, expected, **CLOSE)

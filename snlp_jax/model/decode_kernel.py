@@ -5,8 +5,8 @@ window. Blocks of keys are taken in one after another, with running maximum m, s
 
     s = q k^T / sqrt(H);  m' = max(m, max s);  w = exp(s - m');  z' = e^(m - m') z + sum w;  o' = e^(m - m') o + w v
 
-and ``o / z`` is the softmax's output. The step's own come first: each query sees itself, so that m is finite from then
-on. A slot's age, how many tokens before the last one its token is, tells what XLA's path reads off positions.
+and ``o / z`` is the softmax's output. Those of the step come first: each query sees itself, so that m is finite from
+then on. A slot's age, how many tokens before the last one its token is, tells what XLA's path reads off positions.
 """
 
 import functools
@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from snlp_jax.model.attention import attend_ring
+from snlp_jax.model.block import KeyValue, Ring
 from snlp_jax.types import Array
 
 Target = Literal["triton", "mosaic"]
@@ -34,10 +35,8 @@ LANES = 128
 
 def attend_ring_at_once(
     q_BTNH: Array,
-    key_BTKH: Array,
-    value_BTKH: Array,
-    ring_key_BKSH: Array,
-    ring_value_BKSH: Array,
+    kv: KeyValue,
+    ring: Ring,
     window: int | Array,
     length_B: Array,
     target: Target,
@@ -54,20 +53,22 @@ def attend_ring_at_once(
     fused: Any = jax.custom_jvp(run)
 
     @fused.defjvp
-    def _(args: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-        step, rest = args[:3], args[3:]
-        plain: Any = functools.partial(attend_ring, softcap=softcap)
-        return fused(*args), jax.jvp(lambda *step: plain(*step, *rest), step, tangents[:3])[1]
+    def _(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+        _, _, (ring_key_BKSH, ring_value_BKSH), window, length_B = args
 
-    return fused(q_BTNH, key_BTKH, value_BTKH, ring_key_BKSH, ring_value_BKSH, jnp.asarray(window), length_B)
+        def plain(q_BTNH: Array, kv: KeyValue) -> Array:
+            key, value = kv
+            return attend_ring(q_BTNH, key, value, ring_key_BKSH, ring_value_BKSH, window, length_B, softcap)
+
+        return fused(*args), jax.jvp(plain, args[:2], tangents[:2])[1]
+
+    return fused(q_BTNH, kv, ring, jnp.asarray(window), length_B)
 
 
 def _at_once(
     q_BTNH: Array,
-    key_BTKH: Array,
-    value_BTKH: Array,
-    ring_key_BKSH: Array,
-    ring_value_BKSH: Array,
+    kv: KeyValue,
+    ring: Ring,
     window: Array,
     length_B: Array,
     *,
@@ -76,14 +77,14 @@ def _at_once(
     interpret: bool,
 ) -> Array:
     B, T, N, H = q_BTNH.shape
-    K = key_BTKH.shape[2]
+    K = kv.key_BTKH.shape[2]
     settings = _Settings(T, N // K, H**-0.5, softcap)
     run = functools.partial(_triton if target == "triton" else _mosaic, settings, interpret)
     # One operand for all that is computed in this step: what computes it, or picks layers, is one kernel too.
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    rows = [jnp.swapaxes(x, 1, 2).reshape(B, K, -1, H) for x in (q_BTKGH, key_BTKH, value_BTKH)]
+    rows = [jnp.swapaxes(x, 1, 2).reshape(B, K, -1, H) for x in (q_BTKGH, *kv)]
     numbers = (length_B.reshape(B, 1, 1), window.astype(jnp.int32).reshape(1, 1))
-    out_BKXH = run(*numbers, jnp.concatenate(rows, axis=2), ring_key_BKSH, ring_value_BKSH)
+    out_BKXH = run(*numbers, jnp.concatenate(rows, axis=2), *ring)
     return jnp.swapaxes(out_BKXH.reshape(B, K, T, N // K, H), 1, 2).reshape(B, T, N, H)
 
 
@@ -107,8 +108,8 @@ class _Settings:
             return jnp.zeros_like(row_XS)
         return jnp.minimum(jax.lax.div(row_XS, self.num_sharing), self.num_tokens - 1)
 
-    def sees_own(self, window: Array, num_rows: int, num_keys: int) -> Array:
-        """[X, T] whether a query sees one of the step's own keys."""
+    def sees_step(self, window: Array, num_rows: int, num_keys: int) -> Array:
+        """[X, T] whether a query sees one of the step's keys."""
         token_XT = self.token_of_row((num_rows, num_keys))
         key_XT = jax.lax.broadcasted_iota(jnp.int32, token_XT.shape, 1)
         return (key_XT <= token_XT) & (token_XT - key_XT <= window)
@@ -159,7 +160,7 @@ def _triton(settings: _Settings, interpret: bool, *args: Array) -> Array:
     _, _, rows_BKZH, ring_BKSH, _ = args
     B, K, _, H = rows_BKZH.shape
     T, X, S = settings.num_tokens, settings.num_queries, ring_BKSH.shape[2]
-    num_rows, num_own = (max(MIN_TILE, pl.next_power_of_2(size)) for size in (X, T))
+    num_rows, num_step = (max(MIN_TILE, pl.next_power_of_2(size)) for size in (X, T))
 
     def kernel(length_ref, window_ref, rows_ref, key_ref, value_ref, out_ref):
         length, window = length_ref[0, 0], window_ref[0, 0]
@@ -170,8 +171,8 @@ def _triton(settings: _Settings, interpret: bool, *args: Array) -> Array:
             return triton.load(ref.at[pl.ds(start, size), :], mask=inside[:, None], other=0.0)
 
         q_XH = load(rows_ref, 0, X, num_rows)
-        key_TH, value_TH = (load(rows_ref, first, first + T, num_own) for first in (X, X + T))
-        sees_XT = settings.sees_own(window, num_rows, num_own)
+        key_TH, value_TH = (load(rows_ref, first, first + T, num_step) for first in (X, X + T))
+        sees_XT = settings.sees_step(window, num_rows, num_step)
         sums = _take_in(settings, _start(num_rows, H), q_XH, key_TH, value_TH, sees_XT)
 
         def one(index: Array, sums: _Sums) -> _Sums:
@@ -193,7 +194,7 @@ def _triton(settings: _Settings, interpret: bool, *args: Array) -> Array:
     return pl.pallas_call(
         kernel,
         grid=(B * K,),  # one axis: with those that vmap adds there may be three
-        in_specs=[length, window, head(max(num_rows, X + T + num_own)), ring, ring],
+        in_specs=[length, window, head(max(num_rows, X + T + num_step)), ring, ring],
         out_specs=head(num_rows),
         out_shape=jax.ShapeDtypeStruct((B, K, X, H), ring_BKSH.dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
@@ -224,7 +225,7 @@ def _mosaic(settings: _Settings, interpret: bool, *args: Array) -> Array:
         def _() -> None:
             start = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (K, *leaf.shape)), _start(X, H))
             key_KTH, value_KTH = rows_ref[:, X : X + T], rows_ref[:, X + T :]
-            put(take_in(start, q_KXH, key_KTH, value_KTH, settings.sees_own(window, X, T)))
+            put(take_in(start, q_KXH, key_KTH, value_KTH, settings.sees_step(window, X, T)))
 
         sees_XS = settings.sees_slot(length, window, S, index * block, X, block)
         slot_SH = index * block + jax.lax.broadcasted_iota(jnp.int32, (block, H), 0)

@@ -240,7 +240,7 @@ def attend_cached(
     """Attention to the tokens before and to those at hand."""
     assert shared.first_B is not None
     if kernel == "triton" or kernel == "mosaic":
-        return attend_ring_at_once(q_BTNH, *kv, *past, window, shared.first_B, kernel, softcap)
+        return attend_ring_at_once(q_BTNH, kv, past, window, shared.first_B, kernel, softcap)
     return attend_ring(q_BTNH, *kv, *past, window, shared.first_B, softcap)
 
 
