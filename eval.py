@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from snlp_jax.cli.entry import run_entry
-from snlp_jax.config import EvalConfig, SearchConfig, TaskConfig
+from snlp_jax.config import EvalConfig, MachineConfig, SearchConfig, TaskConfig
 from snlp_jax.errors import InputError
 
 
@@ -33,6 +33,8 @@ class Args:
     task: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(default_factory=TaskConfig)
     search: Annotated[SearchConfig, tyro.conf.arg(name="")] = field(default_factory=SearchConfig)
     eval: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    """Precision and kernels."""
 
 
 def main() -> None:
@@ -42,7 +44,9 @@ def main() -> None:
     from snlp_jax.eval.solver_file import with_settings
 
     config = read_config(args.run_dir)
-    args = tyro.cli(Args, description=__doc__, default=dataclasses.replace(args, eval=config.eval))
+    saved = dataclasses.replace(args, eval=config.eval, machine=config.machine)
+    args = tyro.cli(Args, description=__doc__, default=saved)
+    config = dataclasses.replace(config, machine=args.machine)
     if args.diagnose + bool(args.task.tasks) + args.search.search > 1:
         raise InputError("--diagnose, --tasks and --search are different evaluations; give one of them.")
     if args.search.search:

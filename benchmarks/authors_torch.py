@@ -28,7 +28,7 @@ from rich.table import Column, Table
 from benchmarks.machine import ShapeArgs, header, made_up, out_path, random_params
 from benchmarks.speed_cells import Cell, Form, Setup, forward_jobs
 from benchmarks.timing import round_robin
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
 from snlp_jax.model import LanguageModel
@@ -122,11 +122,11 @@ def main(args: Args) -> dict[str, Any]:
     """Measure and return what the JSON file holds."""
     if args.shape == "auto":
         args = dataclasses.replace(args, shape="d256")
-    config = dataclasses.replace(made_up(args), compute_dtype="float32")
+    config = made_up(args)
     settings = tuple(f"idn:n={args.region},k={k}" for k in args.iterations)
     authors = Authors(args, config)
     report = header(config, dataclasses.asdict(args) | {"checkout": "", "python": ""}) | {"theirs": authors.facts}
-    model = LanguageModel(config)
+    model = LanguageModel(config, MachineConfig(compute_dtype="float32"))
     setup = Setup(model, random_params(model), settings)
     forms = {"seq": [Form("stack"), Form("list")]} | {name: [Form("stack"), Form("list")] for name in settings}
     cell = Cell("forward", args.shape, "float32", args.batch, args.length)

@@ -41,7 +41,7 @@ from rich.table import Column, Table
 from benchmarks.draft_costs import fit_costs
 from benchmarks.machine import Dtype, ShapeArgs, header, made_up, measure_limits, out_path, random_params, work
 from benchmarks.timing import Arm, RecordedEngine, Run, first_line, quartiles, round_robin
-from snlp_jax.config import EvalConfig, ModelConfig
+from snlp_jax.config import EvalConfig, MachineConfig, ModelConfig
 from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run
@@ -101,17 +101,16 @@ def main(args: Args) -> dict[str, Any]:
     config = run_config.model if run_config else made_up(args)
     dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
     # cuDNN attention takes no float32.
-    attention = "xla" if dtype == "float32" else config.attention
-    config = dataclasses.replace(config, compute_dtype=dtype, attention=attention)
+    machine = MachineConfig(compute_dtype=dtype, attention="xla" if dtype == "float32" else "auto")
     solvers, drafters = settings_of(args, config)
     report = header(config, dataclasses.asdict(args) | {"out": ""})
     if run_config:
         by_layers = (setting for setting in drafters if setting != "mtp")
         evaluation = EvalConfig(solvers=("seq", *solvers, *by_layers), greedy_tokens=0)
-        run_config = dataclasses.replace(run_config, model=config, eval=evaluation)
+        run_config = dataclasses.replace(run_config, machine=machine, eval=evaluation)
         model, params, _, data, _, fits, report["run"] = open_run(run_dir, run_config, args.checkpoint)
     else:
-        model, data, fits = LanguageModel(config), None, {}
+        model, data, fits = LanguageModel(config, machine), None, {}
         params = random_params(model)
     report["limits"][dtype] = measure_limits(jnp.dtype(dtype), on_cpu)
     arms = make_arms(model, model.cast(params), solvers, drafters, args, fits)
@@ -146,7 +145,9 @@ def main(args: Args) -> dict[str, Any]:
 
         round_robin(alive, args.repeats, deadline, measure)
         twin = min((arm for arm in alive if arm.setting == "seq"), key=median_seconds, default=None)
-        summary = Summary(config, batch, context, report["limits"][dtype]["copy_bytes_per_s"], twin, data is not None)
+        summary = Summary(
+            config, batch, context, report["limits"][dtype]["copy_bytes_per_s"], twin, data is not None, dtype
+        )
         cell = where | {"twin": twin.layout if twin else None, "arms": [summary.row(arm) for arm in alive]}
         cell["costs"] = measure_costs(alive, twin, requests, args.repeats, deadline, data is not None) if twin else []
         report["cells"].append(cell)
@@ -230,6 +231,7 @@ class Summary:
     twin: Arm | None
     is_trained: bool
     """Of random weights, the acceptance of drafts and all that follows from it are left out."""
+    dtype: str = "float32"
 
     def row(self, arm: Arm) -> dict[str, Any]:
         """Times, ratios to the fair twin, traffic, and how far the text is the twin's."""
@@ -264,10 +266,13 @@ class Summary:
 
     def _bytes(self, arm: Arm, run: Run) -> int:
         context = self.context + run.text_BT.shape[1] // 2
-        of = lambda schedule, length: step_bytes(self.config, schedule, self.batch, length, context)  # noqa: E731
+
+        def of(schedule: Schedule, length: int) -> int:
+            return step_bytes(self.config, schedule, self.batch, length, context, self.dtype)
+
         exact, own = arm.engine.schedule, arm.schedule
         one = of(own, 1) if isinstance(own, Schedule) else 0
-        drafts = lambda g: g * one if isinstance(own, Schedule) else heads_bytes(self.config, g)  # noqa: E731
+        drafts = lambda g: g * one if isinstance(own, Schedule) else heads_bytes(self.config, g, self.dtype)  # noqa: E731
         return sum(count * (of(exact, g + 1) + (drafts(g) if g else 0)) for g, count in run.rounds.items())
 
 
@@ -284,10 +289,12 @@ def _with_quartiles(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: median, f"{name}_lower": lower, f"{name}_upper": upper}
 
 
-def step_bytes(config: ModelConfig, schedule: Schedule, batch: int, num_tokens: int, context: int) -> int:
+def step_bytes(
+    config: ModelConfig, schedule: Schedule, batch: int, num_tokens: int, context: int, dtype: Any = "float32"
+) -> int:
     """Bytes that an evaluation of ``num_tokens`` more tokens of every row must read: weights, keys and values."""
-    num_bytes = work(config, schedule, batch, num_tokens)[0]
-    pair = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
+    num_bytes = work(config, schedule, batch, num_tokens, dtype)[0]
+    pair = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
     for segment in schedule.segments:
         evals = segment.num_block_evals // segment.num_layers
         windows = config.windows[segment.start : segment.stop]
@@ -295,10 +302,10 @@ def step_bytes(config: ModelConfig, schedule: Schedule, batch: int, num_tokens: 
     return num_bytes
 
 
-def heads_bytes(config: ModelConfig, num_drafts: int) -> int:
+def heads_bytes(config: ModelConfig, num_drafts: int, dtype: Any = "float32") -> int:
     """Bytes of weights that drafts by the model's heads must read."""
     D = config.embed_dim
-    return (num_drafts * D * D + D * config.padded_vocab_size) * jnp.dtype(config.compute_dtype).itemsize
+    return (num_drafts * D * D + D * config.padded_vocab_size) * jnp.dtype(dtype).itemsize
 
 
 def measure_costs(

@@ -24,7 +24,7 @@ from rich.table import Column, Table
 from benchmarks.machine import header, out_path, random_params
 from benchmarks.speed import compile_all, measure
 from benchmarks.speed_cells import Cell, Form, Setup, region_jobs
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
 from snlp_jax.model import LanguageModel
@@ -61,9 +61,9 @@ def main(args: Args) -> dict[str, Any]:
         heads = max(width // 64, 1)
         config = ModelConfig(
             num_layers=args.num_layers, embed_dim=width, num_heads=heads, num_kv_heads=heads, seq_len=2048,
-            vocab_size=256, compute_dtype="float32", attention="xla",
+            vocab_size=256,
         )  # fmt: skip
-        model = LanguageModel(config)
+        model = LanguageModel(config, MachineConfig(compute_dtype="float32", attention="xla"))
         params = random_params(model)
         batched = Setup(model.adapted(one_by_one_from=sys.maxsize), params, (setting,))
         looped = Setup(model.adapted(one_by_one_from=1), params, (setting,))

@@ -70,14 +70,14 @@ def random_params(model: LanguageModel) -> Any:
     return jax.jit(init)(jax.random.key(0))
 
 
-def work(config: ModelConfig, schedule: Schedule, batch: int, length: int) -> tuple[int, int]:
-    """Bytes of weights that a forward must read, and its FLOPs.
+def work(config: ModelConfig, schedule: Schedule, batch: int, length: int, dtype: Any = "float32") -> tuple[int, int]:
+    """Bytes of weights in ``dtype`` that a forward must read, and its FLOPs.
 
     A layer's weights are read once an evaluation; activations are left out. Attention counts the visible pairs of
     query and key, twice two FLOPs a channel each; norms and other elementwise work are left out.
     """
     D, kv_dim, V = config.embed_dim, config.num_kv_heads * config.head_dim, config.padded_vocab_size
-    itemsize, num_tokens = jnp.dtype(config.compute_dtype).itemsize, batch * length
+    itemsize, num_tokens = jnp.dtype(dtype).itemsize, batch * length
     layer_weights = 2 * D * D + 2 * D * kv_dim + 2 * config.mlp_ratio * D * D
     gathered = num_tokens * (D + len(config.value_embed_layers) * kv_dim)
     num_bytes = itemsize * (schedule.num_block_evals * layer_weights + D * V + gathered)

@@ -129,7 +129,7 @@ class Row:
 def model_config(depth: int, width: int) -> ModelConfig:
     heads = width // 128
     sizes = {"num_layers": depth, "embed_dim": width, "num_heads": heads, "num_kv_heads": heads}
-    return ModelConfig(vocab_size=32_768, seq_len=2048, window_pattern="SSSL", attention="xla", **sizes)
+    return ModelConfig(vocab_size=32_768, seq_len=2048, window_pattern="SSSL", **sizes)
 
 
 class Shapes(LanguageModel):

@@ -45,7 +45,18 @@ from benchmarks.machine import (
     out_path,
     random_params,
 )
-from benchmarks.speed_cells import Cell, Form, Job, Kind, Layout, Setup, cached_jobs, forward_jobs, region_jobs
+from benchmarks.speed_cells import (
+    Cell,
+    Form,
+    Job,
+    Kind,
+    Layout,
+    Setup,
+    cached_jobs,
+    forward_jobs,
+    machine_of,
+    region_jobs,
+)
 from benchmarks.speed_parts import part_jobs, train_jobs
 from benchmarks.speed_presets import PRESETS, default_settings
 from benchmarks.speed_report import markdown, plot, terminal_table
@@ -131,7 +142,7 @@ def main(args: Args) -> dict[str, Any]:
         if left <= 0:
             report["skipped"].append(where | {"why": "no time left"})
             continue
-        config = _adapted(_config(cell, custom), cell)
+        config = _config(cell, custom)
         if reason := too_large(config, cell, on_cpu):
             report["skipped"].append(where | {"why": reason})
             continue
@@ -142,7 +153,7 @@ def main(args: Args) -> dict[str, Any]:
         if cell.kind != "train" and made_for != makes:
             setup, made_for = None, makes
             gc.collect()
-            model = LanguageModel(config)
+            model = LanguageModel(config, machine_of(cell))
             setup = Setup(model, random_params(model), settings)
         jobs = jobs_of(setup, config, cell, args, on_cpu, steps)
         alive = compile_all(jobs, where, report, time.perf_counter() + 0.8 * share, deadline)
@@ -327,13 +338,6 @@ def flags_of(args: Args) -> list[str]:
 
 def _config(cell: Cell, custom: ModelConfig) -> ModelConfig:
     return custom if cell.shape == "custom" else SHAPES[cell.shape]
-
-
-def _adapted(config: ModelConfig, cell: Cell) -> ModelConfig:
-    # cuDNN attention takes no float32.
-    attention: Any = "xla" if cell.dtype == "float32" else config.attention
-    kernels = {"attention": attention, "decode_attention": cell.decode_attention}
-    return dataclasses.replace(config, compute_dtype=cell.dtype, **kernels)
 
 
 def _region_size(setup: Setup, setting: str) -> int:

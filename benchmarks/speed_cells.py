@@ -23,7 +23,7 @@ from jax.experimental.layout import Layout as MemoryLayout
 
 from benchmarks.machine import Dtype, work
 from snlp_jax.cache import Past, RingPlan, append, plan_rings
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import forward, layer_problem, run_in_order
 from snlp_jax.infer.programs import Programs, State
@@ -55,6 +55,12 @@ class Cell:
     """Tokens before them, in the cache; 0: these are the first."""
     decode_attention: Literal["xla", "pallas"] = "xla"
     """To a cache, of all the cell's programs."""
+
+
+def machine_of(cell: Cell) -> MachineConfig:
+    """The cell's precision and kernels; cuDNN attention takes no float32."""
+    attention: Literal["xla", "auto"] = "xla" if cell.dtype == "float32" else "auto"
+    return MachineConfig(compute_dtype=cell.dtype, attention=attention, decode_attention=cell.decode_attention)
 
 
 @dataclass
@@ -338,7 +344,7 @@ def random_tokens(config: ModelConfig, cell: Cell) -> jax.Array:
 
 def cell_work(config: ModelConfig, schedule: Schedule, cell: Cell) -> tuple[int, float]:
     """Bytes that a pass must read, weights and cache, and its FLOPs."""
-    num_bytes, flops = work(config, schedule, cell.batch, cell.length)
+    num_bytes, flops = work(config, schedule, cell.batch, cell.length, cell.dtype)
     pair = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(cell.dtype).itemsize
     for segment in schedule.segments:
         evals = segment.num_block_evals // segment.num_layers

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.speed_cells import Cell, Form, Job, Setup, compiled, random_rings, random_tokens
+from benchmarks.speed_cells import Cell, Form, Job, Setup, compiled, machine_of, random_rings, random_tokens
 from snlp_jax.config import Config, HiddenNormConfig, LossConfig, ModelConfig, TrainConfig
 from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
@@ -54,7 +54,7 @@ def part_jobs(setup: Setup, cell: Cell, setting: str, form: Form) -> list[Job]:
         if rings is not None:
             return _attend_rings(q, kv, rings, windows, shared(x0))
         kernel = choose_implementation(
-            config.attention, backend=model.backend, dtype=model.dtype, seq_len=T, head_dim=H
+            model.machine.attention, backend=model.backend, dtype=model.dtype, seq_len=T, head_dim=H
         )
         return attend_by_window(q, kv.key_BTKH, kv.value_BTKH, windows, kernel)
 
@@ -110,13 +110,13 @@ def train_jobs(config: ModelConfig, cell: Cell) -> list[Job]:
     config = dataclasses.replace(config, seq_len=min(config.seq_len, cell.length))
     size = max(1, round(0.75 * config.num_layers))
     regularizer = LossConfig(hidden_norm=HiddenNormConfig(weight=0.5, region_sizes=(size,)))
-    model = LanguageModel(config)
+    model = LanguageModel(config, machine_of(cell))
     tokens = random_tokens(config, dataclasses.replace(cell, length=cell.length + 1))
     formula = train_flops_per_token(config) * cell.batch * cell.length
 
     def make(loss: LossConfig) -> Callable[[Job], Callable[[], Any]]:
         def compile(job: Job) -> Callable[[], Any]:
-            whole = Config(model=config, loss=loss, train=TrainConfig(batch_size=cell.batch))
+            whole = Config(model=config, machine=model.machine, loss=loss, train=TrainConfig(batch_size=cell.batch))
             plan = Plan(tuple((name, term.region_sizes) for name, term in loss.terms.items()))
             optimizer = optimizer_of(model, whole)
             state, step = make_init(model, optimizer, 0, None, whole)(), make_step(model, optimizer, whole)

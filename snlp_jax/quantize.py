@@ -109,7 +109,7 @@ def input_squares(model: LanguageModel, params: Params, batches: Iterable[Mappin
         batches: of equal shape, ``tokens`` [B, T + 1] and, where documents are masked, ``document`` [B, T + 1].
     """
     # What a traced layer hands on cannot leave a checkpoint.
-    model = LanguageModel(dataclasses.replace(model.config, remat=False), model.backend)
+    model = LanguageModel(dataclasses.replace(model.config, remat=False), model.machine, backend=model.backend)
     config = model.config
     weights = split(model, model.cast(params), Schedule.of(config.num_layers))
     pairs = zip(weights.blocks, weights.segments, strict=True)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from snlp_jax.config import Config, WeightPrecision, from_json
+from snlp_jax.config import Config, MachineConfig, WeightPrecision, from_json
 from snlp_jax.data.chat import prepare_data
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
@@ -38,13 +38,14 @@ class Run(NamedTuple):
     config: Config
 
 
-def load_run(path: str | Path, which: Which = "best") -> Run:
+def load_run(path: str | Path, which: Which = "best", machine: MachineConfig = MachineConfig()) -> Run:
     """Read a run directory.
 
     Args:
         path: the directory.
         which: the checkpoint of the lowest validation loss (with a notice the newest, where none is known), or the
             newest.
+        machine: precision and kernels; under auto the dtype that the run was given.
 
     Raises:
         InputError: no run, no good checkpoint, or a tokenizer with more tokens than the model has.
@@ -52,12 +53,13 @@ def load_run(path: str | Path, which: Which = "best") -> Run:
     path = Path(path)
     config, tokenizer = read_config(path), read_tokenizer(path)
     check_vocab(tokenizer, config.model.vocab_size)
-    model = LanguageModel(config.model)
+    config = dataclasses.replace(config, machine=machine.for_run(config.machine))
+    model = LanguageModel(config.model, config.machine)
     return Run(model, read_params(path, model, which)[1], tokenizer, config)
 
 
 def read_config(run_dir: Path) -> Config:
-    """The config that a run saved.
+    """The config that a run saved, with this machine's kernels in place of those it was trained with.
 
     Raises:
         InputError: the directory does not exist or holds no run.
@@ -67,7 +69,8 @@ def read_config(run_dir: Path) -> Config:
     path = run_dir / CONFIG_NAME
     if not path.is_file():
         raise InputError(f"run directory {str(run_dir)!r} holds no {CONFIG_NAME}; name one that training has written.")
-    return from_json(path.read_text(encoding="utf-8"))
+    config: Config = from_json(path.read_text(encoding="utf-8"))
+    return dataclasses.replace(config, machine=MachineConfig().for_run(config.machine))
 
 
 def read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int, Params]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from problems import PLAIN, SMALL, random_params
 
+from snlp_jax.config import MachineConfig
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.forward import forward
 from snlp_jax.infer import Engine, Placement, Request
@@ -33,16 +34,17 @@ TIE = 1e-4
 """Greedy tokens are compared where the two best logits are further apart than this."""
 
 
-def engine_of(config, setting="seq", *, params=None, **how):
+def engine_of(config, setting="seq", *, params=None, machine=MachineConfig(), **how):
     """An engine of random weights, whose tokens are the first bytes."""
-    model, usual, _ = model_of(config)
+    model, usual, _ = model_of(config, machine)
     return Engine(model, usual if params is None else params, setting, tokenizer=ByteTokenizer(), **how)
 
 
 @functools.cache
-def decoded(config, setting="seq", rule="last_eval", layout="auto"):
+def decoded(config, setting="seq", rule="last_eval", layout="auto", machine=MachineConfig()):
     """An engine, four requests and what it makes of them, for all tests of a file that ask for the same."""
-    engine, requests = engine_of(config, setting, rule=rule, placement=Placement(layout=layout)), requests_of(config)
+    engine = engine_of(config, setting, rule=rule, placement=Placement(layout=layout), machine=machine)
+    requests = requests_of(config)
     return engine, requests, engine.generate(requests)
 
 
@@ -53,10 +55,14 @@ def requests_of(config, new=NEW, lengths=PROMPTS, seed=3, **settings):
     return [Request(prompt, new, **settings) for prompt in prompts]
 
 
-@functools.cache
-def model_of(config):
+def model_of(config, machine=MachineConfig()):
     """Model, parameters, and its whole pass, which compiles once for all tests of a schedule."""
-    model = LanguageModel(config)
+    return _model_of(config, machine)
+
+
+@functools.cache
+def _model_of(config, machine):
+    model = LanguageModel(config, machine)
     run = jax.jit(lambda weights, tokens_BT: forward(model, weights, tokens_BT).logits_BTV)
     return model, random_params(model), run
 
@@ -77,9 +83,11 @@ def log_softmax(logits):
     return np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
 
 
-def logits_after(config, setting, requests, completions, *, params=None, fits=None, length=LENGTH):
+def logits_after(
+    config, setting, requests, completions, *, params=None, fits=None, length=LENGTH, machine=MachineConfig()
+):
     """For every request the logits [new, V] of the whole pass, from which its new tokens were to be drawn."""
-    model, usual, run = model_of(config)
+    model, usual, run = model_of(config, machine)
     tokens = np.zeros((len(requests), length), np.int32)
     for row, (request, done) in enumerate(zip(requests, completions, strict=True)):
         text = [*request.tokens, *done.tokens]

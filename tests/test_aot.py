@@ -16,7 +16,7 @@ import pytest
 
 SCRIPT = """
 import json, sys
-from snlp_jax.config import Config, MeshConfig, ModelConfig
+from snlp_jax.config import Config, MachineConfig, MeshConfig, ModelConfig
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.chips import Slice
 from snlp_jax.planner.compile import Work, compile_plan, plan_mesh, prepare_environment
@@ -25,13 +25,15 @@ prepare_environment()
 chips = Slice.parse(sys.argv[1])
 backend = "tpu" if chips.chip.torus_axes else "gpu"
 for kind, tensor, setting, sequential, changed in json.loads(sys.argv[2]):
-    fields = dict(embed_dim=256, attention="xla", decode_attention="xla") | changed
+    kernels = MachineConfig(attention=changed.pop("attention", "xla"), decode_attention=changed.pop("decode", "xla"))
+    fields = dict(embed_dim=256) | changed
     model = ModelConfig(
         num_layers=16, num_heads=8, num_kv_heads=8, seq_len=128, vocab_size=1024, window_pattern="SSSL", **fields
     )
     mesh = plan_mesh(MeshConfig(layer=chips.num_chips // tensor, tensor=tensor), chips)
     work, schedule = Work(kind, batch_size=1, context=128), parse_schedule(setting, 16)
-    compiled = compile_plan(Config(model=model), schedule, mesh, work, backend=backend, sequential=sequential)
+    config = Config(model=model, machine=kernels)
+    compiled = compile_plan(config, schedule, mesh, work, backend=backend, sequential=sequential)
     print(json.dumps(compiled.program.collectives))
 """
 
@@ -43,7 +45,7 @@ CASES = (
     ("decode", 2, "idn:n=8,k=3", "tensor", {}, {"all-gather": 3, "all-reduce": 2 * 3 + 2 * 8}),
     ("forward", 1, "idn:n=12,k=1", "ring", {}, {"all-gather": 1, "collective-permute": 8 - 1, "all-reduce": 1}),
     # The kernel of a decoding step runs where layers are spread, and exchanges nothing.
-    ("decode", 1, "idn:n=16,k=2", "tensor", {"decode_attention": "pallas"}, {"all-gather": 2}),
+    ("decode", 1, "idn:n=16,k=2", "tensor", {"decode": "pallas"}, {"all-gather": 2}),
 )
 """What is compiled, with how many chips on the tensor axis and which changes of the model, and the collectives beside
 those of the ends: K in a region and one more for a batched guess, two a layer in order or one a device in a ring; and
@@ -93,7 +95,7 @@ import dataclasses, json, sys
 import jax, jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from benchmarks.speed_cells import decoding
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
@@ -110,11 +112,12 @@ for num_layers, setting, layout, memory, *other in json.loads(sys.argv[2]):
     changed = other[0] if other else {}
     context, precision = changed.pop("context", 16), changed.pop("weights", "compute")
     batch = changed.pop("batch", 1)
+    decode_attention = changed.pop("decode", "xla")
+    machine = MachineConfig(compute_dtype="bfloat16", attention="xla", decode_attention=decode_attention)
     config = ModelConfig(
-        num_layers=num_layers, embed_dim=640, num_heads=5, num_kv_heads=5, vocab_size=256, attention="xla",
-        compute_dtype="bfloat16", **{"seq_len": 128} | changed,
+        num_layers=num_layers, embed_dim=640, num_heads=5, num_kv_heads=5, vocab_size=256, **{"seq_len": 128} | changed,
     )
-    model, schedule = LanguageModel(config, backend=chips.chip.backend), parse_schedule(setting, num_layers)
+    model, schedule = LanguageModel(config, machine, backend=chips.chip.backend), parse_schedule(setting, num_layers)
     lay_out = lambda params: prepare(model, quantize(params, precision), schedule, num_tokens=1, layout=layout)
     weights = jax.eval_shape(lay_out, model.abstract_params())
     programs, state = decoding(model, weights, batch, context)
@@ -156,9 +159,9 @@ STEPS = {
     "in_order": [6, "seq", "list", "default"],
     "int8": region(12, {"weights": "int8"}, "default"),
     "rows": region(12, ONE_LENGTH | {"batch": 32}),
-    "kernel_small": region(12, ONE_LENGTH | {"decode_attention": "pallas"}),
-    "kernel": region(24, ONE_LENGTH | {"decode_attention": "pallas"}),
-    "kernel_two": region(24, TWO_LENGTHS | {"decode_attention": "pallas"}),
+    "kernel_small": region(12, ONE_LENGTH | {"decode": "pallas"}),
+    "kernel": region(24, ONE_LENGTH | {"decode": "pallas"}),
+    "kernel_two": region(24, TWO_LENGTHS | {"decode": "pallas"}),
     "plain": region(24, ONE_LENGTH),
     "plain_two": region(24, TWO_LENGTHS),
 }

@@ -17,9 +17,11 @@ from snlp_jax.config import (
     LayerSkipConfig,
     LoraConfig,
     LossConfig,
+    MachineConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    RopeConfig,
     SolverCEConfig,
     TrainConfig,
     from_json,
@@ -43,6 +45,7 @@ CHANGED = Config(
     train=TrainConfig(batch_size=12, num_microbatches=3, tensorboard=True, init_from="runs/base", ema_decay=0.5),
     lora=LoraConfig(rank=4, targets=("query", "down")),
     mesh=MeshConfig(data=2, layer=3, ring_microbatches=2),
+    machine=MachineConfig(attention="xla"),
     eval=EvalConfig(solvers=("idn:n=8,k=2", "seq")),
 )
 
@@ -124,6 +127,23 @@ def test_numbers_have_bounds():
                 cls(**{name: value})
 
 
+def test_values_fit_their_annotations():
+    """From Python too, where no JSON is checked."""
+    for make, sentence in (
+        (lambda: ModelConfig(mlp="gelu"), "model.mlp is 'gelu'; choose one of 'relu2', 'swiglu', 'geglu'"),
+        (lambda: ModelConfig(hyper_maps="dyn"), "model.hyper_maps is 'dyn'; choose one of"),
+        (lambda: MachineConfig(attention="flash"), "machine.attention is 'flash'; choose one of"),
+        (lambda: MachineConfig(compute_dtype="bf16"), "machine.compute_dtype is 'bf16'; choose one of"),
+        (lambda: RopeConfig(direction="fwd"), "model.rope.direction is 'fwd'; choose one of"),
+        (lambda: LoraConfig(targets=("query", "q")), "lora.targets[1] is 'q'; choose one of"),
+        (lambda: EvalConfig(solvers=["seq"]), "eval.solvers is ['seq']; it must be a tuple"),
+        (lambda: ModelConfig(num_layers="3"), "model.num_layers is '3'; it must be of type int"),
+        (lambda: TrainConfig(ema_decay=None), "train.ema_decay is None; it must be of type float"),
+        (lambda: ModelConfig(norm=None), "model.norm is None; it must be of type NormConfig"),
+    ):
+        refused(make, sentence)
+
+
 def test_refusals():
     for make, sentence in (
         (lambda: ModelConfig(vocab_size=1), "model.vocab_size is 1"),
@@ -139,8 +159,8 @@ def test_refusals():
         (lambda: DataConfig(val_fraction=0.0), "data.val_fraction is 0.0; it must lie between 0 and 1"),
         (lambda: DataConfig(bpe_vocab_size=259), "data.bpe_vocab_size is 259"),
         (lambda: OptimConfig(lr_scale=0.0), "optim.lr_scale is 0.0"),
-        (lambda: SolverCEConfig(weight=0.5), "SolverCEConfig.region_sizes is empty"),
-        (lambda: HiddenNormConfig(region_sizes=(4, 0)), "HiddenNormConfig.region_sizes (4, 0) must all be >= 1"),
+        (lambda: SolverCEConfig(weight=0.5), "loss.solver_ce.region_sizes is empty"),
+        (lambda: HiddenNormConfig(region_sizes=(4, 0)), "loss.hidden_norm.region_sizes (4, 0) must all be >= 1"),
         (lambda: TrainConfig(batch_size=16, num_microbatches=3), "train.batch_size 16 is not a multiple"),
         (
             lambda: Config(loss=LossConfig(hidden_norm=HiddenNormConfig(weight=1.0, region_sizes=(4, 13)))),

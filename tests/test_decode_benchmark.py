@@ -17,7 +17,7 @@ CUSTOM = dict(shape="demo", num_layers=2, embed_dim=32, num_heads=2, vocab_size=
 SOLVER, DRAFTER = "idn:n=2,k=2", "idn:n=2,k=1"
 CONFIG = ModelConfig(
     vocab_size=64, num_layers=4, embed_dim=32, num_heads=2, num_kv_heads=1, seq_len=8, window_pattern="SL",
-    short_window=2, compute_dtype="float32",
+    short_window=2,
 )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """The kernel of a decoding step, in the interpreter, against XLA's attention to the same ring."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from benchmarks.speed_cells import decoding, random_state
 from snlp_jax.cache import Past
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.layout import prepare
@@ -120,11 +119,11 @@ def test_a_cached_pass_is_that_with_xla_attention(monkeypatch, setting):
     monkeypatch.setattr("snlp_jax.model.nodes.attend_ring_at_once", interpreted)
     config = ModelConfig(
         num_layers=4, embed_dim=32, num_heads=2, num_kv_heads=1, vocab_size=32, seq_len=64, short_window=8,
-        window_pattern="SSL", attention_softcap=2.0, compute_dtype="float32",
+        window_pattern="SSL", attention_softcap=2.0,
     )  # fmt: skip
 
     def run(kernel):
-        model = LanguageModel(dataclasses.replace(config, decode_attention=kernel), "gpu")
+        model = LanguageModel(config, MachineConfig(compute_dtype="float32", decode_attention=kernel), backend="gpu")
         wave = lambda leaf: 0.3 * np.cos(np.arange(leaf.size, dtype=np.float32) ** 2).reshape(leaf.shape)  # noqa: E731
         params = jax.tree.map(wave, model.abstract_params())
         weights = prepare(model, params, parse_schedule(setting, 4), num_tokens=2)
@@ -152,13 +151,14 @@ def test_choice():
 
 
 def test_a_model_refuses_it_where_it_does_not_run():
-    config = ModelConfig(num_layers=2, embed_dim=256, num_heads=2, num_kv_heads=2, decode_attention="pallas")
-    assert LanguageModel(config, "gpu")._attention(1, True) == "triton"
-    assert LanguageModel(config, "gpu").adapted(kernels=("triton",))._attention(1, True) == "triton"
-    assert LanguageModel(config, "cpu")._attention(1) == "xla"  # the first tokens of a text are another matter
+    config = ModelConfig(num_layers=2, embed_dim=256, num_heads=2, num_kv_heads=2)
+    machine = MachineConfig(decode_attention="pallas")
+    assert LanguageModel(config, machine, backend="gpu")._attention(1, True) == "triton"
+    assert LanguageModel(config, machine, backend="gpu").adapted(kernels=("triton",))._attention(1, True) == "triton"
+    # The first tokens of a text are another matter.
+    assert LanguageModel(config, machine, backend="cpu")._attention(1) == "xla"
     with pytest.raises(InputError, match="'cpu'"):
-        LanguageModel(config, "cpu")._attention(1, True)
+        LanguageModel(config, machine, backend="cpu")._attention(1, True)
     with pytest.raises(InputError, match="this mesh"):
-        LanguageModel(config, "tpu").adapted(kernels=())._attention(1, True)
-    quiet = dataclasses.replace(config, decode_attention="auto")
-    assert LanguageModel(quiet, "cpu").adapted(kernels=())._attention(1, True) == "xla"
+        LanguageModel(config, machine, backend="tpu").adapted(kernels=())._attention(1, True)
+    assert LanguageModel(config, backend="cpu").adapted(kernels=())._attention(1, True) == "xla"

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from problems import SMALL, VARIANTS, random_params, relative_error
 
-from snlp_jax.config import Config, DataConfig, HiddenNormConfig, LossConfig, MeshConfig, ModelConfig, SolverCEConfig
+from snlp_jax.config import (
+    Config,
+    DataConfig,
+    HiddenNormConfig,
+    LossConfig,
+    MachineConfig,
+    MeshConfig,
+    ModelConfig,
+    SolverCEConfig,
+)
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import region_problems
 from snlp_jax.eval.diagnose import diagnose
@@ -200,5 +209,5 @@ def test_the_splash_kernel_knows_documents(monkeypatch) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputError, match="data.mask_documents does not run on model.attention 'cudnn'; use 'auto'"):
-        Config(model=ModelConfig(attention="cudnn"), data=DataConfig(mask_documents=True))
+    with pytest.raises(InputError, match="data.mask_documents does not run on machine.attention 'cudnn'; use 'auto'"):
+        Config(machine=MachineConfig(attention="cudnn"), data=DataConfig(mask_documents=True))

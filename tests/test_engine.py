@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from problems import SMALL, VARIANTS, random_tokens
 
 from snlp_jax.cache import append, fill, plan_rings
-from snlp_jax.config import MeshConfig
+from snlp_jax.config import MachineConfig, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import region_problems
 from snlp_jax.infer import CacheRule, Drafting, Engine, Placement, Request, Sampling
@@ -88,12 +88,11 @@ def test_sequential_decoding_of_every_kind_of_model_is_the_whole_pass(name, layo
 @pytest.mark.slow
 def test_bfloat16_decodes_what_its_whole_pass_says():
     """Products in bfloat16, keys and values too; both programs round to 2**-9 and add up in another order."""
-    config = dataclasses.replace(TINY, compute_dtype="bfloat16")
-    engine, requests, completions = decoded(config, "idn:n=2,k=2")
-    assert LanguageModel(config).dtype == jnp.bfloat16
+    machine = MachineConfig(compute_dtype="bfloat16")
+    engine, requests, completions = decoded(TINY, "idn:n=2,k=2", machine=machine)
     state, _ = engine._prefill(requests)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.rings)} == {jnp.dtype("bfloat16")}
-    all_logits = logits_after(config, "seq", requests, completions)
+    all_logits = logits_after(TINY, "seq", requests, completions, machine=machine)
     assert_log_probs(all_logits, completions, atol=0.15)
     for logits, done in zip(all_logits, completions, strict=True):  # the likeliest up to that rounding
         assert (logits.max(-1) - logits[np.arange(NEW), done.tokens] < 0.15).all()

@@ -20,6 +20,7 @@ from snlp_jax.config import (
     DataConfig,
     LoraConfig,
     LossConfig,
+    MachineConfig,
     MeshConfig,
     ModelConfig,
     SolverCEConfig,
@@ -99,7 +100,7 @@ def test_cudnn_does_not_cap_scores():
     with pytest.raises(InputError, match="'cudnn' has no model.attention_softcap, which is 50.0; use 'auto'"):
         choose_implementation("cudnn", **where, softcap=50.0)
     with pytest.raises(InputError, match="'cudnn' has no model.attention_softcap"):
-        ModelConfig(attention="cudnn", attention_softcap=50.0)
+        Config(model=ModelConfig(attention_softcap=50.0), machine=MachineConfig(attention="cudnn"))
 
 
 # ---------------------------------------------------------------- schedules
@@ -167,7 +168,7 @@ def test_sharded_layers_are_layers(name, setting, sizes):
 
 def test_norms_and_biases_stay_float32():
     model, params = imported("llama_bias")
-    model = LanguageModel(dataclasses.replace(model.config, compute_dtype="bfloat16"))
+    model = LanguageModel(model.config, MachineConfig(compute_dtype="bfloat16"))
     told = jax.tree_util.tree_flatten_with_path(jax.eval_shape(model.cast, params))[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype for path, leaf in told}
     vectors = {name for name in named if "norm" in name or name.endswith("_bias")}

@@ -16,9 +16,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.hlo import read_program
 
-CONFIG = ModelConfig(
-    embed_dim=64, num_heads=2, num_kv_heads=2, vocab_size=64, seq_len=256, short_window=16, compute_dtype="float32"
-)
+CONFIG = ModelConfig(embed_dim=64, num_heads=2, num_kv_heads=2, vocab_size=64, seq_len=256, short_window=16)
 CONTEXT = 24
 
 

@@ -17,6 +17,7 @@ from snlp_jax.config import (
     HiddenNormConfig,
     LayerSkipConfig,
     LossConfig,
+    MachineConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -447,7 +448,9 @@ def test_attention_kernels_on_a_mesh():
     assert kernels_on(whole, is_spread=True) == ("cudnn", "splash", "triton", "mosaic")
     assert kernels_on(make_mesh(MeshConfig(data=8)), is_spread=False) == ("cudnn",)
     config = dataclasses.replace(SMALL, embed_dim=512, num_heads=4)
-    choose = lambda config, kernels: LanguageModel(config, "tpu").adapted(kernels=kernels)._attention(128)  # noqa: E731
-    assert choose(config, ("cudnn", "splash")) == "splash" and choose(config, ("cudnn",)) == "xla"
+    choose = lambda machine, kernels: (  # noqa: E731
+        LanguageModel(config, machine, backend="tpu").adapted(kernels=kernels)._attention(128)
+    )
+    assert choose(MachineConfig(), ("cudnn", "splash")) == "splash" and choose(MachineConfig(), ("cudnn",)) == "xla"
     with pytest.raises(InputError, match="over this mesh"):
-        choose(dataclasses.replace(config, attention="splash"), ())
+        choose(MachineConfig(attention="splash"), ())

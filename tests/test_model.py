@@ -12,7 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from problems import PLAIN, SMALL, VARIANTS, all_sequential, random_params, random_tokens, relative_error
 
-from snlp_jax.config import ModelConfig, NormConfig, RopeConfig
+from snlp_jax.config import MachineConfig, ModelConfig, NormConfig, RopeConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.layout import split
@@ -319,7 +319,7 @@ def test_value_embeddings_alternate_from_the_last_layer(num_layers, owners):
 
 
 def test_cast_keeps_the_residual_path_in_float32():
-    model = LanguageModel(dataclasses.replace(SMALL, compute_dtype="bfloat16"))
+    model = LanguageModel(SMALL, MachineConfig(compute_dtype="bfloat16"))
     params = jax.eval_shape(model.cast, model.abstract_params())
     in_float32 = {
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -340,7 +340,7 @@ def test_bfloat16_is_close_to_float32_and_leaves_the_state_in_float32():
     tokens = random_tokens(SMALL, length=8)
     outputs = []
     for dtype in ("float32", "bfloat16"):
-        model = LanguageModel(dataclasses.replace(SMALL, num_layers=3, compute_dtype=dtype))
+        model = LanguageModel(dataclasses.replace(SMALL, num_layers=3), MachineConfig(compute_dtype=dtype))
         weights = split(model, model.cast(random_params(model)), all_sequential(model.config))
         outputs.append(jax.jit(lambda w, t, model=model: forward(model, w, t))(weights, tokens))
     full, half = outputs

@@ -191,7 +191,7 @@ def test_too_few_samples_are_refused():
 
 CONFIG = ModelConfig(
     vocab_size=50, num_layers=3, embed_dim=24, num_heads=2, num_kv_heads=1, seq_len=8, window_pattern="SL",
-    short_window=3, compute_dtype="float32",
+    short_window=3,
 )  # fmt: skip
 ALL = {"attention": (0, 1, 2), "mlp": (1,), "block": (0, 2)}
 CLOSE = 1e-6

@@ -24,7 +24,7 @@ from snlp_jax.parallel.hlo import Op, count_collectives, read_program
 from snlp_jax.planner.compile import Work, compile_plan
 from snlp_jax.planner.formula import expected
 
-MODEL = dataclasses.replace(SMALL, num_layers=4, num_kv_heads=4, attention="xla")
+MODEL = dataclasses.replace(SMALL, num_layers=4, num_kv_heads=4)
 
 # ---------------------------------------------------------------- reading programs
 

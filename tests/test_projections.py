@@ -9,6 +9,7 @@ from problems import PLAIN, SMALL, random_params, random_tokens, relative_error
 from test_model import GEMMA, LINEARIZED, QWEN
 
 from benchmarks.speed_cells import decoding
+from snlp_jax.config import MachineConfig
 from snlp_jax.forward import forward
 from snlp_jax.infer import Drafting, Engine, Request
 from snlp_jax.layout import prepare
@@ -34,8 +35,8 @@ CASES = {
 
 def models(config):
     """The same model as a GPU's weights are laid out, and a CPU's; both run here."""
-    config = dataclasses.replace(config, compute_dtype="float32", attention="xla")
-    return LanguageModel(config, "gpu"), LanguageModel(config, "cpu")
+    machine = MachineConfig(compute_dtype="float32", attention="xla")
+    return LanguageModel(config, machine, backend="gpu"), LanguageModel(config, machine, backend="cpu")
 
 
 def stacks_of(blocks):
@@ -93,8 +94,8 @@ def test_cached_decoding_says_the_same():
 
 
 def test_a_decoding_step_of_joined_stacks_copies_no_weight():
-    config = dataclasses.replace(QWEN, window_pattern="L", embed_dim=64, compute_dtype="float32")
-    model = LanguageModel(config, "gpu")
+    config = dataclasses.replace(QWEN, window_pattern="L", embed_dim=64)
+    model = LanguageModel(config, MachineConfig(compute_dtype="float32"), backend="gpu")
     schedule = parse_schedule("idn:n=3,k=1", 3)
     lay_out = lambda params: prepare(model, params, schedule, num_tokens=1)  # noqa: E731
     weights = jax.eval_shape(lay_out, model.abstract_params())

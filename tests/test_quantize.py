@@ -13,7 +13,7 @@ from problems import PLAIN, SMALL, random_params, random_tokens, relative_error
 from tiny_run import random_run
 
 from snlp_jax.cli.infer import Args, open_engine
-from snlp_jax.config import EvalConfig, MeshConfig
+from snlp_jax.config import EvalConfig, MachineConfig, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run
 from snlp_jax.forward import forward
@@ -163,7 +163,7 @@ def test_logits_are_those_of_the_kernel_q_s(case):
     config, setting, layout = CASES[case]
     tokens = random_tokens(config)
     # A GPU joins the scales of projections too.
-    model = LanguageModel(dataclasses.replace(config, compute_dtype="float32", attention="xla"), "gpu")
+    model = LanguageModel(config, MachineConfig(compute_dtype="float32", attention="xla"), backend="gpu")
     params = random_params(model)
     quantised = quantize(params, "int8")
     each = (quantised, as_floats(params, quantised), params)

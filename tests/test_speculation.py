@@ -21,6 +21,7 @@ from decoding import (
 )
 from test_sampling import assert_law, reference
 
+from snlp_jax.config import MachineConfig
 from snlp_jax.errors import InputError
 from snlp_jax.infer import Drafting, Engine, Request, Sampling
 from snlp_jax.infer.engine import CHUNK
@@ -30,8 +31,8 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 
 
-def drafting_engine(drafter, length=None, most=None, config=ALIKE):
-    return engine_of(config, draft=Drafting(drafter, length, most), params=calm_params(config=config))
+def drafting_engine(drafter, length=None, most=None, config=ALIKE, machine=MachineConfig()):
+    return engine_of(config, draft=Drafting(drafter, length, most), params=calm_params(config=config), machine=machine)
 
 
 # ---------------------------------------------------------------- greedy text
@@ -110,11 +111,11 @@ def test_a_perfect_drafter_is_always_right_and_ends_inside_its_block():
 
 @pytest.mark.slow
 def test_speculation_in_bfloat16_gives_what_its_whole_pass_says():
-    config = dataclasses.replace(ALIKE, compute_dtype="bfloat16")
-    engine, requests = drafting_engine("exit:2", 3, config=config), requests_of(config)
+    machine = MachineConfig(compute_dtype="bfloat16")
+    engine, requests = drafting_engine("exit:2", 3, machine=machine), requests_of(ALIKE)
     completions = engine.generate(requests)
     assert 0 < engine.statistics.acceptance < 1
-    all_logits = logits_after(config, "seq", requests, completions, params=calm_params(config=config))
+    all_logits = logits_after(ALIKE, "seq", requests, completions, params=calm_params(config=ALIKE), machine=machine)
     assert_log_probs(all_logits, completions, atol=0.15)  # both programs round to 2**-9, in another order
     for logits, done in zip(all_logits, completions, strict=True):
         assert (logits.max(-1) - logits[np.arange(NEW), done.tokens] < 0.15).all()

@@ -12,7 +12,7 @@ from benchmarks.speed import Args, cells_of, main, summarize
 from benchmarks.speed_cells import Cell, Form, Job, Setup, forward_jobs, region_jobs
 from benchmarks.speed_parts import part_jobs, train_jobs
 from benchmarks.speed_presets import PRESETS, default_settings
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
@@ -25,7 +25,7 @@ SETTING = "idn:n=2,k=1"
 
 @pytest.fixture(scope="module")
 def setup():
-    model = LanguageModel(dataclasses.replace(MODEL, compute_dtype="float32"))
+    model = LanguageModel(MODEL, MachineConfig(compute_dtype="float32"))
     return Setup(model, random_params(model), (SETTING,))
 
 
@@ -106,14 +106,14 @@ def test_training_steps_run():
 def test_work_counts_by_hand():
     config = ModelConfig(
         vocab_size=64, num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=2, seq_len=8, window_pattern="SL",
-        short_window=1, use_value_embeds=False, compute_dtype="bfloat16",
+        short_window=1, use_value_embeds=False,
     )  # fmt: skip
     layer, head, tokens = 12 * 32 * 32, 32 * 64, 2 * 4
     pairs = [1 + 2 + 2 + 2, 1 + 2 + 3 + 4]  # of four queries: a left window of one, and everything
-    num_bytes, flops = work(config, Schedule.of(2), 2, 4)
+    num_bytes, flops = work(config, Schedule.of(2), 2, 4, "bfloat16")
     assert num_bytes == 2 * (2 * layer + head + tokens * 32)
     assert flops == 2 * tokens * (2 * layer + head) + 4 * 2 * 32 * sum(pairs)
-    num_bytes, flops = work(config, parse_schedule("idn:n=1,k=3", 2), 2, 4)
+    num_bytes, flops = work(config, parse_schedule("idn:n=1,k=3", 2), 2, 4, "bfloat16")
     assert num_bytes == 2 * (4 * layer + head + tokens * 32)
     assert flops == 2 * tokens * (4 * layer + head) + 4 * 2 * 32 * (pairs[0] + 3 * pairs[1])
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import tyro
 
-from snlp_jax.config import MeshConfig, WeightPrecision, check_weights
+from snlp_jax.config import MachineConfig, MeshConfig, WeightPrecision, check_weights
 from snlp_jax.data.chat import render_prompt
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
@@ -77,6 +77,8 @@ class Args:
     """Texts that end the text, and are not part of it."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices over which layers and prompts are spread."""
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    """Precision and kernels."""
     sequential: Spread = "tensor"
     """How layers in order lie on the devices of the layer axis, as in eval.py."""
     weights: WeightPrecision = "compute"
@@ -123,7 +125,8 @@ def open_engine(args: Args) -> Engine:
     if args.mesh.ring_microbatches != 1:
         raise InputError("mesh.ring_microbatches is for training, which alone cuts its batches; leave it out.")
     mesh = make_mesh(args.mesh) if args.mesh != MeshConfig() else None
-    model, tokenizer = LanguageModel(config.model), read_tokenizer(args.run_dir)
+    model = LanguageModel(config.model, args.machine.for_run(config.machine))
+    tokenizer = read_tokenizer(args.run_dir)
     _, params = read_params(args.run_dir, model, args.checkpoint)
     if found is not None and found.fingerprint != fingerprint(params):
         text = "note: this solver file was made for another checkpoint; what it says of quality may not hold."

@@ -95,7 +95,7 @@ def linearize_run(args: Args) -> Path:
     target = Path(args.out) if args.out else _default_target(run_dir, options)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} exists and is not empty; name another directory with --out.")
-    model = LanguageModel(config.model)
+    model = LanguageModel(config.model, config.machine)
     check_linearize(model, options)
     specs = _specs_of(args.calibrations, config.model.num_layers)
     mesh = _mesh_of(args.mesh_data)

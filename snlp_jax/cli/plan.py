@@ -202,7 +202,7 @@ def plan_arm(arm: Arm, chips: Slice, work: Work, kernel_us: float | None, is_com
     backend = chips.chip.backend
     launch = chips.chip.kernel_launch if kernel_us is None else kernel_us * 1e-6
     compiled: Compiled | None = None
-    model = LanguageModel(arm.config.model, backend=backend)
+    model = LanguageModel(arm.config.model, arm.config.machine, backend=backend)
     if is_compiled:
         mesh: Any = plan_mesh(arm.mesh, chips)
         compiled = compile_plan(arm.config, arm.schedule, mesh, work, backend=backend, sequential=arm.sequential)

@@ -22,10 +22,11 @@ from snlp_jax.config.loss import (
     SolverCEConfig,
     SolverTerm,
 )
+from snlp_jax.config.machine import MachineConfig
 from snlp_jax.config.mesh import MeshConfig
 from snlp_jax.config.model import Branch, Kind, ModelConfig
 from snlp_jax.config.search import Objective, SearchConfig, parse_share
-from snlp_jax.config.serialize import from_json, load_config, load_dial, load_study, to_json
+from snlp_jax.config.serialize import from_json, load_config, load_dial, load_study, to_json, upgraded
 from snlp_jax.config.study import Study
 from snlp_jax.config.train import OptimConfig, TrainConfig
 
@@ -45,6 +46,7 @@ __all__ = [
     "LossConfig",
     "LossTerm",
     "MTPConfig",
+    "MachineConfig",
     "MeshConfig",
     "ModelConfig",
     "NormConfig",
@@ -66,4 +68,5 @@ __all__ = [
     "load_study",
     "parse_share",
     "to_json",
+    "upgraded",
 ]

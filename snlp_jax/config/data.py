@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """Where text comes from and how it becomes tokens."""
+
+    SECTION: ClassVar[str] = "data"
 
     source: str = "builtin"
     """'builtin' (the standard-library sources of the running Python), or a file, folder or glob of .txt, .jsonl,
@@ -45,6 +47,7 @@ class DataConfig:
     """Of the shuffle."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.source != "", "data.source is empty; give 'builtin' or a file, folder or glob.")
         require(
             not self.mixture or self.source == "builtin",

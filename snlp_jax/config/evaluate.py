@@ -1,9 +1,9 @@
 """Knobs of an evaluation."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 from snlp_jax.config.mesh import MeshConfig
 
 WeightPrecision = Literal["compute", "int8", "float8"]
@@ -26,8 +26,10 @@ def check_weights(weights: str, calibration: int) -> None:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Checked):
     """What eval.py measures; each field is also a flag of eval.py."""
+
+    SECTION: ClassVar[str] = "eval"
 
     solvers: tuple[str, ...] = ()
     """Solver settings beside the sequential pass, in the notation of snlp_jax/notation.py."""
@@ -58,6 +60,7 @@ class EvalConfig:
     """Tokens of training text on which the channels of such kernels are clipped to the least error; 0 clips none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_weights(self.weights, self.weight_calibration)
         for name in ("num_windows", "batch_size", "num_bootstrap", "timing_batch"):
             require(getattr(self, name) >= 1, f"eval.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -70,7 +73,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Checked):
     """Downstream tasks of eval.py; each field is also a flag of it. No part of a run's config."""
 
     tasks: tuple[str, ...] = ()
@@ -89,6 +92,7 @@ class TaskConfig:
     """What the cache keeps of a parallel region while an answer is generated, as in python -m snlp_jax.infer."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_examples", "num_shots"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more.")
         require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")

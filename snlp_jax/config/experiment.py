@@ -2,20 +2,24 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 from snlp_jax.config.data import DataConfig
 from snlp_jax.config.evaluate import EvalConfig
 from snlp_jax.config.lora import LoraConfig
 from snlp_jax.config.loss import LossConfig
+from snlp_jax.config.machine import MachineConfig
 from snlp_jax.config.mesh import MeshConfig
 from snlp_jax.config.model import Kind, ModelConfig
 from snlp_jax.config.train import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """One experiment."""
+
+    SECTION: ClassVar[str] = "config"
 
     name: str = "run"
     run_dir: str = ""
@@ -28,9 +32,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Of training."""
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    """Of training."""
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, term in self.loss.terms.items():
             worst = max(term.region_sizes)
             require(
@@ -49,9 +56,15 @@ class Config:
             f"loss.mtp.weight is {self.loss.mtp.weight}, but model.num_mtp_heads is 0; give the model heads, or leave "
             "the weight 0.",
         )
+        is_cudnn = self.machine.attention == "cudnn"
         require(
-            not (self.data.mask_documents and self.model.attention == "cudnn"),
-            "data.mask_documents does not run on model.attention 'cudnn'; use 'auto', 'xla' or 'splash'.",
+            not (self.data.mask_documents and is_cudnn),
+            "data.mask_documents does not run on machine.attention 'cudnn'; use 'auto', 'xla' or 'splash'.",
+        )
+        softcap = self.model.attention_softcap
+        require(
+            not (softcap and is_cudnn),
+            f"machine.attention 'cudnn' has no model.attention_softcap, which is {softcap}; use 'auto'.",
         )
         if self.lora.rank > 0:
             _check_lora(self)

@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 
 
 @dataclass(frozen=True)
-class NormConfig:
+class NormConfig(Checked):
     """``x / sqrt(mean(x^2) + eps)``, and what becomes of it."""
+
+    SECTION: ClassVar[str] = "model.norm"
 
     weight: Literal["none", "plain", "plus_one"] = "none"
     """Factor of every channel: none, a parameter w, or 1 + w (Gemma). Where there is one, so it is in the norm of
@@ -22,12 +24,15 @@ class NormConfig:
     """Norm the token embeddings (nanochat)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.eps < 1, f"model.norm.eps is {self.eps}; it must lie between 0 and 1.")
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Checked):
     """How frequencies are changed for texts longer than those of pretraining; fields as Hugging Face names them."""
+
+    SECTION: ClassVar[str] = "model.rope.scaling"
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: float = 1.0
@@ -47,6 +52,7 @@ class RopeScaling:
     """yarn: round the bounds of the interpolated channels outwards."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(1 <= self.factor < math.inf, f"model.rope.scaling.factor is {self.factor}; it must be 1 or more.")
         require(
             self.kind not in ("llama3", "yarn") or self.original_context > 0,
@@ -72,8 +78,10 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class RopeConfig:
+class RopeConfig(Checked):
     """Rotary embedding, beside ``model.rope_base``."""
+
+    SECTION: ClassVar[str] = "model.rope"
 
     direction: Literal["backward", "forward"] = "backward"
     """In which a pair (channel i, channel i + half) turns as positions go on: backward in nanochat, forward in the
@@ -85,5 +93,6 @@ class RopeConfig:
     scaling: RopeScaling = field(default_factory=RopeScaling)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.fraction <= 1, f"model.rope.fraction is {self.fraction}; it must lie between 0 and 1.")
         require(0 <= self.local_base < math.inf, f"model.rope.local_base is {self.local_base}; it must be 0 or more.")

@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 
 RankBy = Literal["heldout", "nmse_residual", "nmse", "cca", "random"]
 
 
 @dataclass(frozen=True)
-class LinearizeConfig:
+class LinearizeConfig(Checked):
     """Which sub-layers of a model to replace by affine maps, and how to fit these; each field is also a flag of
     ``python -m snlp_jax.linearize``."""
 
@@ -50,6 +50,7 @@ class LinearizeConfig:
     """Of the choice of windows, and of a random choice of layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("attention", "mlp", "blocks", "rank", "skip_first", "layers_at_once", "seed"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more.")
         for name in ("every", "tokens", "batch_size"):

@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 
 Target = Literal["query", "key", "value", "out", "up", "gate", "down", "linear_attn", "linear_mlp"]
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Checked):
     """Train ``W + (alpha / rank) A B`` with W frozen, in place of all parameters (snlp_jax/train/lora.py)."""
+
+    SECTION: ClassVar[str] = "lora"
 
     rank: int = 0
     """Of A [in, rank] and B [rank, out]; 0 trains all parameters."""
@@ -23,6 +25,7 @@ class LoraConfig:
     """Of AdamW on the adapters; ``optim.lr_scale`` and the schedule multiply it, the other rates play no part."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.rank >= 0, f"lora.rank is {self.rank}; it must be 0 or more.")
         for name in ("alpha", "lr"):
             value = getattr(self, name)

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 
 
 @dataclass(frozen=True)
-class LossTerm:
+class LossTerm(Checked):
     """What every auxiliary loss shares: ``weight * ramp(step) * sum over region sizes of R_n``."""
 
     weight: float = 0.0
@@ -23,7 +23,8 @@ class LossTerm:
     """Share of the steps over which the weight rises linearly from 0, counted from the start."""
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
+        super().__post_init__()
+        name = self.SECTION
         require(0 <= self.weight < math.inf, f"{name}.weight is {self.weight}; it must be 0 or more.")
         require(
             len(set(self.region_sizes)) == len(self.region_sizes),
@@ -56,13 +57,15 @@ class SolverTerm(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__
+        name = self.SECTION
         require(self.diagonal_stride >= 1, f"{name}.diagonal_stride is {self.diagonal_stride}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
 class HiddenNormConfig(SolverTerm):
     """Distance of one solver iteration from the sequential trace, mean over tokens of ||h' - h|| / ||h||."""
+
+    SECTION: ClassVar[str] = "loss.hidden_norm"
 
     stride: int = 3
     """Compare at every stride-th layer of the region and at its last."""
@@ -71,43 +74,52 @@ class HiddenNormConfig(SolverTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.stride >= 1, f"HiddenNormConfig.stride is {self.stride}; it must be at least 1.")
+        require(self.stride >= 1, f"{self.SECTION}.stride is {self.stride}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
 class SolverCEConfig(SolverTerm):
     """Cross entropy of the logits that ``num_iters`` solver iterations give."""
 
+    SECTION: ClassVar[str] = "loss.solver_ce"
+
     num_iters: int = 1
     init: InitName = "h0"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_iters >= 1, f"SolverCEConfig.num_iters is {self.num_iters}; it must be at least 1.")
+        require(self.num_iters >= 1, f"{self.SECTION}.num_iters is {self.num_iters}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
 class LayerSkipConfig(LossTerm):
     """The control published as a stride-0 solver loss: only the last layer, run on the region's input."""
 
+    SECTION: ClassVar[str] = "loss.layer_skip"
+
     detach_target: bool = False
 
 
 @dataclass(frozen=True)
-class MTPConfig:
+class MTPConfig(Checked):
     """Multi-token prediction: ``weight`` times the sum of the cross entropies of the ``model.num_mtp_heads`` heads that
     look further ahead, from the first step on."""
+
+    SECTION: ClassVar[str] = "loss.mtp"
 
     weight: float = 0.0
     """0 computes none of it and leaves heads as they are; nanochat's default is 0.3."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.weight < math.inf, f"loss.mtp.weight is {self.weight}; it must be 0 or more.")
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Checked):
     """Cross entropy of the sequential pass plus any of the auxiliary terms."""
+
+    SECTION: ClassVar[str] = "loss"
 
     sequential_weight: float = 1.0
     hidden_norm: HiddenNormConfig = field(default_factory=HiddenNormConfig)
@@ -116,6 +128,7 @@ class LossConfig:
     mtp: MTPConfig = field(default_factory=MTPConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         weight = self.sequential_weight
         require(0 <= weight < math.inf, f"loss.sequential_weight is {weight}; it must be 0 or more.")
         is_any = weight > 0 or self.mtp.weight > 0 or len(self.terms) > 0

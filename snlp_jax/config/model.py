@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 from snlp_jax.config.family import NormConfig, RopeConfig
 
 Branch = Literal["full", "linear", "none"]
@@ -19,9 +19,11 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """A decoder-only Transformer; the defaults are the nanochat family's (docs/math.md, section 1), others come with
     imported weights (snlp_jax/model/convert). Lengths are in tokens."""
+
+    SECTION: ClassVar[str] = "model"
 
     vocab_size: int = 257
     """Entries of the tokenizer; embeddings are padded to a multiple of ``vocab_multiple`` and logits cropped."""
@@ -98,16 +100,9 @@ class ModelConfig:
     """Linear maps are products of [D, r] and [r, D]; 0 means whole matrices [D, D]."""
     remat: bool = False
     """Recompute each block in the backward pass: about one third more compute, activations of one block only."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products: auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters, the residual stream, norms and
-    the solver's deltas are float32 always."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """auto: cuDNN flash attention on GPU, Pallas splash attention on TPU, blockwise XLA elsewhere."""
-    decode_attention: Literal["auto", "xla", "pallas"] = "auto"
-    """Of tokens that follow on a cache. pallas: steps of up to 16 in one kernel for all layers of a region, on a GPU
-    or TPU and over no tensor axis; longer ones by XLA. auto: XLA's, until a GPU has shown that the kernel is faster."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_ratio", "seq_len", "rotary_multiple"):
             require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1.")
         require(self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; it must be at least 2.")
@@ -142,10 +137,6 @@ class ModelConfig:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"model.{name} is {value}; it must be 0 or more.")
         require(0 < self.embed_scale < math.inf, f"model.embed_scale is {self.embed_scale}; it must be positive.")
-        require(
-            self.attention_softcap == 0 or self.attention != "cudnn",
-            f"model.attention 'cudnn' has no model.attention_softcap, which is {self.attention_softcap}; use 'auto'.",
-        )
         require(
             0 <= self.num_mtp_heads < self.seq_len,
             f"model.num_mtp_heads is {self.num_mtp_heads}; give 0 to {self.seq_len - 1}, as the last of {self.seq_len} "

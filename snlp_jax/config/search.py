@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 from snlp_jax.errors import InputError
 
 Objective = Literal["decode", "prefill", "depth"]
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Checked):
     """The search of eval.py; each field is also a flag of it. No part of a run's config."""
 
     search: bool = False
@@ -33,6 +33,7 @@ class SearchConfig:
     """Settings that are timed together, and once more at the end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_share(self.max_ppl_increase)
         require(
             0.5 <= self.confidence < 1.0, f"confidence is {self.confidence}; give a share from 0.5 to 1, such as 0.95."

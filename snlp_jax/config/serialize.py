@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import runpy
-import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import annotations_of, check_value, require
 from snlp_jax.config.dial import Dial
 from snlp_jax.config.experiment import Config
+from snlp_jax.config.machine import MachineConfig
 from snlp_jax.config.study import Study
 from snlp_jax.errors import InputError
 
@@ -26,7 +26,17 @@ def from_json(text: str, cls: type = Config) -> Any:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"the saved config is not valid JSON ({error}).") from error
-    return _build(cls, values, cls.__name__.lower())
+    return _build(cls, upgraded(values) if cls is Config else values, cls.__name__.lower())
+
+
+def upgraded(values: Any) -> Any:
+    """What an older version saved, as this one saves it: precision and kernels were fields of the model."""
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        return values
+    model, machine = dict(values["model"]), dict(values.get("machine", {}))
+    for name in (field.name for field in dataclasses.fields(MachineConfig) if field.name in model):
+        machine[name] = model.pop(name)
+    return values | {"model": model} | ({"machine": machine} if machine else {})
 
 
 def load_config(path: str | Path) -> Config:
@@ -54,6 +64,10 @@ def _load(path: str | Path, name: str, cls: type) -> Any:
         raise InputError(
             f"config file {str(path)!r} is not valid Python (line {error.lineno}: {error.msg})."
         ) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise InputError(f"config file {str(path)!r}: {error}.") from error
     if not isinstance(value, cls):
         raise InputError(f"config file {str(path)!r} does not bind `{name} = {cls.__name__}(...)`.")
     return value
@@ -64,23 +78,12 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         require(isinstance(value, dict), f"{where} must be an object, not {value!r}.")
-        hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - {f.name for f in dataclasses.fields(kind)})
+        hints = annotations_of(kind)
+        unknown = sorted(set(value) - set(hints))
         require(not unknown, f"{where} has no field {unknown[0] if unknown else ''!r}.")
         return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}.")
         return tuple(_build(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        require(value in choices, f"{where} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _build(next(arg for arg in typing.get_args(kind) if arg is not type(None)), value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    is_right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    require(is_right, f"{where} is {value!r}; it must be of type {kind.__name__}.")
-    return value
+    check_value(kind, value, where)
+    return float(value) if kind is float else value

@@ -4,14 +4,16 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from snlp_jax.config.check import require
+from snlp_jax.config.check import Checked, require
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """Muon on matrices, AdamW elsewhere; the published rates of each group (docs/math.md, section 6)."""
+
+    SECTION: ClassVar[str] = "optim"
 
     matrix_lr: float = 0.02
     embed_lr: float = 0.3
@@ -38,6 +40,7 @@ class OptimConfig:
     """Clip the global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more.")
         require(0 <= self.warmdown_fraction <= 1, f"optim.warmdown_fraction is {self.warmdown_fraction}; give 0 to 1.")
         require(0 <= self.final_lr_fraction <= 1, f"optim.final_lr_fraction is {self.final_lr_fraction}; give 0 to 1.")
@@ -49,7 +52,8 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
+    SECTION: ClassVar[str] = "train"
     num_steps: int = 500
     batch_size: int = 16
     """Sequences per step, over all processes."""
@@ -91,6 +95,7 @@ class TrainConfig:
     """Steps to profile into RUN/profile; 0 switches it off. `--profile FIRST:COUNT` sets both."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_steps", "batch_size", "num_microbatches", "log_every", "keep_last", "eval_batches"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1.")
         require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; give 0 to {2**32 - 1}.")

@@ -87,7 +87,7 @@ class SolverLM(LM):  # type: ignore[misc]  # Any, where lm_eval is not installed
         check_schedule(config.model, schedule)
         if not str(batch_size or 0).isdigit():  # "auto", "auto:4"
             batch_size = None
-        model, tokenizer = LanguageModel(config.model), read_tokenizer(path)
+        model, tokenizer = LanguageModel(config.model, config.machine), read_tokenizer(path)
         check_vocab(tokenizer, config.model.vocab_size)
         _, params = read_params(path, model, checkpoint)
         self.text_model = TextModel(

@@ -48,7 +48,7 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     # A bad setting should not wait for the corpus.
     settings = parse_settings(config.model, config.eval)
     specs = parse_calibrations(config.eval.calibrations, config.model.num_layers)
-    model = LanguageModel(config.model)
+    model = LanguageModel(config.model, config.machine)
     step, params = read_params(run_dir, model, which)
     data = read_data(run_dir, config)
     for spec in specs:

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from snlp_jax.config import Config, to_json
+from snlp_jax.config import Config, to_json, upgraded
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME
 from snlp_jax.io.files import atomic_write, remove_leftovers
 from snlp_jax.io.metrics import FILE_NAME as METRICS_NAME
 
 MAY_CHANGE = frozenset(
-    {"run_dir", "data.num_workers", "data.cache_dir"}
+    {"run_dir", "data.num_workers", "data.cache_dir", "machine.attention", "machine.decode_attention"}
     | {f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_last", "sample_every")}
     | {f"train.{name}" for name in ("sample_tokens", "tensorboard", "eval_batches")}
     | {f"train.{name}" for name in ("wandb_project", "frontier_every", "profile_start", "profile_steps")}
@@ -53,7 +53,7 @@ def check_run_dir(path: str | Path, config_json: str, resume: bool) -> None:
 
 def _first_difference(config_path: Path, config: Mapping[str, Any]) -> str | None:
     try:
-        saved = flatten(json.loads(config_path.read_text(encoding="utf-8")))
+        saved = flatten(upgraded(json.loads(config_path.read_text(encoding="utf-8"))))
     except (ValueError, AttributeError) as error:
         raise InputError(f"{str(config_path)!r} is not a saved config; use another --run-dir.") from error
     asked, defaults = flatten(config), flatten(json.loads(to_json(Config())))

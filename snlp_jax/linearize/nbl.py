@@ -137,7 +137,7 @@ def apply(
             new["attention"][layer] = None
         new["mlp" if branch == "block" else branch][layer] = maps.get((branch, layer))
     config, params = replace(model.config, params, **new, rank=rank)
-    return LanguageModel(config, model.backend), params
+    return LanguageModel(config, model.machine, backend=model.backend), params
 
 
 def measure(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.layout import prepare
 from snlp_jax.linearize.covariance import Moments
@@ -156,9 +156,12 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(config: ModelConfig, backend: str, skip_first: int, mesh: Mesh | None) -> _Programs:
+def _programs(
+    config: ModelConfig, machine: MachineConfig, backend: str, skip_first: int, mesh: Mesh | None
+) -> _Programs:
     """Of all models of a config, whichever of their branches have been replaced: ``config`` has none."""
-    model = LanguageModel(config, backend).adapted(kernels=kernels_on(mesh, is_spread=False), wrap_path=TappedPath)
+    kernels = kernels_on(mesh, is_spread=False)
+    model = LanguageModel(config, machine, backend=backend).adapted(kernels=kernels, wrap_path=TappedPath)
     num_devices = 1 if mesh is None else mesh.shape["data"]
 
     def enter(ends: PyTree, inputs: Mapping[str, Array]) -> tuple[Shared, Array]:
@@ -207,7 +210,9 @@ class _Pass:
             ("linear_attention", "linear_mlp", "dropped_attention", "dropped_mlp"), ()
         )
         self._model, self._mesh = model, mesh
-        self._programs = _programs(dataclasses.replace(model.config, **whole), model.backend, skip_first, mesh)
+        self._programs = _programs(
+            dataclasses.replace(model.config, **whole), model.machine, model.backend, skip_first, mesh
+        )
         self._wanted = [tuple(name for name in BRANCHES if l in wanted.get(name, ())) for l in range(num_layers)]
         self._num_layers = max((l + 1 for l, names in enumerate(self._wanted) if names), default=0)
         weights = prepare(model, params, Schedule.of(num_layers), num_tokens=1, layout="list")

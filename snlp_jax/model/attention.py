@@ -44,14 +44,15 @@ def choose_implementation(
             return "cudnn"
         return "splash" if backend == "tpu" and splash_fits else "xla"
     if requested == "cudnn" and softcap:
-        raise InputError(f"model.attention 'cudnn' has no model.attention_softcap, which is {softcap}; use 'auto'.")
+        raise InputError(f"machine.attention 'cudnn' has no model.attention_softcap, which is {softcap}; use 'auto'.")
     if requested == "cudnn" and not (backend == "gpu" and half_precision):
         raise InputError(
-            f"model.attention 'cudnn' needs a GPU and bfloat16, not {jnp.dtype(dtype).name} on {backend!r}; use 'auto'."
+            f"machine.attention 'cudnn' needs a GPU and bfloat16, not {jnp.dtype(dtype).name} on {backend!r}; use "
+            "'auto'."
         )
     if requested == "splash" and (backend != "tpu" or not splash_fits):
         raise InputError(
-            f"model.attention 'splash' needs a TPU and lengths and head sizes that are multiples of 128, "
+            f"machine.attention 'splash' needs a TPU and lengths and head sizes that are multiples of 128, "
             f"not {seq_len} and {head_dim} on {backend!r}; use 'auto'."
         )
     return requested  # type: ignore[return-value]
@@ -67,12 +68,12 @@ def choose_decoding(requested: str, *, backend: str, num_tokens: int, head_dim: 
     if requested != "pallas":
         return "xla"
     if backend not in ("gpu", "tpu"):
-        raise InputError(f"model.decode_attention 'pallas' needs a GPU or a TPU, not {backend!r}; use 'auto'.")
+        raise InputError(f"machine.decode_attention 'pallas' needs a GPU or a TPU, not {backend!r}; use 'auto'.")
     is_power = head_dim & (head_dim - 1) == 0
     if backend == "gpu" and not (is_power and 16 <= head_dim <= 256):
         raise InputError(
-            f"model.decode_attention 'pallas' needs heads of 16, 32, 64, 128 or 256 channels on a GPU, not {head_dim}; "
-            "use 'auto'."
+            f"machine.decode_attention 'pallas' needs heads of 16, 32, 64, 128 or 256 channels on a GPU, not "
+            f"{head_dim}; use 'auto'."
         )
     if num_tokens > MAX_QUERIES:
         return "xla"

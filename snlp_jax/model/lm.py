@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from snlp_jax.config import Kind, ModelConfig, RopeScaling
+from snlp_jax.config import Kind, MachineConfig, ModelConfig, RopeScaling
 from snlp_jax.errors import InputError
 from snlp_jax.model.attention import Implementation, choose_decoding, choose_implementation
 from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
@@ -44,11 +44,13 @@ OnInput = Callable[[str, str, Array], None]
 class LanguageModel:
     """Pure functions of ``(params, inputs)`` for one :class:`ModelConfig`; holds no arrays.
 
-    ``backend`` is what they are compiled for ("cpu", "gpu", "tpu"), where that is not what jax runs on.
+    ``machine`` says in what precision and with which kernels they compute. ``backend`` is what they are compiled for
+    ("cpu", "gpu", "tpu"), where that is not what jax runs on.
     """
 
-    def __init__(self, config: ModelConfig, backend: str | None = None):
+    def __init__(self, config: ModelConfig, machine: MachineConfig = MachineConfig(), *, backend: str | None = None):
         self.config = config
+        self.machine = machine
         self._backend = backend
         self._fetch: Callable[[PyTree], PyTree] = lambda params: params
         self._kernels_here: Collection[Implementation] = get_args(Implementation)
@@ -122,7 +124,7 @@ class LanguageModel:
                 traced.
             one_by_one_from: in place of ``LARGE_STATE`` (``snlp_jax/model/nodes.py``).
         """
-        model = LanguageModel(self.config, self._backend)
+        model = LanguageModel(self.config, self.machine, backend=self._backend)
         model._fetch, model._wrap_path = fetch or self._fetch, wrap_path or self._wrap_path
         model._on_input = on_input or self._on_input
         model._kernels_here = self._kernels_here if kernels is None else ("xla", *kernels)
@@ -136,9 +138,9 @@ class LanguageModel:
     @property
     def dtype(self) -> Any:
         """Of matrix products, on this backend."""
-        if self.config.compute_dtype == "auto":
+        if self.machine.compute_dtype == "auto":
             return jnp.float32 if self.backend == "cpu" else jnp.bfloat16
-        return jnp.dtype(self.config.compute_dtype)
+        return jnp.dtype(self.machine.compute_dtype)
 
     def cast(self, params: Params) -> Params:
         """Matrices and tables in the compute dtype; scalars, gates and maps of the residual path stay float32, and
@@ -419,20 +421,25 @@ class LanguageModel:
     def _attention(self, seq_len: int, is_cached: bool = False) -> Implementation:
         """
         Raises:
-            InputError: the config asks for a kernel that does not run here.
+            InputError: ``machine`` asks for a kernel that does not run here.
         """
         config, name = self.config, "decode_attention" if is_cached else "attention"
-        requested = getattr(config, name)
-        where: dict[str, Any] = {"backend": self.backend, "head_dim": config.head_dim}
+        requested = getattr(self.machine, name)
         if is_cached:
-            kernel = choose_decoding(requested, num_tokens=seq_len, **where)
+            kernel = choose_decoding(requested, backend=self.backend, num_tokens=seq_len, head_dim=config.head_dim)
         else:
-            settings = {"dtype": self.dtype, "seq_len": seq_len, "softcap": config.attention_softcap}
-            kernel = choose_implementation(requested, **settings, **where)
+            kernel = choose_implementation(
+                requested,
+                backend=self.backend,
+                dtype=self.dtype,
+                seq_len=seq_len,
+                head_dim=config.head_dim,
+                softcap=config.attention_softcap,
+            )
         if kernel in self._kernels_here:
             return kernel
         if requested != "auto":
-            raise InputError(f"model.{name} {requested!r} does not run over this mesh; use 'auto' or 'xla'.")
+            raise InputError(f"machine.{name} {requested!r} does not run over this mesh; use 'auto' or 'xla'.")
         return "xla"
 
 

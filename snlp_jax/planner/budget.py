@@ -77,7 +77,7 @@ def plan_run(config: Config, topology: str = "") -> Budget:
         chips = Slice.parse(topology)
         config = plain_kernels(config)
     mesh = make_mesh(config.mesh) if chips is None else plan_mesh(config.mesh, chips)
-    model = LanguageModel(config.model, backend=None if chips is None else chips.chip.backend)
+    model = LanguageModel(config.model, config.machine, backend=None if chips is None else chips.chip.backend)
     data = None
     if chips is None:
         data = prepare_data(data_config(config, resume=False))

@@ -113,7 +113,7 @@ def plan_mesh(config: MeshConfig, chips: Slice) -> Mesh:
 def plain_kernels(config: Config) -> Config:
     """The config with XLA's attention: the hand-written kernels show neither their FLOPs nor their bytes, and do not
     compile without their libraries."""
-    return replace(config, model=replace(config.model, attention="xla", decode_attention="xla"))
+    return replace(config, machine=replace(config.machine, attention="xla", decode_attention="xla"))
 
 
 def compile_plan(
@@ -125,7 +125,7 @@ def compile_plan(
         InputError: the program does not fit into a device's memory, or its number of iterations depends on data.
     """
     try:
-        model = LanguageModel(config.model, backend=backend)
+        model = LanguageModel(config.model, config.machine, backend=backend)
         lowered = (
             _lower_training(model, config, mesh, work)
             if work.kind == "train"

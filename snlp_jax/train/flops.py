@@ -66,7 +66,7 @@ def step_flops(config: Config, plan: Plan) -> float:
 
 @functools.cache
 def _step_flops(config: Config, plan: Plan) -> float:
-    model = LanguageModel(dataclasses.replace(config.model, attention="xla"))
+    model = LanguageModel(config.model, dataclasses.replace(config.machine, attention="xla"))
     optimizer = optimizer_of(model, config)
     shape = (config.train.batch_size, config.model.seq_len + 1)
     batch = Batch(jax.ShapeDtypeStruct(shape, np.int32))  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ def check(config: Config, resume: bool) -> Setup:
     with all_or_none():
         mesh = make_mesh(config.mesh)
         part, num_parts = data_shard(mesh)
-        model = LanguageModel(config.model)
+        model = LanguageModel(config.model, config.machine)
         data = prepare_data(data_config(config, resume))
         check_vocab(data.tokenizer, config.model.vocab_size)
         batches = train_iterator(

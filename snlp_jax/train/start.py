@@ -9,7 +9,7 @@ from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer
 from snlp_jax.run import TOKENIZER_NAME, read_config, read_tokenizer
 from snlp_jax.types import Params
 
-MAY_DIFFER = ("seq_len", "rotary_multiple", "remat", "compute_dtype", "attention", "decode_attention")
+MAY_DIFFER = ("seq_len", "rotary_multiple", "remat")
 """Fields of the model that the new run may set otherwise: no parameter depends on them. Windows follow ``seq_len``."""
 
 
