@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tyro
 from problems import random_params
-from tiny_run import MODEL, tiny
+from tiny_run import MODEL, random_run, tiny
 
 from snlp_jax.config import Config, EvalConfig, MeshConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData
@@ -35,23 +35,21 @@ from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
-from snlp_jax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
+SMALL = dataclasses.replace(MODEL, num_layers=3)
 SETTINGS = EvalConfig(
-    solvers=("idn:n=3,k=3", "sid:n=3,k=1", "idn:0-2,k=1+jac:2-4,k=2"),
+    solvers=("idn:n=2,k=2", "idn:0-1,k=1+sid:1-3,k=1"),
     num_bootstrap=200,
-    greedy_prompts=2,
-    greedy_prompt_len=4,
-    greedy_tokens=9,
+    greedy_tokens=0,  # see test_greedy_continuation_is_token_by_token, and the script
     timing_len=8,
-    timing_repeats=3,
+    timing_repeats=2,
 )
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return LanguageModel(MODEL)
+    return LanguageModel(SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -71,50 +69,44 @@ def report(model: LanguageModel, params: dict, batches: list[np.ndarray]) -> Rep
 
 
 def test_exact_setting_changes_nothing_and_others_do(report: Report) -> None:
-    sequential, exact, scaled, regions = report.results
+    sequential, exact, regions = report.results
     assert [result.setting for result in report.results] == ["seq", *SETTINGS.solvers]
-    assert [result.depth for result in report.results] == [4, 4, 2, 3]
-    assert [result.num_block_evals for result in report.results] == [4, 10, 4, 6]
+    assert [result.depth for result in report.results] == [3, 3, 2]
+    assert [result.num_block_evals for result in report.results] == [3, 5, 3]
     assert sequential.ppl_change == 0 and sequential.kl == 0 and sequential.top1 == 1 and sequential.speedup == 1
     # K = N is the sequential pass up to float32 rounding of batched against scanned products.
-    assert abs(exact.ppl_change) < 1e-5
-    assert exact.kl < 1e-6
-    assert exact.top1 == 1
+    assert abs(exact.ppl_change) < 1e-5 and exact.kl < 1e-6 and exact.top1 == 1
     assert exact.cosine == pytest.approx(1, abs=1e-5)
-    assert all(match.match_rate == 1 and match.prefix_len == match.num_tokens for match in exact.greedy)
-    for result in (scaled, regions):
-        assert result.kl > 1e-3
-        assert result.cosine < 1 - 1e-4
-        assert math.isfinite(result.ppl)
-    assert [len(norms) for norms in regions.residual_norms] == [1, 2], "one number an iteration, one row a region"
-    assert exact.residual_norms[0][0] > 10 * exact.residual_norms[0][-1]
+    assert regions.kl > 1e-3 and regions.cosine < 1 - 1e-4 and math.isfinite(regions.ppl)
+    assert [len(norms) for norms in regions.residual_norms] == [1, 1], "one number an iteration, one row a region"
+    assert exact.residual_norms[0][0] > 3 * exact.residual_norms[0][1]
 
 
 def test_numbers_equal_a_direct_computation(
     model: LanguageModel, params: dict, batches: list[np.ndarray], report: Report
 ) -> None:
     windows = jnp.asarray(np.concatenate(batches))
-    logits = {
-        text: jax.jit(lambda w, t: forward(model, w, t).logits_BTV)(
-            split(model, params, parse_schedule(text, 4)), windows[:, :-1]
-        )
-        for text in ("seq", "sid:n=3,k=1")
-    }
-    p, q = (np.asarray(jax.nn.log_softmax(logits[text].astype(jnp.float32)), np.float64) for text in logits)
+
+    @jax.jit
+    def log_probs(weights: tuple, tokens: jax.Array) -> list:
+        return [jax.nn.log_softmax(forward(model, each, tokens).logits_BTV) for each in weights]
+
+    weights = tuple(split(model, params, parse_schedule(text, 3)) for text in ("seq", SETTINGS.solvers[1]))
+    p, q = (np.asarray(each, np.float64) for each in log_probs(weights, windows[:, :-1]))
     rows = np.arange(6)[:, None], np.arange(16)[None, :], np.asarray(windows[:, 1:])
-    scaled = report.results[2]
+    regions = report.results[2]
     # float32 logits summed in another order
     assert report.results[0].ppl == pytest.approx(math.exp(-p[rows].mean()), rel=1e-5)
-    assert scaled.ppl == pytest.approx(math.exp(-q[rows].mean()), rel=1e-5)
-    assert scaled.ppl_change == pytest.approx(scaled.ppl / report.results[0].ppl - 1, abs=1e-6)
-    assert scaled.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
-    assert scaled.top1 == (p.argmax(-1) == q.argmax(-1)).mean()
-    assert sum(scaled.nll_change_by_position) / 8 == pytest.approx((p[rows] - q[rows]).mean(), rel=1e-3)
+    assert regions.ppl == pytest.approx(math.exp(-q[rows].mean()), rel=1e-5)
+    assert regions.ppl_change == pytest.approx(regions.ppl / report.results[0].ppl - 1, abs=1e-6)
+    assert regions.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
+    assert regions.top1 == (p.argmax(-1) == q.argmax(-1)).mean()
+    assert sum(regions.nll_change_by_position) / 8 == pytest.approx((p[rows] - q[rows]).mean(), rel=1e-3)
 
 
 def test_token_nll_and_perplexity() -> None:
-    logits = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
-    nll = np.asarray(token_nll(logits, jnp.asarray([[0, 2]])))
+    logits = np.log([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]])
+    nll = np.asarray(jax.jit(token_nll)(logits, np.asarray([[0, 2]])))
     np.testing.assert_allclose(nll, -np.log([[0.5, 0.8]]), rtol=1e-6)
     assert perplexity(nll) == pytest.approx(1 / math.sqrt(0.4))
     assert change_by_position(np.ones((2, 16)), np.zeros((2, 16)), num_bins=4) == (1, 1, 1, 1)
@@ -141,13 +133,13 @@ def test_paired_interval_covers_and_is_narrow() -> None:
 
 def test_greedy_continuation_is_token_by_token(model: LanguageModel, params: dict) -> None:
     """The fixed point of the parallel replacement equals writing one token after another, from any guess."""
-    weights = split(model, params, parse_schedule("sid:n=3,k=1", 4))
+    weights = split(model, params, parse_schedule("sid:n=2,k=1", 3))
     logits_fn = jax.jit(lambda weights, tokens: forward(model, weights, tokens).logits_BTV)
-    tokens = np.random.default_rng(1).integers(MODEL.vocab_size, size=(2, 12), dtype=np.int32)
+    tokens = np.random.default_rng(1).integers(MODEL.vocab_size, size=(2, 8), dtype=np.int32)
     expected = tokens.copy()
-    for position in range(4, 12):
+    for position in range(4, 8):
         expected[:, position] = np.asarray(logits_fn(weights, expected))[:, position - 1].argmax(-1)
-    decode = make_greedy_fn(model, prompt_len=4, num_tokens=8)
+    decode = make_greedy_fn(model, prompt_len=4, num_tokens=4)
     np.testing.assert_array_equal(decode(weights, tokens), expected[:, 4:])
     matches = greedy_matches(np.asarray([[1, 2, 3, 4], [5, 6, 7, 8]]), np.asarray([[1, 2, 0, 4], [5, 6, 7, 8]]))
     assert (matches[-1].num_tokens, matches[-1].prefix_len, matches[-1].match_rate) == (4, 3.0, 7 / 8)
@@ -163,10 +155,8 @@ def test_report_files(report: Report, tmp_path: Path) -> None:
     by_suffix = {path.suffix: path for path in paths}
     assert set(by_suffix) == {".json", ".csv", ".png"}, notice
     saved = json.loads(by_suffix[".json"].read_text())
-    assert [result["setting"] for result in saved["results"]] == [result.setting for result in report.results]
     assert saved["results"][2]["ppl"] == report.results[2].ppl
-    rows = list(csv.DictReader(by_suffix[".csv"].read_text().splitlines()))
-    assert len(rows) == 4
+    assert len(list(csv.DictReader(by_suffix[".csv"].read_text().splitlines()))) == 3
     assert by_suffix[".png"].read_bytes().startswith(b"\x89PNG")
     for result in report.results:
         assert result.timing.median_ms > 0
@@ -179,16 +169,16 @@ def test_default_grid_and_bad_settings(model: LanguageModel, params: dict, batch
     assert not any("sid" in text for text in default_solvers(dataclasses.replace(config, use_x0_resid=False)))
     assert len(parse_settings(config, EvalConfig())) == len(default_solvers(config)) + 1
     for solvers, expected in (
-        (("idn:n=9,k=1",), "n=9 is outside the model"),
+        (("idn:n=9,k=1",), "n=9"),
         (("nwt:n=2",), "nwt"),
         (("idn:n=2,k=0",), "k=0"),
-        (("hcn:n=2",), "'hcn:n=2': hcn needs residual streams"),
+        (("hcn:n=2",), "residual streams"),
     ):
         with pytest.raises(InputError, match=expected):
             evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=solvers))
     for solvers, mesh, expected in (
-        (("idn:n=4,k=1,stage=split",), MeshConfig(layer=2), "a split stage .* cannot be sharded"),
-        (("idn:n=4,k=1",), MeshConfig(data=2), "eval.batch_size 3 is not a multiple of mesh.data 2; change one"),
+        (("idn:n=2,k=1,stage=split",), MeshConfig(layer=2), "split stage"),
+        (("idn:n=2,k=1",), MeshConfig(data=2), "eval.batch_size 3"),
     ):
         with pytest.raises(InputError, match=expected):
             evaluate(model, params, batches, dataclasses.replace(SETTINGS, solvers=solvers, mesh=mesh))
@@ -196,7 +186,7 @@ def test_default_grid_and_bad_settings(model: LanguageModel, params: dict, batch
 
 @pytest.mark.slow
 def test_sharded_regions_are_measured(model: LanguageModel, params: dict, batches: list[np.ndarray]) -> None:
-    config = dataclasses.replace(SETTINGS, solvers=("idn:n=4,k=2",), greedy_tokens=0, timing_repeats=0)
+    config = dataclasses.replace(SETTINGS, solvers=("idn:n=2,k=1",), timing_repeats=0)
     alone = evaluate(model, params, batches, config).results[1]
     mesh = MeshConfig(data=3, layer=2)
     for sequential in ("tensor", "ring"):
@@ -218,30 +208,26 @@ def test_every_field_is_a_flag_of_the_script() -> None:
 SCRIPT_SOLVERS = ["idn:n=2,k=1", "cal:n=2,k=1,init=cal,fit=mine", "idn:n=3,tol=0.5", "idn:n=2,k=1,init=warm"]
 
 
-@pytest.mark.parametrize(
-    "text, sentence",
-    (
-        ("mine:n=2,kind=cubic", "kind=cubic is not one of scalar, channel, basis"),
-        ("mine:n=9", "calibration 'mine:n=9': n=9 is outside the model"),
-        ("mine:n=2,init=warm", "calibration 'mine:n=2,init=warm': init=warm is not one of"),
-        ("mine:n=2,size=3", "cannot read 'size=3'"),
-        ("mine:n=2,tokens=1", "raise tokens= or give more text"),
-        ("mine:n=2,tune=-1", "tune=-1 is negative"),
-        ("../mine:n=2,k=1,kind=scalar,init=h0,tokens=64", "must be letters, digits"),
-    ),
-)
-def test_bad_calibrations(tmp_path: Path, model: LanguageModel, params: dict, text: str, sentence: str) -> None:
+def test_bad_calibrations(tmp_path: Path, model: LanguageModel, params: dict) -> None:
     data = TokenData(ByteTokenizer(), np.zeros(1000, np.uint16), np.zeros(0, np.uint16), "hash")
-    with pytest.raises(InputError, match=re.escape(sentence)):
-        fit_to_run(tmp_path, model, params, data, parse_calibration(text, 4))
+    for text, keyword in (
+        ("mine:n=2,kind=cubic", "kind=cubic"),
+        ("mine:n=9", "n=9"),
+        ("mine:n=2,init=warm", "init=warm"),
+        ("mine:n=2,size=3", "size=3"),
+        ("mine:n=2,tokens=1", "raise tokens="),
+        ("mine:n=2,tune=-1", "tune=-1"),
+        ("../mine:n=2,k=1,kind=scalar,init=h0,tokens=64", "letters, digits"),
+    ):
+        with pytest.raises(InputError, match=re.escape(keyword)):
+            fit_to_run(tmp_path, model, params, data, parse_calibration(text, 3))
 
 
 @pytest.mark.slow
-def test_trained_run_is_evaluated_by_the_script(
+def test_a_run_is_evaluated_by_the_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    config: Config = tiny(tmp_path / "run")
-    train(config)
+    config: Config = tiny(random_run(tmp_path / "run"))
     flags = ["--calibrations", "mine:n=2,k=1,rank=4,tokens=2048,init_rank=8"]
     flags += ["--solvers", *SCRIPT_SOLVERS, "--num-windows", "4", "--batch-size", "2", "--greedy-tokens", "4"]
     flags += ["--greedy-prompts", "2", "--greedy-prompt-len", "4", "--timing-repeats", "2", "--num-bootstrap", "50"]
@@ -252,7 +238,7 @@ def test_trained_run_is_evaluated_by_the_script(
     assert "idn:n=2,k=1" in output
     assert "eval.json" in output and "eval.png" in output
     saved = json.loads((config.run_path / "eval" / "eval.json").read_text())
-    assert saved["info"]["step"] == 12
+    assert saved["info"]["step"] == 3
     assert [result["setting"] for result in saved["results"]] == ["seq", *SCRIPT_SOLVERS]
 
     # The calibration lies beside the checkpoint and is found by name; another checkpoint or region refuses it.
@@ -261,12 +247,12 @@ def test_trained_run_is_evaluated_by_the_script(
     with Checkpointer(config.run_path / "checkpoints", read_only=True) as checkpointer:
         _, params = checkpointer.restore_params(model.abstract_params(), "best")
     assert set(load_fits(config.run_path, params, [solver])) == {"mine"}
-    with pytest.raises(InputError, match="'mine' was fitted to another checkpoint; fit it again"):
+    with pytest.raises(InputError, match="another checkpoint"):
         load_fits(config.run_path, jax.tree.map(lambda leaf: leaf + 1, params), [solver])
-    with pytest.raises(InputError, match="calibration 'mine': this calibration holds no 'preheat' part"):
+    with pytest.raises(InputError, match="preheat"):
         its_fits = load_fits(config.run_path, params, [solver])
         split(model, params, parse_schedule("idn:n=2,k=1,init=preheat,fit=mine", 4), its_fits)
-    with pytest.raises(InputError, match="'mine' was fitted to layers 2-4, but the region has 1-4"):
+    with pytest.raises(InputError, match="layers 2-4"):
         load_fits(config.run_path, params, [parse_schedule("cal:n=3,k=1,fit=mine", 4)])
 
     flags = ["--diagnose", "--solvers", "idn:n=2,k=2", "cal:n=2,k=1,fit=mine", "skip:1-2"]
