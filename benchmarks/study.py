@@ -35,9 +35,10 @@ from typing import Any, Literal
 import jax
 import tyro
 
+from benchmarks.study_config import Study, load_study
 from benchmarks.study_report import Row, best_setting, draw, markdown, summarise
 from snlp_jax.cli.entry import run_entry
-from snlp_jax.config import Config, Study, from_json, load_study, to_json
+from snlp_jax.config import Config, from_json, to_json
 from snlp_jax.errors import DivergedError, InputError
 from snlp_jax.eval import evaluate_run
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snlp_jax.config import Study
+from benchmarks.study_config import Study
 
 Row = dict[str, Any]
 

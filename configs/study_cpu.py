@@ -12,7 +12,8 @@ leaves the sequential one out and ``ce_idn`` adds the hidden norm.
 
 from typing import Any
 
-from snlp_jax.config import Config, DataConfig, EvalConfig, ModelConfig, Study, TrainConfig
+from benchmarks.study_config import Study
+from snlp_jax.config import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 
 
 def make_arms(num_layers: int, depth: int) -> dict[str, dict[str, Any]]:

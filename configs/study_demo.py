@@ -8,7 +8,8 @@ Expected:  docs/results.md, sections 1 and 3.
 import dataclasses
 from pathlib import Path
 
-from snlp_jax.config import LossConfig, Study, load_config
+from benchmarks.study_config import Study
+from snlp_jax.config import LossConfig, load_config
 
 demo, mhc = (load_config(Path(__file__).with_name(name)) for name in ("demo.py", "demo_mhc.py"))
 streams = {"num_streams": mhc.model.num_streams}

@@ -11,7 +11,8 @@ Expected:  not run here. 20 MB of text are about 5e6 tokens of this vocabulary, 
 import runpy
 from pathlib import Path
 
-from snlp_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, Study, TrainConfig
+from benchmarks.study_config import Study
+from snlp_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
 make_arms = runpy.run_path(str(Path(__file__).with_name("study_cpu.py")))["make_arms"]
 

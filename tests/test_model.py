@@ -364,8 +364,8 @@ def products_in(jaxpr):
 def test_products_of_a_training_step_in_bfloat16(variant):
     """Forward and backward, a layer at a time and all at once: operands are bfloat16 on both sides, but for maps and
     gates, which are float32 in full precision. What is stored for the MLP's backward pass is bfloat16."""
-    config = dataclasses.replace(VARIANTS[variant], compute_dtype="bfloat16", num_layers=2)
-    model, tokens = LanguageModel(config), random_tokens(config, length=6)
+    config = dataclasses.replace(VARIANTS[variant], num_layers=2)
+    model, tokens = LanguageModel(config, MachineConfig(compute_dtype="bfloat16")), random_tokens(config, length=6)
     full = (jax.lax.Precision.HIGHEST,) * 2
 
     def at_once(params):

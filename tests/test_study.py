@@ -10,8 +10,8 @@ import pytest
 
 import benchmarks.study as script
 from benchmarks.study import Args, Job, Place, Stopped, ranking, run, step_seconds
-from snlp_jax.config import Config, LossConfig, ModelConfig, TrainConfig, load_study
-from snlp_jax.config.study import widened
+from benchmarks.study_config import load_study, widened
+from snlp_jax.config import Config, LossConfig, ModelConfig, TrainConfig
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
 from snlp_jax.model import LanguageModel, num_params
@@ -23,6 +23,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("study_*.py"))
 TERM = {"weight": 1.0, "region_sizes": (2,), "ramp_fraction": 0.0}
 FILE = """
+from benchmarks.study_config import Study
 from snlp_jax.config import *
 study = Study(
     base=Config(

@@ -26,8 +26,7 @@ from snlp_jax.config.machine import MachineConfig
 from snlp_jax.config.mesh import MeshConfig
 from snlp_jax.config.model import Branch, Kind, ModelConfig
 from snlp_jax.config.search import Objective, SearchConfig, parse_share
-from snlp_jax.config.serialize import from_json, load_config, load_dial, load_study, to_json, upgraded
-from snlp_jax.config.study import Study
+from snlp_jax.config.serialize import from_json, load_binding, load_config, load_dial, to_json, upgraded
 from snlp_jax.config.train import OptimConfig, TrainConfig
 
 __all__ = [
@@ -57,15 +56,14 @@ __all__ = [
     "SearchConfig",
     "SolverCEConfig",
     "SolverTerm",
-    "Study",
     "TaskConfig",
     "TrainConfig",
     "WeightPrecision",
     "check_weights",
     "from_json",
+    "load_binding",
     "load_config",
     "load_dial",
-    "load_study",
     "parse_share",
     "to_json",
     "upgraded",

@@ -11,7 +11,6 @@ from snlp_jax.config.check import annotations_of, check_value, require
 from snlp_jax.config.dial import Dial
 from snlp_jax.config.experiment import Config
 from snlp_jax.config.machine import MachineConfig
-from snlp_jax.config.study import Study
 from snlp_jax.errors import InputError
 
 
@@ -41,20 +40,20 @@ def upgraded(values: Any) -> Any:
 
 def load_config(path: str | Path) -> Config:
     """Run a config file and return its ``config``."""
-    return _load(path, "config", Config)
-
-
-def load_study(path: str | Path) -> Study:
-    """Run a config file and return its ``study``."""
-    return _load(path, "study", Study)
+    return load_binding(path, "config", Config)
 
 
 def load_dial(path: str | Path) -> Dial:
     """Run a config file and return its ``dial``, which has a config for every depth."""
-    return _load(path, "dial", Dial)
+    return load_binding(path, "dial", Dial)
 
 
-def _load(path: str | Path, name: str, cls: type) -> Any:
+def load_binding(path: str | Path, name: str, cls: type) -> Any:
+    """Run a config file and return what it binds to ``name``.
+
+    Raises:
+        InputError: there is no such file, it is not valid Python, or it binds nothing of that class.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"config file {str(path)!r} does not exist.")

@@ -4,12 +4,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from snlp_jax.config import Config, ModelConfig, SolverTerm, load_binding
 from snlp_jax.config.check import require
-from snlp_jax.config.experiment import Config
-from snlp_jax.config.loss import SolverTerm
-from snlp_jax.config.model import ModelConfig
 from snlp_jax.errors import InputError
 
 
@@ -91,9 +90,9 @@ class Study:
             model = widened(self.base.model, self.shallow[arm], self.head_multiple)
             return _with_solvers(dataclasses.replace(self.base, model=model), ("seq",))
         config = override(self.base, self.arms[arm], f"arm {arm!r}")
-        own = (text for settings in self.settings(config).values() for text in settings)
+        solvers = (text for settings in self.settings(config).values() for text in settings)
         controls = (text for depth in self.depths for text in self.controls(depth))
-        return _with_solvers(config, tuple(dict.fromkeys((*own, *controls))))
+        return _with_solvers(config, tuple(dict.fromkeys((*solvers, *controls))))
 
     def reference(self, arm: str) -> str:
         """The plain arm that this one is compared with: the same model without loss terms; the base for shallow twins.
@@ -104,11 +103,11 @@ class Study:
         if arm in self.shallow:
             return self.plain
         require(arm in self.arms, f"unknown arm {arm!r}; choose among {', '.join(self.arms)}.")
-        its_model = {name: value for name, value in self.arms[arm].items() if name != "loss"}
+        without_loss = {name: value for name, value in self.arms[arm].items() if name != "loss"}
         for plain, overrides in self.arms.items():
-            if overrides == its_model:
+            if overrides == without_loss:
                 return plain
-        raise InputError(f"arm {arm!r} has no plain twin; add an arm with the overrides {its_model} and no loss.")
+        raise InputError(f"arm {arm!r} has no plain twin; add an arm with the overrides {without_loss} and no loss.")
 
     def settings(self, config: Config) -> dict[int, tuple[str, ...]]:
         """Depth -> solver settings of that depth: of the correction that fits the model and of those trained for.
@@ -136,6 +135,11 @@ class Study:
         """(n, k) with L - n + k = depth and k <= n <= L."""
         L = self.base.model.num_layers
         return [(L - depth + k, k) for k in self.iterations if k <= depth]
+
+
+def load_study(path: str | Path) -> Study:
+    """Run a config file and return its ``study``."""
+    return load_binding(path, "study", Study)
 
 
 def override(value: Any, overrides: Mapping[str, Any], where: str) -> Any:
