@@ -12,10 +12,9 @@ import math
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -23,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from snlp_jax.errors import InputError
-from snlp_jax.io.checksum import checksums
+from snlp_jax.io.checksum import described, with_checksums
 from snlp_jax.io.files import explain_full_disk
 from snlp_jax.io.metrics import to_json_value
 from snlp_jax.parallel.processes import tells_of_lost_peer
@@ -80,13 +79,12 @@ class Checkpointer:
             preservation_policy=_LatestAndBest(keep_last, self._val_losses),
         )
         with explain_full_disk(self._directory):
-            registry = None if concurrent_gb is None else _registry(concurrent_gb)
-            self._manager = ocp.CheckpointManager(self._directory, handler_registry=registry, options=options)
+            self._manager = ocp.CheckpointManager(
+                self._directory, handler_registry=_registry(concurrent_gb), options=options
+            )
         for step in self.steps():
-            try:
+            with suppress(Exception):  # what is unreadable restore will tell of
                 self._remember_val_loss(step, self.metadata(step)["metrics"])
-            except Exception:
-                logger.debug("checkpoint %d has no readable metadata; restore will tell.", step, exc_info=True)
 
     # -- What there is -------------------------------------------------------------------------------------------------
 
@@ -132,7 +130,7 @@ class Checkpointer:
             "config": self._config,
             "metrics": {name: to_json_value(value) for name, value in metrics.items()},
             "data": None if data_iterator is None else data_iterator.get_state(),
-            "leaves": _with_checksums(dict(state)),
+            "leaves": with_checksums(dict(state)),
         }
         items = {
             "params": ocp.args.StandardSave(params),
@@ -166,17 +164,17 @@ class Checkpointer:
         none is good, or when a good one holds other arrays than ``abstract_state`` asks for.
         """
 
-        def read(step: int) -> tuple[dict[str, Tree], Any]:
+        def read(step: int) -> dict[str, Tree]:
             state = self._read(step, dict(abstract_state))
             if data_iterator is not None:
                 position = self.metadata(step)["data"]
                 if position is None:
                     raise _CorruptError("it does not say where the data stood")
                 data_iterator.set_state(position)
-            return state, data_iterator
+            return state
 
         found = self._newest_good(read)
-        return None if found is None else (found[0], *found[1])
+        return None if found is None else (*found, data_iterator)
 
     def restore_params(self, abstract_params: Tree, which: int | Literal["best", "last"] = "last") -> tuple[int, Tree]:
         """The parameters alone, as ``(step, params)``, checked and placed as in ``restore``.
@@ -198,9 +196,9 @@ class Checkpointer:
             raise InputError(f"no checkpoint in {str(self._directory)!r} has a val_loss; ask for 'last' or a step.")
         if step not in self.steps():
             raise InputError(f"{str(self._directory)!r} holds no checkpoint {step}, only {self.steps()}.")
-        params, reason = _attempt(read, step)
-        if reason:
-            raise InputError(f"checkpoint {step} in {str(self._directory)!r} is not good ({reason}); ask for another.")
+        params, fault = _attempt(read, step)
+        if fault:
+            raise InputError(f"checkpoint {step} in {str(self._directory)!r} is not good ({fault}); ask for another.")
         return step, params
 
     def _newest_good(self, read: Callable[[int], T]) -> tuple[int, T] | None:
@@ -231,7 +229,7 @@ class Checkpointer:
             state = {"params": self._read_item(step, "params", params)}
             if rest:
                 state |= self._read_item(step, "state", rest)
-        for path, (_, _, checksum) in _with_checksums(state).items():
+        for path, (_, _, checksum) in with_checksums(state).items():
             if checksum != leaves[path][2]:
                 raise _CorruptError(f"the checksum of {path} is wrong")
         return state
@@ -257,18 +255,14 @@ class Checkpointer:
 
     # -- Ending --------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        self._manager.close()
-
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._manager.close()
 
 
-@dataclass(frozen=True)
-class _LatestAndBest:
+class _LatestAndBest(NamedTuple):
     """Orbax preservation policy: keep the newest ``keep_last`` and the best of all."""
 
     keep_last: int
@@ -280,8 +274,10 @@ class _LatestAndBest:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def _registry(concurrent_gb: int) -> Any:
-    """Handlers of a checkpoint that is parameters alone, of which so much is written at once."""
+def _registry(concurrent_gb: int | None) -> Any:
+    """Handlers of a checkpoint that is parameters alone, of which so much is written at once; None: orbax's own."""
+    if concurrent_gb is None:
+        return None
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add("params", ocp.args.StandardSave, ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gb))
     registry.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
@@ -303,26 +299,6 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding)
 
 
-def _named(state: Mapping[str, Tree]) -> dict[str, Any]:
-    """Path -> leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _described(state: Mapping[str, Tree]) -> dict[str, list[Any]]:
-    """Path -> [dtype, shape]."""
-    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in _named(state).items()}
-
-
-def _with_checksums(state: Mapping[str, Tree]) -> dict[str, list[Any]]:
-    """Path -> [dtype, shape, checksum]."""
-    described = _described(state)
-    return {
-        path: [*described[path], total]
-        for path, total in zip(described, checksums(_named(state).values()), strict=True)
-    }
-
-
 def _text_crc(meta: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
@@ -330,7 +306,7 @@ def _text_crc(meta: Mapping[str, Any]) -> int:
 def _check_template(step: int, abstract_state: Mapping[str, Tree], leaves: Mapping[str, Sequence[Any]]) -> None:
     """Raise InputError naming the first array that is asked for and not saved, the other way round, or different."""
     text = lambda leaf: "nothing" if leaf is None else f"{leaf[0]}{leaf[1]}"  # noqa: E731
-    asked = _described(abstract_state)
+    asked = described(abstract_state)
     saved = {path: leaf[:2] for path, leaf in leaves.items() if path.split("/")[0] in abstract_state}
     for path in [*asked, *saved]:
         if asked.get(path) != saved.get(path):

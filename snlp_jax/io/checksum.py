@@ -1,7 +1,7 @@
 """Checksums of arrays that may be spread over devices and processes in any way."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +20,29 @@ def checksums(leaves: Iterable[Any]) -> list[int]:
     Each process adds up what it holds, so all call this together; the result does not depend on who holds what. A
     single changed element always shows, since an odd weight is invertible.
     """
-    sums = np.asarray([_checksum_here(leaf) for leaf in leaves], np.uint64)
+    sums = np.asarray([_local_checksum(leaf) for leaf in leaves], np.uint64)
     if jax.process_count() > 1:  # as halves: jax would cut 64 bits
         sums = multihost_utils.process_allgather(sums.view(np.uint32)).view(np.uint64).sum(0)
     return [int(total) for total in sums]
 
 
-def _checksum_here(leaf: Any) -> int:
+def described(state: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Of a tree of arrays: path -> [dtype, shape]."""
+    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in _named(state).items()}
+
+
+def with_checksums(state: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Of a tree of arrays: path -> [dtype, shape, checksum]. All processes call it together."""
+    sums = checksums(_named(state).values())
+    return {path: [*about, total] for (path, about), total in zip(described(state).items(), sums, strict=True)}
+
+
+def _named(state: Mapping[str, Any]) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _local_checksum(leaf: Any) -> int:
     """The part of a leaf's checksum that this process answers for: of copies the first, of local arrays its own."""
     shape = np.shape(leaf)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -48,7 +64,7 @@ def checksum(piece: np.ndarray, index: Sequence[slice], shape: Sequence[int]) ->
     rows, columns = places[0], places[-1] if shape else places[0]
     step, total = max(1, _BLOCK // len(columns)), np.zeros(1, np.uint64)
     for start in range(0, len(rows), step):
-        here = slice(start, start + step)
-        weights = (rows[here, None] + columns) * _MIX | np.uint64(1)
-        total += (bits[here].astype(np.uint64) * weights).sum(dtype=np.uint64)
+        block = slice(start, start + step)
+        weights = (rows[block, None] + columns) * _MIX | np.uint64(1)
+        total += (bits[block].astype(np.uint64) * weights).sum(dtype=np.uint64)
     return int(total[0])
