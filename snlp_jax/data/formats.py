@@ -16,6 +16,7 @@ Nothing here, nor in what it imports, imports jax: the processes that tokenize h
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import os
@@ -108,11 +109,23 @@ def explained(path: str) -> Iterator[None]:
         raise InputError(
             f"file {path!r} is not UTF-8 text ({error.reason}); convert it to UTF-8 or leave it out."
         ) from error
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"file {path!r} is not whole ({error}); mend it or leave it out.") from error
-    except OSError as error:
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"file {path!r} cannot be read ({reason}); mend it or leave it out.") from error
+    except ValueError as error:
+        if type(error).__name__ != "ArrowInvalid":  # pyarrow's, which is a ValueError
+            raise
+        raise InputError(f"file {path!r} is not a whole parquet file ({error}); mend it or leave it out.") from error
+
+
+def _package(module: str, path: str, requirement: str) -> Any:
+    """A module of a package that is not always installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
         raise InputError(
-            f"file {path!r} cannot be read ({error.strerror or error}); mend it or leave it out."
+            f"file {path!r} needs the package {module.partition('.')[0]}; run `pip install {requirement}`, or leave "
+            "the file out."
         ) from error
 
 
@@ -213,17 +226,8 @@ def text_of(record: Any, text_field: str, where: str) -> str:
 
 
 def _open_parquet(path: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(
-            f"file {path!r} needs the package pyarrow; run `pip install 'snlp-jax[parquet]'`, or leave the file out."
-        ) from error
-    try:
-        return pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"file {path!r} is not a parquet file ({error}); mend it or leave it out.") from error
+    parquet = _package("pyarrow.parquet", path, "'snlp-jax[parquet]'")
+    return parquet.ParquetFile(path, memory_map=True)
 
 
 def _row_groups(path: str, part_size: int) -> list[Part]:
@@ -240,33 +244,23 @@ def _row_groups(path: str, part_size: int) -> list[Part]:
 
 
 def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
-    import pyarrow
-
     with _open_parquet(part.path) as file:
         if text_field not in file.schema_arrow.names:
             raise InputError(
                 f"{part.path} has no column {text_field!r}; set data.text_field to the column that holds the text."
             )
-        groups, row = list(range(part.start, part.stop)), 0
-        try:
-            for batch in file.iter_batches(_ROWS, row_groups=groups, columns=[text_field], use_threads=False):
-                for row, record in enumerate(batch.to_pylist(), start=row + 1):  # noqa: B020
-                    yield text_of(record, text_field, f"{part.path}, row {row} from row group {part.start} on,")
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"file {part.path!r} is damaged ({error}); mend it or leave it out.") from error
+        groups = list(range(part.start, part.stop))
+        batches = file.iter_batches(_ROWS, row_groups=groups, columns=[text_field], use_threads=False)
+        for row, record in enumerate((record for batch in batches for record in batch.to_pylist()), start=1):
+            yield text_of(record, text_field, f"{part.path}, row {row} from row group {part.start} on,")
 
 
 # -- Array records -----------------------------------------------------------------------------------------------------
 
 
 def _open_records(path: str) -> Any:
-    try:
-        from array_record.python import array_record_module
-    except ImportError as error:
-        raise InputError(
-            f"file {path!r} needs the package array_record; run `pip install array_record`, or leave the file out."
-        ) from error
-    reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+    module = _package("array_record.python.array_record_module", path, "array_record")
+    reader = module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok():
         raise InputError(f"file {path!r} is not an array record; mend it or leave it out.")
     return reader
