@@ -17,13 +17,14 @@ with epy.lazy_api_imports(globals()):
     from snlp_jax.infer import Engine, Request, Sampling
     from snlp_jax.layout import prepare
     from snlp_jax.model import LanguageModel
-    from snlp_jax.notation import parse_schedule
+    from snlp_jax.notation import parse_schedule, register_correction
     from snlp_jax.run import Run, load_run
     from snlp_jax.solver import (
         BatchForward,
         Calibrated,
         CalibratedInit,
         Calibration,
+        Chain,
         Correction,
         Diagonal,
         Exact,
@@ -31,16 +32,22 @@ with epy.lazy_api_imports(globals()):
         Identity,
         Init,
         Jacobi,
-        LayerProblem,
+        LayerFns,
+        MethodData,
         ParallelSegment,
         PrefixState,
         Preheat,
+        Result,
         ScaledIdentity,
         Schedule,
         Solution,
+        TrustRegion,
+        Wanted,
         Warm,
         sequential,
         solve,
+        solve_until,
+        step,
     )
     from snlp_jax.train.loop import train as train_run
 

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snlp_jax.layout import Weights
+from snlp_jax.layout import Part, Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.attention import slot_positions
 from snlp_jax.model.block import KeyValue, Ring, Rings
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
 from snlp_jax.solver import Exact, ParallelSegment
-from snlp_jax.types import Array, Groups
+from snlp_jax.types import Array
 
 FEW_WRITES = 16
 """Tokens (batch x length) up to which each is written by itself: in place, where a scatter on a CPU is a loop. Not on a
@@ -62,57 +62,49 @@ def plan_rings(model: LanguageModel, weights: Weights, capacity: int, block: int
 
     Layers in a list have a ring each. Those in a stack share one array where their sizes agree, and are grouped by size
     where not; but over devices, and for a correction that takes them one by one, all are as long as the longest. Layers
-    without attention have none and are not counted; stacks of several kinds have their own.
+    without attention have none and are not counted.
     """
-    plans: list[RingPlan | None] = []
-    for segment, blocks, is_spread in zip(weights.segments, weights.blocks, weights.is_spread, strict=True):
-        layers = [i for i in model.config.attention_layers if segment.start <= i < segment.stop]
-        if blocks is None or not layers:
-            plans.append(None)
-            continue
-        sizes = [min(model.config.windows[i], capacity) + block for i in layers]
-        if isinstance(blocks, list):
-            plans.append(RingPlan(tuple(sizes), tuple((index,) for index in range(len(sizes)))))
-            continue
-        if isinstance(blocks, Groups):
-            plans.append(_grouped(sizes, [model.config.kinds[i] for i in layers]))
-            continue
-        one_by_one = isinstance(segment, ParallelSegment) and isinstance(segment.correction, Exact)
-        if is_spread or one_by_one or len(set(sizes)) == 1:
-            num_rows = jax.tree.leaves(blocks)[0].shape[0]
-            plans.append(RingPlan((max(sizes),), (tuple(range(num_rows)),)))
-            continue
-        plans.append(_grouped(sizes, [()] * len(sizes)))
-    return tuple(plans)
+    return tuple(_plan_part(model, part, capacity, block) for part in weights.parts)
 
 
-def _grouped(sizes: Sequence[int], kinds: Sequence[tuple]) -> RingPlan:
-    """A ring for every kind and size."""
-    groups: dict[tuple, tuple[int, ...]] = {}
-    for index, key in sorted(enumerate(zip(sizes, kinds, strict=True)), key=lambda item: item[1][0]):
-        groups[key] = (*groups.get(key, ()), index)
-    return RingPlan(tuple(size for size, _ in groups), tuple(groups.values()))
+def _plan_part(model: LanguageModel, part: Part, capacity: int, block: int) -> RingPlan | None:
+    segment, config = part.segment, model.config
+    layers = [i for i in config.attention_layers if segment.start <= i < segment.stop]
+    if part.blocks is None or not layers:
+        return None
+    sizes = [min(config.windows[i], capacity) + block for i in layers]
+    if isinstance(part.blocks, list):
+        return RingPlan(tuple(sizes), tuple((index,) for index in range(len(sizes))))
+    is_exact = isinstance(segment, ParallelSegment) and isinstance(segment.correction, Exact)
+    if part.is_spread or is_exact:
+        return RingPlan((max(sizes),), (tuple(range(part.num_rows)),))
+    groups = {size: tuple(i for i, each in enumerate(sizes) if each == size) for size in sorted(set(sizes))}
+    return RingPlan(tuple(groups), tuple(groups.values()))
 
 
-def fill(plan: RingPlan, kv: KeyValue, length_B: Array) -> Rings:
-    """Rings that hold the last of each row's first ``length_B`` tokens, of keys and values [n, B, T, K, H]."""
+def fill(plan: RingPlan, kv: KeyValue | list[KeyValue], length_B: Array) -> Rings:
+    """Rings that hold the last of each row's first ``length_B`` tokens.
+
+    ``kv`` are keys and values [n, B, T, K, H], or a list of n layers' [B, T, K, H].
+    """
 
     def of_group(size: int, members: tuple[int, ...]) -> Ring:
-        index_BS = jnp.clip(slot_positions(length_B, size), 0, kv.key_BTKH.shape[2] - 1)
         take = jax.vmap(lambda x_nTKH, index_S: jnp.swapaxes(x_nTKH[:, index_S], 1, 2), in_axes=(1, 0), out_axes=1)
-        return Ring(*(take(_rows(leaf, members), index_BS) for leaf in kv))
+        group = _members_of(kv, members)
+        index_BS = jnp.clip(slot_positions(length_B, size), 0, group.key_BTKH.shape[2] - 1)
+        return Ring(*(take(leaf, index_BS) for leaf in group))
 
     return Rings(tuple(map(of_group, plan.sizes, plan.members)), plan.members)
 
 
-def append(rings: Rings, kv: KeyValue, length_B: Array, *, is_on_mesh: bool = False) -> Rings:
-    """The rings with the keys and values [n, B, T, K, H] of T more tokens after ``length_B``; in place where the
-    caller donates them. T is at most the ``block`` that they were planned for."""
+def append(rings: Rings, kv: KeyValue | list[KeyValue], length_B: Array, *, is_on_mesh: bool = False) -> Rings:
+    """The rings with the keys and values of T more tokens after ``length_B``, as :func:`fill` reads them; in place
+    where the caller donates them. T is at most the ``block`` that they were planned for."""
     most_single = 0 if is_on_mesh else FEW_WRITES
 
     def of_group(ring: Ring, members: tuple[int, ...]) -> Ring:
-        pairs = zip(ring, kv, strict=True)
-        return Ring(*(_write(old, _rows(new, members), length_B, most_single) for old, new in pairs))
+        pairs = zip(ring, _members_of(kv, members), strict=True)
+        return Ring(*(_write(old, new, length_B, most_single) for old, new in pairs))
 
     return Rings(tuple(map(of_group, rings.groups, rings.members)), rings.members)
 
@@ -137,11 +129,17 @@ def abstract_past(model: LanguageModel, weights: Weights, mesh: Mesh, batch_size
     previous_B1: Any = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=by_row)
     length_B: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=by_row)
     plans = plan_rings(model, weights, num_tokens, 1)
-    return Past(previous_B1, length_B, tuple(map(one, plans, weights.is_spread)))
+    rings = tuple(one(plan, part.is_spread) for plan, part in zip(plans, weights.parts, strict=True))
+    return Past(previous_B1, length_B, rings)
 
 
-def _rows(leaf: Array, members: Sequence[int]) -> Array:
-    return leaf if len(members) == leaf.shape[0] else leaf[np.asarray(members)]
+def _members_of(kv: KeyValue | list[KeyValue], members: Sequence[int]) -> KeyValue:
+    """Keys and values of some layers, [n, B, T, K, H]."""
+    if isinstance(kv, list):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(kv[index] for index in members))
+    if len(members) == kv.key_BTKH.shape[0]:
+        return kv
+    return jax.tree.map(lambda leaf: leaf[np.asarray(members)], kv)
 
 
 def _write(ring_nBKSH: Array, new_nBTKH: Array, length_B: Array, most_single: int) -> Array:

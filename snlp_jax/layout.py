@@ -1,6 +1,11 @@
-"""Weights laid out for a schedule: cast, cut along its segments, put where they are read, on one device or a mesh."""
+"""Weights laid out for a schedule: cast, cut along its segments, put where they are read, on one device or a mesh.
+
+There is one canonical stack of all layers. A part of a schedule reads some of its rows: on a CPU through views of the
+same memory, on accelerators by their index under jit. So weights of many schedules hold each array once.
+"""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.kinds import cut, each_stack
+from snlp_jax.model.kinds import cut, layer_of, rows_of
 from snlp_jax.model.projections import join_projections
 from snlp_jax.model.value_embed import lay_out_tables
 from snlp_jax.parallel.region import num_padded, pad_layers
@@ -30,12 +35,12 @@ from snlp_jax.solver import (
     SkippedSegment,
 )
 from snlp_jax.solver.calibrated import check_calibration
-from snlp_jax.types import Groups, Params, PyTree
+from snlp_jax.types import Params, PyTree
 
 Layout = Literal["auto", "stack", "list"]
 Spread = Literal["tensor", "ring"]
 """How layers that run in order lie on the devices of the layer axis: every layer on all of them, by heads and features
-(two all-reduces a layer), or every device its own layers, the state going round (one move a device)."""
+(two all-reduces a layer), or every device some layers, the state going round (one move a device)."""
 
 LOOPED = (256, 16)
 """Up to which width, and from how many tokens (batch x length) on, a CPU runs layers in order as fast in a loop over
@@ -44,28 +49,58 @@ their stack as unrolled, which takes up to thrice as long to compile: the table 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Part:
+    """The weights of one segment of a schedule."""
+
+    blocks: PyTree
+    """A stack, leaves [n, ...]; or a list with one tree a node (a layer, or a chunk of layers, leaves [M, ...]); None
+    for layers that are left out."""
+    tables: PyTree
+    """Value embeddings of the segment, see ``snlp_jax/model/value_embed.py``; None where those of the model serve."""
+    fit: Calibration | None
+    """The calibration that the segment names."""
+    segment: Segment = field(metadata={"static": True})
+    held: tuple[int, int] = field(metadata={"static": True})
+    """Layers that ``blocks`` holds: the segment's, or more."""
+    is_spread: bool = field(default=False, metadata={"static": True})
+    """Whether ``blocks`` and the rows of the batch are spread over the ``layer`` and ``data`` axes of a mesh, filled up
+    with layers of zero weights where the devices do not divide them."""
+
+    @property
+    def num_rows(self) -> int:
+        """Layers of the segment, or where it is spread all rows of ``blocks``."""
+        if self.is_spread and not isinstance(self.blocks, list):
+            return jax.tree.leaves(self.blocks)[0].shape[0]
+        return self.segment.num_layers
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Weights:
-    """Parameters split along a schedule, one entry of every tuple a segment.
+    """Parameters of a model laid out along a schedule."""
 
-    An entry of ``blocks`` is a stack [n, ...], or the stacks of a region's kinds of layers, or a list with one tree a
-    node (a layer, or a chunk of layers [M, ...]); None for layers that are left out. An entry of ``fits`` is the
-    calibration that the segment names, or None.
-    """
-
-    ends: Params
-    """The embedding and the head."""
-    blocks: tuple[PyTree, ...]
-    tables: tuple[PyTree, ...]
-    """Value embeddings of the segment, see ``snlp_jax/model/value_embed.py``; None where those in ``ends`` serve."""
-    fits: tuple[Calibration | None, ...]
-    segments: tuple[Segment, ...] = field(metadata={"static": True})
-    is_spread: tuple[bool, ...] = field(metadata={"static": True})
-    """Whether the segment's layers and the rows of the batch are spread over the ``layer`` and ``data`` axes of a mesh,
-    the layers filled up with some of zero weights where the devices do not divide them."""
+    embed_head: Params
+    """``{'embed', 'head'}``: the embedding and the head."""
+    parts: tuple[Part, ...]
+    ring_microbatches: int = field(default=1, metadata={"static": True})
+    """Parts in which a batch goes round the devices, see :func:`snlp_jax.solver.sequential`."""
 
     @property
     def num_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        """Of all arrays, each counted once."""
+        return sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(self)}.values())
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Those of the parts, in order of depth."""
+        return tuple(part.segment for part in self.parts)
+
+    def before(self, index: int) -> "Weights":
+        """The same weights without part ``index`` and those after it: a pass then ends at its input."""
+        return dataclasses.replace(self, parts=self.parts[:index])
+
+
+# -- For evaluation ----------------------------------------------------------------------------------------------------
 
 
 def prepare(
@@ -73,134 +108,131 @@ def prepare(
     params: Params,
     schedule: Schedule,
     *,
-    num_tokens: int,
+    num_tokens: int = 1,
     layout: Layout = "auto",
     mesh: Mesh | None = None,
     sequential: Spread = "tensor",
     fits: Mapping[str, Calibration] | None = None,
 ) -> Weights:
-    """Cast and lay out the weights for fast evaluation. Call it outside jit: :func:`forward` then copies none of them.
+    """Lay out the weights for fast evaluation. Call it outside jit: :func:`snlp_jax.forward` then copies none of them.
 
-    On a GPU, without a mesh, kernels that read one input are joined (:mod:`snlp_jax.model.projections`), which copies
-    them once. Elsewhere that gains nothing (docs/log.md), and on a mesh heads and features are split kernel by kernel.
+    For several schedules call :func:`canonical` once and hand its result in: they share every array.
 
     Args:
         num_tokens: tokens (batch x length) of a forward pass; decides the layout on a CPU.
         layout: without a mesh, ``stack`` keeps [n, ...] leaves (scan, vmap), ``list`` one tree a node (unrolled; more
             to compile). ``auto``: stacks, but lists for sequential segments on a CPU outside of :data:`LOOPED`.
         mesh: every weight lives once on the devices of its ``layer`` and ``tensor`` axes (where they divide it):
-            regions are sharded over ``layer``, what runs in order as ``sequential`` says, the rest by vocabulary.
+            regions are spread over ``layer``, what runs in order as ``sequential`` says, the rest by vocabulary.
         fits: calibrations by the names that the schedule's regions give.
 
     Raises:
-        InputError: a region that cannot be spread over the mesh, or whose calibration is not among ``fits``.
+        InputError: a schedule that the model cannot run, a layout with a mesh, a region that cannot be spread over the
+            mesh, or whose calibration is not among ``fits``.
     """
     if mesh is not None:
+        if layout != "auto":
+            raise InputError(f"layout {layout!r} means nothing on a mesh, where weights are stacks; leave it out.")
         weights = arrange(model, model.cast(params), schedule, mesh, sequential, fits)
         return jax.device_put(weights, weights_shardings(model, weights, mesh))
-    # Not jitted: what needs no cast is not copied.
-    return _lay_out(model, split(model, model.cast(params), schedule, fits), num_tokens, layout)
+    params = canonical(model, params)
+    segments = _cut_further(model.config, _checked(model.config, schedule))
+    form = _form_of(model, num_tokens, layout)
+    parts = tuple(_lay_out(model, params, segment, form, fits) for segment in segments)
+    return Weights({"embed": params["embed"], "head": params["head"]}, parts)
 
 
-def _lay_out(model: LanguageModel, weights: Weights, num_tokens: int, layout: Layout) -> Weights:
-    """Stacks or lists, of joined kernels or separate ones, see :func:`prepare`."""
-    width, tokens = LOOPED
-    is_looped = model.backend != "cpu" or (model.config.embed_dim <= width and num_tokens >= tokens)
+def canonical(model: LanguageModel, params: Params) -> Params:
+    """The one copy of the parameters that weights of all schedules read, without a mesh: in the compute dtype.
 
-    def lay_out(segment: Segment, blocks: PyTree) -> PyTree:
-        if isinstance(segment, SkippedSegment):
-            return blocks
-        if model.backend == "gpu":
-            blocks = each_stack(join_projections, blocks)
-        if isinstance(segment, SequentialSegment):
-            is_list = layout == "list" or (layout == "auto" and not is_looped)
-            return as_rows(blocks, segment.num_layers) if is_list else blocks
-        # A split stage shares one product among all layers, which only a stack can do.
-        if layout != "list" or isinstance(segment.stage, FusedSplit):
-            return blocks
-        is_chunked = isinstance(segment.stage, Chunkwise)
-        return as_rows(by_chunk(blocks, segment.layers_per_node) if is_chunked else blocks, segment.num_nodes)
-
-    return dataclasses.replace(weights, blocks=tuple(map(lay_out, weights.segments, weights.blocks)))
+    On a GPU kernels that read one input are joined (:mod:`snlp_jax.model.projections`), which copies them. Elsewhere
+    that gains nothing (docs/log.md). What needs neither is not copied.
+    """
+    params = model.cast(params)
+    if model.backend != "gpu":
+        return params
+    return params | {"blocks": join_projections(params["blocks"])}
 
 
-def abstract_weights(model: LanguageModel, schedule: Schedule, mesh: Mesh, sequential: Spread = "tensor") -> Weights:
-    """What :func:`prepare` would lay out on a mesh, as shapes with shardings: for compilation ahead of time."""
-    lay_out = lambda params: arrange(model, model.cast(params), schedule, mesh, sequential)  # noqa: E731
-    weights = jax.eval_shape(lay_out, model.abstract_params())
-    return with_shardings(weights, weights_shardings(model, weights, mesh))
-
-
-def weights_shardings(model: LanguageModel, weights: Weights, mesh: Mesh) -> Weights:
-    """The sharding of every leaf of weights that are laid out on a mesh."""
-    place = lambda tree, layout, prefix="": shardings_of(tree, model.config, mesh, layout, prefix)  # noqa: E731
-    place_blocks = lambda blocks, layout: each_stack(lambda stack: place(stack, layout, "blocks/"), blocks)  # noqa: E731
-    layouts = [BY_LAYER if is_spread else BY_FEATURE for is_spread in weights.is_spread]
-    on_all = NamedSharding(mesh, PartitionSpec())
-    return dataclasses.replace(
-        weights,
-        ends=place(weights.ends, BY_FEATURE),
-        blocks=tuple(map(place_blocks, weights.blocks, layouts)),
-        tables=tuple(place(tables, layout, "embed/") for tables, layout in zip(weights.tables, layouts, strict=True)),
-        fits=jax.tree.map(lambda _: on_all, weights.fits),
-    )
-
-
-def arrange(
-    model: LanguageModel,
-    params: Params,
-    schedule: Schedule,
-    mesh: Mesh,
-    sequential: Spread = "tensor",
-    fits: Mapping[str, Calibration] | None = None,
+def split(
+    model: LanguageModel, params: Params, schedule: Schedule, fits: Mapping[str, Calibration] | None = None
 ) -> Weights:
-    """:func:`split` for a mesh: stacks that its layer axis shares filled up, value embeddings laid out with them.
+    """Stacks along a schedule, of parameters as they are: what :func:`prepare` lays out, for use under jit.
 
     Raises:
-        InputError: see :func:`check_mesh` and :func:`split`.
+        InputError: see :func:`prepare`.
     """
-    check_mesh(schedule, mesh)
-    check_alike(model.config, mesh)
-    is_ring = mesh.shape["layer"] > 1 and sequential == "ring"
-    return _spread(model, params, split(model, params, schedule, fits, is_ring=is_ring), mesh, sequential)
+    segments = _cut_further(model.config, _checked(model.config, schedule))
+    parts = tuple(_lay_out(model, params, segment, "stack", fits) for segment in segments)
+    return Weights({"embed": params["embed"], "head": params["head"]}, parts)
 
 
-def _spread(model: LanguageModel, params: Params, weights: Weights, mesh: Mesh, sequential: Spread) -> Weights:
-    """Weights that are cut already, see :func:`arrange`."""
-    num_devices = mesh.shape["layer"]
-    blocks, tables, is_spread = [], [], []
-    for segment, stack in zip(weights.segments, weights.blocks, strict=True):
-        if isinstance(segment, ParallelSegment):
-            spread = num_devices * mesh.shape["data"] > 1
-        else:
-            spread = num_devices > 1 and isinstance(segment, SequentialSegment) and sequential == "ring"
-        num_shards, num_rows = 1, segment.num_layers
-        if spread:
-            nodes, layers_per_node = nodes_of(segment)
-            num_shards, num_rows = num_devices, layers_per_node * num_padded(nodes, num_devices)
-        is_spread.append(spread)
-        blocks.append(pad_layers(stack, num_rows) if num_rows > segment.num_layers else stack)
-        where = (segment.start, segment.stop, num_shards, num_rows)
-        is_skipped = isinstance(segment, SkippedSegment)
-        tables.append(None if is_skipped else lay_out_tables(model.config, params["embed"], *where))
-    embed = {name: leaf for name, leaf in weights.ends["embed"].items() if name not in ("value", "value_gate")}
-    ends = {"embed": embed, "head": weights.ends["head"]}
-    return Weights(ends, tuple(blocks), tuple(tables), weights.fits, weights.segments, tuple(is_spread))
+def with_schedule(
+    model: LanguageModel, weights: Weights, schedule: Schedule, fits: Mapping[str, Calibration] | None = None
+) -> Weights:
+    """The same arrays under the iterations, corrections and guesses of another schedule that cuts the layers alike.
+
+    Raises:
+        InputError: see :func:`prepare`.
+    """
+    segments = _checked(model.config, schedule)
+    if len(segments) != len(weights.parts):
+        segments = _cut_further(model.config, segments)
+    parts = tuple(
+        dataclasses.replace(part, segment=segment, fit=_fit_of(segment, fits))
+        for part, segment in zip(weights.parts, segments, strict=True)
+    )
+    return dataclasses.replace(weights, parts=parts)
 
 
-def training_weights(model: LanguageModel, params: Params, mesh: Mesh | None) -> Weights:
-    """The sequential pass over parameters as they lie in training, none of them copied. Call it under jit."""
-    num_layers = model.config.num_layers
-    if mesh is None or mesh.shape["layer"] == 1:
-        return split(model, params, Schedule.of(num_layers))
-    return Weights(params, (params["blocks"],), (None,), (None,), (SequentialSegment(0, num_layers),), (True,))
+def _form_of(model: LanguageModel, num_tokens: int, layout: Layout) -> Layout:
+    """The form of layers in order: ``stack`` or ``list``; ``list`` of all layers where it was asked for."""
+    width, tokens = LOOPED
+    is_looped = model.backend != "cpu" or (model.config.embed_dim <= width and num_tokens >= tokens)
+    return "stack" if layout == "auto" and is_looped else layout
+
+
+def _lay_out(
+    model: LanguageModel, params: Params, segment: Segment, form: Layout, fits: Mapping[str, Calibration] | None
+) -> Part:
+    """One part; ``form`` as :func:`_form_of` gives it, where ``auto`` means lists for layers in order alone."""
+    config, span = model.config, (segment.start, segment.stop)
+    fit = _fit_of(segment, fits)
+    if isinstance(segment, SkippedSegment):
+        return Part(None, None, fit, segment, span)
+    is_region = isinstance(segment, ParallelSegment)
+    # A split stage shares one product among all layers, which only a stack can do.
+    is_split = isinstance(segment, ParallelSegment) and isinstance(segment.stage, FusedSplit)
+    is_unrolled = (form == "list" and not is_split) or (form == "auto" and not is_region)
+    if model.backend != "cpu" and not is_unrolled and not config.replaced_layers:
+        return Part(params["blocks"], None, fit, segment, (0, config.num_layers))
+    blocks = cut(config, params["blocks"], *span)
+    if is_unrolled and not isinstance(blocks, list):
+        blocks = _node_list(blocks, segment)
+    return Part(blocks, None, fit, segment, span)
+
+
+def _node_list(stack: PyTree, segment: Segment) -> list[PyTree]:
+    """One tree for each node of a segment, out of its stack."""
+    num_nodes, layers_per_node = nodes_of(segment)
+    if isinstance(segment, ParallelSegment) and isinstance(segment.stage, Chunkwise):
+        starts = range(0, segment.num_layers, layers_per_node)
+        return [jax.tree.map(lambda leaf: rows_of(leaf, i, i + layers_per_node), stack) for i in starts]  # noqa: B023
+    return [layer_of(stack, index) for index in range(num_nodes)]
 
 
 def in_order(weights: Weights) -> Weights:
     """The same arrays, every region evaluated in order: the exact pass that fills a cache."""
-    to_order = lambda segment: SequentialSegment(segment.start, segment.stop)  # noqa: E731
-    segments = [to_order(s) if isinstance(s, ParallelSegment) else s for s in weights.segments]
-    return dataclasses.replace(weights, segments=tuple(segments), fits=(None,) * len(segments))
+
+    def one(part: Part) -> Part:
+        if not isinstance(part.segment, ParallelSegment):
+            return part
+        blocks = part.blocks
+        if isinstance(blocks, list) and isinstance(part.segment.stage, Chunkwise):
+            blocks = [layer_of(chunk, j) for chunk in blocks for j in range(part.segment.layers_per_node)]
+        return dataclasses.replace(part, blocks=blocks, segment=SequentialSegment(*_span(part)), fit=None)
+
+    return dataclasses.replace(weights, parts=tuple(map(one, weights.parts)))
 
 
 def verifier(
@@ -214,20 +246,145 @@ def verifier(
 ) -> Weights:
     """The exact pass over all layers that checks what ``weights`` draft, cut where they are cut.
 
-    Arrays that both passes read in the same form are shared. Where layers in order are lists and regions are stacks
-    (layout ``auto`` on a CPU), regions are held twice. On a mesh they stay where they are and are passed round.
+    Without a mesh it reads the arrays that the drafter reads. On a mesh regions stay where they are and the state is
+    passed round.
     """
-    segments = tuple(SequentialSegment(segment.start, segment.stop) for segment in weights.segments)
+    segments = [SequentialSegment(*_span(part)) for part in weights.parts]
+    if mesh is None:
+        form, params = _form_of(model, 1, layout), canonical(model, params)
+        parts = tuple(_lay_out(model, params, segment, form, None) for segment in segments)
+        return dataclasses.replace(weights, parts=parts)
     params = model.cast(params)
-    exact = _cut(model, params, segments, is_ring=False)
-    exact = _lay_out(model, exact, 1, layout) if mesh is None else _spread(model, params, exact, mesh, sequential)
-    shared: dict[str, list[PyTree]] = {"blocks": [], "tables": [], "is_spread": []}
-    for index, (mine, its) in enumerate(zip(weights.blocks, exact.blocks, strict=True)):
-        is_shared = mine is not None and isinstance(mine, list) == isinstance(its, list)
-        for name, taken in shared.items():
-            taken.append(getattr(weights if is_shared else exact, name)[index])
-    exact = dataclasses.replace(exact, ends=weights.ends, **{name: tuple(taken) for name, taken in shared.items()})
-    return exact if mesh is None else jax.device_put(exact, weights_shardings(model, exact, mesh))
+    exact = in_order(weights)
+    parts = tuple(
+        _spread(model, params, segment, mesh, sequential, None) if part.blocks is None else part
+        for part, segment in zip(exact.parts, segments, strict=True)
+    )
+    exact = dataclasses.replace(exact, parts=parts)
+    return jax.device_put(exact, weights_shardings(model, exact, mesh))
+
+
+# -- On a mesh ---------------------------------------------------------------------------------------------------------
+
+
+def abstract_weights(model: LanguageModel, schedule: Schedule, mesh: Mesh, sequential: Spread = "tensor") -> Weights:
+    """What :func:`prepare` would lay out on a mesh, as shapes with shardings: for compilation ahead of time."""
+    lay_out = lambda params: arrange(model, model.cast(params), schedule, mesh, sequential)  # noqa: E731
+    weights = jax.eval_shape(lay_out, model.abstract_params())
+    return with_shardings(weights, weights_shardings(model, weights, mesh))
+
+
+def weights_shardings(model: LanguageModel, weights: Weights, mesh: Mesh) -> Weights:
+    """The sharding of every leaf of weights that are laid out on a mesh."""
+    on_all = NamedSharding(mesh, PartitionSpec())
+
+    def one(part: Part) -> Part:
+        layout = BY_LAYER if part.is_spread else BY_FEATURE
+
+        def place(stack: PyTree) -> PyTree:
+            return shardings_of(stack, model.config, mesh, layout, "blocks/")
+
+        if isinstance(part.blocks, list):  # its trees have no layer axis: they lie as a stack of one would
+            blocks: PyTree = [_without_layers(place(jax.tree.map(_with_layers, tree)), mesh) for tree in part.blocks]
+        else:
+            blocks = place(part.blocks)
+        tables = shardings_of(part.tables, model.config, mesh, layout, "embed/")
+        return dataclasses.replace(part, blocks=blocks, tables=tables, fit=jax.tree.map(lambda _: on_all, part.fit))
+
+    embed_head = shardings_of(weights.embed_head, model.config, mesh, BY_FEATURE)
+    return dataclasses.replace(weights, embed_head=embed_head, parts=tuple(map(one, weights.parts)))
+
+
+def _with_layers(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
+
+
+def _without_layers(shardings: PyTree, mesh: Mesh) -> PyTree:
+    return jax.tree.map(lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), shardings)
+
+
+def arrange(
+    model: LanguageModel,
+    params: Params,
+    schedule: Schedule,
+    mesh: Mesh,
+    sequential: Spread = "tensor",
+    fits: Mapping[str, Calibration] | None = None,
+) -> Weights:
+    """Weights for a mesh, of parameters that are cast: stacks that its layer axis shares are filled up, and value
+    embeddings laid out with them. They still have to be put where :func:`weights_shardings` says.
+
+    Raises:
+        InputError: see :func:`check_mesh` and :func:`prepare`.
+    """
+    check_mesh(schedule, mesh)
+    check_alike(model.config, mesh)
+    segments = _checked(model.config, schedule)
+    if mesh.shape["layer"] == 1 or sequential != "ring":
+        segments = _cut_further(model.config, segments)
+    parts = tuple(_spread(model, params, segment, mesh, sequential, fits) for segment in segments)
+    embed = {name: leaf for name, leaf in params["embed"].items() if name not in ("value", "value_gate")}
+    return Weights({"embed": embed, "head": params["head"]}, parts)
+
+
+def _spread(
+    model: LanguageModel,
+    params: Params,
+    segment: Segment,
+    mesh: Mesh,
+    sequential: Spread,
+    fits: Mapping[str, Calibration] | None,
+) -> Part:
+    """One part on a mesh, see :func:`arrange`."""
+    span, num_devices, fit = (segment.start, segment.stop), mesh.shape["layer"], _fit_of(segment, fits)
+    if isinstance(segment, SkippedSegment):
+        return Part(None, None, fit, segment, span)
+    if isinstance(segment, ParallelSegment):
+        is_spread = num_devices * mesh.shape["data"] > 1
+    else:
+        is_spread = num_devices > 1 and sequential == "ring"
+    blocks = cut(model.config, params["blocks"], *span)
+    num_shards, num_rows = 1, segment.num_layers
+    if is_spread and not isinstance(blocks, list):
+        num_nodes, layers_per_node = nodes_of(segment)
+        num_shards, num_rows = num_devices, layers_per_node * num_padded(num_nodes, num_devices)
+        blocks = pad_layers(blocks, num_rows)
+        _warn_of_windows(model.config, segment, num_rows // num_devices)
+    tables = lay_out_tables(model.config, params["embed"], *span, num_shards, num_rows)
+    return Part(blocks, tables, fit, segment, span, is_spread)
+
+
+def _warn_of_windows(config: ModelConfig, segment: Segment, shard_len: int) -> None:
+    if not are_windows_alike(config, segment.start, segment.stop, shard_len):
+        warnings.warn(
+            f"the attention windows of layers {segment.start}-{segment.stop} differ between devices that hold "
+            f"{shard_len} layers each, so every layer computes scores for the longest window; choose "
+            "mesh.layer so that each device holds whole repetitions of model.window_pattern.",
+            stacklevel=2,
+        )
+
+
+def are_windows_alike(config: ModelConfig, start: int, stop: int, shard_len: int) -> bool:
+    """Whether the layers of every device have the same windows, which one compiled sweep needs."""
+    windows = config.windows[start:stop]
+    return all(window == windows[i % shard_len] for i, window in enumerate(windows))
+
+
+def training_weights(model: LanguageModel, params: Params, mesh: Mesh | None, ring_microbatches: int = 1) -> Weights:
+    """The sequential pass over parameters as they lie in training. Call it under jit, where nothing is copied."""
+    config, whole = model.config, (0, model.config.num_layers)
+    embed_head = {"embed": params["embed"], "head": params["head"]}
+    if mesh is not None and mesh.shape["layer"] > 1:
+        part = Part(params["blocks"], None, None, SequentialSegment(*whole), whole, True)
+        return Weights(embed_head, (part,), ring_microbatches)
+    segments = _cut_further(config, (SequentialSegment(*whole),))
+    blocks = [cut(config, params["blocks"], segment.start, segment.stop) for segment in segments]
+    spans = [(segment.start, segment.stop) for segment in segments]
+    parts = map(Part, blocks, [None] * len(spans), [None] * len(spans), segments, spans)
+    return Weights(embed_head, tuple(parts))
+
+
+# -- Checks ------------------------------------------------------------------------------------------------------------
 
 
 def check_mesh(schedule: Schedule, mesh: Mesh) -> None:
@@ -273,76 +430,34 @@ def check_schedule(config: ModelConfig, schedule: Schedule) -> None:
             raise InputError("a split stage is for a single residual stream; use chunks such as stage=4xF2.")
         replaced = [i for i in config.replaced_layers if region.start <= i < region.stop]
         if replaced and not isinstance(region.stage, PerLayer):
-            name = "a split stage" if isinstance(region.stage, FusedSplit) else f"stage={region.stage.num_chunks}xF"
-            what = f"{name}{'' if isinstance(region.stage, FusedSplit) else region.layers_per_node}"
-            raise InputError(f"{what} fuses layers as trained, but layers {replaced} are replaced; leave out stage=.")
+            raise InputError(f"a stage fuses layers as trained, but layers {replaced} are replaced; leave out stage=.")
 
 
-def split(
-    model: LanguageModel,
-    params: Params,
-    schedule: Schedule,
-    fits: Mapping[str, Calibration] | None = None,
-    *,
-    is_ring: bool = False,
-) -> Weights:
-    """Slice the stack along the schedule. Sequential segments also end where the head's mid-layer state is read, and
-    where layers of another kind begin; but those that will go round the devices do not: that state comes back with the
-    last one.
+def _checked(config: ModelConfig, schedule: Schedule) -> tuple[Segment, ...]:
+    check_schedule(config, schedule)
+    return schedule.segments
+
+
+def _fit_of(segment: Segment, fits: Mapping[str, Calibration] | None) -> Calibration | None:
+    """The calibration that a segment names.
 
     Raises:
-        InputError: see :func:`check_schedule`; or a region names a calibration that is not among ``fits`` or lacks
-            what the region reads.
+        InputError: it is not among ``fits``, or lacks what the segment reads.
     """
-    segments = schedule.segments if is_ring else _cut_further(model.config, schedule.segments)
-    return with_schedule(model, _cut(model, params, segments, is_ring=is_ring), schedule, fits)
+    if not isinstance(segment, ParallelSegment) or not segment.fit:
+        return None
+    if segment.fit not in (fits or {}):
+        raise InputError(f"there is no calibration {segment.fit!r}; fit it first.")
+    fit = (fits or {})[segment.fit]
+    for method in (segment.correction, segment.init):
+        try:
+            check_calibration(fit, method, segment.num_nodes)
+        except ValueError as error:
+            raise InputError(f"calibration {segment.fit!r}: {error}") from error
+    return fit
 
 
-def _cut(model: LanguageModel, params: Params, segments: tuple[Segment, ...], *, is_ring: bool) -> Weights:
-    def take(segment: Segment) -> PyTree:
-        if isinstance(segment, SkippedSegment):
-            return None
-        return cut(model.config, params["blocks"], segment.start, segment.stop)
-
-    ends = {"embed": params["embed"], "head": params["head"]}
-    none, here = (None,) * len(segments), (is_ring,) * len(segments)
-    return Weights(ends, tuple(map(take, segments)), none, none, segments, here)
-
-
-def with_schedule(
-    model: LanguageModel, weights: Weights, schedule: Schedule, fits: Mapping[str, Calibration] | None = None
-) -> Weights:
-    """The same arrays under the iterations, corrections and guesses of another schedule that cuts the layers alike.
-
-    Raises:
-        InputError: see :func:`split`.
-    """
-    check_schedule(model.config, schedule)
-    pairs = zip(weights.segments, weights.is_spread, strict=True)
-    is_ring = any(isinstance(segment, SequentialSegment) and is_spread for segment, is_spread in pairs)
-    segments = schedule.segments if is_ring else _cut_further(model.config, schedule.segments)
-
-    def find_fit(segment: Segment) -> Calibration | None:
-        if not isinstance(segment, ParallelSegment) or not segment.fit:
-            return None
-        if segment.fit not in (fits or {}):
-            raise InputError(f"there is no calibration {segment.fit!r}; fit it first.")
-        fit = (fits or {})[segment.fit]
-        for method in (segment.correction, segment.init):
-            try:
-                check_calibration(fit, method, segment.num_nodes)
-            except ValueError as error:
-                raise InputError(f"calibration {segment.fit!r}: {error}") from error
-        return fit
-
-    return dataclasses.replace(weights, fits=tuple(map(find_fit, segments)), segments=segments)
-
-
-def cut_before(weights: Weights, index: int) -> Weights:
-    """The same weights without segment ``index`` and those after it: :func:`run_segments` then ends at its input."""
-    names = ("blocks", "tables", "fits", "segments", "is_spread")
-    parts = {name: getattr(weights, name)[:index] for name in names}
-    return dataclasses.replace(weights, **parts)
+# -- Pieces ------------------------------------------------------------------------------------------------------------
 
 
 def nodes_of(segment: Segment) -> tuple[int, int]:
@@ -352,22 +467,18 @@ def nodes_of(segment: Segment) -> tuple[int, int]:
     return segment.num_layers, 1
 
 
-def as_rows(tree: PyTree, num_rows: int) -> list[PyTree]:
-    """One tree for each index of the leading axis."""
-    if isinstance(tree, list):
-        return tree
-    if isinstance(tree, Groups):
-        return [tree.layer(index) for index in range(num_rows)]
-    return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(num_rows)]  # noqa: B023
-
-
 def by_chunk(tree: PyTree, layers_per_chunk: int) -> PyTree:
     """[n, ...] -> [C, M, ...]; no copy under jit."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, layers_per_chunk, *leaf.shape[1:]), tree)
 
 
+def _span(part: Part) -> tuple[int, int]:
+    return part.segment.start, part.segment.stop
+
+
 def _cut_further(config: ModelConfig, segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Segments outside of regions end after the mid-layer, and after the last of several layers of a kind."""
+    """Segments outside of regions end after the mid-layer, whose state the head reads, and where layers begin or end
+    that have to be read one by one."""
     pieces: list[Segment] = []
     for segment in segments:
         if isinstance(segment, ParallelSegment):

@@ -47,6 +47,7 @@ from snlp_jax.solver import (
     Schedule,
     SkippedSegment,
     Stage,
+    TrustRegion,
     Warm,
 )
 
@@ -70,18 +71,39 @@ INITS: dict[str, type[Init]] = {
     "cal": CalibratedInit,
     "preheat": Preheat,
 }
+TRUSTED = ("idn", "sid", "diag")
+"""Corrections of scalars and diagonals, which a trust region can hold back."""
 DIAGONAL_MODES = {"jvp": "jvp", "vjp": "vjp", "fd": "finite_difference"}
+
+CONTROLS = ("seq", "skip", "exit", "pairs", "mtp")
+"""Settings that are no corrections."""
+
+
+def register_correction(name: str, correction: type[Correction]) -> None:
+    """Make a correction of your own known by a name, wherever solver settings are read: commands, losses, searches.
+
+    Its fields that :data:`CORRECTION_FIELDS` names can be set in a setting, such as ``mine:n=8,k=2,damp=0.1``.
+
+    Raises:
+        InputError: the name is taken, or cannot be written in a setting.
+    """
+    taken = (*CORRECTIONS, *CONTROLS)
+    if name in taken and CORRECTIONS.get(name) is not correction:
+        raise InputError(f"the name {name!r} is taken; choose another than {', '.join(taken)}.")
+    if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
+        raise InputError(f"a correction's name is lower-case letters, digits and _, unlike {name!r}.")
+    CORRECTIONS[name] = correction
+
 
 CORRECTION_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "damp": ("damping", lambda text: parse_number(float, text, "damp")),
-    "trust": ("trust", lambda text: parse_number(float, text, "trust")),
     "probes": ("num_probes", lambda text: parse_number(int, text, "probes")),
     "mode": ("mode", lambda text: _look_up(DIAGONAL_MODES, text, "mode")),
     "reuse": ("reuse", lambda text: bool(parse_number(int, text, "reuse"))),
 }
 """Key -> field of the correction, and how its value is read."""
 STAGE_FIELDS = ("scales", "branches", "mid")
-KEYS = ("n", "k", "init", "tol", "fit", "stage", *CORRECTION_FIELDS, *STAGE_FIELDS)
+KEYS = ("n", "k", "init", "tol", "fit", "stage", "trust", *CORRECTION_FIELDS, *STAGE_FIELDS)
 """What a region may be given."""
 PAPER = re.compile(
     r"(?:(?P<name>IDN|HCN) )?(?:(?P<C>\d+)xF(?P<M>\d+) )?n(?P<n>\d+) K(?P<k>\d+)(?P<init> batch_forward)?"
@@ -142,15 +164,8 @@ def _parse_region(part: str, num_layers: int) -> ParallelSegment:
     if name not in CORRECTIONS:
         known = ", ".join([*CORRECTIONS, "skip", "exit", "pairs"])
         raise ValueError(f"unknown correction {name!r}; choose one of {known}.")
-    correction_class = CORRECTIONS[name]
     fields = parse_fields(rest, KEYS)
     start, stop = parse_span(fields, num_layers)
-    options: dict[str, Any] = {}
-    for key, (field, read) in CORRECTION_FIELDS.items():
-        if key in fields:
-            if field not in {f.name for f in dataclasses.fields(correction_class)}:
-                raise ValueError(f"{key}= means nothing to {name}.")
-            options[field] = read(fields[key])
     stage = parse_stage(fields, stop - start)
     tolerance = parse_number(float, fields.get("tol", "0"), "tol")
     all_iters = stage.num_nodes(stop - start) if tolerance else 1
@@ -163,12 +178,28 @@ def _parse_region(part: str, num_layers: int) -> ParallelSegment:
         start,
         stop,
         num_iters=parse_number(int, fields.get("k", str(max(all_iters, 1))), "k"),
-        correction=correction_class(**options),
+        correction=_parse_correction(name, fields),
         init=init,
         stage=stage,
         tolerance=tolerance,
         fit=fields.get("fit", ""),
     )
+
+
+def _parse_correction(name: str, fields: dict[str, str]) -> Correction:
+    correction = CORRECTIONS[name]()
+    for key, (field, read) in CORRECTION_FIELDS.items():
+        if key in fields:
+            if field not in {f.name for f in dataclasses.fields(correction)}:
+                raise ValueError(f"{key}= means nothing to {name}.")
+            correction = dataclasses.replace(correction, **{field: read(fields[key])})
+    if "trust" not in fields:
+        return correction
+    if name not in TRUSTED:
+        raise ValueError(f"trust= means nothing to {name}.")
+    # Damping comes after the trust region, as it does after any surrogate.
+    undamped = dataclasses.replace(correction, damping=0.0)
+    return TrustRegion(correction.damping, undamped, parse_number(float, fields["trust"], "trust"))
 
 
 def parse_fields(text: str, keys: tuple[str, ...]) -> dict[str, str]:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.config import WeightPrecision, check_weights
-from snlp_jax.layout import as_rows, split
+from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Context, Shared
 from snlp_jax.model.projections import PARTS
@@ -111,9 +111,8 @@ def input_squares(model: LanguageModel, params: Params, batches: Iterable[Mappin
     # What a traced layer hands on cannot leave a checkpoint.
     model = LanguageModel(dataclasses.replace(model.config, remat=False), model.machine, backend=model.backend)
     config = model.config
-    weights = split(model, model.cast(params), Schedule.of(config.num_layers))
-    pairs = zip(weights.blocks, weights.segments, strict=True)
-    layers = [layer for blocks, segment in pairs for layer in as_rows(blocks, segment.num_layers)]
+    weights = prepare(model, params, Schedule.of(config.num_layers), layout="list")
+    layers = [layer for part in weights.parts for layer in part.blocks]
     mean_square = lambda x: jnp.square(x.astype(jnp.float32)).mean((0, 1))  # noqa: E731
 
     @jax.jit
@@ -135,14 +134,14 @@ def input_squares(model: LanguageModel, params: Params, batches: Iterable[Mappin
     total, count = None, 0
     for batch in batches:
         inputs = {name: jnp.asarray(batch[name][:, :-1]) for name in ("tokens", "document") if name in batch}
-        shared, h = enter(weights.ends, inputs["tokens"], inputs.get("document"))
+        shared, h = enter(weights.embed_head, inputs["tokens"], inputs.get("document"))
         h_mid, by_layer = h, []
         for index, layer in enumerate(layers):
-            ctx = model.context(weights.ends, [layer], inputs["tokens"], index, index + 1)
+            ctx = model.context(weights.embed_head, [layer], inputs["tokens"], index, index + 1)
             h, found = step(layer, h, jax.tree.map(lambda leaf: leaf[0], ctx), shared)
             by_layer.append(found)
             h_mid = h if index == config.mid_layer else h_mid
-        made = (by_layer, leave(weights.ends, h, h_mid))
+        made = (by_layer, leave(weights.embed_head, h, h_mid))
         total = made if total is None else jax.tree.map(jnp.add, total, made)
         count += 1
     assert total is not None, "there is no text to calibrate on"

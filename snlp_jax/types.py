@@ -5,7 +5,6 @@ L layers (of the model, or of the parallel region at hand), C chunks, M layers p
 A name such as ``h_LBTD`` wears its shape. Iterations are always ``num_iters``, never K.
 """
 
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -15,31 +14,6 @@ PyTree = Any
 Params = dict[str, Any]
 """Nested dict of arrays. Everything under ``params['blocks']`` leads with the layer axis: that of the layers which have
 it, see ``snlp_jax/model/kinds.py``."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Groups:
-    """Trees of N layers whose structures differ: those of one structure stacked, leaves of a group [n, ...]."""
-
-    groups: tuple[PyTree, ...]
-    members: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
-    """Layers of each group, in order."""
-
-    @property
-    def num_layers(self) -> int:
-        return sum(map(len, self.members))
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Where every layer stands in the groups one behind the other."""
-        order = [index for members in self.members for index in members]
-        return tuple(sorted(range(len(order)), key=order.__getitem__))
-
-    def layer(self, index: int) -> PyTree:
-        """One layer's tree."""
-        group, members = next((g, m) for g, m in zip(self.groups, self.members, strict=True) if index in m)
-        return jax.tree.map(lambda leaf: leaf[members.index(index)], group)
 
 
 class Batch(NamedTuple):

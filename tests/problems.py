@@ -13,6 +13,7 @@ import numpy as np
 from snlp_jax.config import ModelConfig
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import (
+    Chain,
     Diagonal,
     Exact,
     Guess,
@@ -20,9 +21,10 @@ from snlp_jax.solver import (
     Identity,
     Init,
     Jacobi,
-    LayerProblem,
+    LayerFns,
     ScaledIdentity,
     Schedule,
+    TrustRegion,
 )
 
 NUM_LAYERS, NUM_TOKENS, WIDTH = 5, 3, 4
@@ -34,19 +36,17 @@ class Warm(Init):
 
     h_L: object
 
-    def __call__(self, problem):
-        return Guess(self.h_L, problem.h_in)
+    def __call__(self, chain, data=None):
+        return Guess(self.h_L, chain.h_in)
 
 
 def _normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def _chain(block, params, residual_map=None, num_layers=NUM_LAYERS, **overrides):
-    parts = {"ctx": None, "shared": None, "h_in": _normal(0, NUM_TOKENS, WIDTH)} | overrides
-    return LayerProblem(
-        block_fn=block, params=params, num_layers=num_layers, residual_map=residual_map, sweep_fn=None, **parts
-    )
+def _chain(block, params, skip=None, h_in=None, **inputs):
+    h_in = _normal(0, NUM_TOKENS, WIDTH) if h_in is None else h_in
+    return Chain.of(LayerFns(block, skip=skip), params, h_in, **inputs)
 
 
 def _shifts(num_layers):
@@ -59,7 +59,7 @@ def translation(num_layers=NUM_LAYERS):
     def block(params, h, ctx, shared):
         return h + params["c"][None], ()
 
-    return _chain(block, {"c": _shifts(num_layers)}, num_layers=num_layers)
+    return _chain(block, {"c": _shifts(num_layers)})
 
 
 def scaled_translation(num_layers=NUM_LAYERS):
@@ -69,7 +69,7 @@ def scaled_translation(num_layers=NUM_LAYERS):
         return params["s"] * h + params["c"][None], ()
 
     params = {"s": jnp.linspace(-0.8, 1.9, num_layers), "c": _shifts(num_layers)}
-    return _chain(block, params, lambda params, ctx, aux: params["s"], num_layers)
+    return _chain(block, params, lambda params, ctx, aux: params["s"])
 
 
 def half_translation():
@@ -107,7 +107,7 @@ def nonlinear(num_layers=NUM_LAYERS):
         return h + branch, {"branch": branch}
 
     params = {"w": _normal(2, num_layers, WIDTH, WIDTH) * 0.5, "c": _shifts(num_layers)}
-    return _chain(block, params, num_layers=num_layers)
+    return _chain(block, params)
 
 
 def pair():
@@ -138,7 +138,7 @@ def streams(num_layers=NUM_LAYERS):
     def block(params, h, ctx, shared):
         return params["mix"] @ h + params["c"][None], ()
 
-    return _chain(block, _mixing(num_layers), lambda params, ctx, aux: params["mix"], num_layers)
+    return _chain(block, _mixing(num_layers), lambda params, ctx, aux: params["mix"])
 
 
 def bent_streams(num_layers=NUM_LAYERS):
@@ -148,7 +148,7 @@ def bent_streams(num_layers=NUM_LAYERS):
         return params["mix"] @ h + jnp.tanh(h @ params["w"] + params["c"][None]), {"mix": params["mix"]}
 
     params = _mixing(num_layers) | {"w": _normal(2, num_layers, WIDTH, WIDTH) * 0.5}
-    return _chain(block, params, lambda params, ctx, aux: aux["mix"], num_layers)
+    return _chain(block, params, lambda params, ctx, aux: aux["mix"])
 
 
 def _mixing(num_layers):
@@ -156,15 +156,16 @@ def _mixing(num_layers):
     return {"mix": mix_L, "c": _shifts(num_layers)}
 
 
-def posed(problem, correction):
+def posed(chain, correction):
     """The chain with its skip path in the form that the correction reads: a scalar s is the matrix s I of streams."""
-    if not isinstance(correction, HyperConnection) or isinstance(problem.h_in, dict):
-        return problem
-    x_L = jnp.broadcast_to(problem.h_in[None], (problem.num_layers, *problem.h_in.shape))
-    if jax.eval_shape(lambda: problem.residuals(problem.sweep(x_L)[1])).ndim > 1:
-        return problem
-    skip = problem.residual_map or (lambda params, ctx, aux: 1.0)
-    return dataclasses.replace(problem, residual_map=lambda *row: skip(*row) * jnp.eye(problem.h_in.shape[0]))
+    if not isinstance(correction, HyperConnection) or isinstance(chain.h_in, dict):
+        return chain
+    x_L = jnp.broadcast_to(chain.h_in[None], (chain.num_nodes, *chain.h_in.shape))
+    if jax.eval_shape(lambda: chain.skips(chain.sweep(x_L)[1])).ndim > 1:
+        return chain
+    skip = chain.fns.skip or (lambda params, ctx, aux: 1.0)
+    fns = chain.fns._replace(skip=lambda *row: skip(*row) * jnp.eye(chain.h_in.shape[0]))
+    return dataclasses.replace(chain, fns=fns)
 
 
 CHAINS = {
@@ -180,7 +181,7 @@ CHAINS = {
     "bent_streams": bent_streams,
 }
 JACOBI, IDENTITY, SCALED, HALF, EXACT = Jacobi(), Identity(), ScaledIdentity(), Identity(damping=0.5), Exact()
-TRUSTED, DIAGONAL, HYPER = Identity(trust=0.2), Diagonal(), HyperConnection()
+TRUSTED, DIAGONAL, HYPER = TrustRegion(0.0, Identity(), 0.2), Diagonal(), HyperConnection()
 N = NUM_LAYERS
 ITERATIONS = {
     name: dict(zip((JACOBI, IDENTITY, SCALED, HALF, TRUSTED, DIAGONAL, HYPER, EXACT), row, strict=True))
@@ -201,24 +202,24 @@ ITERATIONS = {
 bound for any correction; Newton on the nonlinear chains converges quadratically and is there one sooner."""
 
 
-def listed(problem):
-    """The same problem with its parameters as a list of trees, one a layer."""
-    rows = [jax.tree.map(lambda leaf: leaf[i], problem.params) for i in range(problem.num_layers)]  # noqa: B023
-    return dataclasses.replace(problem, params=rows)
+def listed(chain):
+    """The same chain with its parameters as a list of trees, one a node."""
+    rows = [jax.tree.map(lambda leaf: leaf[i], chain.params) for i in range(chain.num_nodes)]  # noqa: B023
+    return dataclasses.replace(chain, params=rows)
 
 
-def error(trace, problem):
+def error(trace, chain):
     """Largest distance of a trace from the sequential one, relative to the largest entry of that one."""
-    both = zip(jax.tree.leaves(trace), jax.tree.leaves(true_trace(problem)), strict=True)
+    both = zip(jax.tree.leaves(trace), jax.tree.leaves(true_trace(chain)), strict=True)
     return max(relative_error(*leaves) for leaves in both)
 
 
-def true_trace(problem, numpy=np):
-    """The chain, one layer after another in plain Python; inside a compiled function with jax's ``numpy``."""
-    h, rows = problem.h_in, []
-    for index in range(problem.num_layers):
-        params, ctx = problem.layer(index)
-        h, _ = problem.block_fn(params, h, ctx, problem.shared)
+def true_trace(chain, numpy=np):
+    """The chain, one node after another in plain Python; inside a compiled function with jax's ``numpy``."""
+    h, rows = chain.h_in, []
+    for index in range(chain.num_nodes):
+        params, ctx = chain.node(index)
+        h, _ = chain.fns.block(params, h, ctx, chain.shared)
         rows.append(h)
     return jax.tree.map(lambda *leaves: numpy.stack(leaves), *rows)
 

@@ -136,7 +136,7 @@ for num_layers, setting, layout, memory, *other in json.loads(sys.argv[2]):
         "products": sum(op.count for op in with_step.ops if op.flops > 0),
         "moved_before": written(before), "moved": written(with_step) - written(before),
         "read": int(with_step.bytes_read - before.bytes_read),
-        "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights.blocks)),
+        "weights": sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(weights.parts)}.values()),
         "rings": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.rings)),
     }))
 """

@@ -13,7 +13,7 @@ from benchmarks.speed_cells import decoding, random_state
 from snlp_jax.cache import Past
 from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward
+from snlp_jax.forward import Keep, forward
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.attention import attend_ring, choose_decoding
@@ -130,7 +130,11 @@ def test_a_cached_pass_is_that_with_xla_attention(monkeypatch, setting):
         programs, state = decoding(model, weights, 1, 20, 2)
         rings = random_state(state, 20).rings
         past = Past(jnp.ones((1, 1), jnp.int32), jnp.asarray([20]), rings)
-        pass_of = lambda weights: forward(model, weights, jnp.asarray([[3, 4]]), past=past, kept=programs.kept)  # noqa: E731
+
+        def pass_of(weights):
+            keep = Keep(programs.evaluation)
+            return forward(model, weights, jnp.asarray([[3, 4]]), past=past, keep=keep)
+
         return str(jax.make_jaxpr(pass_of)(weights)), jax.jit(pass_of)(weights).logits_BTV
 
     (plain, expected), (fused, logits) = run("xla"), run("pallas")

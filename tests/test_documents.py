@@ -19,7 +19,7 @@ from snlp_jax.config import (
     SolverCEConfig,
 )
 from snlp_jax.errors import InputError
-from snlp_jax.eval.calibrations import region_problems
+from snlp_jax.eval.calibrations import region_chains
 from snlp_jax.eval.diagnose import diagnose
 from snlp_jax.forward import forward
 from snlp_jax.layout import prepare
@@ -30,6 +30,7 @@ from snlp_jax.parallel import make_mesh, put_batch
 from snlp_jax.parallel.sharding import TRAINING, shardings_of
 from snlp_jax.run import BATCH_SIZE
 from snlp_jax.train.loss import Plan, balanced, loss_fn
+from snlp_jax.train.passes import Passes
 from snlp_jax.types import Batch
 
 ROUNDING = 3e-5
@@ -121,7 +122,10 @@ def losses(model: LanguageModel, batch: Batch, mesh=None, ring: int = 1):
     weights = {"hidden_norm": 0.0, "solver_ce": 1.0}
 
     def run(params, batch):
-        of = lambda p: loss_fn(model, p, balanced(batch), LOSS, PLAN, weights, mesh=mesh, ring_microbatches=ring)  # noqa: E731
+        def of(p):
+            passes = Passes.of(model, p, balanced(batch), mesh=mesh, ring_microbatches=ring)
+            return loss_fn(passes, LOSS, PLAN, weights)
+
         return jax.value_and_grad(of, has_aux=True)(params)
 
     (_, parts), grads = jax.jit(run)(params, put_batch(mesh, batch, is_whole=True))
@@ -137,7 +141,7 @@ def test_the_loss_of_masked_documents_is_that_of_documents_alone(with_gradient: 
     plan, (rows, _) = Plan((("solver_ce", (2,)),)), alone(packed())
     batch = repeated(packed(), len(rows.tokens))._replace(weight=np.ones_like(rows.weight))
     rows = rows._replace(document=np.zeros_like(rows.tokens))
-    of = lambda p, batch: loss_fn(model, p, balanced(batch), loss, plan, {"solver_ce": 1.0})  # noqa: E731
+    of = lambda p, batch: loss_fn(Passes.of(model, p, balanced(batch)), loss, plan, {"solver_ce": 1.0})  # noqa: E731
     run = jax.jit(jax.grad(of, has_aux=True) if with_gradient else lambda p, batch: (p, of(p, batch)[1]))
     (grads, together), (grads_apart, apart) = run(params, batch), run(params, rows)
     for name in ("sequential_ce", "solver_ce"):
@@ -170,8 +174,8 @@ def test_calibration_and_diagnosis_read_documents_alone() -> None:
     params, schedule = random_params(model), parse_schedule("idn:n=3,k=1", SMALL.num_layers)
     region, (rows, places) = schedule.regions[0], alone(batch)
     fill = lambda x: np.resize(x, (BATCH_SIZE, T + 1))  # noqa: E731
-    (masked,) = region_problems(model, params, region, fill(batch.tokens), fill(batch.document))()
-    (apart,) = region_problems(model, params, region, fill(rows.tokens))()
+    (masked,) = region_chains(model, params, region, fill(batch.tokens), fill(batch.document))()
+    (apart,) = region_chains(model, params, region, fill(rows.tokens))()
     assert masked.shared.document_BT is not None  # what the fit's own evaluations read
     for index, (row, place) in enumerate(places):
         expected = apart.h_in[index, : place.stop - place.start]

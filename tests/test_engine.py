@@ -31,7 +31,7 @@ from problems import SMALL, VARIANTS, random_tokens
 from snlp_jax.cache import append, fill, plan_rings
 from snlp_jax.config import MachineConfig, MeshConfig
 from snlp_jax.errors import InputError
-from snlp_jax.eval.calibrations import region_problems
+from snlp_jax.eval.calibrations import region_chains
 from snlp_jax.infer import CacheRule, Drafting, Engine, Placement, Request, Sampling
 from snlp_jax.infer.engine import bucket
 from snlp_jax.infer.programs import Programs
@@ -63,7 +63,7 @@ def test_sequential_decoding_is_the_whole_pass(config):
     times."""
     engine, requests, completions = decoded(config)
     assert min(PROMPTS) + NEW > 3 * (max(config.windows) + 1) and max(PROMPTS) > max(config.windows) + 1
-    assert any(isinstance(blocks, list) for blocks in engine.weights.blocks) == (config is TINY)
+    assert any(isinstance(part.blocks, list) for part in engine.weights.parts) == (config is TINY)
     assert_is_the_whole_pass(config, "seq", requests, completions)
 
 
@@ -169,7 +169,7 @@ def test_fitted_surrogates_and_guesses_decode_under_every_rule(kind, setting, ru
     schedule = parse_schedule(setting, TINY.num_layers)
     (region,) = schedule.regions
     windows = np.asarray(random_tokens(TINY, batch=32, length=17))
-    problems = region_problems(model, params, region, windows)
+    problems = region_chains(model, params, region, windows)
     fit = fit_calibration(problems, num_iters=region.num_iters, kind=kind, rank=4, init=region.init, init_rank=4)
     requests, fits = requests_of(TINY), {"mine": fit}
     completions = engine_of(TINY, schedule, rule=rule, fits=fits).generate(requests)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STDLIB = ("__future__", "abc", "collections.abc", "dataclasses", "functools", "math", "typing")
+STDLIB = ("__future__", "abc", "collections.abc", "dataclasses", "enum", "functools", "math", "typing")
 ROOMS = (
     *("types", "errors", "config", "solver", "model", "parallel"),
-    *("layout", "cache", "forward", "notation", "quantize"),
+    *("layout", "chains", "cache", "forward", "notation", "quantize"),
     *("io", "data", "run", "linearize", "infer", "eval", "train", "planner", "cli"),
 )
 """Packages and modules of the first level, from the ground to the roof: each imports those before it alone."""

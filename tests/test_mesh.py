@@ -35,6 +35,7 @@ from snlp_jax.parallel.mesh import kernels_on
 from snlp_jax.parallel.sharding import TRAINING, bytes_per_device, shardings_of
 from snlp_jax.solver import SequentialSegment, sequential
 from snlp_jax.train.loss import Plan, loss_fn
+from snlp_jax.train.passes import Passes
 from snlp_jax.train.step import abstract_state, make_init, make_step, optimizer_of
 from snlp_jax.types import Batch
 
@@ -222,7 +223,7 @@ def value_and_grad(model, loss, mesh, ring_microbatches):
     settings["ring_microbatches"] = ring_microbatches
 
     def run(params, batch):
-        of = lambda params: loss_fn(model, params, batch, loss, plan, weights, jax.random.key(3), **settings)  # noqa: E731
+        of = lambda params: loss_fn(Passes.of(model, params, batch, jax.random.key(3), **settings), loss, plan, weights)  # noqa: E731
         return jax.value_and_grad(of, has_aux=True)(params)
 
     return jax.jit(run)

@@ -30,6 +30,7 @@ from snlp_jax.solver import Schedule
 from snlp_jax.train.loop import train
 from snlp_jax.train.loss import Plan, loss_fn
 from snlp_jax.train.optim import param_labels
+from snlp_jax.train.passes import Passes
 from snlp_jax.train.step import init_state, make_step, optimizer_of
 from snlp_jax.types import Batch
 
@@ -74,7 +75,7 @@ def drawn():
 def loss_of(weight):
     """``params -> (value, parts)``."""
     config = LossConfig(mtp=MTPConfig(weight))
-    return lambda params: loss_fn(LanguageModel(AHEAD), params, drawn(), config, Plan(), {})
+    return lambda params: loss_fn(Passes.of(LanguageModel(AHEAD), params, drawn()), config, Plan(), {})
 
 
 def test_loss_is_the_formula_and_each_matrix_learns_from_its_own_term():

@@ -17,7 +17,6 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.model.projections import join_projections
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.hlo import read_program
-from snlp_jax.types import Groups
 
 ROUNDING = 2e-5
 """Relative to the largest entry: the same float32 sums, which a wider product may add up in another order."""
@@ -40,7 +39,7 @@ def models(config):
 
 
 def stacks_of(blocks):
-    return blocks if isinstance(blocks, list) else blocks.groups if isinstance(blocks, Groups) else (blocks,)
+    return blocks if isinstance(blocks, list) else [blocks]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -50,7 +49,7 @@ def test_logits_equal_those_of_separate_kernels(case):
     for model in models(config):
         params, schedule = random_params(model), parse_schedule(setting, config.num_layers)
         weights = prepare(model, params, schedule, num_tokens=tokens.size, layout=layout)
-        trees = [tree for blocks in weights.blocks for tree in stacks_of(blocks)]
+        trees = [tree for part in weights.parts for tree in stacks_of(part.blocks)]
         joined = model.backend == "gpu"
         assert all(("qkv" in tree["attn"]) == joined for tree in trees if "attn" in tree)
         assert all(("up_gate" in tree["mlp"]) == (joined and config.mlp != "relu2") for tree in trees if "mlp" in tree)

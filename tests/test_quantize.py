@@ -179,7 +179,7 @@ def test_scales_are_spread_over_a_mesh_like_biases():
     (alone,), (spread,) = (logits_of(model, [quantised], "idn:n=2,k=1", tokens, "stack", on) for on in (None, mesh))
     assert relative_error(spread, alone) < ROUNDING
     weights = prepare(model, quantised, parse_schedule("idn:n=2,k=1", 2), num_tokens=1, mesh=mesh)
-    region = weights.blocks[-1]["mlp"]
+    region = weights.parts[-1].blocks["mlp"]
     assert region["up_scale"].sharding.spec == PartitionSpec("layer", "tensor")
     assert region["up"].sharding.spec == PartitionSpec("layer", None, "tensor")
 
@@ -219,6 +219,6 @@ def test_mistakes_end_in_one_sentence():
 
 def test_infer_reads_quantised_kernels(run_dir):
     engine = open_engine(Args(run_dir, weights="int8"))
-    assert {leaf.dtype for leaf in jax.tree.leaves(engine.weights.blocks)} >= {jnp.dtype("int8")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(engine.weights.parts)} >= {jnp.dtype("int8")}
     with pytest.raises(InputError, match="weight_calibration is -3"):
         open_engine(Args(run_dir, weights="int8", weight_calibration=-3))

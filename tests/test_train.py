@@ -36,6 +36,7 @@ from snlp_jax.train.flops import peak_flops, train_flops_per_token
 from snlp_jax.train.loop import train
 from snlp_jax.train.loss import Plan, balanced, compared_layers, loss_fn, make_plan, term_weight
 from snlp_jax.train.observe import read_record
+from snlp_jax.train.passes import Passes
 from snlp_jax.train.step import init_state, make_step
 from snlp_jax.types import Batch
 
@@ -81,7 +82,7 @@ def test_fresh_initialisation_is_finite(variant: str) -> None:
     @jax.jit
     @chex.assert_max_traces(n=1)
     def loss(params, batch):
-        run = lambda p: loss_fn(model, p, batch, ALL_TERMS, ALL_PLAN, ONES)  # noqa: E731
+        run = lambda p: loss_fn(Passes.of(model, p, batch), ALL_TERMS, ALL_PLAN, ONES)  # noqa: E731
         return jax.value_and_grad(run, has_aux=True)(params)
 
     for seed in range(2):
@@ -109,7 +110,7 @@ def test_terms_mean_what_they_say() -> None:
     @jax.jit
     def run(params):
         def metrics_of(p, config):
-            return loss_fn(model, p, batch_of(), config, make_plan(config, 0, 1, 0), ONES)
+            return loss_fn(Passes.of(model, p, batch_of()), config, make_plan(config, 0, 1, 0), ONES)
 
         gradient = lambda config: jax.value_and_grad(metrics_of, has_aux=True)(params, config)  # noqa: E731
         alone = LossConfig(sequential_weight=0.0, solver_ce=solver)
@@ -139,7 +140,10 @@ def test_every_correction_can_be_trained_for() -> None:
         model = LanguageModel(config)
         term = HiddenNormConfig(weight=1.0, region_sizes=(n,), correction=correction, diagonal_stride=stride)
         loss = LossConfig(sequential_weight=0.0, hidden_norm=term)
-        value = lambda p, key: loss_fn(model, p, batch_of(), loss, make_plan(loss, 0, 1, 0), ONES, key)[0]  # noqa: E731
+
+        def value(p, key):
+            return loss_fn(Passes.of(model, p, batch_of(), key), loss, make_plan(loss, 0, 1, 0), ONES)[0]
+
         with_gradient = correction in ("diag", "hcn") and n > 1 and stride == 1
         run = jax.jit(jax.value_and_grad(value) if with_gradient else lambda p, key: (value(p, key), {}))
         return lambda key=0: run(perturbed(model), jax.random.key(key))
@@ -167,7 +171,9 @@ def test_detached_target_stops_the_gradient() -> None:
         term = HiddenNormConfig(weight=1.0, region_sizes=(3,), detach_target=detach)
         config = LossConfig(sequential_weight=0.0, hidden_norm=term)
         return jax.jit(
-            jax.value_and_grad(lambda p: loss_fn(model, p, batch_of(), config, make_plan(config, 0, 1, 0), ONES)[0])
+            jax.value_and_grad(
+                lambda p: loss_fn(Passes.of(model, p, batch_of()), config, make_plan(config, 0, 1, 0), ONES)[0]
+            )
         )(params)
 
     (attached, attached_grads), (detached, detached_grads) = gradient(False), gradient(True)
@@ -205,7 +211,7 @@ def test_microbatches_weights_and_plans() -> None:
     weight = np.zeros((4, 16), np.float32)
     weight[:3, 13:] = weight[1, 15:] = 1.0
     weight[0, 14:] = 0.0
-    run = jax.jit(lambda batch: loss_fn(model, params, balanced(batch), loss, plan, ONES)[1])
+    run = jax.jit(lambda batch: loss_fn(Passes.of(model, params, balanced(batch)), loss, plan, ONES)[1])
     masked, parts = run(plain._replace(weight=weight)), []
     for row, column in zip(*np.nonzero(weight), strict=True):
         alone = np.zeros_like(weight)

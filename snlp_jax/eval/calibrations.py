@@ -22,17 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snlp_jax.chains import chains_of
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.errors import InputError
-from snlp_jax.forward import layer_problem, run_segments
-from snlp_jax.layout import Weights, cut_before, split
+from snlp_jax.forward import run_parts
+from snlp_jax.layout import Weights, split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
 from snlp_jax.linearize.tune import TUNE_BATCH, tune_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared
 from snlp_jax.notation import INITS, parse_fields, parse_number, parse_span, parse_stage
 from snlp_jax.run import BATCH_SIZE, SEED, training_windows
-from snlp_jax.solver import Calibration, Chunkwise, Identity, LayerProblem, ParallelSegment, Schedule
+from snlp_jax.solver import Calibration, Chain, Chunkwise, Identity, MethodData, ParallelSegment, Schedule
 from snlp_jax.types import Array, Params
 
 KEYS = ("n", "k", "kind", "rank", "intercept", "init", "init_rank", "tokens", "tune", "stage", "scales", "branches")
@@ -144,7 +145,7 @@ def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: Calibr
     see :func:`fit_to_run`."""
     windows = training_windows(data, model.config.seq_len, spec.num_tokens)
     calibration = fit_calibration(
-        region_problems(model, params, spec.region, windows["tokens"], windows.get("document")),
+        region_chains(model, params, spec.region, windows["tokens"], windows.get("document")),
         num_iters=spec.region.num_iters,
         kind=spec.kind,
         rank=min(spec.rank, model.config.embed_dim),
@@ -184,13 +185,13 @@ def stage_text(region: ParallelSegment) -> str:
     return f"{chunks},scales={region.stage.scales},branches={region.stage.branches}"
 
 
-def region_problems(
+def region_chains(
     model: LanguageModel,
     params: Params,
     region: ParallelSegment,
     windows: np.ndarray,
     documents: np.ndarray | None = None,
-) -> Callable[[], Iterator[LayerProblem]]:
+) -> Callable[[], Iterator[tuple[Chain, MethodData]]]:
     """The region's chains on batches of windows, int32 [n, T + 1], made anew at every call: nothing is kept.
 
     ``documents`` numbers each token's document, [n, T + 1], where tokens attend to their own alone.
@@ -198,18 +199,19 @@ def region_problems(
     alone = dataclasses.replace(region, fit="")  # what is being fitted is not there yet
     weights = split(model, model.cast(params), Schedule.of(model.config.num_layers, alone))
     position = weights.segments.index(alone)
-    before = cut_before(weights, position)
+    part, before = weights.parts[position], weights.before(position)
 
     @jax.jit
     def enter(weights: Weights, tokens_BT: Array, document_BT: Array | None) -> tuple[Shared, Array]:
-        states = run_segments(model, weights, tokens_BT, document_BT=document_BT)
+        states = run_parts(model, weights, tokens_BT, document_BT=document_BT)
         return states.shared, states.h_last
 
-    def stream() -> Iterator[LayerProblem]:
+    def stream() -> Iterator[tuple[Chain, MethodData]]:
         for start in range(0, len(windows) - BATCH_SIZE + 1, BATCH_SIZE):
             rows = slice(start, start + BATCH_SIZE)
             tokens_BT = jnp.asarray(windows[rows, :-1])
             shared, h_in = enter(before, tokens_BT, None if documents is None else jnp.asarray(documents[rows, :-1]))
-            yield layer_problem(model, weights.ends, weights.blocks[position], tokens_BT, shared, alone, h_in)
+            (chain,) = chains_of(model, weights.embed_head, part, tokens_BT, shared, h_in)
+            yield chain, MethodData(anchor=shared.x0_BTD)
 
     return stream

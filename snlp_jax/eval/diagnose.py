@@ -19,21 +19,24 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from snlp_jax.chains import chains_of, correction_of, method_data
 from snlp_jax.config import Config
 from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.evaluate import parse_settings
 from snlp_jax.eval.report import TABLE_WIDTH, finite_or_none, write_files
 from snlp_jax.eval.run import open_run
-from snlp_jax.forward import layer_problem, run_segments
+from snlp_jax.forward import run_parts
 from snlp_jax.io.provenance import circumstances
-from snlp_jax.layout import Weights, cut_before, split
+from snlp_jax.layout import Weights, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.run import Which
 from snlp_jax.solver import (
     Calibration,
+    Chain,
     Exact,
     FusedSplit,
+    MethodData,
     ParallelSegment,
     PerLayer,
     PrefixState,
@@ -167,19 +170,24 @@ def _make_measure_fn(model: LanguageModel) -> Callable[..., _Measured]:
     @jax.jit
     def measure(weights: Weights, tokens_BT: Array, document_BT: Array | None) -> _Measured:
         position, region = next((i, s) for i, s in enumerate(weights.segments) if isinstance(s, ParallelSegment))
-        region_fit = weights.fits[position]
-        states = run_segments(model, cut_before(weights, position), tokens_BT, document_BT=document_BT)
-        h, around = states.h_last, (model, weights.ends, weights.blocks[position], tokens_BT, states.shared)
-        problem = layer_problem(*around, region, h, region_fit)
+        part = weights.parts[position]
+        states = run_parts(model, weights.before(position), tokens_BT, document_BT=document_BT)
         num_iters = 1 if isinstance(region.stage, FusedSplit) else region.num_nodes
-        errors = trace_errors(problem, region.correction, num_iters, region.init)
+
+        def posed(region: ParallelSegment) -> tuple[Chain, MethodData]:
+            posed_part = dataclasses.replace(part, segment=region)
+            (chain,) = chains_of(model, weights.embed_head, posed_part, tokens_BT, states.shared, states.h_last)
+            return chain, method_data(posed_part, states.shared, chain)
+
+        correction = correction_of(model.config, region)
+        chain, data = posed(region)
+        errors = trace_errors(chain, correction, region.init, data, num_iters=num_iters)
         # Exact asks for layers with a forward mode. A split stage is another way to evaluate the layers: the Jacobians
         # are those of the layers themselves.
         stage = PerLayer() if isinstance(region.stage, FusedSplit) else region.stage
-        smooth = dataclasses.replace(region, correction=Exact(), init=PrefixState(), stage=stage)
-        problem = layer_problem(*around, smooth, h, region_fit)
-        trace = sequential(problem, with_trace=True).trace
-        norms = spectral_norms(problem, trace), contraction(problem, region.correction, trace)
+        chain, _ = posed(dataclasses.replace(region, correction=Exact(), init=PrefixState(), stage=stage))
+        trace = sequential(chain, with_trace=True).trace
+        norms = spectral_norms(chain, trace), contraction(chain, correction, trace, data)
         return _Measured(errors.error, errors.residual, *norms)
 
     return measure

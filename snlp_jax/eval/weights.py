@@ -1,11 +1,10 @@
 """Weights of many schedules side by side, equal parts held once."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jax.sharding import Mesh
 
-from snlp_jax.layout import Layout, Spread, Weights, check_mesh, prepare, with_schedule
+from snlp_jax.layout import Layout, Spread, Weights, canonical, check_mesh, prepare, with_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.solver import Calibration, ParallelSegment, Schedule, Segment
 from snlp_jax.types import Params
@@ -22,18 +21,18 @@ def prepare_all(
     sequential: Spread = "tensor",
     fits: Mapping[str, Calibration] | None = None,
 ) -> list[Weights]:
-    """``prepare`` for every schedule; those that cut the layers at the same places share their arrays."""
-    params = model.cast(params)  # once, so that prepare finds nothing left to cast
+    """``prepare`` for every schedule, every array held once; on a mesh by schedules that cut the layers alike."""
+    if mesh is None:
+        params = canonical(model, params)
+        return [prepare(model, params, each, num_tokens=num_tokens, layout=layout, fits=fits) for each in schedules]
+    params = model.cast(params)
     by_cut: dict[tuple, Weights] = {}
     all_weights = []
     for schedule in schedules:
+        check_mesh(schedule, mesh)
         cut = tuple(map(_shape, schedule.segments))
-        settings: dict[str, Any] = {"num_tokens": num_tokens, "layout": layout, "fits": fits}
-        settings |= {"mesh": mesh, "sequential": sequential}
         if cut not in by_cut:
-            by_cut[cut] = prepare(model, params, schedule, **settings)
-        if mesh is not None:
-            check_mesh(schedule, mesh)
+            by_cut[cut] = prepare(model, params, schedule, mesh=mesh, sequential=sequential, fits=fits)
         all_weights.append(with_schedule(model, by_cut[cut], schedule, fits))
     return all_weights
 

@@ -28,7 +28,7 @@ from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.infer.programs import Counts, Programs, State, warm_segments
 from snlp_jax.infer.requests import Completion, Delivery, OnTokens, Request, Statistics, check_request
-from snlp_jax.infer.rules import KEPT, CacheRule, Drafting, Placement, check_settings
+from snlp_jax.infer.rules import EVALUATIONS, CacheRule, Drafting, Placement, check_settings
 from snlp_jax.infer.sampling import Features, rows_of
 from snlp_jax.infer.switch import DraftSwitch
 from snlp_jax.layout import in_order, prepare, verifier
@@ -223,7 +223,7 @@ class Engine:
             self.model,
             features,
             plans,
-            KEPT[self.rule],
+            EVALUATIONS[self.rule],
             mesh=self.mesh,
             num_slots=capacity + block,
             warm_segments=warm_segments(self.weights),
@@ -270,7 +270,7 @@ class Engine:
             spec = PartitionSpec("layer" if is_spread else None)
             return jax.tree.map(lambda _: NamedSharding(mesh, spec), tree)
 
-        spread = self.exact.is_spread  # the drafter may leave layers out
+        spread = [part.is_spread for part in self.exact.parts]  # the drafter may leave layers out
         by_row = jax.tree.map(self._by_row, state._replace(rings=(), warm=()))
         rings = tuple(map(of_segment, state.rings, spread))
         return by_row._replace(rings=rings, warm=tuple(map(of_trace, state.warm, spread)))

@@ -11,20 +11,20 @@ steps is made.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from snlp_jax.cache import Past, RingPlan, append, fill
-from snlp_jax.forward import Left, States, run_segments
+from snlp_jax.forward import CacheUpdate, Keep, States, run_parts
 from snlp_jax.infer.sampling import Features, Rows, accept, distribution, draw, seen_in, seen_with_drafts
 from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Rings
 from snlp_jax.parallel.mesh import over_data
-from snlp_jax.solver import Kept, ParallelSegment
+from snlp_jax.solver import ParallelSegment
 from snlp_jax.types import Array
 
 
@@ -73,7 +73,8 @@ class Programs:
     model: LanguageModel
     features: Features
     plans: tuple[RingPlan | None, ...]
-    kept: Kept
+    evaluation: Literal["last", "refreshed", "every"]
+    """Of a region, see :class:`snlp_jax.forward.Keep`."""
     mesh: Mesh | None
     num_slots: int
     """Length S of ``tokens_BS``."""
@@ -95,7 +96,8 @@ class Programs:
     ) -> State:
         """Evaluate the prompts, filled up to one length behind their ends, and draw every row's first token."""
         B, P = prompt_BP.shape
-        states = run_segments(self.model, weights, prompt_BP, mesh=self.mesh, kept=self.kept, traced=self.warm_segments)
+        keep = Keep(self.evaluation, self.warm_segments)
+        states = run_parts(self.model, weights, prompt_BP, mesh=self.mesh, keep=keep)
         last_B = length_B - 1
         last = _pick(states.h_last, last_B), _pick(states.h_mid, last_B)
         logits_BV = self._logits(weights, *last)[:, 0]
@@ -104,11 +106,12 @@ class Programs:
             is_token_BP = jnp.arange(P)[None] < length_B[:, None]
             seen_BV = seen_in(prompt_BP, is_token_BP, logits_BV.shape[-1])
         rings = tuple(
-            None if plan is None or left is None else _fill(plan, left.kv, length_B)
-            for plan, left in zip(self.plans, states.left, strict=True)
+            None if plan is None or update is None else _fill(plan, update.kv, length_B)
+            for plan, update in zip(self.plans, states.updates, strict=True)
         )
         traces = [
-            left.trace if left and index in self.warm_segments else None for index, left in enumerate(states.left)
+            update.trace if update and index in self.warm_segments else None
+            for index, update in enumerate(states.updates)
         ]
         zero = jnp.zeros((), jnp.int32)
         state = State(
@@ -152,7 +155,7 @@ class Programs:
         B, V = state.tokens_BS.shape[0], self.model.config.vocab_size
         row_B = jnp.arange(B)
         # The k-th head says what comes k after the newest token, whatever that and the drafts in between are.
-        ahead_BGV = self.model.logits_ahead(drafter.ends, *state.last, self.max_draft) if state.last else None
+        ahead_BGV = self.model.logits_ahead(drafter.embed_head, *state.last, self.max_draft) if state.last else None
 
         def propose(state: State, index: Array) -> tuple[Array, States | None]:
             """The logits of a draft, and what was evaluated for it."""
@@ -208,37 +211,36 @@ class Programs:
         tokens_BX = _slices(state.tokens_BS, length_B - 1, num_tokens + 1)
         past = Past(tokens_BX[:, :1], length_B, state.rings, state.warm)
         traced = tuple(index for index, warm in enumerate(state.warm) if warm is not None)
-        return run_segments(
-            self.model, weights, tokens_BX[:, 1:], mesh=self.mesh, past=past, kept=self.kept, traced=traced
-        )
+        keep = Keep(self.evaluation, traced)
+        return run_parts(self.model, weights, tokens_BX[:, 1:], mesh=self.mesh, past=past, keep=keep)
 
     def _logits(self, weights: Weights, h_last: Array, h_mid: Array) -> Array:
-        logits_BTV = self.model.padded_logits(weights.ends, h_last, h_mid)
+        logits_BTV = self.model.padded_logits(weights.embed_head, h_last, h_mid)
         # Cropping what is split by vocabulary would move pieces of it about.
         return over_data(self.mesh, logits_BTV)[..., : self.model.config.vocab_size]
 
     def _remember(self, state: State, states: States, length_B: Array, last_B: Array | None = None) -> State:
         """Write what the evaluated tokens leave behind; ``last_B``: index of the last that stays, where it is not 0."""
 
-        def write(rings: Any, left: Left | None) -> Any:
-            if left is None or rings is None:
+        def write(rings: Any, update: CacheUpdate | None) -> Any:
+            if update is None or rings is None:
                 return rings
             extend = functools.partial(append, length_B=length_B, is_on_mesh=self.mesh is not None)
             if isinstance(rings, Rings):
-                return extend(rings, left.kv)
-            return tuple(extend(of_evaluation, kv) for of_evaluation, kv in zip(rings, left.kv, strict=True))
+                return extend(rings, update.kv)
+            return tuple(extend(of_evaluation, kv) for of_evaluation, kv in zip(rings, update.kv, strict=True))
 
-        def guess(warm: Array | None, left: Left | None) -> Array | None:
-            if warm is None or left is None or left.trace is None:
+        def guess(warm: Array | None, update: CacheUpdate | None) -> Array | None:
+            if warm is None or update is None or update.trace is None:
                 return warm
-            return left.trace if last_B is None else _pick(left.trace, last_B, axis=2)
+            return update.trace if last_B is None else _pick(update.trace, last_B, axis=2)
 
         def pick(h_BX: Array) -> Array:
             return h_BX if last_B is None else _pick(h_BX, last_B)
 
         return state._replace(
-            rings=tuple(map(write, state.rings, states.left)),
-            warm=tuple(map(guess, state.warm, states.left)),
+            rings=tuple(map(write, state.rings, states.updates)),
+            warm=tuple(map(guess, state.warm, states.updates)),
             last=None if state.last is None else (pick(states.h_last), pick(states.h_mid)),
         )
 

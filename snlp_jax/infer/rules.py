@@ -12,10 +12,15 @@ from jax.sharding import Mesh
 from snlp_jax.errors import InputError
 from snlp_jax.layout import Layout, Spread
 from snlp_jax.notation import Drafter, parse_drafter
-from snlp_jax.solver import Diagonal, Exact, Kept, PerLayer, Schedule, SequentialSegment
+from snlp_jax.solver import Diagonal, Exact, PerLayer, Schedule, SequentialSegment
 
 CacheRule = Literal["last_eval", "refreshed", "per_iteration"]
-KEPT: dict[CacheRule, Kept] = {"last_eval": "last", "refreshed": "refreshed", "per_iteration": "every"}
+EVALUATIONS: dict[CacheRule, Literal["last", "refreshed", "every"]] = {
+    "last_eval": "last",
+    "refreshed": "refreshed",
+    "per_iteration": "every",
+}
+"""Whose keys and values the cache keeps, see :class:`snlp_jax.forward.Keep`."""
 DRAFT_LEN = 3
 """Drafts a round where no number is asked for (docs/results.md, section 7)."""
 

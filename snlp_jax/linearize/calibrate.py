@@ -31,20 +31,20 @@ import numpy as np
 from snlp_jax.errors import InputError
 from snlp_jax.linearize.covariance import Moments
 from snlp_jax.linearize.regression import ridge_regression, top_eigenvectors
-from snlp_jax.solver import Init, LayerProblem, PrefixState, sequential
+from snlp_jax.solver import Chain, Init, Iteration, MethodData, PrefixState, sequential, start, step
 from snlp_jax.solver.calibrated import Calibrated, CalibratedInit, Calibration, Preheat, spread_streams
-from snlp_jax.solver.init import Guess
 from snlp_jax.solver.linear import shift
-from snlp_jax.solver.problem import Iteration
 
 PyTree = Any
 Kind = Literal["scalar", "channel", "basis"]
-Problems = Sequence[LayerProblem] | Callable[[], Iterable[LayerProblem]]
-Measure = Callable[[LayerProblem, Init, jax.Array], Any]
+Pair = tuple[Chain, MethodData]
+Text = Sequence[Pair] | Callable[[], Iterable[Pair]]
+"""A region's chains on batches of text, with the anchor that ``Preheat`` reads, if it is fitted."""
+Measure = Callable[[Chain, Init, jax.Array, MethodData], Any]
 
 
 def fit_calibration(
-    problems: Problems,
+    text: Text,
     *,
     num_iters: int,
     kind: Kind = "basis",
@@ -60,8 +60,8 @@ def fit_calibration(
     the text.
 
     Args:
-        problems: the region's chains on batches of text, of equal shapes; a function gives them anew for every pass.
-            They differ in their arrays only: functions are taken from the first. Streams count as samples.
+        text: the region's chains on batches of text, of equal shapes; a function gives them anew for every pass. They
+            differ in their arrays only: functions are taken from the first. Streams count as samples.
         kind: ``scalar`` c_l I, ``channel`` diag(a_l), or ``basis`` c_l I + U M_l V^T with U, V of ``rank`` columns.
         intercept: also fit b_l; without it the regressions go through the origin. It lowers the squared error of the
             states, yet on the demo's model it raised the perplexity.
@@ -70,28 +70,28 @@ def fit_calibration(
         ridge: relative to the mean eigenvalue of the regressor's covariance; draws channels and cores to the scalar.
 
     Raises:
-        InputError: a number out of range, no problems, or a state of more than one array.
+        InputError: a number out of range, no text, or a state of more than one array.
     """
     if kind not in get_args(Kind):
         raise InputError(f"calibration kind {kind!r} is not one of {', '.join(get_args(Kind))}.")
     if num_iters < 1:
         raise InputError(f"num_iters is {num_iters}; fit at least one iteration.")
-    text, init = _Text(problems), init or PrefixState()
-    layers, common = fit_init(text, init, rank=init_rank, ridge=ridge), {}
-    shape = (text.num_layers, num_iters)
+    chains, init = _Chains(text), init or PrefixState()
+    layers, common = fit_init(chains, init, rank=init_rank, ridge=ridge), {}
+    shape = (chains.num_nodes, num_iters)
     if kind == "channel":
-        layers["channel"] = np.ones((*shape, text.width))
+        layers["channel"] = np.ones((*shape, chains.width))
     else:
         layers["scale"] = np.ones(shape)
     if kind == "basis":
-        rank = _check_rank(rank, text.width)
+        rank = _check_rank(rank, chains.width)
         layers["core"] = np.zeros((*shape, rank, rank))
-        common = {name: np.zeros((num_iters, text.width, rank)) for name in "uv"}
+        common = {name: np.zeros((num_iters, chains.width, rank)) for name in "uv"}
     if intercept:
-        layers["intercept"] = np.zeros((*shape, text.width))
+        layers["intercept"] = np.zeros((*shape, chains.width))
 
     for index in range(num_iters):
-        reduce = lambda measure: text.reduce(measure, init, index, _calibration(layers, common))  # noqa: B023, E731
+        reduce = lambda measure: chains.reduce(measure, init, index, _calibration(layers, common))  # noqa: B023, E731
         if kind == "basis":
             u_DX, v_DX = _shared_bases(reduce(_true_updates), index, rank, intercept, ridge)
             common["u"][index], common["v"][index] = u_DX, v_DX
@@ -106,7 +106,7 @@ def fit_calibration(
     return _calibration(layers, common)
 
 
-def fit_init(problems: "Problems | _Text", init: Init, *, rank: int, ridge: float = 1e-4) -> dict[str, np.ndarray]:
+def fit_init(text: "Text | _Chains", init: Init, *, rank: int, ridge: float = 1e-4) -> dict[str, np.ndarray]:
     """What ``init`` reads of ``Calibration.layers``; nothing for one that is not fitted.
 
     ``CalibratedInit``: the reduced-rank regression of h*_l - c_l h_S on h_S, which keeps the directions that explain
@@ -114,15 +114,15 @@ def fit_init(problems: "Problems | _Text", init: Init, *, rank: int, ridge: floa
     """
     if not isinstance(init, CalibratedInit | Preheat):
         return {}
-    text = problems if isinstance(problems, _Text) else _Text(problems)
-    rank, name = _check_rank(rank, text.width), "init" if isinstance(init, CalibratedInit) else "preheat"
+    chains = text if isinstance(text, _Chains) else _Chains(text)
+    rank, name = _check_rank(rank, chains.width), "init" if isinstance(init, CalibratedInit) else "preheat"
     measure = _outputs_on_input if isinstance(init, CalibratedInit) else _outputs_on_anchor
-    moments = text.reduce(measure, init, 0, Calibration({}, {}))
+    moments = chains.reduce(measure, init, 0, Calibration({}, {}))
     c_xx, c_yx = moments.covariance()
-    c_LDD = c_yx.reshape(text.num_layers, text.width, text.width)
-    mean_LD = moments.mean_y.reshape(text.num_layers, text.width)
-    scale_L, parts = np.zeros(text.num_layers), []
-    for l in range(text.num_layers):
+    c_LDD = c_yx.reshape(chains.num_nodes, chains.width, chains.width)
+    mean_LD = moments.mean_y.reshape(chains.num_nodes, chains.width)
+    scale_L, parts = np.zeros(chains.num_nodes), []
+    for l in range(chains.num_nodes):
         if isinstance(init, CalibratedInit):
             scale_L[l] = _ratio(np.trace(c_LDD[l]), np.trace(c_xx))
             b_DD = ridge_regression(c_LDD[l] - scale_L[l] * c_xx, c_xx, ridge)
@@ -137,32 +137,30 @@ def fit_init(problems: "Problems | _Text", init: Init, *, rank: int, ridge: floa
     return layers | ({"init_scale": scale_L} if name == "init" else {})
 
 
-class _Text:
+class _Chains:
     """The chains of a region on batches of text, and one compiled function for each statistic of a batch."""
 
-    def __init__(self, problems: Problems):
-        self._stream: Callable[[], Iterable[LayerProblem]] = problems if callable(problems) else lambda: problems
+    def __init__(self, text: Text):
+        self._stream: Callable[[], Iterable[Pair]] = text if callable(text) else lambda: text
         first = next(iter(self._stream()), None)
         if first is None:
             raise InputError("there is no text to calibrate on; give at least one batch.")
-        leaves = jax.tree.leaves(first.h_in)
+        chain, _ = first
+        leaves = jax.tree.leaves(chain.h_in)
         if len(leaves) != 1:
             raise InputError(f"a calibration is for a state of one array, but this state is a tree of {len(leaves)}.")
-        self._first, self.num_layers, self.width = first, first.num_layers, leaves[0].shape[-1]
+        self._fns, self.num_nodes, self.width = chain.fns, chain.num_nodes, leaves[0].shape[-1]
         self._compiled: dict[Measure, Callable[..., Any]] = {}
 
     def reduce(self, measure: Measure, init: Init, index: int, calibration: Calibration) -> Any:
         """Moments over all of the text, of the trace that iteration ``index`` finds."""
         if measure not in self._compiled:
-
-            def run(arrays: dict[str, PyTree], index: jax.Array) -> Any:
-                return measure(dataclasses.replace(self._first, **arrays), init, index)
-
+            run = lambda chain, index, data: measure(chain, init, index, data)  # noqa: E731
             self._compiled[measure] = jax.jit(run)
         total: Any = None
-        for problem in self._stream():
-            arrays = {name: getattr(problem, name) for name in ("params", "ctx", "shared", "h_in", "anchor")}
-            part = self._compiled[measure](arrays | {"calibration": calibration}, jnp.asarray(index))
+        for chain, data in self._stream():
+            chain = dataclasses.replace(chain, fns=self._fns)  # equal functions compile once
+            part = self._compiled[measure](chain, jnp.asarray(index), data._replace(fit=calibration))
             is_moments = lambda node: isinstance(node, Moments)  # noqa: E731
             part = jax.tree.map(Moments.on_host, part, is_leaf=is_moments)
             total = part if total is None else jax.tree.map(Moments.merge, total, part, is_leaf=is_moments)
@@ -172,64 +170,58 @@ class _Text:
 # ---------------------------------------------------------------- statistics of a batch, compiled
 
 
-def _outputs_on_input(problem: LayerProblem, init: Init, index: jax.Array) -> Moments:
-    return Moments.of(_samples(problem.h_in), _layers_last(_truth(problem)))
+def _outputs_on_input(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Moments:
+    return Moments.of(_samples(chain.h_in), _layers_last(_truth(chain)))
 
 
-def _outputs_on_anchor(problem: LayerProblem, init: Init, index: jax.Array) -> Moments:
-    if problem.anchor is None:
-        raise InputError("the Preheat initial trace maps problem.anchor, but these problems have none; give it.")
-    x = spread_streams(jax.tree.leaves(problem.anchor)[0], jax.tree.leaves(problem.h_in)[0])
-    return Moments.of(_samples(x), _layers_last(_truth(problem)))
+def _outputs_on_anchor(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Moments:
+    if data.anchor is None:
+        raise InputError("the Preheat initial trace maps data.anchor, but this text has none; give it.")
+    x = spread_streams(jax.tree.leaves(data.anchor)[0], jax.tree.leaves(chain.h_in)[0])
+    return Moments.of(_samples(x), _layers_last(_truth(chain)))
 
 
-def _true_updates(problem: LayerProblem, init: Init, index: jax.Array) -> Moments:
-    """x = h*_{l-1} - h_{l-1}, y = t_l, each layer a problem of its own."""
-    iteration, truth = _before(problem, init, index), _truth(problem)
-    zero = jax.tree.map(jnp.zeros_like, problem.h_in)
+def _true_updates(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Moments:
+    """x = h*_{l-1} - h_{l-1}, y = t_l, each layer a regression of its own."""
+    iteration, truth = _before(chain, init, index, data), _truth(chain)
+    zero = jax.tree.map(jnp.zeros_like, chain.h_in)
     x_LSD = _samples(shift(jax.tree.map(jnp.subtract, truth, iteration.h_L), zero), 1)
     t_LSD = _samples(jax.tree.map(jnp.subtract, truth, iteration.y_L), 1)
     return Moments.of(x_LSD.swapaxes(0, 1), t_LSD.swapaxes(0, 1))
 
 
-def _residuals(problem: LayerProblem, init: Init, index: jax.Array) -> Moments:
-    """x = (r_1 .. r_N), y = (t_1 .. t_N), each channel a problem of its own."""
-    r_LSD, t_LSD = _residuals_and_targets(problem, init, index)
+def _residuals(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Moments:
+    """x = (r_1 .. r_N), y = (t_1 .. t_N), each channel a regression of its own."""
+    r_LSD, t_LSD = _residuals_and_targets(chain, init, index, data)
     return Moments.of(r_LSD.transpose(1, 2, 0), t_LSD.transpose(1, 2, 0))
 
 
-def _projected_residuals(problem: LayerProblem, init: Init, index: jax.Array) -> tuple[Moments, Moments]:
+def _projected_residuals(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> tuple[Moments, Moments]:
     """Those of the channels; and of x = (V^T r_j), y = (U^T r_j, U^T t_l)."""
-    r_LSD, t_LSD = _residuals_and_targets(problem, init, index)
-    u_DX, v_DX = (jnp.take(problem.calibration.common[name], index, axis=0) for name in "uv")
+    r_LSD, t_LSD = _residuals_and_targets(chain, init, index, data)
+    u_DX, v_DX = (jnp.take(data.fit.common[name], index, axis=0) for name in "uv")
     onto = lambda rows, basis_DX: jnp.matmul(rows, basis_DX, precision="highest")  # noqa: E731
     y_LSX = jnp.concatenate([onto(r_LSD, u_DX), onto(t_LSD, u_DX)])
     channels = Moments.of(r_LSD.transpose(1, 2, 0), t_LSD.transpose(1, 2, 0))
     return channels, Moments.of(_layers_last(onto(r_LSD, v_DX)), _layers_last(y_LSX))
 
 
-def _residuals_and_targets(problem: LayerProblem, init: Init, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    iteration = _before(problem, init, index)
+def _residuals_and_targets(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> tuple[jax.Array, jax.Array]:
+    iteration = _before(chain, init, index, data)
     r_L = jax.tree.map(jnp.subtract, iteration.y_L, iteration.h_L)
-    return _samples(r_L, 1), _samples(jax.tree.map(jnp.subtract, _truth(problem), iteration.y_L), 1)
+    return _samples(r_L, 1), _samples(jax.tree.map(jnp.subtract, _truth(chain), iteration.y_L), 1)
 
 
-def _before(problem: LayerProblem, init: Init, index: jax.Array) -> Iteration:
+def _before(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Iteration:
     """What iteration ``index`` finds after those before it, which run as they will in the solver."""
-
-    def evaluate(index: jax.Array, guess: Guess) -> Iteration:
-        x_L = shift(guess.h_L, guess.entering)
-        return Iteration(index, x_L, *problem.sweep(x_L), guess.h_L, guess.entering)
-
-    def advance(index: jax.Array, guess: Guess) -> Guess:
-        corrected = Calibrated()(problem, evaluate(index, guess))
-        return Guess(corrected.h_L, corrected.entering)
-
-    return evaluate(index, jax.lax.fori_loop(0, index, advance, init(problem)))
+    guess, _, state = start(chain, Calibrated(), init, data)
+    advance = lambda index, guess: step(chain, Calibrated(), guess, state, index).guess  # noqa: E731
+    guess = jax.lax.fori_loop(0, index, advance, guess)
+    return step(chain, Calibrated(), guess, state, index).iteration
 
 
-def _truth(problem: LayerProblem) -> PyTree:
-    return sequential(problem, with_trace=True).trace
+def _truth(chain: Chain) -> PyTree:
+    return sequential(chain, with_trace=True).trace
 
 
 def _samples(state: PyTree, num_lead: int = 0) -> jax.Array:

@@ -216,7 +216,7 @@ class _Pass:
         self._wanted = [tuple(name for name in BRANCHES if l in wanted.get(name, ())) for l in range(num_layers)]
         self._num_layers = max((l + 1 for l, names in enumerate(self._wanted) if names), default=0)
         weights = prepare(model, params, Schedule.of(num_layers), num_tokens=1, layout="list")
-        self._ends, self._blocks = weights.ends, [tree for blocks in weights.blocks for tree in blocks]
+        self._ends, self._blocks = weights.embed_head, [tree for part in weights.parts for tree in part.blocks]
         if mesh is not None:
             everywhere = NamedSharding(mesh, PartitionSpec())
             self._ends, self._blocks = jax.device_put((self._ends, self._blocks), everywhere)

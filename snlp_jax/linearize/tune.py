@@ -52,12 +52,13 @@ def tune_calibration(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
     def loss_fn(fitted: Calibration, weights: Weights, tokens_BT: Array, document_BT: Array | None) -> Array:
-        its = tuple(fitted if place == position else fit for place, fit in enumerate(weights.fits))
+        part = dataclasses.replace(weights.parts[position], fit=fitted)
+        parts = (*weights.parts[:position], part, *weights.parts[position + 1 :])
         log_probs = lambda weights: jax.nn.log_softmax(  # noqa: E731
             forward(model, weights, tokens_BT, document_BT=document_BT).logits_BTV
         )
         truth_BTV = jax.lax.stop_gradient(log_probs(in_order(weights)))
-        found_BTV = log_probs(dataclasses.replace(weights, fits=its))
+        found_BTV = log_probs(dataclasses.replace(weights, parts=parts))
         return jnp.mean(jnp.sum(jnp.exp(truth_BTV) * (truth_BTV - found_BTV), axis=-1))
 
     @jax.jit

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.config import Branch, Kind, ModelConfig
-from snlp_jax.types import Array, Groups, PyTree
+from snlp_jax.types import Array, PyTree
 
 _SUBTREES = {
     "attn": ("attn", "full"),
@@ -50,57 +50,66 @@ def kinds_in(config: ModelConfig, start: int, stop: int) -> dict[Kind, tuple[int
     return layers
 
 
-def take(config: ModelConfig, blocks: PyTree, layers: Sequence[int]) -> PyTree:
-    """The stack [n, ...] of layers of one kind, cut from ragged stacks: a slice where they stand next to each other in
-    theirs, else a copy."""
+def is_affine(config: ModelConfig, layer: int) -> bool:
+    """Whether the layer is affine in its state: both its branches are linear or dropped, and no map between streams
+    depends on the token."""
+    is_steady = not config.num_streams or config.hyper_maps == "static"
+    return is_steady and "full" not in config.kinds[layer]
 
-    def cut(path: str, leaf: Array) -> Array | None:
-        place = {layer: row for row, layer in enumerate(owners(config, path))}
-        if layers[0] not in place:
-            return None
-        rows = [place[layer] for layer in layers]
-        is_slice = rows == list(range(rows[0], rows[0] + len(rows)))
-        return leaf[rows[0] : rows[0] + len(rows)] if is_slice else leaf[np.asarray(rows)]
 
-    return _map_present(cut, blocks)
+def is_list(config: ModelConfig, start: int, stop: int) -> bool:
+    """Whether layers ``start`` to ``stop - 1`` have to be read one by one: they differ, or some are affine."""
+    return len(set(config.kinds[start:stop])) > 1 or any(is_affine(config, layer) for layer in range(start, stop))
 
 
 def cut(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
-    """Layers ``start`` to ``stop - 1`` of ragged stacks: a stack, or where they differ the stacks of their kinds, those
-    without a full branch one each: the solver reads them one by one."""
-    kinds = kinds_in(config, start, stop)
-    if len(kinds) == 1:
-        return take(config, blocks, tuple(range(start, stop)))
-    parts: list[tuple[int, ...]] = []
-    for kind, layers in kinds.items():
-        parts += [layers] if "full" in kind else [(layer,) for layer in layers]
-    members = tuple(tuple(layer - start for layer in layers) for layers in parts)
-    return Groups(tuple(take(config, blocks, layers) for layers in parts), members)
+    """Layers ``start`` to ``stop - 1`` of ragged stacks: a stack [n, ...], or where :func:`is_list` a list of trees.
+
+    Outside jit on a CPU nothing is copied, see :func:`rows_of`. Under jit a layer of a list is read where it lies.
+    """
+    if is_list(config, start, stop):
+        return [layer_of(take(config, blocks, layer, layer + 1), 0) for layer in range(start, stop)]
+    return take(config, blocks, start, stop)
 
 
-def in_a_row(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
-    """As :func:`cut`, to be run in order under jit: layers that differ are a list, none of them copied twice."""
-    if len(kinds_in(config, start, stop)) == 1:
-        return cut(config, blocks, start, stop)
-    return [jax.tree.map(lambda leaf: leaf[0], take(config, blocks, (layer,))) for layer in range(start, stop)]
+def take(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
+    """The stack [n, ...] of layers of one kind, cut from ragged stacks."""
+
+    def one(path: str, leaf: Array) -> Array | None:
+        place = {layer: row for row, layer in enumerate(owners(config, path))}
+        return rows_of(leaf, place[start], place[start] + stop - start) if start in place else None
+
+    return _map_present(one, blocks)
 
 
-def each_stack(fn: Callable[[PyTree], PyTree], blocks: PyTree) -> PyTree:
-    """``fn`` of a stack, or of the stack of every kind."""
-    if isinstance(blocks, Groups):
-        return Groups(tuple(map(fn, blocks.groups)), blocks.members)
-    return fn(blocks)
+def rows_of(leaf: Array, start: int, stop: int) -> Array:
+    """``leaf[start:stop]``. Of an array in a CPU's memory a view, where its rows are aligned to 64 bytes."""
+    if (start, stop) == (0, leaf.shape[0]):
+        return leaf
+    if _is_viewable(leaf):
+        return jax.device_put(np.asarray(leaf)[start:stop], may_alias=True)
+    return leaf[start:stop]
 
 
-def of_all(blocks: PyTree, name: str) -> PyTree:
-    """The stack of a sub-tree that all layers have, in order of depth; copied where they are of several kinds."""
-    if not isinstance(blocks, Groups):
-        return blocks[name]
-    return join([{name: group[name]} for group in blocks.groups], blocks.members)[name]
+def layer_of(tree: PyTree, row: int) -> PyTree:
+    """One row of every leaf, as :func:`rows_of` cuts it."""
+
+    def one(leaf: Array) -> Array:
+        return jax.device_put(np.asarray(leaf)[row], may_alias=True) if _is_viewable(leaf) else leaf[row]
+
+    return jax.tree.map(one, tree)
+
+
+def _is_viewable(leaf: Array) -> bool:
+    """Whether numpy can look into the array without a copy."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.is_fully_addressable:
+        return False
+    default = jax.devices()[0]
+    return default.platform == "cpu" and leaf.devices() == {default}
 
 
 def join(groups: Sequence[PyTree], members: Sequence[Sequence[int]]) -> PyTree:
-    """Ragged stacks of all layers from the stacks of their kinds: the inverse of :func:`cut`."""
+    """Ragged stacks of all layers from the stacks of their kinds: the inverse of :func:`take`."""
     if len(groups) == 1:
         return groups[0]
     parts: dict[tuple[str, ...], list[tuple[Sequence[int], Array]]] = {}

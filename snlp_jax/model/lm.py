@@ -19,7 +19,7 @@ from snlp_jax.model.attention import Implementation, choose_decoding, choose_imp
 from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
 from snlp_jax.model.ends import Embedding, Head
 from snlp_jax.model.hyper import LayerMaps, static_maps
-from snlp_jax.model.kinds import join, kind_of, kinds_in, of_all, take
+from snlp_jax.model.kinds import join, kind_of, kinds_in, take
 from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, small_product, weigh
 from snlp_jax.model.nodes import (
     LARGE_STATE,
@@ -29,7 +29,6 @@ from snlp_jax.model.nodes import (
     Node,
     NodeFn,
     NodeFns,
-    by_group,
     node_fns,
     split_sweep,
 )
@@ -70,7 +69,7 @@ class LanguageModel:
         shared = self.shared(x0_BTD, document_BT=document_BT)
         h = h_mid = self.expand(x0_BTD)
         for layer, window in enumerate(jnp.asarray(config.windows)):
-            block = jax.tree.map(lambda leaf: leaf[0], take(config, params["blocks"], [layer]))
+            block = jax.tree.map(lambda leaf: leaf[0], take(config, params["blocks"], layer, layer + 1))
             value_embed = None
             if layer in config.value_embed_layers:
                 table = config.value_embed_layers.index(layer)
@@ -127,7 +126,11 @@ class LanguageModel:
         model = LanguageModel(self.config, self.machine, backend=self._backend)
         model._fetch, model._wrap_path = fetch or self._fetch, wrap_path or self._wrap_path
         model._on_input = on_input or self._on_input
-        model._kernels_here = self._kernels_here if kernels is None else ("xla", *kernels)
+        if kernels is not None:
+            model._kernels_here = [kernel for kernel in self._kernels_here if kernel in ("xla", *kernels)]
+        else:
+            model._kernels_here = self._kernels_here
+        model._block_graphs = self._block_graphs  # of the config alone
         model._one_by_one_from = self._one_by_one_from if one_by_one_from is None else one_by_one_from
         return model
 
@@ -314,15 +317,13 @@ class LanguageModel:
 
     def sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> NodeFn:
         """All of layers ``start`` to ``stop - 1`` at once; equals ``vmap(block_fn)``."""
-        fns = lambda windows: self._node_fns(self._layer_node(), windows, forward_mode)  # noqa: E731
-        return by_group(lambda windows: fns(windows).sweep_fn, self.config.windows[start:stop])
+        return self._node_fns(self._layer_node(), self.config.windows[start:stop], forward_mode).sweep_fn
 
     @property
     def refresh_fn(self) -> NodeFn:
         """Of layers evaluated at once, their keys and values alone, as what they leave behind; no query is computed."""
         refresh_fn, widths = self._node_fns(self._layer_node(), (), False).refresh_fn, head_widths(self.config)
-        own = lambda stack, *rest: refresh_fn(separate_projections(stack, "attn", widths), *rest)  # noqa: E731
-        return by_group(lambda _: own, (0,) * self.config.num_layers)
+        return lambda stack, *rest: refresh_fn(separate_projections(stack, "attn", widths), *rest)
 
     @property
     def residual_map(self) -> Callable[[PyTree, Context, BlockAux], Array]:
@@ -389,7 +390,7 @@ class LanguageModel:
         if not self.config.num_streams or self.config.hyper_maps == "dynamic":
             return None
         if not isinstance(blocks, list):
-            return static_maps(jax.tree.map(lambda leaf: leaf[:num_layers], of_all(blocks, "hyper")), self.config)
+            return static_maps(jax.tree.map(lambda leaf: leaf[:num_layers], blocks["hyper"]), self.config)
         is_chunked = blocks[0]["hyper"]["attn"]["post_logits"].ndim == 2
         join = jnp.concatenate if is_chunked else jnp.stack
         return static_maps(jax.tree.map(lambda *leaves: join(leaves), *(b["hyper"] for b in blocks)), self.config)

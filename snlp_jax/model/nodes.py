@@ -31,11 +31,11 @@ from snlp_jax.model.attention import (
     attend_by_window,
     attend_ring,
 )
-from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Ring, Rings, Shared
+from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Ring, Shared
 from snlp_jax.model.decode_kernel import attend_ring_at_once
 from snlp_jax.model.hyper import BranchMaps, LayerMaps, join, residual_path
 from snlp_jax.model.layers import project, rms_norm
-from snlp_jax.types import Array, Groups, PyTree
+from snlp_jax.types import Array, PyTree
 
 NodeFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, BlockAux]]
 ChooseKernel = Callable[[int, bool], Implementation]
@@ -93,7 +93,7 @@ class LayerNode:
 
     def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
         if shared.first_B is not None:
-            return attend_cached(q_BTNH, kv, _own(ctx), ctx.window, shared, kernel, self.config.attention_softcap)
+            return attend_cached(q_BTNH, kv, _ring_of(ctx), ctx.window, shared, kernel, self.config.attention_softcap)
         windows, softcap = tuple(sorted(set(self.config.windows))), self.config.attention_softcap
         return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel, shared.document_BT, softcap)
 
@@ -136,8 +136,8 @@ class ChunkNode:
         path, scales = residual_path(self.config), self._scales(params)
         x_BTD, carry = path.enter(scales, h, self._wide(ctx), shared)
         if scales is not None and self.scales == "own":
-            own = Scales(params["resid_scale"], params["x0_scale"])
-            x_MBTD = jax.vmap(lambda one: path.enter(one, h, None, shared)[0])(own)
+            scales_M = Scales(params["resid_scale"], params["x0_scale"])
+            x_MBTD = jax.vmap(lambda one: path.enter(one, h, None, shared)[0])(scales_M)
         else:
             x_MBTD = jnp.broadcast_to(x_BTD[None], (ctx.window.shape[0], *x_BTD.shape))
         q_MBTNH, kv = jax.vmap(lambda p, x, c: self.merge(p).project(x, c, shared, self.dtype))(params, x_MBTD, ctx)
@@ -147,7 +147,7 @@ class ChunkNode:
         rest = (shared.document_BT, self.config.attention_softcap)
         if shared.first_B is not None:
             cached = functools.partial(attend_cached, kernel=kernel, softcap=self.config.attention_softcap)
-            return jax.vmap(cached, in_axes=(0, 0, 0, 0, None))(q_MBTNH, kv, _own(ctx), ctx.window, shared)
+            return jax.vmap(cached, in_axes=(0, 0, 0, 0, None))(q_MBTNH, kv, _ring_of(ctx), ctx.window, shared)
         if self.windows is not None:
             return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel, *rest)
         choices = tuple(sorted(set(self.config.windows)))
@@ -222,7 +222,7 @@ class ChunkNode:
         return join(mean(hyper.attn), mean(hyper.mlp))
 
 
-def _own(ctx: Context) -> Ring:
+def _ring_of(ctx: Context) -> Ring:
     if ctx.past is None:
         raise ValueError("a layer that is evaluated alone needs its earlier tokens in its context.")
     return ctx.past
@@ -309,55 +309,6 @@ def _num_held(h_L: Array, ctx: Context) -> float:
     return num_tokens * min(max(num_keys / 64, 1), 4)
 
 
-def by_group(fn_of: Callable[[Sequence[int]], NodeFn], windows: Sequence[int]) -> NodeFn:
-    """A sweep (or refresh) that takes layers of several kinds too: each kind's stack is read where it lies, and
-    activations are permuted. ``fn_of(windows)`` is the one of layers of one kind."""
-    whole = fn_of(windows)
-
-    def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
-        if not isinstance(params, Groups):
-            return whole(params, h_L, ctx, shared)
-        attention = sorted(i for stack, own in _pairs(params) if "attn" in stack for i in own)
-        news, auxs = [], []
-        for stack, own in _pairs(params):
-            rows = np.asarray(own)
-            its_h, its_ctx = jax.tree.map(lambda leaf, rows=rows: leaf[rows], (h_L, ctx))
-            its_shared = shared
-            if shared.past is not None:
-                its_past = _past_of(shared.past, [attention.index(i) for i in own if i in attention])
-                its_shared = shared._replace(past=its_past)
-                if its_past is not None and len(its_past.groups) == 1:
-                    its_ctx, its_shared = its_ctx._replace(past=its_past.groups[0]), shared._replace(past=None)
-            new, aux = fn_of([windows[i] for i in own])(stack, its_h, its_ctx, its_shared)
-            news.append((own, new))
-            auxs.append((own, aux))
-        kvs = [(own, aux.kv) for own, aux in auxs if aux.kv is not None]
-        skips = [(own, aux.skip_BTRR) for own, aux in auxs if aux.skip_BTRR is not None]
-        return _in_order(news), BlockAux(_in_order(kvs), _in_order(skips))
-
-    return sweep
-
-
-def _pairs(params: Groups) -> list[tuple[PyTree, tuple[int, ...]]]:
-    return list(zip(params.groups, params.members, strict=True))
-
-
-def _past_of(past: Rings, layers: Sequence[int]) -> Rings | None:
-    """The rings of some layers, counted from the first of these, which share theirs with no others."""
-    place = {layer: index for index, layer in enumerate(layers)}
-    pairs = [(g, m) for g, m in zip(past.groups, past.members, strict=True) if m[0] in place]
-    members = tuple(tuple(place[layer] for layer in m) for _, m in pairs)
-    return Rings(tuple(group for group, _ in pairs), members) if pairs else None
-
-
-def _in_order(parts: Sequence[tuple[Sequence[int], PyTree]]) -> PyTree:
-    """Rows of several groups in the order of their layers."""
-    if len(parts) < 2:
-        return parts[0][1] if parts else None
-    order = np.argsort([i for own, _ in parts for i in own])
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *(rows for _, rows in parts))
-
-
 def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKernel, *, remat: bool) -> NodeFn:
     """All layers on the x of one chunk, ``s h + m x0`` with mean scales at the first node's input h; not summed:
     ``u_l = x + Attention_l(rms(x))``, ``y_l = u_l + MLP_l(rms(u_l))`` (published as fused split).
@@ -400,11 +351,11 @@ def _attend_all(
         outs = []
         for ring, members in zip(shared.past.groups, shared.past.members, strict=True):
             rows = np.asarray(members)
-            its_windows = [windows[index] for index in members]
-            window, axis = _common(its_windows, jnp.asarray(its_windows))
-            its_q, its_kv = jax.tree.map(lambda x, rows=rows: x[rows], (q_LBTNH, kv_L))
+            group_windows = [windows[index] for index in members]
+            window, axis = _common(group_windows, jnp.asarray(group_windows))
+            group_q, group_kv = jax.tree.map(lambda x, rows=rows: x[rows], (q_LBTNH, kv_L))
             attend_group = jax.vmap(cached, in_axes=(0, 0, 0, axis, None))
-            outs.append(attend_group(its_q, its_kv, ring, window, shared))
+            outs.append(attend_group(group_q, group_kv, ring, window, shared))
         out_LBTNH = jnp.concatenate(outs)[np.argsort(order)]
     else:
         out_LBTNH = attend_by_window(q_LBTNH, *kv_L, windows, kernel, shared.document_BT, softcap)

@@ -1,4 +1,4 @@
-"""Layers that are sharded over a mesh axis: solved in parallel with K exchanges, or run in order round the devices.
+"""Nodes that are spread over a mesh axis: solved in parallel with K exchanges, or run in order round the devices.
 
 Every device holds ceil(N / n) consecutive nodes. A parallel region evaluates them all, scans its own affine maps and
 exchanges one total an iteration (``snlp_jax/solver/linear.py``): K all_gathers instead of two all-reduces a layer. The
@@ -7,25 +7,43 @@ devices: they pass their input on and are left out of statistics, trace and aux.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from snlp_jax.solver import BatchAxes, Correction, Init, Kept, LayerProblem, Solution, sequential, solve
-from snlp_jax.solver.linear import Axis
+from snlp_jax.solver import (
+    NO_DATA,
+    VALUE,
+    BatchAxes,
+    Calibration,
+    Chain,
+    Correction,
+    Init,
+    MethodData,
+    Place,
+    Solution,
+    Wanted,
+    sequential,
+    solve,
+    solve_each,
+    solve_until,
+)
+from snlp_jax.solver.collectives import Axis
 
 PyTree = Any
 
+LAYER = "layer"
+"""Mesh axis over which nodes are spread."""
 ROWS = "data"
 """Mesh axis over which the rows of a batch are spread."""
 
 
-def num_padded(num_layers: int, num_devices: int) -> int:
-    """Layers including those of zero weights that make the count a multiple of the devices."""
-    return -(-num_layers // num_devices) * num_devices
+def num_padded(num_nodes: int, num_devices: int) -> int:
+    """Nodes including those of zero weights that make the count a multiple of the devices."""
+    return -(-num_nodes // num_devices) * num_devices
 
 
 def pad_layers(tree: PyTree, num_layers: int) -> PyTree:
@@ -39,151 +57,193 @@ def pad_layers(tree: PyTree, num_layers: int) -> PyTree:
 
 
 def solve_sharded(
-    problem: LayerProblem,
+    chain: Chain,
     correction: Correction,
+    init: Init,
+    data: MethodData = NO_DATA,
     *,
     mesh: Mesh,
     num_iters: int,
-    init: Init,
     tolerance: float = 0.0,
-    taps: tuple[int, ...] = (),
-    with_stats: bool = False,
-    kept: Kept = "last",
-    axis_name: str = "layer",
+    want: Wanted = VALUE,
 ) -> Solution:
-    """:func:`snlp_jax.solver.solve` over a layer axis that is sharded over ``mesh`` axis ``axis_name``.
+    """:func:`snlp_jax.solver.solve`, or with a tolerance ``solve_until``, of spread nodes.
 
-    ``problem.params`` and ``problem.ctx`` are stacks; a stack that the devices do not divide is filled up, and only its
-    own layers come back. One that comes with ``problem.real`` comes back whole, the layers that do not count included:
-    to cut them off a sharded trace is an exchange. ``problem.sweep_fn``, where there is one, is that of one device's
-    layers. Trace and aux of the solution stay sharded; its value and tapped states are on every device.
+    Nodes lie over the mesh's ``layer`` axis, weights and contexts as stacks. A stack that the devices do not divide is
+    filled up, and only its own nodes come back. A chain whose ``place`` has indices comes back whole, with the rows
+    that do not count: to cut them off a spread trace would be an exchange. ``fns.sweep``, where there is one, is that
+    of one device's nodes. Trace and aux of the solution stay spread; its value and tapped states are on every device.
 
     The program holds ``num_iters`` all_gathers, one more for an initial trace other than h0, and no other collective.
     Corrections that run down the depth (Exact, a trust region) go round the devices in every iteration besides.
     """
-    settings: dict[str, Any] = {"num_iters": num_iters, "init": init, "tolerance": tolerance, "taps": taps}
-    settings |= {"kept": kept}
-    stats = {"residual_norm": PartitionSpec(None, axis_name)} if with_stats else {}
-    if tolerance > 0:
-        stats |= {"num_iters": PartitionSpec(), "sequence_iters": PartitionSpec(_rows_axis(problem, mesh))}
-    solution = _on_each_device(
-        problem,
-        mesh,
-        axis_name,
-        lambda here: solve(here, correction, **settings, with_stats=with_stats),
-        stats,
-    )
-    return solution if problem.real else real_part(solution, (0, problem.num_layers))
+
+    def run(chains: Sequence[Chain], data: MethodData) -> Solution:
+        if tolerance > 0:
+            return solve_until(chains[0], correction, init, data, tolerance=tolerance, max_iters=num_iters, want=want)
+        return solve(chains[0], correction, init, data, num_iters=num_iters, want=want)
+
+    return _on_each_device(run, [chain], data, mesh, want, is_adaptive=tolerance > 0)
+
+
+def solve_each_sharded(
+    chains: Sequence[Chain], correction: Correction, init: Init, data: MethodData, *, mesh: Mesh, want: Wanted
+) -> Solution:
+    """:func:`snlp_jax.solver.solve_each` of nodes spread over the mesh's ``layer`` axis; see :func:`solve_sharded`."""
+    run = lambda chains, data: solve_each(chains, correction, init, data, want=want)  # noqa: E731
+    return _on_each_device(run, chains, data, mesh, want)
 
 
 def sequential_sharded(
-    problem: LayerProblem,
+    chain: Chain,
     *,
     mesh: Mesh,
     with_trace: bool = False,
     with_aux: bool = False,
     taps: tuple[int, ...] = (),
     num_microbatches: int = 1,
-    axis_name: str = "layer",
 ) -> Solution:
-    """:func:`snlp_jax.solver.sequential` over a sharded layer axis, as :func:`solve_sharded` reads and returns it.
+    """:func:`snlp_jax.solver.sequential` over spread nodes, as :func:`solve_sharded` reads and returns them.
 
     The program holds ``num_microbatches + n - 2`` collective-permutes of a microbatch's state and one all-reduce of the
     value and the taps, and no other collective.
     """
-    settings: dict[str, Any] = {"with_trace": with_trace, "with_aux": with_aux, "taps": taps}
-    solution = _on_each_device(
-        problem,
-        mesh,
-        axis_name,
-        lambda here: sequential(here, **settings, num_microbatches=num_microbatches),
-        {},
-    )
-    return solution if problem.real else real_part(solution, (0, problem.num_layers))
+
+    def run(chains: Sequence[Chain], data: MethodData) -> Solution:
+        return sequential(
+            chains[0], with_trace=with_trace, with_aux=with_aux, taps=taps, num_microbatches=num_microbatches
+        )
+
+    return _on_each_device(run, [chain], NO_DATA, mesh, Wanted(taps))
 
 
-def real_part(solution: Solution, real: tuple[int, int]) -> Solution:
-    """Trace, aux and residuals of the layers ``real[0]`` to ``real[1] - 1`` alone."""
-    pick = lambda tree: jax.tree.map(lambda leaf: leaf[slice(*real)], tree)  # noqa: E731
+def first_nodes(solution: Solution, num_nodes: int) -> Solution:
+    """Trace, aux and residuals of the first ``num_nodes`` nodes alone."""
+    pick = lambda tree: jax.tree.map(lambda leaf: leaf[:num_nodes], tree)  # noqa: E731
     stats = dict(solution.stats)
     if "residual_norm" in stats:
-        stats["residual_norm"] = stats["residual_norm"][:, slice(*real)]
+        stats["residual_norm"] = stats["residual_norm"][:, :num_nodes]
     return solution._replace(trace=pick(solution.trace), aux=pick(solution.aux), stats=stats)
 
 
-def _rows_axis(problem: LayerProblem, mesh: Mesh) -> str | None:
-    """The mesh axis over which the batch is spread, if it is and the problem says what has a batch axis."""
-    if problem.batch_axes is None or mesh.shape.get(ROWS, 1) == 1:
-        return None
-    rows = {leaf.shape[0] for leaf in jax.tree.leaves(problem.h_in)}
-    return ROWS if all(count % mesh.shape[ROWS] == 0 for count in rows) else None
+class _Specs(NamedTuple):
+    """How the arrays of a chain lie, for ``shard_map``."""
+
+    rows: str | None
+    state: PartitionSpec
+    trace: PartitionSpec
+    aux: PartitionSpec
+
+    @classmethod
+    def of(cls, chain: Chain, mesh: Mesh) -> "_Specs":
+        rows = _rows_axis(chain, mesh)
+        aux_axis = chain.fns.batch_axes.aux if rows and chain.fns.batch_axes else 0
+        before = () if chain.is_list else (LAYER,)
+        aux = PartitionSpec(*before, *(None,) * aux_axis, rows) if rows else PartitionSpec(*before)
+        return cls(rows, PartitionSpec(rows), PartitionSpec(LAYER, rows), aux)
+
+    def chain(self, chain: Chain) -> Chain:
+        """A prefix of the chain with the spec of every leaf."""
+        ctx_axes, shared_axes, _ = (self.rows and chain.fns.batch_axes) or BatchAxes(None, None, 0)
+        if isinstance(chain.ctx, list):
+            axes = ctx_axes if isinstance(ctx_axes, list) else [ctx_axes] * len(chain.ctx)
+            ctx: PyTree = [_leaf_specs(*pair, self.rows) for pair in zip(chain.ctx, axes, strict=True)]
+        else:
+            ctx = _leaf_specs(chain.ctx, ctx_axes, self.rows, LAYER)
+        return dataclasses.replace(
+            chain,
+            params=PartitionSpec() if chain.is_list else PartitionSpec(LAYER),
+            ctx=ctx,
+            shared=_leaf_specs(chain.shared, shared_axes, self.rows),
+            h_in=self.state,
+            place=PartitionSpec(),  # type: ignore[arg-type]
+        )
+
+    def data(self, data: MethodData) -> MethodData:
+        fit = data.fit
+        if fit is not None:
+            layers, common = PartitionSpec(LAYER), PartitionSpec()
+            fit = Calibration(layers, common)  # type: ignore[arg-type]
+        return MethodData(fit, self.trace, self.state, PartitionSpec())  # type: ignore[arg-type]
 
 
 def _on_each_device(
-    problem: LayerProblem,
+    run: Callable[[Sequence[Chain], MethodData], Solution],
+    chains: Sequence[Chain],
+    data: MethodData,
     mesh: Mesh,
-    axis_name: str,
-    run: Callable[[LayerProblem], Solution],
-    stats: dict[str, PartitionSpec],
+    want: Wanted,
+    *,
+    is_adaptive: bool = False,
 ) -> Solution:
-    """``run`` on the layers, and the rows of the batch, of every device. Other axes of the mesh stay automatic."""
-    num_devices, calibration = mesh.shape[axis_name], problem.calibration
-    num_layers = num_padded(problem.num_layers, num_devices)
-    real = problem.real or ((0, problem.num_layers) if num_layers > problem.num_layers else None)
-    rows = _rows_axis(problem, mesh)
-    ctx_axes, shared_axes, aux_axis = (rows and problem.batch_axes) or BatchAxes(None, None, 0)
-    by_layer, on_all = PartitionSpec(axis_name), PartitionSpec()
-    state, trace = PartitionSpec(rows), PartitionSpec(axis_name, rows) if rows else by_layer
-    aux = PartitionSpec(axis_name, *(None,) * aux_axis, rows) if rows else by_layer
-    arrays = {
-        "params": (problem.params, by_layer),
-        "ctx": (problem.ctx, _specs(problem.ctx, ctx_axes, rows, axis_name)),
-        "evaluations": (
-            problem.evaluations,
-            tuple(
-                (_specs(ctx, ctx_axes, rows, axis_name), _specs(shared, shared_axes, rows))
-                for ctx, shared in problem.evaluations
-            ),
-        ),
-        "warm_L": (problem.warm_L, trace),
-        "layers": (None if calibration is None else calibration.layers, by_layer),
-        "place": (jnp.arange(num_devices), by_layer),
-        "shared": (problem.shared, _specs(problem.shared, shared_axes, rows)),
-        "h_in": (problem.h_in, state),
-        "anchor": (problem.anchor, state),
-        "key": (problem.key, on_all),
-        "common": (None if calibration is None else calibration.common, on_all),
-        "rows_place": (jnp.arange(mesh.shape[rows]) if rows else None, state),
-    }
-    for name in ("params", "ctx", "warm_L", "layers") if num_layers > problem.num_layers else ():
-        arrays[name] = pad_layers(arrays[name][0], num_layers), arrays[name][1]
+    """``run`` on the nodes, and the rows of the batch, of every device. Other axes of the mesh stay automatic."""
+    chain, num_devices = chains[0], mesh.shape[LAYER]
+    num_nodes, specs = num_padded(chain.num_nodes, num_devices), _Specs.of(chains[0], mesh)
+    rows = specs.rows
+    index_L = jnp.arange(num_nodes) if chain.place.index_L is None else chain.place.index_L
+    is_padded = chain.place.is_padded or num_nodes > chain.place.size
+    row_B = jnp.arange(jax.tree.leaves(chain.h_in)[0].shape[0]) if rows else None
+    chains, data = _padded(chains, data, num_nodes)
 
-    def local(parts: dict[str, PyTree]) -> Solution:
-        layers, common, place, rows_place = (parts.pop(name) for name in ("layers", "common", "place", "rows_place"))
-        if calibration is not None:
-            parts["calibration"] = dataclasses.replace(calibration, layers=layers, common=common)
-        axis = Axis(axis_name, place[0], rows, rows_place[0] if rows else None)
-        size = num_layers // num_devices
-        solution = run(dataclasses.replace(problem, **parts, num_layers=size, real=real, axis=axis))
+    def local(chains: Sequence[Chain], data: MethodData, indices: tuple) -> Solution:
+        index_L, device, row_B = indices
+        place = Place(chain.place.size, index_L, row_B, Axis(LAYER, device[0], rows), is_padded)
+        size = num_nodes // num_devices
+        solution = run([dataclasses.replace(part, place=place, num_nodes=size) for part in chains], data)
         if rows and "residual_norm" in solution.stats:  # a mean over tokens
             mean = jax.lax.pmean(solution.stats["residual_norm"], rows)
             solution = solution._replace(stats=solution.stats | {"residual_norm": mean})
         return solution
 
+    stats = {"residual_norm": PartitionSpec(None, LAYER)} if want.stats else {}
+    if is_adaptive:
+        stats |= {"num_iters": PartitionSpec(), "sequence_iters": specs.state}
     run_everywhere = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=({name: spec for name, (_, spec) in arrays.items()},),
-        out_specs=Solution(state, trace, aux, stats, state),  # type: ignore[arg-type]
+        in_specs=(
+            [specs.chain(part) for part in chains],
+            specs.data(data),
+            (PartitionSpec(LAYER), PartitionSpec(LAYER), specs.state),
+        ),
+        out_specs=Solution(specs.state, specs.trace, specs.aux, stats, specs.state, specs.state),  # type: ignore[arg-type]
         # Axes of one device are manual too: kernels that the compiler cannot split run where no axis is automatic.
-        axis_names={axis_name, *filter(None, [rows]), *(name for name, size in mesh.shape.items() if size == 1)},
+        axis_names={LAYER, *filter(None, [rows]), *(name for name, size in mesh.shape.items() if size == 1)},
         check_vma=False,  # an all_gather's result is not tracked as replicated
     )
-    return run_everywhere({name: tree for name, (tree, _) in arrays.items()})
+    solution = run_everywhere(list(chains), data, (index_L, jnp.arange(num_devices), row_B))
+    if chain.place.index_L is not None or num_nodes == chain.num_nodes:
+        return solution
+    return first_nodes(solution, chain.num_nodes)
 
 
-def _specs(tree: PyTree, axes: PyTree, rows: str | None, *before: str) -> PyTree:
-    """Specs of leaves whose batch axes are ``axes`` (after the axes ``before``), as ``LayerProblem.batch_axes`` has
+def _padded(chains: Sequence[Chain], data: MethodData, num_nodes: int) -> tuple[list[Chain], MethodData]:
+    """Stacks filled up to ``num_nodes``; the place is left to the devices."""
+
+    def one(chain: Chain) -> Chain:
+        chain = dataclasses.replace(chain, place=Place(chain.place.size), num_nodes=num_nodes)
+        if chain.is_list:
+            return chain
+        return dataclasses.replace(
+            chain, params=pad_layers(chain.params, num_nodes), ctx=pad_layers(chain.ctx, num_nodes)
+        )
+
+    fit = data.fit
+    if fit is not None:
+        fit = dataclasses.replace(fit, layers=pad_layers(fit.layers, num_nodes))
+    return [one(chain) for chain in chains], data._replace(fit=fit, warm_L=pad_layers(data.warm_L, num_nodes))
+
+
+def _rows_axis(chain: Chain, mesh: Mesh) -> str | None:
+    """The mesh axis over which the batch is spread, if it is and the chain says what has a batch axis."""
+    if chain.fns.batch_axes is None or mesh.shape.get(ROWS, 1) == 1:
+        return None
+    rows = {leaf.shape[0] for leaf in jax.tree.leaves(chain.h_in)}
+    return ROWS if all(count % mesh.shape[ROWS] == 0 for count in rows) else None
+
+
+def _leaf_specs(tree: PyTree, axes: PyTree, rows: str | None, *before: str) -> PyTree:
+    """Specs of leaves whose batch axes are ``axes`` (after the axes ``before``), as ``LayerFns.batch_axes`` has
     them."""
 
     def one(axis: int | None, part: PyTree) -> PyTree:

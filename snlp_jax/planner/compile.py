@@ -158,7 +158,7 @@ def held_bytes(
     if work.kind == "train":
         return bytes_per_device(abstract_state(model, optimizer_of(model, config), mesh, config))
     weights = abstract_weights(model, schedule, mesh, sequential)
-    return bytes_per_device((weights.blocks, weights.tables, weights.ends))
+    return bytes_per_device(weights)
 
 
 def _lower_forward(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work) -> Any:

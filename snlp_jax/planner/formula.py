@@ -49,8 +49,9 @@ def expected(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_
 def weight_bytes(weights: Weights) -> int:
     """Matrices and norms of the layers and the head on one device; embeddings are looked up, not read, unless they are
     the head too."""
-    head = weights.ends["head"]
-    return bytes_per_device((weights.blocks, head, () if "kernel" in head else weights.ends["embed"]["token"]))
+    head = weights.embed_head["head"]
+    table = () if "kernel" in head else weights.embed_head["embed"]["token"]
+    return bytes_per_device(([part.blocks for part in weights.parts], head, table))
 
 
 def _ops(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_chip_bytes: float) -> Iterator[Op]:
@@ -62,8 +63,8 @@ def _ops(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_chip
     per_layer, per_sweep, at_ends = KERNELS[model.backend]
     is_decode = work.kind == "decode"
     plans = plan_rings(model, weights, work.context, T) if is_decode else (None,) * len(weights.segments)
-    held = zip(weights.segments, weights.blocks, plans, weights.is_spread, strict=True)
-    for segment, blocks, plan, is_spread in held:
+    for part, plan in zip(weights.parts, plans, strict=True):
+        segment, blocks, is_spread = part.segment, part.blocks, part.is_spread
         if isinstance(segment, SkippedSegment):
             continue
         rows = jax.tree.leaves(blocks)[0].shape[0]
@@ -98,7 +99,7 @@ def _ops(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_chip
             for parts in (heads, width):
                 if parts > 1:
                     yield Op("all-reduce", rows, payload=state, group=parts)
-    head = weights.ends["embed"]["token"] if config.use_tied_head else weights.ends["head"]["kernel"]
+    head = weights.embed_head["embed"]["token"] if config.use_tied_head else weights.embed_head["head"]["kernel"]
     vocabulary = _parts(head, 0 if config.use_tied_head else 1)
     yield Op("ends", 1, 2.0 * B * T * math.prod(head.shape) / vocabulary, bytes_per_device(head), launches=at_ends)
     if vocabulary > 1:

@@ -1,27 +1,48 @@
 """Layer-parallel solution of a chain of layers; knows nothing of Transformers, Flax or configs."""
 
+from snlp_jax.solver.adaptive import solve_until
+from snlp_jax.solver.affine import WithAffine, with_affine
 from snlp_jax.solver.calibrated import Calibrated, CalibratedInit, Calibration, Preheat
+from snlp_jax.solver.chain import BatchAxes, Chain, LayerFns, MethodData, Place
 from snlp_jax.solver.corrections import (
     Correction,
     Diagonal,
     Exact,
     HyperConnection,
     Identity,
+    Iteration,
     Jacobi,
     ScaledIdentity,
 )
-from snlp_jax.solver.init import BatchForward, Guess, Init, PrefixState, Warm
-from snlp_jax.solver.problem import BatchAxes, Iteration, LayerProblem
+from snlp_jax.solver.each import solve_each
+from snlp_jax.solver.init import NO_DATA, BatchForward, Guess, Init, PrefixState, Warm
 from snlp_jax.solver.schedule import ParallelSegment, Schedule, Segment, SequentialSegment, SkippedSegment
-from snlp_jax.solver.solve import Kept, Solution, relative_norm, safe_norm, sequential, solve
+from snlp_jax.solver.sequential import sequential
+from snlp_jax.solver.solve import (
+    VALUE,
+    Kept,
+    Result,
+    Solution,
+    Step,
+    Wanted,
+    relative_norm,
+    safe_norm,
+    solve,
+    start,
+    step,
+)
 from snlp_jax.solver.stages import Chunkwise, FusedSplit, PerLayer, Stage
+from snlp_jax.solver.trust import TrustRegion
 
 __all__ = [
+    "NO_DATA",
+    "VALUE",
     "BatchAxes",
     "BatchForward",
     "Calibrated",
     "CalibratedInit",
     "Calibration",
+    "Chain",
     "Chunkwise",
     "Correction",
     "Diagonal",
@@ -34,11 +55,14 @@ __all__ = [
     "Iteration",
     "Jacobi",
     "Kept",
-    "LayerProblem",
+    "LayerFns",
+    "MethodData",
     "ParallelSegment",
     "PerLayer",
+    "Place",
     "PrefixState",
     "Preheat",
+    "Result",
     "ScaledIdentity",
     "Schedule",
     "Segment",
@@ -46,9 +70,18 @@ __all__ = [
     "SkippedSegment",
     "Solution",
     "Stage",
+    "Step",
+    "TrustRegion",
+    "Wanted",
     "Warm",
+    "WithAffine",
     "relative_norm",
     "safe_norm",
     "sequential",
     "solve",
+    "solve_each",
+    "solve_until",
+    "start",
+    "step",
+    "with_affine",
 ]

@@ -1,7 +1,7 @@
 """Surrogates and initial traces whose numbers were fitted on real text (``snlp_jax/linearize/calibrate.py``).
 
-They hold no arrays: these ride in ``problem.calibration``, so that they are arguments of a compiled function and are
-sharded with the layers.
+They hold no arrays: these ride in ``MethodData.fit``, so that they are arguments of a compiled function and are spread
+with the layers.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from snlp_jax.solver.corrections import Correction
-from snlp_jax.solver.init import Guess, Init, _guess
-from snlp_jax.solver.linear import Basis, DiagonalMap, LinearMap, ScalarMap, SharedBasisMap
-from snlp_jax.solver.problem import Iteration, LayerProblem
+from snlp_jax.solver.chain import Chain, MethodData
+from snlp_jax.solver.corrections import Correction, Iteration
+from snlp_jax.solver.init import NO_DATA, Guess, Init, guess_of
+from snlp_jax.solver.maps import HIGHEST, Basis, DiagonalMap, LinearMap, ScalarMap, SharedBasisMap
 
 PyTree = Any
 
@@ -47,29 +47,32 @@ class Calibrated(Correction):
     evaluation is already the sequential one, so that k iterations settle k layers whatever the numbers are.
     """
 
-    def surrogate(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
-        calibration = _of(problem, self)
-        layers = calibration.layers
-        _only_leaf(iteration.h_L)
+    def start(self, chain: Chain, x_L: PyTree, data: MethodData = NO_DATA) -> PyTree:
+        """The calibration."""
+        only_leaf(x_L)
+        return _fit_of(chain, data, self)
+
+    def surrogate(self, chain: Chain, it: Iteration, state: PyTree) -> LinearMap:
+        layers = state.layers
         if "channel" in layers:
-            a_LD = _at(layers["channel"], iteration.index)
-            return DiagonalMap(jax.tree.map(lambda leaf: _on_last_axis(a_LD, leaf.ndim), iteration.h_L))
-        c_L = _at(layers["scale"], iteration.index)
+            a_LD = _at(layers["channel"], it.index)
+            return DiagonalMap(jax.tree.map(lambda leaf: _on_last_axis(a_LD, leaf.ndim), it.h_L))
+        c_L = _at(layers["scale"], it.index)
         if "core" not in layers:
             return ScalarMap(c_L)
-        u_DX, v_DX = (_at(calibration.common[name], iteration.index, axis=0) for name in "uv")
-        return SharedBasisMap(c_L, _at(layers["core"], iteration.index), Basis(u_DX, v_DX))
+        u_DX, v_DX = (_at(state.common[name], it.index, axis=0) for name in "uv")
+        return SharedBasisMap(c_L, _at(layers["core"], it.index), Basis(u_DX, v_DX))
 
-    def predict(self, problem: LayerProblem, iteration: Iteration) -> PyTree:
-        intercept = _of(problem, self).layers.get("intercept")
+    def predict(self, chain: Chain, it: Iteration, state: PyTree) -> PyTree:
+        intercept = state.layers.get("intercept")
         if intercept is None:
-            return iteration.y_L
-        indices, is_padding_L = problem.indices(), problem.is_padding()
-        is_open_L = (indices > iteration.index) & (iteration.index < intercept.shape[1])
+            return it.y_L
+        is_open_L = (chain.place.indices(chain.num_nodes) > it.index) & (it.index < intercept.shape[1])
+        is_padding_L = chain.place.is_padding()
         if is_padding_L is not None:
             is_open_L &= ~is_padding_L
-        b_LD = jnp.where(is_open_L[:, None], _at(intercept, iteration.index), 0.0)
-        return jax.tree.map(lambda y: y + _on_last_axis(b_LD, y.ndim).astype(y.dtype), iteration.y_L)
+        b_LD = jnp.where(is_open_L[:, None], _at(intercept, it.index), 0.0)
+        return jax.tree.map(lambda y: y + _on_last_axis(b_LD, y.ndim).astype(y.dtype), it.y_L)
 
 
 @dataclass(frozen=True)
@@ -77,32 +80,32 @@ class CalibratedInit(Init):
     """``h_l = c_l h_S + U_l V_l^T h_S + b_l``: the low-rank linear estimate of every layer's output from the region's
     input h_S. Cost: 2 r D multiply-adds a token and layer, no evaluation. Exact on affine chains at full rank."""
 
-    def __call__(self, problem: LayerProblem) -> Guess:
-        layers = _of(problem, self).layers
+    def __call__(self, chain: Chain, data: MethodData = NO_DATA) -> Guess:
+        layers = _fit_of(chain, data, self).layers
         c_L = layers["init_scale"]
 
         def one(h: jax.Array) -> jax.Array:
             low = _low_rank(layers, "init", h)
             return (c_L.reshape(-1, *(1,) * h.ndim) * h[None] + low).astype(h.dtype)
 
-        _only_leaf(problem.h_in)
-        return _guess(problem, jax.tree.map(one, problem.h_in))
+        only_leaf(chain.h_in)
+        return guess_of(chain, jax.tree.map(one, chain.h_in))
 
 
 @dataclass(frozen=True)
 class Preheat(Init):
-    """``h_l = U_l V_l^T x0 + b_l`` from ``problem.anchor``, the model's embedding x0: the authors' initial trace.
+    """``h_l = U_l V_l^T x0 + b_l`` from ``data.anchor``, the model's embedding x0: the authors' initial trace.
 
     Cost as :class:`CalibratedInit`. It ignores what the layers before the region have made of x0.
     """
 
-    def __call__(self, problem: LayerProblem) -> Guess:
-        layers = _of(problem, self).layers
-        if problem.anchor is None:
-            raise ValueError("the Preheat initial trace needs problem.anchor, the state that entered the first layer.")
-        h = _only_leaf(problem.h_in)
-        h_L = _low_rank(layers, "preheat", spread_streams(_only_leaf(problem.anchor), h)).astype(h.dtype)
-        return _guess(problem, jax.tree.map(lambda _: h_L, problem.h_in))
+    def __call__(self, chain: Chain, data: MethodData = NO_DATA) -> Guess:
+        layers = _fit_of(chain, data, self).layers
+        if data.anchor is None:
+            raise ValueError("the Preheat initial trace needs data.anchor, the state that entered the first layer.")
+        h = only_leaf(chain.h_in)
+        h_L = _low_rank(layers, "preheat", spread_streams(only_leaf(data.anchor), h)).astype(h.dtype)
+        return guess_of(chain, jax.tree.map(lambda _: h_L, chain.h_in))
 
 
 def spread_streams(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -129,15 +132,15 @@ def check_calibration(calibration: Calibration, method: Correction | Init, num_l
         raise ValueError(f"this calibration holds no {part!r} part: fit it with this initial trace.")
 
 
-def _of(problem: LayerProblem, method: Correction | Init) -> Calibration:
-    """The problem's calibration, which holds what the method reads."""
-    if problem.calibration is None:
-        raise ValueError("a calibrated method needs problem.calibration: fit one to this region and name it.")
-    check_calibration(problem.calibration, method, problem.num_layers)
-    return problem.calibration
+def _fit_of(chain: Chain, data: MethodData, method: Correction | Init) -> Calibration:
+    """The calibration in ``data``, which holds what the method reads."""
+    if data.fit is None:
+        raise ValueError("a calibrated method needs data.fit: fit a calibration to this region and name it.")
+    check_calibration(data.fit, method, chain.num_nodes)
+    return data.fit
 
 
-def _only_leaf(state: PyTree) -> jax.Array:
+def only_leaf(state: PyTree) -> jax.Array:
     leaves = jax.tree.leaves(state)
     if len(leaves) != 1:
         raise ValueError(f"a calibration is for a state of one array, but this state is a tree of {len(leaves)}.")
@@ -158,5 +161,5 @@ def _on_last_axis(a_LD: jax.Array, ndim: int) -> jax.Array:
 def _low_rank(layers: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
     """``U_l V_l^T x + b_l`` for all layers [N, ...]."""
     u_LDX, v_LDX, b_LD = (layers[f"{name}_{part}"] for part in ("u", "v", "intercept"))
-    low = jnp.einsum("...D,LDX->L...X", x, v_LDX)
-    return jnp.einsum("L...X,LDX->L...D", low, u_LDX) + _on_last_axis(b_LD, x.ndim + 1)
+    low = jnp.einsum("...D,LDX->L...X", x, v_LDX, precision=HIGHEST)
+    return jnp.einsum("L...X,LDX->L...D", low, u_LDX, precision=HIGHEST) + _on_last_axis(b_LD, x.ndim + 1)

@@ -1,40 +1,52 @@
 """Corrections: cheap models of the layer Jacobians that carry an update down the depth.
 
-One iteration evaluates ``y_l = f_l(h_{l-1})`` for all layers and then solves ``d_l = A_l d_{l-1} + (y_l - h_l)``,
+One iteration evaluates ``y_l = f_l(h_{l-1})`` for all nodes and then solves ``d_l = A_l d_{l-1} + (y_l - h_l)``,
 ``h'_l = y_l + A_l d_{l-1}`` with a surrogate A_l for df_l/dh_{l-1} (SNLP, arXiv 2605.17842, section 3). Whatever A
-is, after k iterations the first k layers are exact.
+is, after k iterations the first k nodes are exact.
 
-A new correction is one frozen dataclass here and one row in ``tests/problems.py``. ``Calibrated`` stands in
-``calibrated.py``.
+A new correction is one frozen dataclass and one row in ``tests/problems.py``; ``snlp_jax.notation.register_correction``
+gives it a name. ``Calibrated`` stands in ``calibrated.py``, ``TrustRegion`` in ``trust.py``.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from snlp_jax.solver.linear import (
-    Corrected,
-    DiagonalMap,
-    IdentityMap,
-    LinearMap,
-    MatrixMap,
-    ScalarMap,
-    ZeroMap,
-    correct,
-    layer,
-    pass_round,
-    tell_all,
-)
-from snlp_jax.solver.problem import Iteration, LayerProblem
+from snlp_jax.solver.chain import Chain, MethodData
+from snlp_jax.solver.collectives import all_gather_packed, pipeline
+from snlp_jax.solver.init import NO_DATA
+from snlp_jax.solver.linear import Corrected, add, correct, corrected_alone, layer, stack, subtract
+from snlp_jax.solver.maps import DiagonalMap, IdentityMap, LinearMap, MatrixMap, ScalarMap, ZeroMap
 
 PyTree = Any
 
 
+class Iteration(NamedTuple):
+    """One evaluation of all (local) nodes, which a correction turns into the next trace."""
+
+    index: jax.Array | int  # type: ignore[assignment]  # not tuple.index
+    """Counted from 0."""
+    x_L: PyTree
+    """Inputs of the nodes."""
+    y_L: PyTree
+    """Outputs of the nodes."""
+    aux_L: PyTree
+    """What the nodes left behind."""
+    h_L: PyTree
+    """The trace before the correction."""
+    entering: PyTree
+    """State that entered the first node."""
+
+
 @dataclass(frozen=True)
 class Correction:
-    """Base of all corrections. ``damping`` k in [0, 1] replaces A by (1 - k) A."""
+    """Base of all corrections. ``damping`` k in [0, 1] replaces A by (1 - k) A.
+
+    A correction of your own overrides :meth:`surrogate`, which returns one of the maps of ``maps.py``, say
+    ``ScalarMap(a_L)`` with a_L [N]; the rest works for any of them, over devices too.
+    """
 
     damping: float = 0.0
 
@@ -43,154 +55,98 @@ class Correction:
             raise ValueError(f"damping {self.damping} lies outside 0 to 1.")
 
     def __call__(
-        self,
-        problem: LayerProblem,
-        iteration: Iteration,
-        state: PyTree = (),
-        *,
-        taps: tuple[int, ...] = (),
-        packed: PyTree = (),
+        self, chain: Chain, it: Iteration, state: PyTree = (), *, taps: tuple[int, ...] = (), packed: PyTree = ()
     ) -> Corrected:
         """The next trace. ``taps`` and ``packed``: see :func:`snlp_jax.solver.linear.correct`."""
-        maps = self.surrogate(problem, iteration, state).damp(self.damping, problem.num_layers)
-        y_L, is_padding_L = self.predict(problem, iteration), problem.is_padding()
-        if is_padding_L is not None:
-            maps = maps.identity_where(is_padding_L)
-        if problem.affine and y_L is not iteration.y_L:
-            rows = jnp.asarray(problem.affine)
-            y_L = jax.tree.map(lambda new, y: new.at[rows].set(y[rows]), y_L, iteration.y_L)
-        told: dict[str, Any] = {"slopes": problem.slopes, "taps": taps, "packed": packed}
-        return correct(maps, y_L, iteration.h_L, iteration.entering, problem.axis, **told)
+        maps, y_L = self.maps(chain, it, state), self.predict(chain, it, state)
+        return correct(maps, y_L, it.h_L, it.entering, chain.place.axis, taps=taps, packed=packed)
 
-    def start(self, problem: LayerProblem, x_L: PyTree) -> PyTree:
+    def start(self, chain: Chain, x_L: PyTree, data: MethodData = NO_DATA) -> PyTree:
         """State that all iterations share, made once at the inputs of the first; () where there is none."""
         return ()
 
-    def surrogate(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
-        """A_l for every layer of the problem."""
+    def surrogate(self, chain: Chain, it: Iteration, state: PyTree) -> LinearMap:
+        """A_l for every node of the chain, before damping."""
         raise NotImplementedError
 
-    def predict(self, problem: LayerProblem, iteration: Iteration) -> PyTree:
+    def predict(self, chain: Chain, it: Iteration, state: PyTree) -> PyTree:
         """The new outputs for an update of 0: the evaluations themselves."""
-        return iteration.y_L
+        return it.y_L
 
-    def serial_evals(self, num_layers: int, num_iters: int) -> int:
+    def maps(self, chain: Chain, it: Iteration, state: PyTree) -> LinearMap:
+        """A_l as the correction uses it: damped, and the identity for rows that do not count."""
+        maps = self.surrogate(chain, it, state).damp(self.damping, chain.num_nodes)
+        is_padding_L = chain.place.is_padding()
+        return maps if is_padding_L is None else maps.identity_where(is_padding_L)
+
+    def apply(self, chain: Chain, it: Iteration, state: PyTree, v_L: PyTree, jv_L: PyTree) -> PyTree:
+        """``A_l v_l`` of every node, for diagnostics; ``jv_L`` is ``J_l v_l``."""
+        return self.maps(chain, it, state).apply(v_L)
+
+    def serial_evals(self, num_nodes: int, num_iters: int) -> int:
         """Block evaluations that the corrections themselves put on the critical path."""
         return 0
 
-    def extra_evals(self, num_layers: int, num_iters: int) -> int:
+    def extra_evals(self, num_nodes: int, num_iters: int) -> int:
         """Block evaluations that the corrections cost, on the critical path or beside it (a JVP counted as one)."""
         return 0
 
     @property
     def needs_forward_mode(self) -> bool:
-        """Whether ``block_fn`` is differentiated in forward mode."""
+        """Whether the chain's block is differentiated in forward mode."""
         return False
 
 
 @dataclass(frozen=True)
 class Jacobi(Correction):
-    """``A_l = 0``. Cost: none. Exact in one step on layers that ignore their input; the floor to beat."""
+    """``A_l = 0``. Cost: none. Exact in one step on nodes that ignore their input; the floor to beat."""
 
-    def surrogate(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
+    def surrogate(self, chain: Chain, it: Iteration, state: PyTree) -> LinearMap:
         return ZeroMap()
 
 
 @dataclass(frozen=True)
-class Trusting(Correction):
-    """Base of the scalar and diagonal corrections, which a trust region may hold back.
-
-    ``trust`` lambda >= 0 replaces a_l by g_l a_l with the gain of a scalar Kalman filter down the depth. The filter
-    estimates what should be added to y_l from two sources: the chain's prediction ``a_l d_{l-1}``, whose variance
-    ``P-_l = a_l^2 P_{l-1}`` grows with every layer whose linearisation it rests on (unit variance each), and the
-    evaluation's own answer 0, of variance 1 / lambda:
-
-        g_l = 1 / (1 + lambda P-_l),  P_l = g_l P-_l + 1,  P_0 = 0.
-
-    lambda = 0 trusts the chain (no change), lambda -> infinity is Jacobi. (Quasi-)ELK (Gonzalez et al., arXiv
-    2407.19115) anchors the filter at the old trace h_l instead, which damps the residual as well and gives up that
-    k iterations settle k layers; here they do, for any lambda. Cost: a scan of N scalars (elementwise for Diagonal),
-    which over sharded layers goes round the devices in every iteration.
-    """
-
-    trust: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.trust < float("inf"):
-            raise ValueError(f"trust {self.trust} must be 0 or more.")
-
-    def surrogate(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
-        maps = self.slopes(problem, iteration, state)
-        if not self.trust:
-            return maps
-        if isinstance(maps, DiagonalMap):
-            return DiagonalMap(jax.tree.map(lambda a_L: self._hold_back(problem, a_L), maps.a_L))
-        a_L = maps.a_L if isinstance(maps, ScalarMap) else jnp.ones((problem.num_layers,))
-        return ScalarMap(self._hold_back(problem, a_L))
-
-    def slopes(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
-        """A_l without the trust region: identity, scalars or diagonals."""
-        raise NotImplementedError
-
-    def _hold_back(self, problem: LayerProblem, a_L: jax.Array) -> jax.Array:
-        def step(variance: jax.Array, row: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
-            a, is_padding = row
-            predicted = jnp.square(a) * variance
-            gain = 1.0 / (1.0 + self.trust * predicted)
-            new = gain * predicted + 1.0
-            return (new if is_padding is None else jnp.where(is_padding, variance, new)), gain * a
-
-        scan = lambda variance, _: jax.lax.scan(step, variance, (a_L, problem.is_padding()))  # noqa: E731
-        nothing = jnp.zeros_like(a_L[0])
-        if problem.axis is None:
-            return scan(nothing, 0)[1]
-        return layer(pass_round(scan, nothing[None], problem.axis)[2], 0)
-
-
-@dataclass(frozen=True)
-class Identity(Trusting):
+class Identity(Correction):
     """IDN, ``A_l = I``. Cost: a prefix sum. Exact in one step on translations ``h -> h + c_l``."""
 
-    def slopes(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
+    def surrogate(self, chain: Chain, it: Iteration, state: PyTree) -> LinearMap:
         return IdentityMap()
 
 
 @dataclass(frozen=True)
-class ScaledIdentity(Trusting):
-    """``A_l = s_l I`` with s_l the derivative of the skip path (``problem.residual_map``).
+class ScaledIdentity(Correction):
+    """``A_l = s_l I`` with s_l the derivative of the skip path (``LayerFns.skip``).
 
     Cost: a scan of scalars and states. Exact in one step on ``h -> s_l h + c_l``. The published code uses A = I even
     where the skip path is scaled.
     """
 
-    def slopes(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
-        residuals = problem.residuals(iteration.aux_L)
-        if residuals.ndim > 1:
+    def surrogate(self, chain: Chain, it: Iteration, state: PyTree) -> LinearMap:
+        skip_L = chain.skips(it.aux_L)
+        if skip_L.ndim > 1:
             raise ValueError("ScaledIdentity needs a scalar skip path; for one that mixes streams use HyperConnection.")
-        return ScalarMap(residuals)
+        return ScalarMap(skip_L)
 
 
 @dataclass(frozen=True)
 class HyperConnection(Correction):
     """HCN, ``A_l = H_l``: the R x R matrices with which a layer's skip path mixes its residual streams.
 
-    They come from ``problem.residual_map``: one matrix a layer (static maps), or one a token (dynamic maps, whose own
+    They come from ``LayerFns.skip``: one matrix a layer (static maps), or one a token (dynamic maps, whose own
     derivative is neglected). Cost: a scan of R x R matrices and states. Exact in one step on ``h -> H_l h + c_l``,
     where H_l acts on the last axis but one of the state.
     """
 
-    def surrogate(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
-        residuals = problem.residuals(iteration.aux_L)
-        if residuals.ndim < 3:
+    def surrogate(self, chain: Chain, it: Iteration, state: PyTree) -> LinearMap:
+        skip_L = chain.skips(it.aux_L)
+        if skip_L.ndim < 3:
             raise ValueError("HyperConnection needs a skip path that mixes streams; for a scalar use ScaledIdentity.")
-        ndim = jax.tree.leaves(iteration.h_L)[0].ndim
-        shared_axes = (1,) * (ndim - residuals.ndim)
-        return MatrixMap(residuals.reshape(residuals.shape[0], *shared_axes, *residuals.shape[1:]))
+        ndim = jax.tree.leaves(it.h_L)[0].ndim
+        return MatrixMap(skip_L.reshape(skip_L.shape[0], *(1,) * (ndim - skip_L.ndim), *skip_L.shape[1:]))
 
 
 @dataclass(frozen=True)
-class Diagonal(Trusting):
+class Diagonal(Correction):
     """``A_l = diag(df_l/dh_{l-1})``, estimated by Hutchinson's ``mean over probes of z * (J z)``, z = +-1.
 
     Exact in one step on ``h -> a_l * h + c_l`` (elementwise, |a| <= 2; one probe suffices, since z * (a * z) = a). On
@@ -210,7 +166,7 @@ class Diagonal(Trusting):
         reuse: estimate once, at the first iteration's inputs, for all iterations.
         detach: the estimate is a constant to reverse-mode differentiation (published for training: no second
             derivatives).
-        seed: of z where the problem has no key. z depends on the key, the iteration and the layer alone: the same
+        seed: of z where ``MethodData.key`` is None. z depends on the key, the iteration and the node alone: the same
             key gives the same result, on any number of devices.
     """
 
@@ -232,37 +188,36 @@ class Diagonal(Trusting):
         if not self.step > 0 or not self.limit > 0 or self.stride < 1:
             raise ValueError(f"step {self.step}, limit {self.limit} and stride {self.stride} must be positive.")
 
-    def start(self, problem: LayerProblem, x_L: PyTree) -> PyTree:
-        return self._estimate(problem, 0, x_L, problem.sweep(x_L)[0]) if self.reuse else ()
+    def start(self, chain: Chain, x_L: PyTree, data: MethodData = NO_DATA) -> PyTree:
+        """The key of the probes, or the estimate where it is reused."""
+        key = jax.random.key(self.seed) if data.key is None else data.key
+        return self._estimate(chain, key, 0, x_L, chain.sweep(x_L)[0]) if self.reuse else key
 
-    def slopes(self, problem: LayerProblem, iteration: Iteration, state: PyTree) -> LinearMap:
-        if self.reuse:
-            return state
-        return self._estimate(problem, iteration.index, iteration.x_L, iteration.y_L)
+    def surrogate(self, chain: Chain, it: Iteration, state: PyTree) -> LinearMap:
+        return state if self.reuse else self._estimate(chain, state, it.index, it.x_L, it.y_L)
 
-    def probe(self, problem: LayerProblem, index: jax.Array | int, number: int, like_L: PyTree) -> PyTree:
-        """z of one probe for all layers, a tree like ``like_L`` of +-1."""
-        key = jax.random.key(self.seed) if problem.key is None else problem.key
+    def probe(self, chain: Chain, key: jax.Array, index: jax.Array | int, number: int, like_L: PyTree) -> PyTree:
+        """z of one probe for all nodes, a tree like ``like_L`` of +-1."""
         key = jax.random.fold_in(jax.random.fold_in(key, index), number)
         leaves, tree = jax.tree.flatten(like_L)
+        fold_each = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
         def one(position: int, leaf: jax.Array) -> jax.Array:
-            fold_each = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-            keys = fold_each(jax.random.fold_in(key, position), problem.indices())
+            keys = fold_each(jax.random.fold_in(key, position), chain.place.indices(chain.num_nodes))
             shape = leaf.shape[1:]
             if shape:  # a key for each row as well, the same wherever it lies
-                keys, shape = jax.vmap(fold_each, in_axes=(0, None))(keys, problem.row_indices(shape[0])), shape[1:]
-            return jax.vmap(lambda key: jax.random.rademacher(key, shape, leaf.dtype))(keys.reshape(-1)).reshape(
-                leaf.shape
-            )
+                keys = jax.vmap(fold_each, in_axes=(0, None))(keys, chain.place.batch_rows(shape[0]))
+                shape = shape[1:]
+            draw = jax.vmap(lambda key: jax.random.rademacher(key, shape, leaf.dtype))
+            return draw(keys.reshape(-1)).reshape(leaf.shape)
 
         return jax.tree.unflatten(tree, [one(position, leaf) for position, leaf in enumerate(leaves)])
 
-    def _estimate(self, problem: LayerProblem, index: jax.Array | int, x_L: PyTree, y_L: PyTree) -> LinearMap:
-        sweep = lambda x_L: problem.sweep(x_L)[0]  # noqa: E731
-        total = None
+    def _estimate(self, chain: Chain, key: jax.Array, index: jax.Array | int, x_L: PyTree, y_L: PyTree) -> LinearMap:
+        sweep = lambda x_L: chain.sweep(x_L)[0]  # noqa: E731
+        total = jax.tree.map(jnp.zeros_like, x_L)
         for number in range(self.num_probes):
-            z_L = self.probe(problem, index, number, x_L)
+            z_L = self.probe(chain, key, index, number, x_L)
             if self.mode == "jvp":
                 slope_L = jax.jvp(sweep, (x_L,), (z_L,))[1]
             elif self.mode == "vjp":
@@ -270,18 +225,18 @@ class Diagonal(Trusting):
             else:
                 moved_L = sweep(jax.tree.map(lambda x, z: x + self.step * z, x_L, z_L))
                 slope_L = jax.tree.map(lambda moved, y: (moved - y) / self.step, moved_L, y_L)
-            estimate = jax.tree.map(jnp.multiply, z_L, slope_L)
-            total = estimate if total is None else jax.tree.map(jnp.add, total, estimate)
+            total = add(total, jax.tree.map(jnp.multiply, z_L, slope_L))
         maps = DiagonalMap(jax.tree.map(lambda a: jnp.clip(a / self.num_probes, -self.limit, self.limit), total))
         maps = jax.lax.stop_gradient(maps) if self.detach else maps
-        return maps if self.stride == 1 else maps.identity_where(problem.indices() % self.stride > 0)
+        is_left_L = chain.place.indices(chain.num_nodes) % self.stride > 0
+        return maps if self.stride == 1 else maps.identity_where(is_left_L)
 
-    def serial_evals(self, num_layers: int, num_iters: int) -> int:
+    def serial_evals(self, num_nodes: int, num_iters: int) -> int:
         # A backward pass follows a forward pass; the other two differentiate beside the evaluation.
         return (1 if self.reuse else num_iters) if self.mode == "vjp" else 0
 
-    def extra_evals(self, num_layers: int, num_iters: int) -> int:
-        per_estimate = num_layers * self.num_probes * (2 if self.mode == "vjp" else 1)
+    def extra_evals(self, num_nodes: int, num_iters: int) -> int:
+        per_estimate = num_nodes * self.num_probes * (2 if self.mode == "vjp" else 1)
         return per_estimate * (1 if self.reuse else num_iters)
 
     @property
@@ -293,66 +248,70 @@ class Diagonal(Trusting):
 class Exact(Correction):
     """``A_l = df_l/dh_{l-1}`` by forward-mode differentiation and forward substitution: Newton's method, the oracle.
 
-    Cost: N JVPs one after another, over sharded layers round all devices in every iteration. Exact in one step on any
-    affine chain. Needs a ``block_fn`` with a forward-mode derivative (XLA attention).
+    Cost: N JVPs one after another, over spread layers round all devices in every iteration. Exact in one step on any
+    affine chain. Needs a block with a forward-mode derivative (XLA attention).
     """
 
+    undamped: tuple[int, ...] = ()
+    """Nodes that ``damping`` leaves as they are."""
+
     def __call__(
-        self,
-        problem: LayerProblem,
-        iteration: Iteration,
-        state: PyTree = (),
-        *,
-        taps: tuple[int, ...] = (),
-        packed: PyTree = (),
+        self, chain: Chain, it: Iteration, state: PyTree = (), *, taps: tuple[int, ...] = (), packed: PyTree = ()
     ) -> Corrected:
-        _, x_L, y_L, _, h_L, entering = iteration
-        is_padding_L = problem.is_padding()
-
-        def substitute(d: PyTree, row: tuple) -> tuple[PyTree, PyTree]:
-            params, ctx, x, y, h, is_padding = row
-            _, slope = jax.jvp(lambda state: problem.block_fn(params, state, ctx, problem.shared)[0], (x,), (d,))
-            slope = jax.tree.map(lambda s: (1.0 - self.damping) * s, slope)
-            if is_padding is not None:
-                slope = jax.tree.map(lambda s, d: jnp.where(is_padding, d, s), slope, d)
-            new = jax.tree.map(jnp.add, y, slope)
-            return jax.tree.map(jnp.subtract, new, h), new
-
-        def substitute_all(d: PyTree) -> tuple[PyTree, PyTree]:
-            if problem.is_stack:
-                rows = (problem.params, problem.ctx, x_L, y_L, h_L, is_padding_L)
-                return jax.lax.scan(substitute, d, rows)
-            news = []
-            for index in range(problem.num_layers):
-                d, new = substitute(d, (*problem.layer(index), *layer((x_L, y_L, h_L), index), None))
-                news.append(new)
-            return d, jax.tree.map(lambda *leaves: jnp.stack(leaves), *news)
-
-        d = jax.tree.map(jnp.zeros_like, entering)
-        if problem.axis is None:
-            new_L = substitute_all(d)[1]
-            tapped = tuple(layer(new_L, tap) for tap in taps)
-            return Corrected(new_L, entering, layer(new_L, -1), tapped, jax.tree.map(lambda leaf: leaf[None], packed))
+        zero, axis = jax.tree.map(jnp.zeros_like, it.entering), chain.place.axis
+        if axis is None:
+            return corrected_alone(self._substitute(chain, it, zero)[1], it.entering, taps, packed)
 
         # The delta goes round the devices, and with it the state that enters the next one.
         def evaluate(carry: tuple[PyTree, PyTree], _: jax.Array) -> tuple[tuple[PyTree, PyTree], PyTree]:
-            d, new_L = substitute_all(carry[0])
+            d, new_L = self._substitute(chain, it, carry[0])
             return (d, layer(new_L, -1)), new_L
 
-        start = jax.tree.map(lambda leaf: leaf[None], (d, problem.h_in))
-        entered, _, new_L = pass_round(evaluate, start, problem.axis)
-        new_L, num_layers = layer(new_L, 0), problem.num_layers
-        mine = (layer(new_L, -1), tuple(layer(new_L, tap % num_layers) for tap in taps), packed)
-        leaving, told, packed_of_all = tell_all(mine, problem.axis)
-        tapped = tuple(layer(of_all, tap // num_layers) for of_all, tap in zip(told, taps, strict=True))
+        entered, _, new_L = pipeline(evaluate, jax.tree.map(lambda leaf: leaf[None], (zero, chain.h_in)), axis)
+        new_L, num_nodes = layer(new_L, 0), chain.num_nodes
+        local = (layer(new_L, -1), tuple(layer(new_L, tap % num_nodes) for tap in taps), packed)
+        leaving, tapped, packed_of_all = all_gather_packed(local, axis)
+        tapped = tuple(layer(of_all, tap // num_nodes) for of_all, tap in zip(tapped, taps, strict=True))
         return Corrected(new_L, layer(entered[1], 0), layer(leaving, -1), tapped, packed_of_all)
 
-    def serial_evals(self, num_layers: int, num_iters: int) -> int:
-        return num_layers * num_iters
+    def apply(self, chain: Chain, it: Iteration, state: PyTree, v_L: PyTree, jv_L: PyTree) -> PyTree:
+        return ScalarMap(self._shares(chain)).apply(jv_L)
 
-    def extra_evals(self, num_layers: int, num_iters: int) -> int:
-        return num_layers * num_iters
+    def _substitute(self, chain: Chain, it: Iteration, d: PyTree) -> tuple[PyTree, PyTree]:
+        """The delta after the last (local) node and the new trace, for a delta d before the first."""
+
+        def one(d: PyTree, row: tuple) -> tuple[PyTree, PyTree]:
+            params, ctx, x, y, h, share, is_padding = row
+            slope = jax.tree.map(lambda s: share.astype(s.dtype) * s, jvp_of(chain, params, ctx, x, d))
+            if is_padding is not None:
+                slope = jax.tree.map(lambda s, d: jnp.where(is_padding, d, s), slope, d)
+            new = add(y, slope)
+            return subtract(new, h), new
+
+        states = (it.x_L, it.y_L, it.h_L, self._shares(chain))
+        if not chain.is_list and chain.rows is None:
+            return jax.lax.scan(one, d, (chain.params, chain.ctx, *states, chain.place.is_padding()))
+        news = []
+        for index in range(chain.num_nodes):
+            d, new = one(d, (*chain.node(index), *layer(states, index), None))
+            news.append(new)
+        return d, stack(news)
+
+    def _shares(self, chain: Chain) -> jax.Array:
+        """[N]: what damping leaves of each derivative."""
+        return jnp.full((chain.num_nodes,), 1.0 - self.damping).at[jnp.asarray(self.undamped, int)].set(1.0)
+
+    def serial_evals(self, num_nodes: int, num_iters: int) -> int:
+        return num_nodes * num_iters
+
+    def extra_evals(self, num_nodes: int, num_iters: int) -> int:
+        return num_nodes * num_iters
 
     @property
     def needs_forward_mode(self) -> bool:
         return True
+
+
+def jvp_of(chain: Chain, params: PyTree, ctx: PyTree, x: PyTree, d: PyTree) -> PyTree:
+    """``J d`` of one node at the input x."""
+    return jax.jvp(lambda state: chain.fns.block(params, state, ctx, chain.shared)[0], (x,), (d,))[1]

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from snlp_jax.solver.corrections import Correction, Exact
-from snlp_jax.solver.init import Guess, Init
-from snlp_jax.solver.linear import shift
-from snlp_jax.solver.problem import Iteration, LayerProblem
-from snlp_jax.solver.solve import relative_norm, sequential
+from snlp_jax.solver.chain import Chain, MethodData
+from snlp_jax.solver.corrections import Correction, Iteration
+from snlp_jax.solver.init import NO_DATA, Guess, Init
+from snlp_jax.solver.linear import shift, subtract
+from snlp_jax.solver.sequential import sequential
+from snlp_jax.solver.solve import check_num_iters, relative_norm, start, step
 
 PyTree = Any
 
@@ -40,34 +41,33 @@ class TraceErrors(NamedTuple):
         return jnp.where(before > 0, after / jnp.where(before > 0, before, 1.0), 0.0)
 
 
-def trace_errors(problem: LayerProblem, correction: Correction, num_iters: int, init: Init) -> TraceErrors:
-    """``||h^k_l - h*_l|| / ||h*_l||`` of every layer l after every iteration k = 0 .. num_iters.
+def trace_errors(
+    chain: Chain, correction: Correction, init: Init, data: MethodData = NO_DATA, *, num_iters: int
+) -> TraceErrors:
+    """``||h^k_l - h*_l|| / ||h*_l||`` of every node l after every iteration k = 0 .. num_iters.
 
     Cost: a sequential pass and ``num_iters + 1`` iterations in one scan, whose body is compiled once; two traces are
-    held. The first k layers of row k are exact for any correction, to the rounding in which a batched evaluation
-    differs from a single one. Call it under ``jax.jit``. The chain of ``block_fn`` is the truth: of fused chunks, the
+    held. The first k nodes of row k are exact for any correction, to the rounding in which a batched evaluation
+    differs from a single one. Call it under ``jax.jit``. The chain of its ``block`` is the truth: of fused chunks, the
     fused model.
+
+    Raises:
+        ValueError: ``num_iters`` < 1.
     """
-    if num_iters < 1:
-        raise ValueError(f"num_iters is {num_iters}; there is nothing to diagnose before the first iteration.")
-    exact_L = sequential(problem, with_trace=True).trace
-    guess = init(problem)
-    state = correction.start(problem, shift(guess.h_L, guess.entering))
+    check_num_iters(num_iters)
+    exact_L = sequential(chain, with_trace=True).trace
+    guess, _, state = start(chain, correction, init, data)
 
     def body(guess: Guess, index: jax.Array) -> tuple[Guess, tuple[jax.Array, jax.Array]]:
-        x_L = shift(guess.h_L, guess.entering)
-        it = Iteration(index, x_L, *problem.sweep(x_L), guess.h_L, guess.entering)
-        measured = relative_norm(it.h_L, exact_L), relative_norm(it.y_L, it.h_L)
-        corrected = correction(problem, it, state)
-        return Guess(corrected.h_L, corrected.entering), measured
+        made = step(chain, correction, guess, state, index)
+        it = made.iteration
+        return made.guess, (relative_norm(it.h_L, exact_L), relative_norm(it.y_L, it.h_L))
 
     return TraceErrors(*jax.lax.scan(body, guess, jnp.arange(num_iters + 1))[1])
 
 
-def spectral_norms(
-    problem: LayerProblem, trace: PyTree, num_steps: int = NUM_STEPS, key: jax.Array | None = None
-) -> jax.Array:
-    """[N]: ``||J_l||_2`` of the layers at the inputs that ``trace`` gives them, by power iteration on ``J^T J``.
+def spectral_norms(chain: Chain, trace: PyTree, num_steps: int = NUM_STEPS, key: jax.Array | None = None) -> jax.Array:
+    """[N]: ``||J_l||_2`` of the nodes at the inputs that ``trace`` gives them, by power iteration on ``J^T J``.
 
     J_l maps the whole state that enters layer l, all tokens and all sequences, to the whole state that leaves it; a
     norm above 1 means that some perturbation grows. The estimate is from below: ``||J v||`` of the best v found.
@@ -75,13 +75,14 @@ def spectral_norms(
     Cost: one linearisation of all layers, then a JVP and a VJP of all layers a step; it holds what a backward pass of
     one sweep holds. Needs layers with a forward-mode derivative.
     """
-    return _largest_singular_values(*_linearized(problem, trace)[:2], num_steps, key)
+    return _largest_singular_values(*_linearized(chain, trace)[:2], num_steps, key)
 
 
 def contraction(
-    problem: LayerProblem,
+    chain: Chain,
     correction: Correction,
     trace: PyTree,
+    data: MethodData = NO_DATA,
     num_steps: int = NUM_STEPS,
     key: jax.Array | None = None,
     *,
@@ -101,25 +102,23 @@ def contraction(
         trace: the exact trace; A_l is made at it.
         index: the iteration, counted from 0, whose A_l is meant where a correction has one for each.
     """
-    jvp, x_L, y_L, aux_L = _linearized(problem, trace)
-    if isinstance(correction, Exact):
-        return correction.damping * _largest_singular_values(jvp, x_L, num_steps, key)
-    iteration = Iteration(index, x_L, y_L, aux_L, trace, problem.h_in)
-    maps = correction.surrogate(problem, iteration, correction.start(problem, x_L))
-    maps = maps.damp(correction.damping, problem.num_layers)
+    jvp, x_L, y_L, aux_L = _linearized(chain, trace)
+    it = Iteration(index, x_L, y_L, aux_L, trace, chain.h_in)
+    state = correction.start(chain, x_L, data)
 
     def remainder(v_L: PyTree) -> PyTree:
-        return jax.tree.map(jnp.subtract, jvp(v_L), maps.apply(v_L))
+        jv_L = jvp(v_L)
+        return subtract(jv_L, correction.apply(chain, it, state, v_L, jv_L))
 
     return _largest_singular_values(remainder, x_L, num_steps, key)
 
 
-def _linearized(problem: LayerProblem, trace: PyTree) -> tuple[Callable[[PyTree], PyTree], PyTree, PyTree, PyTree]:
+def _linearized(chain: Chain, trace: PyTree) -> tuple[Callable[[PyTree], PyTree], PyTree, PyTree, PyTree]:
     """``v_L -> J_l v_l`` for all layers at once, their inputs, outputs and what they leave behind."""
-    if problem.axis is not None:
+    if chain.place.axis is not None:
         raise ValueError("diagnostics of layers that are sharded over a mesh axis are not available.")
-    x_L = shift(trace, problem.h_in)
-    y_L, jvp, aux_L = jax.linearize(problem.sweep, x_L, has_aux=True)
+    x_L = shift(trace, chain.h_in)
+    y_L, jvp, aux_L = jax.linearize(chain.sweep, x_L, has_aux=True)
     return jvp, x_L, y_L, aux_L
 
 

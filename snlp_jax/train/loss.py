@@ -15,40 +15,20 @@ Which terms and sizes a step computes is its :class:`Plan`, chosen on the host, 
 a term costs nothing before it starts. Training stays sequential in depth: the sequential pass is the target.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, LossTerm, SolverCEConfig, SolverTerm
-from snlp_jax.forward import layer_problem, run_in_order
-from snlp_jax.layout import check_alike
-from snlp_jax.model import LanguageModel
-from snlp_jax.model.kinds import cut, each_stack, in_a_row
 from snlp_jax.notation import CORRECTIONS, INITS
-from snlp_jax.parallel import over_data, solve_sharded
-from snlp_jax.parallel.mesh import kernels_on
-from snlp_jax.parallel.sharding import gather_channels
-from snlp_jax.solver import (
-    Correction,
-    Diagonal,
-    Jacobi,
-    LayerProblem,
-    ParallelSegment,
-    PrefixState,
-    Segment,
-    SequentialSegment,
-    Solution,
-    relative_norm,
-    solve,
-)
-from snlp_jax.types import Array, Batch, Params
+from snlp_jax.solver import Correction, Diagonal, Jacobi, ParallelSegment, PrefixState, relative_norm
+from snlp_jax.train.passes import Exact, Passes
+from snlp_jax.types import Array, Batch
 
 
 @dataclass(frozen=True)
@@ -87,138 +67,116 @@ def term_weight(term: LossTerm, step: Array, num_steps: int) -> Array:
 
 
 def loss_fn(
-    model: LanguageModel,
-    params: Params,
-    batch: Batch,
-    config: LossConfig,
-    plan: Plan,
-    weights: Mapping[str, Array | float],
-    key: Array | None = None,
-    *,
-    mesh: Mesh | None = None,
-    ring_microbatches: int = 1,
+    passes: Passes, config: LossConfig, plan: Plan, weights: Mapping[str, Array | float]
 ) -> tuple[Array, dict[str, Array]]:
     """The loss (scalar, float32) and the unweighted parts it is made of.
 
-    On a mesh with a layer axis no weight moves along it: the sequential pass goes round the devices, and a region's
-    iterations run on the whole stack, whose other layers pass their input on. Along a data axis weights are gathered
-    where they are used: a layer at a time in the sequential pass, unless that is a ring, which would gather them again
-    for every microbatch; all of them at once in a region, which reads them all at once.
-
     Args:
-        batch: its ``weight`` is taken to have mean 1 over the whole batch of a step (:func:`balanced`). The last token
-            of a ``document`` is to predict the separator that the next one begins with, as in plain packing.
+        passes: those of one batch over the parameters. The batch's ``weight`` is taken to have mean 1 over the whole
+            batch of a step (:func:`balanced`). The last token of a ``document`` is to predict the separator that the
+            next one begins with, as in plain packing.
         weights: weight of each term of the plan at this step, see :func:`term_weight`.
-        key: of the random vectors that the Diagonal correction probes with.
-        mesh: devices that hold ``params`` in the training layout (``snlp_jax/parallel/sharding.py``).
-        ring_microbatches: parts in which the batch goes round the devices of the layer axis.
     """
-    if mesh is not None:
-        check_alike(model.config, mesh)
-    inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
+    model = passes.model
     L, mid = model.config.num_layers, model.config.mid_layer
-    ring = mesh if mesh is not None and mesh.shape["layer"] > 1 else None
-    region_mesh = mesh if mesh is not None and mesh.shape["layer"] * mesh.shape["data"] > 1 else None
-    gather = lambda tree, **how: tree  # noqa: E731
-    if mesh is not None and mesh.shape["data"] > 1:
-        gather = functools.partial(gather_channels, config=model.config, mesh=mesh, dtype=model.dtype)
-    params = gather({"embed": params["embed"], "head": params["head"]}) | {"blocks": params["blocks"]}
-    if ring is not None:
-        params["blocks"] = gather(params["blocks"], prefix="blocks/")
-    in_order = model.adapted(
-        fetch=None if ring is not None else functools.partial(gather, prefix="blocks/", is_one_layer=True),
-        kernels=kernels_on(mesh, is_spread=ring is not None),
-    )
-    at_once = model.adapted(kernels=kernels_on(mesh, is_spread=region_mesh is not None))
-    document_BT = None if batch.document is None else batch.document[:, :-1]
-    x0_BTD = over_data(mesh, model.embed(params, inputs_BT, document_BT=document_BT))
-    shared = model.shared(x0_BTD, document_BT=document_BT)
-    h_in = model.expand(x0_BTD)
-
-    def first_row(segment: Segment) -> int:
-        """The layer that row 0 of a segment's trace belongs to."""
-        return segment.start if ring is None else 0
-
-    def problem(segment: SequentialSegment | ParallelSegment, h_start: Array) -> LayerProblem:
-        first, stop = (segment.start, segment.stop) if ring is None else (0, L)
-        blocks, here, its_mesh = params["blocks"], in_order, ring
-        if isinstance(segment, ParallelSegment):
-            here, its_mesh = at_once, region_mesh
-        if ring is None and isinstance(segment, ParallelSegment):
-            blocks = each_stack(functools.partial(gather, prefix="blocks/"), cut(model.config, blocks, first, stop))
-        elif ring is None:
-            blocks = in_a_row(model.config, blocks, first, stop)
-        settings: dict[str, Any] = {"key": key, "mesh": its_mesh, "stack": (first, stop)}
-        return layer_problem(here, params, blocks, inputs_BT, shared, segment, h_start, **settings)
-
-    def run(region: ParallelSegment, h_start: Array, taps: tuple[int, ...] = ()) -> Solution:
-        """The region's solution; ``taps`` are layers of the model."""
-        posed, rows = problem(region, h_start), tuple(tap - first_row(region) for tap in taps)
-        settings: dict[str, Any] = {"num_iters": region.num_iters, "init": region.init, "taps": rows}
-        if region_mesh is not None:
-            return solve_sharded(posed, region.correction, mesh=region_mesh, **settings)
-        return solve(posed, region.correction, **settings)
-
-    whole = SequentialSegment(0, L)
-    states = sorted({mid, L - 1, *(L - n - 1 for _, sizes in plan.sizes for n in sizes if n < L)})
-    exact = run_in_order(problem(whole, h_in), ring, tuple(states), ring_microbatches, with_trace=True)
-    h_after = dict(zip(states, exact.tapped, strict=True)) | {-1: h_in}
-
-    def ce(h_last: Array, h_mid: Array) -> Array:
-        logits_BTV = model.padded_logits(params, h_last, h_mid)
-        return cross_entropy(logits_BTV, targets_BT, model.config.vocab_size, batch.weight)
-
-    sequential_ce = ce(h_after[L - 1], h_after[mid])
-
-    def ce_ahead(k: int) -> Array:
-        """Of head k: position t against token t + 1 + k, of the same document. The mean is over the T - k positions
-        that have such a token."""
-        y_BTD = model.readout(params, h_after[L - 1], h_after[mid])[:, :-k]
-        logits_BTV = model.unembed(params, model.look_ahead(params, y_BTD, k))
-        weight_BT = None if batch.weight is None else batch.weight[:, k:]
-        if batch.document is not None:
-            is_same_BT = (batch.document[:, : -k - 1] == batch.document[:, k + 1 :]).astype(jnp.float32)
-            weight_BT = is_same_BT if weight_BT is None else weight_BT * is_same_BT
-        return cross_entropy(logits_BTV, targets_BT[:, k:], model.config.vocab_size, weight_BT)
-
-    def hidden_norm(term: HiddenNormConfig, n: int, h_start: Array) -> Array:
-        region = ParallelSegment(L - n, L, 1, make_correction(term), PrefixState())
-        target = exact.trace[first_row(region) :]
-        target = jax.lax.stop_gradient(target) if term.detach_target else target
-        # To pick the compared layers off a sharded trace would move it; the others count for nothing instead.
-        is_compared = np.zeros(L, np.float32)
-        is_compared[L - n + np.asarray(compared_layers(n, term.stride))] = 1.0
-        return jnp.dot(relative_norm(run(region, h_start).trace, target), is_compared[first_row(region) :])
-
-    def solver_ce(term: SolverCEConfig, n: int, h_start: Array) -> Array:
-        region = ParallelSegment(L - n, L, term.num_iters, make_correction(term), INITS[term.init]())
-        has_mid = mid >= region.start
-        solution = run(region, h_start, (mid,) if has_mid else ())
-        return ce(solution.value, solution.tapped[0] if has_mid else h_after[mid])
-
-    def layer_skip(term: LayerSkipConfig, _: int, h_start: Array) -> Array:
-        target = jax.lax.stop_gradient(h_after[L - 1]) if term.detach_target else h_after[L - 1]
-        alone = run(ParallelSegment(L - 1, L, 1, Jacobi(), PrefixState()), h_start)
-        return relative_norm(alone.value[None], target[None]).sum()
-
-    parts: dict[str, Callable[..., Array]] = {
-        "hidden_norm": hidden_norm,
-        "solver_ce": solver_ce,
-        "layer_skip": layer_skip,
-    }
+    starts = {L - n - 1 for _, sizes in plan.sizes for n in sizes if n < L}
+    wants_trace = any(isinstance(config.terms[name], HiddenNormConfig) for name, _ in plan.sizes)
+    exact = passes.in_order(tuple(sorted({mid, L - 1, *starts})), with_trace=wants_trace)
+    context = _Context(passes, exact)
+    sequential_ce = context.cross_entropy(exact.h_after[L - 1], exact.h_after[mid])
     loss = config.sequential_weight * sequential_ce
     metrics = {"sequential_ce": sequential_ce}
     for name, sizes in plan.sizes:
         term = config.terms[name]
-        values = [parts[name](term, n, h_after[L - n - 1]) for n in sizes]
-        total = jnp.stack(values).sum()
+        total = jnp.stack([TERMS[name](context, term, n) for n in sizes]).sum()
         loss = loss + weights[name] * total
         metrics[name] = total / len(sizes)
     if config.mtp.weight > 0:
-        heads = jnp.stack([ce_ahead(k + 1) for k in range(model.config.num_mtp_heads)])
+        heads = jnp.stack([_ce_ahead(context, k + 1) for k in range(model.config.num_mtp_heads)])
         loss = loss + config.mtp.weight * heads.sum()
         metrics["mtp"] = heads.mean()
     return loss, {"loss": loss, **metrics}
+
+
+class _Context(NamedTuple):
+    """What the terms of a loss read."""
+
+    passes: Passes
+    exact: Exact
+
+    @property
+    def num_layers(self) -> int:
+        return self.passes.model.config.num_layers
+
+    @property
+    def h_last(self) -> Array:
+        return self.exact.h_after[self.num_layers - 1]
+
+    @property
+    def h_mid(self) -> Array:
+        return self.exact.h_after[self.passes.model.config.mid_layer]
+
+    def h_before(self, n: int) -> Array:
+        """The sequential state that enters the last n layers."""
+        return self.exact.h_after[self.num_layers - n - 1]
+
+    def cross_entropy(self, h_last: Array, h_mid: Array) -> Array:
+        """Of the logits that the head makes of two states."""
+        model = self.passes.model
+        logits_BTV = model.padded_logits(self.passes.params, h_last, h_mid)
+        return cross_entropy(
+            logits_BTV, self.passes.batch.tokens[:, 1:], model.config.vocab_size, self.passes.batch.weight
+        )
+
+
+def _hidden_norm(context: _Context, term: HiddenNormConfig, n: int) -> Array:
+    passes, L = context.passes, context.num_layers
+    region = ParallelSegment(L - n, L, 1, make_correction(term), PrefixState())
+    first = passes.first_row(region)
+    assert context.exact.trace is not None
+    target = context.exact.trace[first:]
+    target = jax.lax.stop_gradient(target) if term.detach_target else target
+    # To pick the compared layers off a spread trace would move it; the others count for nothing instead.
+    is_compared = np.zeros(L, np.float32)
+    is_compared[L - n + np.asarray(compared_layers(n, term.stride))] = 1.0
+    trace = passes.solve(region, context.h_before(n)).trace
+    return jnp.dot(relative_norm(trace, target), is_compared[first:])
+
+
+def _solver_ce(context: _Context, term: SolverCEConfig, n: int) -> Array:
+    L, mid = context.num_layers, context.passes.model.config.mid_layer
+    region = ParallelSegment(L - n, L, term.num_iters, make_correction(term), INITS[term.init]())
+    taps = (mid,) if mid >= region.start else ()
+    solution = context.passes.solve(region, context.h_before(n), taps)
+    return context.cross_entropy(solution.value, solution.tapped[0] if taps else context.h_mid)
+
+
+def _layer_skip(context: _Context, term: LayerSkipConfig, n: int) -> Array:
+    L = context.num_layers
+    target = jax.lax.stop_gradient(context.h_last) if term.detach_target else context.h_last
+    alone = context.passes.solve(ParallelSegment(L - 1, L, 1, Jacobi(), PrefixState()), context.h_before(n))
+    return relative_norm(alone.value[None], target[None]).sum()
+
+
+def _ce_ahead(context: _Context, k: int) -> Array:
+    """Of head k: position t against token t + 1 + k, of the same document. The mean is over the T - k positions that
+    have such a token."""
+    model, params, batch = context.passes.model, context.passes.params, context.passes.batch
+    y_BTD = model.readout(params, context.h_last, context.h_mid)[:, :-k]
+    logits_BTV = model.unembed(params, model.look_ahead(params, y_BTD, k))
+    weight_BT = None if batch.weight is None else batch.weight[:, k:]
+    if batch.document is not None:
+        is_same_BT = (batch.document[:, : -k - 1] == batch.document[:, k + 1 :]).astype(jnp.float32)
+        weight_BT = is_same_BT if weight_BT is None else weight_BT * is_same_BT
+    return cross_entropy(logits_BTV, batch.tokens[:, k + 1 :], model.config.vocab_size, weight_BT)
+
+
+TERMS: dict[str, Callable[[_Context, Any, int], Array]] = {
+    "hidden_norm": _hidden_norm,
+    "solver_ce": _solver_ce,
+    "layer_skip": _layer_skip,
+}
+"""Term of a loss -> its value for one size of region."""
 
 
 def make_correction(term: SolverTerm) -> Correction:

@@ -28,6 +28,7 @@ from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.train.loss import Plan, balanced, loss_fn, start_step
 from snlp_jax.train.memory import check_state
 from snlp_jax.train.observe import Observe, make_observe
+from snlp_jax.train.passes import Passes
 from snlp_jax.train.start import data_config
 from snlp_jax.train.step import (
     StepFn,
@@ -187,7 +188,8 @@ def _make_eval(model: LanguageModel, config: Config, mesh: Mesh) -> EvalFn:
 
     @functools.partial(jax.jit, static_argnames="plan")
     def evaluate(params: Params, batch: Batch, *, plan: Plan) -> dict[str, Array]:
-        return loss_fn(model, params, balanced(batch), config.loss, plan, weights, mesh=mesh, ring_microbatches=ring)[1]
+        passes = Passes.of(model, params, balanced(batch), mesh=mesh, ring_microbatches=ring)
+        return loss_fn(passes, config.loss, plan, weights)[1]
 
     def run(params: Params, batches: list[Batch], step: int) -> dict[str, float]:
         begun = [name for name, term in terms.items() if step >= start_step(term, config.train.num_steps)]

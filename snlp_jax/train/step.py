@@ -17,6 +17,7 @@ from snlp_jax.parallel.sharding import TRAINING, shardings_of, spread_matrices, 
 from snlp_jax.train.lora import init_adapters, make_lora_optimizer, merge
 from snlp_jax.train.loss import Plan, balanced, loss_fn, term_weight
 from snlp_jax.train.optim import make_optimizer
+from snlp_jax.train.passes import Passes
 from snlp_jax.types import Array, Batch, Params
 
 TrainState = dict[str, Any]
@@ -167,7 +168,7 @@ def make_step(
     num_steps, num_microbatches = config.train.num_steps, config.train.num_microbatches
     shardings = _shardings(abstract_state(model, optimizer, mesh, config))
     lora, decay = config.lora, config.train.ema_decay
-    settings: dict[str, Any] = {"mesh": mesh, "ring_microbatches": config.mesh.ring_microbatches}
+    ring_microbatches = config.mesh.ring_microbatches
 
     @functools.partial(
         jax.jit,
@@ -185,7 +186,8 @@ def make_step(
             def loss(trained: Any) -> tuple[Array, dict[str, Array]]:
                 own = frozen(trained, config.train.trainable)
                 params = merge(state["base"], trained, lora) if lora.rank > 0 else own
-                return loss_fn(model, params, rows, config.loss, plan, weights, key, **settings)
+                passes = Passes.of(model, params, rows, key, mesh=mesh, ring_microbatches=ring_microbatches)
+                return loss_fn(passes, config.loss, plan, weights)
 
             grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
             if mesh is not None:

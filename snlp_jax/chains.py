@@ -1,0 +1,234 @@
+"""The chain of one part of a schedule: the model's layers as the solver reads them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from snlp_jax.config import ModelConfig
+from snlp_jax.layout import Part, are_windows_alike, by_chunk, nodes_of
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.block import Context, Rings, Shared
+from snlp_jax.model.kinds import is_affine
+from snlp_jax.parallel.region import pad_layers, sequential_sharded
+from snlp_jax.solver import (
+    BatchAxes,
+    Chain,
+    Chunkwise,
+    Correction,
+    Exact,
+    FusedSplit,
+    LayerFns,
+    MethodData,
+    ParallelSegment,
+    PerLayer,
+    Place,
+    Segment,
+    SequentialSegment,
+    Stage,
+    sequential,
+    with_affine,
+)
+from snlp_jax.solver.linear import layer
+from snlp_jax.types import Array, Params, PyTree
+
+
+class _Span(NamedTuple):
+    """Layers ``first`` to ``stop - 1`` of the model, which the chain's rows are.
+
+    ``num_rows`` counts those that fill up the devices too; of devices there are ``num_shards``.
+    """
+
+    first: int
+    stop: int
+    num_rows: int
+    num_shards: int
+
+    @property
+    def shard_len(self) -> int:
+        return self.num_rows // self.num_shards
+
+
+def chains_of(
+    model: LanguageModel,
+    embed_head: Params,
+    part: Part,
+    tokens_BT: Array,
+    shared: Shared,
+    h_in: Array,
+    rings: Rings | tuple[Rings, ...] | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> list[Chain]:
+    """The chain of nodes of one part; one for each evaluation where every evaluation reads rings of its own.
+
+    Args:
+        embed_head: the embedding and the head, whose value embeddings serve where the part has none.
+        tokens_BT: of the pass, for value embeddings.
+        shared: what all layers read.
+        h_in: state [B, T, D] or [B, T, R, D] that enters the part.
+        rings: keys and values of the tokens before.
+        mesh: over whose ``layer`` axis the part is spread, if it is. A part that holds more layers than its segment
+            has is then solved as a whole, its other layers passing their input on: no weight moves.
+    """
+    num_nodes, layers_per_node = nodes_of(part.segment)
+    first, stop = part.held if part.is_spread else (part.segment.start, part.segment.stop)
+    span = _Span(first, stop, part.num_rows, 1 if mesh is None else mesh.shape["layer"])
+    blocks, rows = _blocks_of(part, layers_per_node)
+    ctx = _context_of(model, embed_head, part, span, tokens_BT)
+    place = Place(num_nodes)
+    if span.num_rows > part.segment.num_layers:
+        index_L = jnp.arange(span.num_rows // layers_per_node) - (part.segment.start - first) // layers_per_node
+        place = Place(num_nodes, index_L, is_padded=True)
+
+    def chain(past: Rings | None) -> Chain:
+        params, params_rows, num_rows = blocks, rows, span.num_rows // layers_per_node
+        ctx_nodes, shared_nodes = _with_rings(ctx, shared, past)
+        nodes: PyTree = by_chunk(ctx_nodes, layers_per_node) if _is_chunked(part.segment) else ctx_nodes
+        if isinstance(blocks, list) or _is_one_by_one(part.segment, past):
+            params, params_rows = _as_list(blocks, rows, num_rows), None
+            nodes, shared_nodes = _context_list(model.config, ctx, part.segment, past), shared
+        axes = _batch_axes(model, nodes, shared_nodes, int(_is_chunked(part.segment)))
+        fns = fns_of(model, part.segment, span, axes)
+        return Chain(fns, params, nodes, shared_nodes, h_in, place, num_rows, params_rows)
+
+    each = rings if type(rings) is tuple else (rings,)
+    return [chain(past) for past in each]  # type: ignore[arg-type]
+
+
+def fns_of(model: LanguageModel, segment: Segment, span: _Span, batch_axes: BatchAxes) -> LayerFns:
+    """The functions of a segment's nodes. A sweep compiles the windows of its layers in, so devices can share one only
+    if theirs are alike; else every layer takes its window from its context."""
+    is_alike = are_windows_alike(model.config, span.first, span.stop, span.shard_len)
+    stop = span.first + span.shard_len if span.num_shards > 1 and is_alike else span.stop
+    stage: Stage = PerLayer()
+    jvp = False
+    if isinstance(segment, ParallelSegment):
+        stage, jvp = segment.stage, segment.correction.needs_forward_mode
+    if isinstance(stage, Chunkwise):
+        num_chunks = (stop - span.first) // (segment.num_layers // stage.num_chunks)
+        nodes = model.chunk_fns(span.first, stop, num_chunks, stage.scales, stage.branches, forward_mode=jvp)
+        block, sweep, skip, keep = nodes.block_fn, nodes.sweep_fn, nodes.residual_map, nodes.refresh_fn
+    else:
+        make_sweep = model.split_sweep_fn if isinstance(stage, FusedSplit) else model.sweep_fn
+        block, skip, keep = model.block_fn(forward_mode=jvp), model.residual_map, model.refresh_fn
+        sweep = make_sweep(span.first, stop, forward_mode=jvp)
+    return LayerFns(block, sweep if span.num_shards == 1 or is_alike else None, keep, skip, batch_axes)
+
+
+def method_data(
+    part: Part,
+    shared: Shared,
+    chain: Chain,
+    warm_L: Array | None = None,
+    key: Array | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> MethodData:
+    """What the correction and the initial trace of a region may ask for.
+
+    ``warm_L`` is the trace that ``Warm`` guesses. Where it is asked for and not at hand it is the exact trace one token
+    earlier, which costs a sequential pass: an oracle.
+    """
+    segment = part.segment
+    if isinstance(segment, ParallelSegment) and segment.init.is_oracle and warm_L is None:
+        if mesh is None:
+            trace = sequential(chain, with_trace=True).trace
+        else:
+            trace = sequential_sharded(chain, mesh=mesh, with_trace=True).trace
+        first = jnp.broadcast_to(chain.h_in[None, :, :1], (chain.num_nodes, *chain.h_in[:, :1].shape))
+        warm_L = jnp.concatenate([first, trace[:, :, :-1]], axis=2)
+    return MethodData(part.fit, warm_L, shared.x0_BTD, key)
+
+
+def correction_of(config: ModelConfig, segment: ParallelSegment) -> Correction:
+    """The segment's correction, which takes the derivative of layers that are affine themselves."""
+    affine = [i - segment.start for i in range(segment.start, segment.stop) if is_affine(config, i)]
+    return with_affine(segment.correction, tuple(affine))
+
+
+# -- Pieces ------------------------------------------------------------------------------------------------------------
+
+
+def _is_chunked(segment: Segment) -> bool:
+    return isinstance(segment, ParallelSegment) and isinstance(segment.stage, Chunkwise)
+
+
+def _blocks_of(part: Part, layers_per_node: int) -> tuple[PyTree, tuple[int, ...] | None]:
+    """Weights of the nodes, a stack or a list, and which of their rows the nodes read."""
+    first, stop = part.segment.start - part.held[0], part.segment.stop - part.held[0]
+    is_whole = part.is_spread or part.held == (part.segment.start, part.segment.stop)
+    if isinstance(part.blocks, list):
+        return part.blocks, None
+    if _is_chunked(part.segment):
+        blocks = part.blocks if is_whole else layer(part.blocks, slice(first, stop))
+        return by_chunk(blocks, layers_per_node), None
+    return part.blocks, None if is_whole else tuple(range(first, stop))
+
+
+def _context_of(model: LanguageModel, embed_head: Params, part: Part, span: _Span, tokens_BT: Array) -> Context:
+    """Context of all rows, leaves [num_rows, ...]."""
+    blocks = part.blocks
+    if not isinstance(blocks, list) and not part.is_spread and model.config.num_streams:
+        first = part.segment.start - part.held[0]
+        blocks = layer({"hyper": blocks["hyper"]}, slice(first, first + part.segment.num_layers))
+    ctx = model.context(
+        embed_head,
+        blocks,
+        tokens_BT,
+        span.first,
+        span.stop,
+        num_rows=span.num_rows,
+        tables=part.tables,
+        num_shards=span.num_shards,
+    )
+    return pad_layers(ctx, span.num_rows)
+
+
+def _is_one_by_one(segment: Segment, past: Rings | None) -> bool:
+    """Whether a stack has to be read layer by layer: in order, rings of several lengths have no common loop."""
+    if past is None or len(past.groups) == 1:
+        return False
+    return isinstance(segment, SequentialSegment) or isinstance(segment.correction, Exact)  # type: ignore[union-attr]
+
+
+def _as_list(blocks: PyTree, rows: tuple[int, ...] | None, num_nodes: int) -> list[PyTree]:
+    if isinstance(blocks, list):
+        return blocks
+    return [layer(blocks, row) for row in (range(num_nodes) if rows is None else rows)]
+
+
+def _context_list(config: ModelConfig, ctx: Context, segment: Segment, past: Rings | None) -> list[Context]:
+    """One context for each node of a list, with the rings of its layers."""
+    num_nodes, layers_per_node = nodes_of(segment)
+    if _is_chunked(segment):
+        nodes = [layer(by_chunk(ctx, layers_per_node), index) for index in range(num_nodes)]
+        if past is None:
+            return nodes
+        rings = [past.layer(index) for index in range(past.num_layers)]
+        chunks = [rings[i : i + layers_per_node] for i in range(0, len(rings), layers_per_node)]
+        stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunk) for chunk in chunks]
+        return [node._replace(past=ring) for node, ring in zip(nodes, stacked, strict=True)]
+    nodes = [layer(ctx, index) for index in range(num_nodes)]
+    if past is None:
+        return nodes
+    attention = [i - segment.start for i in config.attention_layers if segment.start <= i < segment.stop]
+    ring_of = {index: past.layer(row) for row, index in enumerate(attention)}
+    return [node._replace(past=ring_of.get(index)) for index, node in enumerate(nodes)]
+
+
+def _with_rings(ctx: Context, shared: Shared, past: Rings | None) -> tuple[Context, Shared]:
+    """The rings of a stack's layers: in the context where all have one length, else in what all layers read."""
+    if past is None:
+        return ctx, shared
+    if len(past.groups) == 1:
+        return ctx._replace(past=past.groups[0]), shared
+    return ctx, shared._replace(past=past)
+
+
+def _batch_axes(model: LanguageModel, ctx: PyTree, shared: Shared, before: int) -> BatchAxes:
+    if not isinstance(ctx, list):
+        return BatchAxes(*model.batch_axes(ctx, shared, before))
+    axes = [model.batch_axes(node, shared, before) for node in ctx]
+    return BatchAxes([ctx_axes for ctx_axes, _, _ in axes], axes[0][1], before)

@@ -1,0 +1,135 @@
+"""The passes of one training step over the parameters as they lie in training."""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from snlp_jax.chains import chains_of, correction_of, method_data
+from snlp_jax.forward import run_in_order
+from snlp_jax.layout import Part, check_alike
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.block import Shared
+from snlp_jax.model.kinds import cut
+from snlp_jax.parallel.mesh import kernels_on, over_data
+from snlp_jax.parallel.region import solve_sharded
+from snlp_jax.parallel.sharding import gather_channels
+from snlp_jax.solver import ParallelSegment, Segment, SequentialSegment, Solution, Wanted, solve
+from snlp_jax.types import Array, Batch, Params, PyTree
+
+
+class Exact(NamedTuple):
+    """What the sequential pass gives."""
+
+    h_after: dict[int, Array]
+    """State [B, T, D] or [B, T, R, D] after the layers that were asked for; -1 is what enters the first."""
+    trace: Array | None
+    """Of all layers [L, ...], where it was asked for."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One batch through one set of parameters, in order and by the solver. Build it with :meth:`of`, under jit.
+
+    On a mesh with a layer axis no weight moves along it: the sequential pass goes round the devices, and a region's
+    iterations run on the whole stack, whose other layers pass their input on. Along a data axis weights are gathered
+    where they are used: a layer at a time in the sequential pass, unless that is a ring, which would gather them again
+    for every microbatch; all of them at once in a region, which reads them all at once.
+    """
+
+    model: LanguageModel
+    params: Params
+    """The embedding and the head are whole along the data axis."""
+    batch: Batch
+    shared: Shared
+    h_in: Array
+    key: Array | None
+    mesh: Mesh | None
+    ring_microbatches: int
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        params: Params,
+        batch: Batch,
+        key: Array | None = None,
+        *,
+        mesh: Mesh | None = None,
+        ring_microbatches: int = 1,
+    ) -> "Passes":
+        """Gather what every pass reads, and embed the inputs."""
+        if mesh is not None:
+            check_alike(model.config, mesh)
+        embed_head = _gathered(model, {"embed": params["embed"], "head": params["head"]}, mesh)
+        blocks = params["blocks"]
+        if _ring_of(mesh) is not None:
+            blocks = _gathered(model, blocks, mesh, prefix="blocks/")
+        params = embed_head | {"blocks": blocks}
+        document_BT = None if batch.document is None else batch.document[:, :-1]
+        x0_BTD = over_data(mesh, model.embed(params, batch.tokens[:, :-1], document_BT=document_BT))
+        shared = model.shared(x0_BTD, document_BT=document_BT)
+        return cls(model, params, batch, shared, model.expand(x0_BTD), key, mesh, ring_microbatches)
+
+    def in_order(self, layers: tuple[int, ...], *, with_trace: bool = False) -> Exact:
+        """The sequential pass, with the states after ``layers``."""
+        config, ring = self.model.config, _ring_of(self.mesh)
+        fetch = None
+        if ring is None and self.mesh is not None:  # a layer at a time
+            fetch = functools.partial(_gathered, self.model, mesh=self.mesh, prefix="blocks/", is_one_layer=True)
+        model = self.model.adapted(fetch=fetch, kernels=kernels_on(self.mesh, is_spread=ring is not None))
+        part = self._part(SequentialSegment(0, config.num_layers), is_spread=ring is not None)
+        (chain,) = chains_of(model, self.params, part, self.batch.tokens[:, :-1], self.shared, self.h_in, mesh=ring)
+        solution = run_in_order(chain, ring, layers, self.ring_microbatches, with_trace=with_trace)
+        return Exact(dict(zip(layers, solution.tapped, strict=True)) | {-1: self.h_in}, solution.trace)
+
+    def solve(self, region: ParallelSegment, h_start: Array, taps: tuple[int, ...] = ()) -> Solution:
+        """The region solved from the state that enters it; ``taps`` are layers of the model."""
+        mesh = _region_mesh_of(self.mesh)
+        model = self.model.adapted(kernels=kernels_on(self.mesh, is_spread=mesh is not None))
+        part = self._part(region, is_spread=mesh is not None)
+        (chain,) = chains_of(model, self.params, part, self.batch.tokens[:, :-1], self.shared, h_start, mesh=mesh)
+        data = method_data(part, self.shared, chain, key=self.key, mesh=mesh)
+        correction = correction_of(model.config, region)
+        want = Wanted(tuple(tap - self.first_row(region) for tap in taps))
+        if mesh is None:
+            return solve(chain, correction, region.init, data, num_iters=region.num_iters, want=want)
+        return solve_sharded(chain, correction, region.init, data, mesh=mesh, num_iters=region.num_iters, want=want)
+
+    def first_row(self, region: Segment) -> int:
+        """The layer that row 0 of a region's trace belongs to."""
+        return region.start if _ring_of(self.mesh) is None else 0
+
+    def _part(self, segment: Segment, *, is_spread: bool) -> Part:
+        config = self.model.config
+        whole, blocks = (0, config.num_layers), self.params["blocks"]
+        if _ring_of(self.mesh) is not None:
+            return Part(blocks, None, None, segment, whole, True)
+        span = (segment.start, segment.stop)
+        blocks = cut(config, blocks, *span)
+        if isinstance(segment, ParallelSegment):
+            if isinstance(blocks, list):
+                blocks = [_gathered(self.model, tree, self.mesh, "blocks/", is_one_layer=True) for tree in blocks]
+            else:
+                blocks = _gathered(self.model, blocks, self.mesh, "blocks/")
+        return Part(blocks, None, None, segment, span, is_spread)
+
+
+def _gathered(
+    model: LanguageModel, tree: PyTree, mesh: Mesh | None, prefix: str = "", *, is_one_layer: bool = False
+) -> PyTree:
+    """Parameters whole along the data axis, see :func:`snlp_jax.parallel.sharding.gather_channels`."""
+    if mesh is None or mesh.shape["data"] == 1:
+        return tree
+    return gather_channels(tree, model.config, mesh, dtype=model.dtype, prefix=prefix, is_one_layer=is_one_layer)
+
+
+def _ring_of(mesh: Mesh | None) -> Mesh | None:
+    """The mesh, where layers are spread over it."""
+    return mesh if mesh is not None and mesh.shape["layer"] > 1 else None
+
+
+def _region_mesh_of(mesh: Mesh | None) -> Mesh | None:
+    """The mesh, where the layers or the batch of a region are spread over it."""
+    return mesh if mesh is not None and mesh.shape["layer"] * mesh.shape["data"] > 1 else None
