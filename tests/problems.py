@@ -53,41 +53,37 @@ def _shifts(num_layers):
     return _normal(1, num_layers, WIDTH)
 
 
+def _scaled_block(params, h, ctx, shared):
+    return params["s"] * h + params["c"][None], ()
+
+
+def _scale_of(params, ctx, aux):
+    return params["s"]
+
+
+def _scaled(s_L):
+    """Chains of one pair of functions, so that one compiled program serves them all."""
+    return _chain(_scaled_block, {"s": s_L, "c": _shifts(len(s_L))}, _scale_of)
+
+
 def translation(num_layers=NUM_LAYERS):
     """``h -> h + c_l``."""
-
-    def block(params, h, ctx, shared):
-        return h + params["c"][None], ()
-
-    return _chain(block, {"c": _shifts(num_layers)})
+    return _scaled(jnp.ones(num_layers))
 
 
 def scaled_translation(num_layers=NUM_LAYERS):
     """``h -> s_l h + c_l``."""
-
-    def block(params, h, ctx, shared):
-        return params["s"] * h + params["c"][None], ()
-
-    params = {"s": jnp.linspace(-0.8, 1.9, num_layers), "c": _shifts(num_layers)}
-    return _chain(block, params, lambda params, ctx, aux: params["s"])
+    return _scaled(jnp.linspace(-0.8, 1.9, num_layers))
 
 
 def half_translation():
     """``h -> h / 2 + c_l``, the identity damped by one half."""
-
-    def block(params, h, ctx, shared):
-        return 0.5 * h + params["c"][None], ()
-
-    return _chain(block, {"c": _shifts(NUM_LAYERS)}, lambda params, ctx, aux: jnp.asarray(0.5))
+    return _scaled(jnp.full(NUM_LAYERS, 0.5, jnp.float32))
 
 
 def constant():
     """``h -> c_l``: the layers ignore their input."""
-
-    def block(params, h, ctx, shared):
-        return jnp.broadcast_to(params["c"][None], h.shape), ()
-
-    return _chain(block, {"c": _shifts(NUM_LAYERS)}, lambda params, ctx, aux: jnp.zeros(()))
+    return _scaled(jnp.zeros(NUM_LAYERS))
 
 
 def affine():

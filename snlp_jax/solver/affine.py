@@ -48,7 +48,9 @@ class WithAffine(Correction):
     def apply(self, chain: Chain, it: Iteration, state: PyTree, v_L: PyTree, jv_L: PyTree) -> PyTree:
         rows = jnp.asarray(self.nodes)
         applied_L = self.base.apply(chain, it, state, v_L, jv_L)
-        return jax.tree.map(lambda applied, jv: applied.at[rows].set(jv[rows]), applied_L, jv_L)
+        # Unique, or the scatter could not be transposed, as a power iteration does.
+        put = lambda applied, jv: applied.at[rows].set(jv[rows], unique_indices=True)  # noqa: E731
+        return jax.tree.map(put, applied_L, jv_L)
 
     def _moves(self, chain: Chain, it: Iteration, maps: LinearMap, r_L: PyTree) -> PyTree:
         """``A_l d_{l-1}`` of all nodes: a scan of the maps for every run of nodes between affine ones."""
