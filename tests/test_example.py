@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -26,3 +27,15 @@ def test_own_stack(capsys):
     *others, calibrated = numbers.values()
     assert all(calibrated[column] < min(row[column] for row in others) for column in range(3))
     assert all(name in PAGE.read_text() for name in numbers)
+
+
+def test_the_code_of_the_page_runs():
+    """In the names of the example. Over four devices the layers are solved as on one."""
+    names = runpy.run_path(str(EXAMPLE))
+    with jax.numpy_rank_promotion("allow"):
+        for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+            exec(code, names)
+    assert names["found"].error.shape == (5, 12) and names["norms"].shape == names["left"].shape == (12,)
+    assert names["solution"].result.shape == (256,)
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(names["spread"].value, names["solution"].value, rtol=1e-4, atol=1e-4)
