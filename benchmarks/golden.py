@@ -16,19 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, MachineConfig, MTPConfig
+from snlp_jax.chains import chains_of
+from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, MTPConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward, layer_problem
-from snlp_jax.infer import Drafting, Engine, Request
-from snlp_jax.layout import Weights, prepare, split, with_schedule
+from snlp_jax.forward import forward
+from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.layout import Part, Weights, prepare, split, with_schedule
 from snlp_jax.linearize import fit_init
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import from_nanochat, nanochat_config, to_nanochat
 from snlp_jax.notation import DIAGONAL_MODES
 from snlp_jax.solver import (
     Calibration,
+    Chain,
     Diagonal,
-    LayerProblem,
+    LayerFns,
+    MethodData,
     ParallelSegment,
     Preheat,
     Schedule,
@@ -76,20 +79,20 @@ class Golden:
             self.reg_stride: int = self.meta["stride"]
         except KeyError as error:
             raise InputError(f"not a golden file: its config or meta lacks the field {error}.") from error
-        model_config, machine = nanochat_config(self.config), MachineConfig(compute_dtype="float32")
+        model_config = dataclasses.replace(nanochat_config(self.config), compute_dtype="float32")
         weights = {name.removeprefix("w/"): array for name, array in self.arrays.items() if name.startswith("w/")}
-        self.model = LanguageModel(model_config, machine)
+        self.model = LanguageModel(model_config)
         self.params: Params = from_nanochat(weights, model_config)
         # The losses of a model with a head that looks further ahead: its matrix beside the same weights.
         heads = {name.removeprefix("w_mtp/"): array for name, array in self.arrays.items() if name.startswith("w_mtp/")}
-        self.model_ahead = LanguageModel(dataclasses.replace(model_config, num_mtp_heads=len(heads)), machine)
+        self.model_ahead = LanguageModel(dataclasses.replace(model_config, num_mtp_heads=len(heads)))
         self.params_ahead: Params = from_nanochat(weights | heads, self.model_ahead.config)
         self.mtp_weight: float = self.config.get("mtp_loss_weight", 0.0)
         self.tokens_BT = jnp.asarray(self.arrays["idx"])
         self.fits: dict[str, Calibration] = {}
         if "preheat/U" in self.arrays:
             names = {"preheat_u": "U", "preheat_v": "V", "preheat_intercept": "bias"}
-            fitted = {ours: jnp.asarray(self.arrays[f"preheat/{name}"]) for ours, name in names.items()}
+            fitted = {field: jnp.asarray(self.arrays[f"preheat/{name}"]) for field, name in names.items()}
             for n in range(1, self.num_layers + 1):
                 self.fits[str(n)] = Calibration({name: leaf[-n:] for name, leaf in fitted.items()}, {})
         self.solutions: dict[ParallelSegment, tuple[np.ndarray, np.ndarray]] = {}
@@ -109,37 +112,33 @@ class Golden:
     def states(self) -> tuple[np.ndarray, np.ndarray]:
         """x0 [B, T, D] and the outputs of all layers [L, B, T, D] in the sequential pass."""
 
-        @jax.jit
-        def compute(params: Params) -> tuple[Array, Array]:
-            x0_BTD = self.model.embed(params, self.tokens_BT)
-            segment = SequentialSegment(0, self.num_layers)
-            shared = self.model.shared(x0_BTD)
-            h_in = self.model.expand(x0_BTD)
-            problem = layer_problem(self.model, params, params["blocks"], self.tokens_BT, shared, segment, h_in)
-            return x0_BTD, sequential(problem, with_trace=True).trace
-
+        compute = jax.jit(lambda params: self._in_order(params, self.tokens_BT))
         return jax.tree.map(np.asarray, compute(self.params))
+
+    def _in_order(self, params: Params, tokens_BT: Array) -> tuple[Array, Array]:
+        """x0 and the outputs of all layers in the sequential pass, for use under jit."""
+        x0_BTD, whole = self.model.embed(params, tokens_BT), (0, self.num_layers)
+        part = Part(params["blocks"], None, None, SequentialSegment(*whole), whole)
+        shared, h_in = self.model.shared(x0_BTD), self.model.expand(x0_BTD)
+        (chain,) = chains_of(self.model, params, part, tokens_BT, shared, h_in)
+        return x0_BTD, sequential(chain, with_trace=True).trace
 
     @cached_property
     def preheat(self) -> dict[str, np.ndarray]:
         """U, V [L, D, r] and bias [L, D] of the map from the embedding to every layer's output."""
-        tokens_BT = jnp.asarray(self.arrays["preheat/calib_tokens"])
-        segment, every = SequentialSegment(0, self.num_layers), 4
+        tokens_BT, every = jnp.asarray(self.arrays["preheat/calib_tokens"]), 4
 
         @jax.jit
         def compute(params: Params) -> tuple[Array, Array]:
-            x0_BTD = self.model.embed(params, tokens_BT)
-            shared = self.model.shared(x0_BTD)
-            problem = layer_problem(self.model, params, params["blocks"], tokens_BT, shared, segment, x0_BTD)
-            return x0_BTD[:, ::every], sequential(problem, with_trace=True).trace[:, :, ::every]
+            x0_BTD, h_LBTD = self._in_order(params, tokens_BT)
+            return x0_BTD[:, ::every], h_LBTD[:, :, ::every]
 
         x0_BTD, h_LBTD = compute(self.params)
         # Layers that have these outputs whatever they read: the chain that the fit sees as text.
-        problem = LayerProblem(
-            lambda h_BTD, x, ctx, shared: (h_BTD, ()), h_LBTD, None, None, x0_BTD, self.num_layers, anchor=x0_BTD
-        )
-        layers = fit_init([problem], Preheat(), rank=self.arrays["preheat/U"].shape[-1], ridge=0.0)
-        return {name: layers[f"preheat_{ours}"] for name, ours in (("U", "u"), ("V", "v"), ("bias", "intercept"))}
+        chain = Chain.of(LayerFns(lambda h_BTD, x, ctx, shared: (h_BTD, ())), h_LBTD, x0_BTD)
+        text = [(chain, MethodData(anchor=x0_BTD))]
+        layers = fit_init(text, Preheat(), rank=self.arrays["preheat/U"].shape[-1], ridge=0.0)
+        return {name: layers[f"preheat_{field}"] for name, field in (("U", "u"), ("V", "v"), ("bias", "intercept"))}
 
     def solve(self, regions: Iterable[ParallelSegment]) -> None:
         """Fill ``solutions``: logits [B, T, V] and states [n, B, T, D] of every region; each ends the model.
@@ -156,7 +155,7 @@ class Golden:
 
             def compute(weights: Weights, fits: dict, schedules: list = schedules) -> list[tuple[Array, Array]]:
                 replaced = (with_schedule(self.model, weights, schedule, fits) for schedule in schedules)
-                outputs = [forward(self.model, its_weights, self.tokens_BT) for its_weights in replaced]
+                outputs = [forward(self.model, one, self.tokens_BT) for one in replaced]
                 return [(output.logits_BTV, output.solutions[0].trace) for output in outputs]
 
             results = jax.tree.map(np.asarray, jax.jit(compute, compiler_options=COMPILER_OPTIONS)(weights, self.fits))
@@ -219,9 +218,9 @@ class Golden:
 
     def continuation(self, draft: Schedule | None = None, draft_len: int = 1) -> np.ndarray:
         """The greedy text after the file's prompt, by the cached engine."""
-        drafting = None if draft is None else Drafting(draft, draft_len)
+        settings: dict[str, Any] = {"draft": draft, "draft_len": draft_len, "max_draft": draft_len} if draft else {}
         request = Request(self.arrays["gen/prompt"].tolist(), len(self.arrays["gen/greedy"]))
-        return np.asarray(Engine(self.model, self.params, draft=drafting).generate([request])[0].tokens)
+        return np.asarray(Engine(self.model, self.params, **settings).generate([request])[0].tokens)
 
     def accept_counts(self, draft: Schedule, draft_len: int) -> list[int]:
         """Accepted drafts of every round where the drafter, without a cache, runs the solver on the whole text."""
@@ -257,11 +256,11 @@ class GivenProbes(Diagonal):
     """Array that holds them: [iteration, layer, ...], or [region size, ...] where all layers share one."""
     golden: Golden | None = None
 
-    def probe(self, problem: LayerProblem, index: Array | int, number: int, like_L: Array) -> Array:
+    def probe(self, chain: Chain, key: Array, index: Array | int, number: int, like_L: Array) -> Array:
         assert self.golden is not None
         z = jnp.asarray(self.golden.arrays[self.vectors], like_L.dtype)
         if self.vectors == REG_VECTORS:
-            return jnp.broadcast_to(z[self.golden.reg_sizes.index(problem.num_layers)][None], like_L.shape)
+            return jnp.broadcast_to(z[self.golden.reg_sizes.index(chain.num_nodes)][None], like_L.shape)
         if like_L.ndim > 4:  # the authors' streams ride in the batch axis, the stream the faster
             z = jnp.moveaxis(z.reshape(*z.shape[:2], -1, like_L.shape[3], *z.shape[-2:]), 3, 4)
         return z[index]

@@ -28,8 +28,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.golden import GivenProbes, Golden
+from snlp_jax.chains import chains_of
 from snlp_jax.errors import InputError
-from snlp_jax.forward import layer_problem
+from snlp_jax.layout import Part
 from snlp_jax.notation import DIAGONAL_MODES
 from snlp_jax.solver import (
     BatchForward,
@@ -41,6 +42,7 @@ from snlp_jax.solver import (
     Identity,
     Init,
     Jacobi,
+    MethodData,
     ParallelSegment,
     PerLayer,
     PrefixState,
@@ -48,6 +50,7 @@ from snlp_jax.solver import (
     ScaledIdentity,
     Schedule,
     Stage,
+    Wanted,
     Warm,
     safe_norm,
     solve,
@@ -214,13 +217,13 @@ def warm_error(golden: Golden, task: Task) -> float:
 
     @jax.jit
     def compute(params: Params, h_L: Array, h_in: Array) -> Array:
-        segment = ParallelSegment(start, golden.num_layers, int(task.groups["K"] or 1), Identity(), PrefixState())
+        span, num_iters = (start, golden.num_layers), int(task.groups["K"] or 1)
         blocks = jax.tree.map(lambda leaf: leaf[start:], params["blocks"])
-        shared = model.shared(jnp.asarray(x0_BTD))
-        problem = layer_problem(model, params, blocks, tokens_BT, shared, segment, h_in)
-        problem = dataclasses.replace(problem, warm_L=jnp.broadcast_to(h_L[:, :, :1], h_L.shape))
-        mid = model.config.mid_layer - start
-        solution = solve(problem, Identity(), num_iters=segment.num_iters, init=Warm(), taps=(mid,))
+        part = Part(blocks, None, None, ParallelSegment(*span, num_iters, Identity(), Warm()), span)
+        (chain,) = chains_of(model, params, part, tokens_BT, model.shared(jnp.asarray(x0_BTD)), h_in)
+        data = MethodData(warm_L=jnp.broadcast_to(h_L[:, :, :1], h_L.shape))
+        want = Wanted((model.config.mid_layer - start,))
+        solution = solve(chain, Identity(), Warm(), data, num_iters=num_iters, want=want)
         return model.logits(params, solution.value, solution.tapped[0])
 
     logits_BTV = np.asarray(compute(params, jnp.asarray(h_LBTD[start:]), jnp.asarray(h_LBTD[start - 1])))

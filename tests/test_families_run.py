@@ -241,7 +241,7 @@ def test_a_tied_head_learns_as_head_and_as_table():
     weights = split(model, params, parse_schedule("seq", 1))
     loss = lambda w: forward(model, w, golden("llama3").tokens[:, :4]).logits_BTV.sum()  # noqa: E731
     grads = jax.jit(jax.grad(loss))(weights)
-    assert np.all(np.any(np.asarray(grads.ends["embed"]["token"]) != 0, axis=1))  # each row is an output
+    assert np.all(np.any(np.asarray(grads.embed_head["embed"]["token"]) != 0, axis=1))  # each row is an output
 
 
 def test_the_planner_counts_a_tied_head_once():

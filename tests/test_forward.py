@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from problems import SMALL, VARIANTS, random_params, random_tokens, relative_error
 
+from snlp_jax.chains import chains_of, method_data
+from snlp_jax.config import MeshConfig
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward, layer_problem
-from snlp_jax.layout import Weights, prepare, split
+from snlp_jax.forward import forward
+from snlp_jax.layout import canonical, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
+from snlp_jax.parallel import make_mesh
 from snlp_jax.solver import (
     BatchForward,
     Calibrated,
@@ -25,29 +28,30 @@ from snlp_jax.solver import (
     Identity,
     Iteration,
     Jacobi,
+    MethodData,
     ParallelSegment,
     PerLayer,
     PrefixState,
     ScaledIdentity,
     Schedule,
+    TrustRegion,
+    Warm,
     sequential,
     solve,
 )
-from snlp_jax.solver import Warm as LibraryWarm
 from snlp_jax.solver.linear import shift
 
 ROUNDING = 2e-5
 """Relative to the largest entry: float32 rounding (6e-8 an operation) of scans and single layers against products
 batched over layers, grown by six layers that each amplify a little."""
 NUM_LAYERS = SMALL.num_layers
-CORRECTIONS = {"jac": Jacobi(), "idn": Identity(), "sid": ScaledIdentity()}
 
 
 def corrections_of(config):
     """Every correction that the solver runs in parallel and that fits the model's residual path."""
-    own = HyperConnection() if config.num_streams else ScaledIdentity()
-    table = {"jac": Jacobi(), "idn": Identity(), "own": own, "trust": Identity(trust=0.5), "cal": Calibrated()}
-    return table | {"diag": Diagonal(mode="vjp")}
+    skip = HyperConnection() if config.num_streams else ScaledIdentity()
+    trust = TrustRegion(0.0, Identity(), 0.5)
+    return Jacobi(), Identity(), skip, trust, Calibrated(), Diagonal(mode="vjp")
 
 
 def any_calibration(config, num_iters=3):
@@ -66,148 +70,153 @@ def assert_close(actual, desired):
         assert relative_error(one, other) < ROUNDING
 
 
-def run(model, params, tokens, setting, layout="stack", with_stats=True):
-    schedule = parse_schedule(setting, model.config.num_layers)
-    weights = prepare(model, params, schedule, num_tokens=tokens.size, layout=layout)
-    return jax.jit(lambda w, t: forward(model, w, t, with_stats=with_stats))(weights, tokens)
+def run_all(model, params, tokens, *cases):
+    """Outputs of several cases ``(setting, layout)``, or settings of stacks, out of one compiled program."""
+    cases = [case if isinstance(case, tuple) else (case, "stack") for case in cases]
+    weights = [
+        prepare(model, params, parse_schedule(setting, model.config.num_layers), num_tokens=tokens.size, layout=layout)
+        for setting, layout in cases
+    ]
+    run = jax.jit(lambda weights, tokens: [forward(model, w, tokens, with_stats=True) for w in weights])
+    return run(weights, tokens)
 
 
 @pytest.fixture(scope="module")
 def small():
     """The model with every feature: ``(model, params, tokens, the sequential pass)``."""
     model = LanguageModel(SMALL)
-    params, tokens = random_params(model), random_tokens(SMALL)
-    return model, params, tokens, run(model, params, tokens, "seq")
+    params, tokens = random_params(model), random_tokens(SMALL, length=8)
+    return model, params, tokens, run_all(model, params, tokens, "seq")[0]
 
 
 # ---------------------------------------------------------------- the region of all layers, every variant
 
 
-def whole_region(model, params, tokens, stage=None):
-    """The problem of all layers, as ``forward`` builds it."""
-    segment = ParallelSegment(0, model.config.num_layers, 1, Identity(), stage=stage or PerLayer())
+def whole_region(model, params, tokens, segment=None):
+    """The chain of all layers, as ``forward`` builds it, and what its methods read."""
+    segment = segment or ParallelSegment(0, model.config.num_layers, 1, Identity())
     weights = split(model, params, Schedule.of(model.config.num_layers, segment))
-    x0 = model.embed(weights.ends, tokens)
-    return layer_problem(model, weights.ends, weights.blocks[0], tokens, model.shared(x0), segment, model.expand(x0))
+    x0 = model.embed(weights.embed_head, tokens)
+    shared, (part,) = model.shared(x0), weights.parts
+    (chain,) = chains_of(model, weights.embed_head, part, tokens, shared, model.expand(x0))
+    return chain, method_data(part, shared, chain)
 
 
-SINGLE = {variant: (variant, PerLayer()) for variant in VARIANTS}
-CHUNKS_OF_ONE = {
-    f"{variant}-chunks": (variant, Chunkwise(NUM_LAYERS)) for variant in VARIANTS if variant != "hyper_dynamic"
-}
-"""Layers whose maps depend on the token cannot be fused."""
+INITS = PrefixState(), BatchForward(), CalibratedInit()
 
 
 @pytest.mark.parametrize(
     "variant, stage",
-    [pytest.param(*case, id=name) for name, case in SINGLE.items()]
-    + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in CHUNKS_OF_ONE.items()],
+    (
+        ("everything", PerLayer()),
+        ("no_smear_no_mid", PerLayer()),
+        ("hyper_static", PerLayer()),
+        ("hyper_dynamic", PerLayer()),
+        *(
+            pytest.param(variant, PerLayer(), marks=pytest.mark.slow)
+            for variant in ("plain", "no_x0_resid", "no_value_embeds", "no_qk_norm")
+        ),
+        # Chunks of one layer are layers, for all of it. Layers whose maps depend on the token cannot be fused.
+        pytest.param("everything", Chunkwise(NUM_LAYERS), marks=pytest.mark.slow),
+        pytest.param("hyper_static", Chunkwise(NUM_LAYERS), marks=pytest.mark.slow),
+    ),
 )
 def test_theorems_of_every_variant(variant, stage):
-    """One compiled program per variant maps a trace to the next one under every correction. Chunks of one layer are
-    layers, for all of it."""
+    """One compiled program per variant iterates from every initial trace under every correction."""
     model = LanguageModel(VARIANTS[variant])
-    params, tokens = random_params(model), random_tokens(model.config)
-    corrections, calibration = corrections_of(model.config), any_calibration(model.config)
-
-    def whole(params, tokens):
-        return dataclasses.replace(whole_region(model, params, tokens, stage), calibration=calibration)
+    params, tokens = random_params(model), random_tokens(model.config, length=8)
+    corrections = corrections_of(model.config)
+    data = MethodData(any_calibration(model.config))
 
     @jax.jit
-    def start(params, tokens):
-        problem = whole(params, tokens)
-        truth = (
-            sequential(whole_region(model, params, tokens), with_trace=True).trace,
-            sequential(problem, with_trace=True, with_aux=True),
-        )
-        by_vmap = dataclasses.replace(problem, sweep_fn=None).sweep(shift(truth[1].trace, problem.h_in))
-        guesses = {"h0": PrefixState(), "batch_forward": BatchForward(), "cal": CalibratedInit()}
-        return truth, by_vmap, {name: init(problem).h_L for name, init in guesses.items()}
+    def run(params, tokens, data):
+        """The sequential pass, the layers at its trace, and traces [N + 1, corrections, inits, N, ...]."""
+        chain, _ = whole_region(model, params, tokens, ParallelSegment(0, NUM_LAYERS, 1, Identity(), stage=stage))
+        layers = whole_region(model, params, tokens)[0] if isinstance(stage, Chunkwise) else chain
+        truth = sequential(chain, with_trace=True, with_aux=True)
+        x_L = shift(truth.trace, chain.h_in)
+        by_vmap = jax.vmap(chain.fns.block, in_axes=(0, 0, 0, None))(chain.stack(), x_L, chain.ctx, chain.shared)
+        guesses = jnp.stack([init(chain, data).h_L for init in INITS])
 
-    @jax.jit
-    def step(params, tokens, traces, index):
-        """The next trace of every correction: one evaluation of its own, corrected as iteration ``index``."""
-        problem = whole(params, tokens)
+        def advance(traces, index):
+            x = jax.vmap(jax.vmap(lambda h_L: shift(h_L, chain.h_in)))(traces)
+            y, aux = jax.vmap(jax.vmap(chain.sweep))(x)
 
-        def correct(correction, h_L):
-            x_L = shift(h_L, problem.h_in)
-            y_L, aux_L = problem.sweep(x_L)
-            return correction(problem, Iteration(index, x_L, y_L, aux_L, h_L, problem.h_in)).h_L, aux_L
+            def correct(correction, *parts):
+                def one(x_L, y_L, aux_L, h_L):
+                    state = correction.start(chain, x_L, data)
+                    return correction(chain, Iteration(index, x_L, y_L, aux_L, h_L, chain.h_in), state).h_L
 
-        return {name: correct(corrections[name], h_L) for name, h_L in traces.items()}
+                return jax.vmap(one)(*parts)
 
-    (layers, truth), by_vmap, guesses = start(params, tokens)
-    assert_close(truth.trace, layers)
-    for name, (trace, aux) in step(params, tokens, dict.fromkeys(corrections, truth.trace), NUM_LAYERS).items():
-        assert_close(trace, truth.trace), name  # one iteration on the true trace returns it
-        assert_close(aux, truth.aux)  # with the keys and values of the sequential pass
-        assert_close((trace, aux), by_vmap)  # sweep_fn is vmap(block_fn)
+            rows = [jax.tree.map(lambda leaf: leaf[i], (x, y, aux, traces)) for i in range(len(corrections))]  # noqa: B023
+            new = jnp.stack([correct(correction, *row) for correction, row in zip(corrections, rows, strict=True)])
+            return new, new
 
-    finals = []
-    for init, h_L in guesses.items():
-        after = [dict.fromkeys(corrections, h_L)]
-        for index in range(NUM_LAYERS + 1):
-            after.append({name: new[0] for name, new in step(params, tokens, after[-1], index).items()})
-        if init == "h0":
-            # One Jacobi iteration from h0 evaluates every layer at the input, as batch_forward does; Identity adds up
-            # those branches.
-            assert_close(after[1]["jac"], guesses["batch_forward"])
-            assert_close(after[1]["idn"], h_L + jnp.cumsum(after[1]["jac"] - h_L, axis=0))
-        final = after[NUM_LAYERS]["jac"]
-        assert_close(final, truth.trace)
-        for name in corrections:
-            for num_iters, traces in enumerate(after):
-                # The first k layers after k iterations, for any correction, bit for bit the final ones; at N all
-                # layers, and one more iteration changes nothing.
-                np.testing.assert_array_equal(traces[name][:num_iters], final[:num_iters], err_msg=f"{name} {init}")
-            if init != "batch_forward":  # which is one iteration ahead
-                assert relative_error(after[NUM_LAYERS - 1][name], truth.trace) > 10 * ROUNDING  # and not sooner
-        finals.append(final)
-    for final in finals:
-        np.testing.assert_array_equal(final, finals[0])
+        start = jnp.broadcast_to(guesses[None], (len(corrections), *guesses.shape))
+        _, traces = jax.lax.scan(advance, start, jnp.arange(NUM_LAYERS + 1))
+        in_order = sequential(layers, with_trace=True).trace
+        return in_order, (truth.trace, truth.aux), chain.sweep(x_L), by_vmap, guesses, traces
+
+    in_order, truth, swept, by_vmap, guesses, traces = jax.device_get(run(params, tokens, data))
+    assert_close(truth[0], in_order)
+    assert_close(swept, truth)  # a sweep of the true trace returns it, with the keys and values of the sequential pass
+    assert_close(swept, by_vmap)
+    # One Jacobi iteration from h0 evaluates every layer at the input, as BatchForward does; Identity adds up those
+    # branches.
+    jacobi, identity = traces[0, :2, 0]
+    assert_close(jacobi, guesses[1])
+    assert_close(identity, guesses[0] + np.cumsum(jacobi - guesses[0], axis=0))
+    final = traces[NUM_LAYERS - 1, 0, 0]
+    assert_close(final, truth[0])
+    for k in range(1, NUM_LAYERS + 2):
+        # The first k layers after k iterations, for any correction and initial trace, bit for bit the final ones; at N
+        # all layers, and one more iteration changes nothing.
+        settled = traces[k - 1, :, :, :k]
+        np.testing.assert_array_equal(settled, np.broadcast_to(final[:k], settled.shape), err_msg=str(k))
+    for trace in traces[NUM_LAYERS - 2, :, ::2].reshape(-1, *final.shape):  # BatchForward is one iteration ahead
+        assert relative_error(trace, truth[0]) > 10 * ROUNDING  # and not sooner
 
 
 # ---------------------------------------------------------------- stages
 
 
-@pytest.mark.parametrize(
-    "variant",
-    ("everything", *(pytest.param(name, marks=pytest.mark.slow) for name in ("no_x0_resid", "hyper_static"))),
-)
+@pytest.mark.parametrize("variant", ("everything", pytest.param("hyper_static", marks=pytest.mark.slow)))
 def test_chunks_of_one_layer_are_single_layers(variant):
     """C = N, M = 1, with either choice of scalars; and K = C iterations of larger chunks settle the fused model."""
     model = LanguageModel(VARIANTS[variant])
-    params, tokens = random_params(model), random_tokens(model.config)
-    single = run(model, params, tokens, "idn:n=6,k=2")
-    own_scales = [] if model.config.num_streams else ["stage=6xF1,scales=own,mid=interpolated"]
-    for stage in ["stage=6xF1", *own_scales]:
-        chunked = run(model, params, tokens, f"idn:n=6,k=2,{stage}")
-        assert_close(chunked[:3], single[:3])
-        assert_close(chunked.solutions[0].trace, single.solutions[0].trace)
-    own = "hcn" if model.config.num_streams else "sid"
-    fused = [run(model, params, tokens, f"{name}:n=6,k=3,stage=3xF2", layout="list") for name in ("idn", own)]
+    params, tokens = random_params(model), random_tokens(model.config, length=8)
+    skip, options = ("hcn", "") if model.config.num_streams else ("sid", ",scales=own,mid=interpolated")
+    exact, single, chunked, *fused = run_all(
+        model,
+        params,
+        tokens,
+        "seq",
+        "idn:n=6,k=2",
+        f"idn:n=6,k=2,stage=6xF1{options}",
+        *((f"{name}:n=6,k=3,stage=3xF2", "list") for name in ("idn", skip)),
+    )
+    assert_close(chunked[:3], single[:3])
+    assert_close(chunked.solutions[0].trace, single.solutions[0].trace)
     assert_close(fused[0][:3], fused[1][:3])
-    assert relative_error(fused[0].logits_BTV, run(model, params, tokens, "seq").logits_BTV) > 0.01
+    assert relative_error(fused[0].logits_BTV, exact.logits_BTV) > 0.01
 
 
 def test_the_middle_of_a_fused_chunk_is_a_choice(small):
     """Layer 3 of 6 is the second of the chunk 2-5 of three layers: its output, its input, or 2/3 between them."""
-    model, params, tokens, _ = small
-    states = {
-        mid: run(model, params, tokens, f"idn:2-5,k=1,stage=1xF3,mid={mid}")
-        for mid in ("output", "input", "interpolated")
-    }
-    np.testing.assert_array_equal(states["output"].h_mid, states["output"].solutions[0].value)
-    between = states["input"].h_mid + 2 / 3 * (states["output"].h_mid - states["input"].h_mid)
-    assert_close(states["interpolated"].h_mid, between)
-    assert relative_error(states["input"].h_mid, states["output"].h_mid) > 0.01
+    mids = ("output", "input", "interpolated")
+    states = run_all(*small[:3], *(f"idn:2-5,k=1,stage=1xF3,mid={mid}" for mid in mids))
+    after, before, between = (state.h_mid for state in states)
+    np.testing.assert_array_equal(after, states[0].solutions[0].value)
+    assert_close(between, before + 2 / 3 * (after - before))
+    assert relative_error(before, after) > 0.01
 
 
 def test_split_stage_is_one_iteration_without_scalars():
     """Without residual scalars all attentions of one iteration from h0 read the same input anyway."""
     model = LanguageModel(VARIANTS["no_x0_resid"])
-    params, tokens = random_params(model), random_tokens(model.config)
-    split_stage, single = (run(model, params, tokens, f"idn:n=4,k=1{stage}") for stage in (",stage=split", ""))
+    params, tokens = random_params(model), random_tokens(model.config, length=8)
+    split_stage, single = run_all(model, params, tokens, "idn:n=4,k=1,stage=split", "idn:n=4,k=1")
     assert_close(split_stage[:3], single[:3])
 
 
@@ -217,106 +226,92 @@ def test_split_stage_is_one_iteration_without_scalars():
 def test_controls_leave_layers_out(small):
     """Skipped layers are the model without them; pairs are Identity on regions of two."""
     model, params, tokens, _ = small
-    keep = np.asarray([0, 1, 2, 5])
-    shorter = {**params, "blocks": jax.tree.map(lambda leaf: leaf[keep], params["blocks"])}
-    skipped = run(model, params, tokens, "skip:3-5")
-    h = mid = model.embed(params, tokens)
-    shared = model.shared(h)
-    for row, layer in enumerate(keep):
-        ctx = model.context(params, params["blocks"], tokens, layer, layer + 1)
-        take = lambda leaf: leaf[row]  # noqa: B023, E731
-        h, _ = model.block_fn()(jax.tree.map(take, shorter["blocks"]), h, jax.tree.map(lambda x: x[0], ctx), shared)
-        mid = h if layer == 2 else mid  # the head reads layer 3, which is left out: the state there
-    assert_close((skipped.h_last, skipped.h_mid), (h, mid))
-    early = run(model, params, tokens, "exit:5")
-    assert_close(early[:3], run(model, params, tokens, "skip:5-6")[:3])
-    pairs = run(model, params, tokens, "pairs:n=4")
-    assert_close(pairs[:3], run(model, params, tokens, "idn:2-4,k=1+idn:4-6,k=1")[:3])
+
+    @jax.jit
+    def without_two(params, tokens):
+        h = mid = model.embed(params, tokens)
+        shared = model.shared(h)
+        for layer in (0, 1, 2, 5):
+            ctx = model.context(params, params["blocks"], tokens, layer, layer + 1)
+            block, ctx = jax.tree.map(lambda leaf: leaf[layer], params["blocks"]), jax.tree.map(lambda x: x[0], ctx)  # noqa: B023
+            h, _ = model.block_fn()(block, h, ctx, shared)
+            mid = h if layer == 2 else mid  # the head reads layer 3, which is left out: the state there
+        return h, mid
+
+    skipped, early, tail, pairs, regions = run_all(
+        model, params, tokens, "skip:3-5", "exit:5", "skip:5-6", "pairs:n=4", "idn:2-4,k=1+idn:4-6,k=1"
+    )
+    assert_close((skipped.h_last, skipped.h_mid), without_two(params, tokens))
+    assert_close(early[:3], tail[:3])
+    assert_close(pairs[:3], regions[:3])
 
 
 def test_warm_starts_from_the_previous_token(small):
     """The oracle's guess of layer l at token t is the exact state at t - 1; K = N is exact from it too."""
     model, params, tokens, truth = small
-    segment = dataclasses.replace(ParallelSegment(0, NUM_LAYERS, 1, Identity()), init=LibraryWarm())
-    weights = split(model, params, Schedule.of(NUM_LAYERS, segment))
-    h_in = model.embed(params, tokens)
-    problem = layer_problem(model, weights.ends, weights.blocks[0], tokens, model.shared(h_in), segment, h_in)
-    trace = sequential(whole_region(model, params, tokens), with_trace=True).trace
-    assert_close(problem.warm_L[:, :, 1:], trace[:, :, :-1])
-    np.testing.assert_array_equal(problem.warm_L[:, :, 0], jnp.broadcast_to(h_in[None, :, 0], trace[:, :, 0].shape))
-    assert_close(run(model, params, tokens, "idn:n=6,k=6,init=warm")[:3], truth[:3])
+    segment = ParallelSegment(0, NUM_LAYERS, NUM_LAYERS, Identity(), Warm())
+
+    @jax.jit
+    def run(params, tokens):
+        chain, data = whole_region(model, params, tokens, segment)
+        solved = solve(chain, segment.correction, segment.init, data, num_iters=NUM_LAYERS)
+        return chain.h_in, sequential(chain, with_trace=True).trace, data.warm_L, solved.value
+
+    h_in, trace, warm_L, value = run(params, tokens)
+    assert_close(warm_L[:, :, 1:], trace[:, :, :-1])
+    np.testing.assert_array_equal(warm_L[:, :, 0], jnp.broadcast_to(h_in[None, :, 0], trace[:, :, 0].shape))
+    assert_close(value, truth.h_last)
 
 
 def test_adaptive_region_of_a_model(small):
     """A tolerance that nothing meets makes all iterations and ends exact; a loose one stops early."""
-    model, params, tokens, truth = small
-    exact = run(model, params, tokens, "idn:n=6,tol=1e-30")
-    assert_close(exact[:3], truth[:3])
+    exact, loose = run_all(*small[:3], "idn:n=6,tol=1e-30", "idn:n=6,tol=0.9")
+    assert_close(exact[:3], small[3][:3])
     assert int(exact.solutions[0].stats["num_iters"]) == NUM_LAYERS
-    loose = run(model, params, tokens, "idn:n=6,tol=0.9")
     assert np.all(loose.solutions[0].stats["sequence_iters"] < NUM_LAYERS)
 
 
-@pytest.mark.parametrize(
-    "variant, setting, sentence",
-    (
-        ("everything", "hcn:n=2", "hcn needs residual streams"),
-        ("hyper_static", "sid:n=2", "sid scales a single residual stream"),
+def test_a_setting_that_the_model_cannot_run():
+    for variant, setting, keyword in (
+        ("everything", "hcn:n=2", "needs residual streams"),
+        ("hyper_static", "sid:n=2", "single residual stream"),
         ("hyper_dynamic", "idn:n=4,stage=2xF2", "cannot be fused"),
-        ("hyper_static", "idn:n=4,stage=split", "a split stage is for a single residual stream"),
-        ("everything", "cal:n=2,fit=mine", "there is no calibration 'mine'"),
-    ),
-)
-def test_a_setting_that_the_model_cannot_run(variant, setting, sentence):
-    model = LanguageModel(VARIANTS[variant])
-    with pytest.raises(InputError, match=sentence):
-        split(model, random_params(model), parse_schedule(setting, NUM_LAYERS))
+        ("hyper_static", "idn:n=4,stage=split", "split stage"),
+        ("everything", "cal:n=2,fit=absent", "absent"),
+    ):
+        model = LanguageModel(VARIANTS[variant])
+        with pytest.raises(InputError, match=keyword):
+            split(model, model.abstract_params(), parse_schedule(setting, NUM_LAYERS))
 
 
 # ---------------------------------------------------------------- whole schedules
 
 
-@pytest.mark.parametrize(
-    "setting",
-    (
-        "jac:n=6,k=7",
-        "sid:n=6,k=7,init=batch_forward,damp=0.25",
-    ),
-)
-def test_the_residual_ends_at_exactly_zero(small, setting):
+def test_the_residual_ends_at_exactly_zero(small):
     """In the compiled loop of a whole forward pass: 0.0, not a rounding, one iteration beyond N."""
-    model, params, tokens, truth = small
-    output = run(model, params, tokens, setting)
+    (output,) = run_all(*small[:3], "sid:n=6,k=7,init=batch_forward,damp=0.25")
     (solution,) = output.solutions
     chex.assert_shape(solution.stats["residual_norm"], (7, NUM_LAYERS))
     np.testing.assert_array_equal(solution.stats["residual_norm"][-1], 0.0)
     assert solution.stats["residual_norm"][NUM_LAYERS - 2, -1] > 0
-    assert_close((output.logits_BTV, output.h_mid), (truth.logits_BTV, truth.h_mid))
+    assert_close(output[:3], small[3][:3])
 
 
-@pytest.mark.parametrize(
-    "setting, layout",
-    (
+def test_regions_anywhere_with_n_iterations_are_the_sequential_pass(small):
+    """In either layout; and where the solver is not exact both layouts are equal."""
+    truth = small[3]
+    cases = (
         ("seq", "list"),
         ("idn:n=2,k=2", "stack"),  # the mid-layer state, of layer 3, comes from the sequential prefix
         ("idn:2-5,k=3,init=batch_forward", "list"),  # from inside a region in the middle
         ("sid:0-2,k=2+idn:2-4,k=2+exact:5-6,k=1", "stack"),  # from the end of the second of three regions
-    ),
-)
-def test_regions_anywhere_with_n_iterations_are_the_sequential_pass(small, setting, layout):
-    model, params, tokens, truth = small
-    output = run(model, params, tokens, setting, layout)
-    assert_close(output[:3], truth[:3])
-    regions = 0 if setting == "seq" else setting.count("+") + 1
-    assert len(output.solutions) == regions
-    for solution in output.solutions:
-        chex.assert_tree_shape_prefix(solution.trace, (solution.stats["residual_norm"].shape[1], 2, 20))
-
-
-def test_list_layout_is_stack_layout_where_the_solver_is_not_exact(small):
-    model, params, tokens, truth = small
-    setting = "sid:3-6,k=1"
-    stacked, unrolled = (run(model, params, tokens, setting, layout) for layout in ("stack", "list"))
+    )
+    *exact, stacked, unrolled = run_all(*small[:3], *cases, ("sid:3-6,k=1", "stack"), ("sid:3-6,k=1", "list"))
+    for (setting, _), output in zip(cases, exact, strict=True):
+        assert_close(output[:3], truth[:3])
+        assert len(output.solutions) == (0 if setting == "seq" else setting.count("+") + 1)
+        for solution in output.solutions:
+            chex.assert_tree_shape_prefix(solution.trace, (solution.stats["residual_norm"].shape[1], 2, 8))
     assert_close(unrolled, stacked)
     assert relative_error(stacked.logits_BTV, truth.logits_BTV) > 100 * ROUNDING
 
@@ -324,33 +319,38 @@ def test_list_layout_is_stack_layout_where_the_solver_is_not_exact(small):
 def test_a_model_of_one_layer():
     model = LanguageModel(dataclasses.replace(SMALL, num_layers=1))
     params, tokens = random_params(model), random_tokens(model.config, batch=1, length=6)
-    output = run(model, params, tokens, "idn:n=1,k=1")
-    assert_close(output[:3], run(model, params, tokens, "seq")[:3])
+    region, exact = run_all(model, params, tokens, "idn:n=1,k=1", "seq")
+    assert_close(region[:3], exact[:3])
 
 
-def test_scaled_identity_is_exact_in_one_iteration_at_a_fresh_initialisation():
+def test_scaled_identity_is_exact_in_one_iteration_at_a_fresh_initialisation(small):
     """A fresh layer is ``h -> s_l h + m_l x0``: its branches end in zeros. Identity misses the scales."""
-    model = LanguageModel(SMALL)
-    params, tokens = random_params(model), random_tokens(SMALL)
-    for module, name in (("attn", "out"), ("mlp", "down")):
-        params["blocks"][module][name] *= 0.0
+    model, params, tokens, _ = small
+    blocks = params["blocks"]
+    zeroed = {
+        module: blocks[module] | {name: jnp.zeros_like(blocks[module][name])}
+        for module, name in (("attn", "out"), ("mlp", "down"))
+    }
 
+    @jax.jit
     def traces(params):
-        problem = whole_region(model, params, tokens)
-        solved = {
-            name: solve(problem, CORRECTIONS[name], num_iters=1, init=PrefixState()).trace for name in CORRECTIONS
-        }
-        return sequential(problem, with_trace=True).trace, solved
+        chain, _ = whole_region(model, params, tokens)
+        corrections = (ScaledIdentity(), Identity(), Jacobi())
+        solved = [solve(chain, correction, PrefixState(), num_iters=1).trace for correction in corrections]
+        return sequential(chain, with_trace=True).trace, solved
 
-    truth, solved = jax.jit(traces)(params)
-    assert_close(solved["sid"], truth)
-    assert relative_error(solved["idn"], truth) > 0.01 < relative_error(solved["jac"], truth)
+    truth, (scaled, identity, jacobi) = traces(params | {"blocks": blocks | zeroed})
+    assert_close(scaled, truth)
+    assert relative_error(identity, truth) > 0.01 < relative_error(jacobi, truth)
 
 
-def test_layouts_of_prepare():
-    model = LanguageModel(SMALL)
-    params, schedule = random_params(model), parse_schedule("idn:n=4,k=1", NUM_LAYERS)
-    kinds = lambda weights: [isinstance(blocks, list) for blocks in weights.blocks]  # noqa: E731
+# ---------------------------------------------------------------- layouts
+
+
+def test_layouts_of_prepare(small):
+    model, params, _, _ = small
+    schedule = parse_schedule("idn:n=4,k=1", NUM_LAYERS)
+    kinds = lambda weights: [isinstance(part.blocks, list) for part in weights.parts]  # noqa: E731
     lay_out = lambda num_tokens, layout: prepare(model, params, schedule, num_tokens=num_tokens, layout=layout)  # noqa: E731
     assert kinds(lay_out(8, "stack")) == [False, False] and kinds(lay_out(8, "list")) == [True, True]
     if jax.default_backend() == "cpu":
@@ -360,18 +360,57 @@ def test_layouts_of_prepare():
         assert kinds(jax.eval_shape(of_wide, wide.abstract_params())) == [True, False]
     for layout in ("stack", "list"):
         weights = lay_out(8, layout)
-        assert isinstance(weights, Weights) and len(jax.tree.leaves(weights)) > 0
-        assert weights.num_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        first = weights.blocks[1][0] if layout == "list" else jax.tree.map(lambda leaf: leaf[0], weights.blocks[1])
+        blocks = weights.parts[1].blocks
+        first = blocks[0] if layout == "list" else jax.tree.map(lambda leaf: leaf[0], blocks)
         chex.assert_trees_all_equal(first, jax.tree.map(lambda leaf: leaf[2], params["blocks"]))
+    with pytest.raises(InputError, match="mesh"):
+        prepare(model, params, schedule, layout="list", mesh=make_mesh(MeshConfig(layer=2)))
+
+
+TEN = (
+    "seq",
+    "idn:n=2,k=1",
+    "sid:n=3,k=2",
+    "jac:n=4,k=1",
+    "diag:n=5,k=1",
+    "exact:1-4,k=2",
+    "idn:n=6,k=2,stage=3xF2",
+    "idn:n=4,k=1,stage=2xF2",
+    "idn:n=4,k=1,stage=split",
+    "sid:0-2,k=1+idn:4-6,k=1",
+)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="weights are views of one memory on a CPU alone")
+def test_weights_of_many_schedules_hold_every_array_once(small):
+    """All leaves lie in the canonical arrays; only scalars of a layer, whose rows are not aligned, are copied."""
+    model, params, _, _ = small
+    params = canonical(model, params)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    schedules = [parse_schedule(setting, NUM_LAYERS) for setting in TEN]
+    weights = [
+        prepare(model, params, schedule, layout=layout)
+        for schedule in schedules
+        for layout in ("auto", "stack", "list")
+    ]
+    leaves = jax.tree.leaves((params, weights))
+    spans = sorted((leaf.unsafe_buffer_pointer(), leaf.unsafe_buffer_pointer() + leaf.nbytes) for leaf in leaves)
+    distinct, end = 0, 0
+    for first, stop in spans:
+        distinct += max(stop - max(first, end), 0)
+        end = max(end, stop)
+    assert held <= distinct <= 1.05 * held
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) > 20 * held
 
 
 def test_sequential_segments_end_where_the_head_reads_the_middle():
     model = LanguageModel(SMALL)
-    spans = lambda setting: [  # noqa: E731
-        (segment.start, segment.stop)
-        for segment in split(model, random_params(model), parse_schedule(setting, NUM_LAYERS)).segments
-    ]
+
+    def spans(setting):
+        lay_out = lambda params: split(model, params, parse_schedule(setting, NUM_LAYERS))  # noqa: E731
+        weights = jax.eval_shape(lay_out, model.abstract_params())
+        return [(segment.start, segment.stop) for segment in weights.segments]
+
     assert spans("seq") == [(0, 4), (4, 6)]
     assert spans("idn:n=2,k=1") == [(0, 4), (4, 6)]
     assert spans("idn:n=1,k=1") == [(0, 4), (4, 5), (5, 6)]
@@ -391,8 +430,9 @@ def test_the_gradient_at_n_iterations_is_the_sequential_one():
         output = forward(model, split(model, params, parse_schedule(setting, 3)), tokens)
         return jnp.sum(jnp.sin(output.logits_BTV))
 
-    run = jax.jit(jax.grad(loss), static_argnums=(1, 2))
-    expected, actual = run(params, "seq", False), run(params, "sid:n=2,k=2", True)
+    gradient = jax.grad(loss)
+    both = jax.jit(lambda params: (gradient(params, "seq", False), gradient(params, "sid:n=2,k=2", True)))
+    expected, actual = both(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         assert np.abs(leaf).max() > 1e-3, path  # every parameter counts
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -400,9 +440,7 @@ def test_the_gradient_at_n_iterations_is_the_sequential_one():
         assert relative_error(one, other) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "setting, reach", (("seq", 2), ("idn:n=3,k=1", 1), pytest.param("sid:n=3,k=2", 2, marks=pytest.mark.slow))
-)
+@pytest.mark.parametrize("setting, reach", (("seq", 2), ("idn:n=3,k=1", 1)))
 def test_causality_and_windows_by_gradient(setting, reach):
     """No logit depends on a later token, and a short layer reads ``window`` tokens back, in parallel regions too.
 
@@ -423,12 +461,12 @@ def test_causality_and_windows_by_gradient(setting, reach):
         """[t, s]: largest derivative of the logits, and of the mid-layer state, at t by any embedding of token s."""
 
         def read(tables):
-            embed = weights.ends["embed"] | tables
-            output = forward(model, dataclasses.replace(weights, ends=weights.ends | {"embed": embed}), tokens)
+            embed_head = weights.embed_head | {"embed": weights.embed_head["embed"] | tables}
+            output = forward(model, dataclasses.replace(weights, embed_head=embed_head), tokens)
             mix = lambda x_BTD: jnp.sin(x_BTD).sum(-1)[0]  # noqa: E731
             return mix(output.logits_BTV), mix(output.h_mid)
 
-        tables = {name: weights.ends["embed"][name] for name in ("token", "value")}
+        tables = {name: weights.embed_head["embed"][name] for name in ("token", "value")}
         (_, middle), pull = jax.vjp(read, tables)
         eye, nothing = jnp.eye(num_tokens, dtype=middle.dtype), jnp.zeros(num_tokens, middle.dtype)
         # Row by row: batched over a dozen cotangents (jax.jacrev) the CPU's program reads memory it has not written

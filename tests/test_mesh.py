@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from problems import SMALL, VARIANTS, random_params, random_tokens, relative_error
 
 from snlp_jax.cache import Past, abstract_past, fill, plan_rings
+from snlp_jax.chains import chains_of
 from snlp_jax.config import (
     Config,
     HiddenNormConfig,
@@ -25,8 +26,8 @@ from snlp_jax.config import (
     TrainConfig,
 )
 from snlp_jax.errors import InputError
-from snlp_jax.forward import forward, layer_problem
-from snlp_jax.layout import abstract_weights, arrange, in_order, prepare, split
+from snlp_jax.forward import forward
+from snlp_jax.layout import Part, abstract_weights, arrange, in_order, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import data_shard, make_mesh, put_batch
@@ -168,9 +169,9 @@ def test_a_step_with_a_cache_is_the_end_of_the_whole_pass(config):
     @jax.jit
     def whole(params, tokens):
         x0 = model.embed(params, tokens)
-        segment, shared = SequentialSegment(0, L), model.shared(x0)
-        problem = layer_problem(model, params, params["blocks"], tokens, shared, segment, model.expand(x0))
-        kv = sequential(problem, with_aux=True).aux.kv
+        part = Part(params["blocks"], None, None, SequentialSegment(0, L), (0, L))
+        (chain,) = chains_of(model, params, part, tokens, model.shared(x0), model.expand(x0))
+        kv = sequential(chain, with_aux=True).aux.kv
         return jax.tree.map(lambda leaf: leaf[:, :, :S], kv), model(params, tokens)
 
     kv, expected = whole(params, tokens)
