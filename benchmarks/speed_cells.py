@@ -23,9 +23,10 @@ from jax.experimental.layout import Layout as MemoryLayout
 
 from benchmarks.machine import Dtype, work
 from snlp_jax.cache import Past, RingPlan, append, plan_rings
+from snlp_jax.chains import chains_of
 from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.eval.weights import prepare_all
-from snlp_jax.forward import forward, layer_problem, run_in_order
+from snlp_jax.forward import CacheUpdate, Keep, forward, kv_by_layer, run_in_order
 from snlp_jax.infer.programs import Programs, State
 from snlp_jax.infer.sampling import Sampling, rows_of
 from snlp_jax.layout import Weights, in_order
@@ -33,7 +34,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Ring, Rings
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.hlo import read_program
-from snlp_jax.solver import Kept, ParallelSegment, PerLayer, Schedule, SequentialSegment, solve
+from snlp_jax.solver import ParallelSegment, PerLayer, Schedule, SequentialSegment, solve
 
 Kind = Literal["forward", "cached", "region", "parts", "train"]
 Layout = Literal["stack", "list", "mixed"]
@@ -114,16 +115,16 @@ class Setup:
         return self._lay_out("list")
 
     def weights(self, setting: str, layout: Layout) -> Weights:
-        """Laid out; ends are the same arrays everywhere."""
+        """Laid out; embedding and head are the same arrays everywhere."""
+        stacks = self.stacks[setting]
         if layout == "stack":
-            return self.stacks[setting]
+            return stacks
         lists = self.lists[setting]
         if layout == "list":
-            return dataclasses.replace(lists, ends=self.stacks[setting].ends)
-        stacks = self.stacks[setting]
-        use = [isinstance(segment, SequentialSegment) for segment in stacks.segments]
-        blocks = tuple((lists if use[i] else stacks).blocks[i] for i in range(len(use)))
-        return dataclasses.replace(stacks, blocks=blocks)
+            return dataclasses.replace(lists, embed_head=stacks.embed_head)
+        pairs = zip(stacks.parts, lists.parts, strict=True)
+        parts = tuple(one if isinstance(stack.segment, SequentialSegment) else stack for stack, one in pairs)
+        return dataclasses.replace(stacks, parts=parts)
 
     def _lay_out(self, layout: Literal["stack", "list"]) -> dict[str, Weights]:
         laid_out = prepare_all(self.model, self.params, list(self.schedules.values()), num_tokens=1, layout=layout)
@@ -160,10 +161,11 @@ def cached_jobs(setup: Setup, cell: Cell, forms: dict[str, list[Form]], steps: i
 
             def program(weights: Weights, rings: Any, tokens_BT: jax.Array, length_B: jax.Array) -> Any:
                 past = Past(tokens_BT[:, :1], length_B, rings)
-                output = forward(model, weights, tokens_BT, past=past, kept=programs.kept)
+                output = forward(model, weights, tokens_BT, past=past, keep=Keep(programs.evaluation))
                 after_B = length_B + jnp.minimum(output.logits_BTV[:, -1].argmax(-1), 0)  # written after all is read
-                pairs = zip(rings, output.left, strict=True)
-                return tuple(_append_all(own, left.kv, after_B) for own, left in pairs), output.logits_BTV[:, -1]
+                pairs = zip(rings, output.updates, strict=True)
+                after = tuple(_append_all(part_rings, update, after_B) for part_rings, update in pairs)
+                return after, output.logits_BTV[:, -1]
 
             rest = (state.rings, tokens, state.length_B)
             run, weights = compiled(job, program, weights, rest, form, donate=1)
@@ -185,14 +187,13 @@ def region_jobs(setup: Setup, cell: Cell, setting: str, forms: dict[str, list[Fo
     def make(kind: str, form: Form) -> Callable[[Job], Callable[[], Any]]:
         layout = "list" if form.layout == "list" else "stack"
         is_region = kind != "seq"
-        segment = region if is_region else SequentialSegment(region.start, region.stop)
 
         def compile(job: Job) -> Callable[[], Any]:
             whole = setup.weights(setting, layout)
-            last = {name: getattr(whole, name)[-1:] for name in ("tables", "fits", "is_spread")}
-            weights = dataclasses.replace(whole, blocks=whole.blocks[-1:], segments=(segment,), **last)
+            whole = whole if is_region else in_order(whole)
+            weights = dataclasses.replace(whole, parts=whole.parts[-1:])
             rings = random_rings(model, weights, cell) if cell.context else None
-            program = functools.partial(iterate, model, segment, int(is_region))
+            program = functools.partial(iterate, model)
             rest = (rings, x0_BTD, tokens, length_B, jnp.int32(steps))
             run, weights = compiled(job, program, weights, rest, form, donate=1)
             return _carrying(lambda rings: run(weights, rings, *rest[1:]), rings)
@@ -209,8 +210,8 @@ def region_jobs(setup: Setup, cell: Cell, setting: str, forms: dict[str, list[Fo
     names = {"seq": "seq", setting: f"one iteration of {region.num_layers}"}
     jobs = [
         Job({"setting": names[kind]} | form.name, make(kind, form), num_bytes, flops, steps)
-        for kind, its in forms.items()
-        for form in its
+        for kind, forms_of_kind in forms.items()
+        for form in forms_of_kind
     ]
     return jobs + [reading_job(cell, num_bytes, steps)] * (cell.length == 1)
 
@@ -238,8 +239,6 @@ def reading_job(cell: Cell, num_bytes: int, steps: int) -> Job:
 
 def iterate(
     model: LanguageModel,
-    segment: ParallelSegment | SequentialSegment,
-    num_iters: int,
     weights: Weights,
     rings: Rings | None,
     x0_BTD: jax.Array,
@@ -247,22 +246,24 @@ def iterate(
     length_B: jax.Array,
     steps: jax.Array,
 ) -> Rings | jax.Array:
-    """The segment ``steps`` times, each time on a state that hangs on the one before; what it leaves behind."""
+    """The one part that ``weights`` hold ``steps`` times, a region with one iteration, each time on a state that hangs on
+    the one before; what it leaves behind."""
+    (part,) = weights.parts
+    segment = part.segment
     shared = model.shared(x0_BTD, None if rings is None else length_B)
     start = model.expand(x0_BTD)
 
     def one(_: jax.Array, carry: tuple) -> tuple:
         h, rings = carry
-        problem = layer_problem(model, weights.ends, weights.blocks[0], tokens_BT, shared, segment, h, past=rings)
+        (chain,) = chains_of(model, weights.embed_head, part, tokens_BT, shared, h, rings)
         if isinstance(segment, ParallelSegment):
-            solution = solve(problem, segment.correction, num_iters=num_iters, init=segment.init)
+            solution = solve(chain, segment.correction, segment.init, num_iters=1)
         else:
-            solution = run_in_order(problem, None, with_aux=rings is not None)
+            solution = run_in_order(chain, None, with_aux=rings is not None)
         if rings is not None:
             # Not known before the layers are evaluated, so that the ring is written in place, after it was read.
             is_huge_B = solution.value.reshape(len(length_B), -1)[:, -1] > 1e30
-            kv = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-4:]), solution.aux.kv)
-            rings = append(rings, kv, length_B + is_huge_B)
+            rings = append(rings, kv_by_layer(solution.aux), length_B + is_huge_B)
         return start + 1e-6 * solution.value, rings
 
     h, rings = jax.lax.fori_loop(0, steps, one, (start, rings))
@@ -288,7 +289,11 @@ def compiled(job: Job, program: Any, weights: Any, rest: tuple, form: Form, dona
     peak = sizes["argument"] + sizes["output"] + sizes["temp"] - sizes["alias"]
     job.facts |= {"peak_bytes": peak, "temp_bytes": sizes["temp"]}
     counted = read_program(run.as_text(), unknown_trips=1)  # of loops one step
-    blocks = [leaf for leaf in jax.tree.leaves(weights.blocks) if leaf.ndim > 1 and min(leaf.shape[-2:]) > 16]
+    blocks = [
+        leaf
+        for leaf in jax.tree.leaves([part.blocks for part in weights.parts])
+        if leaf.ndim > 1 and min(leaf.shape[-2:]) > 16
+    ]
     smallest = min(leaf.shape[-1] * leaf.shape[-2] * leaf.dtype.itemsize for leaf in blocks)
     moved = sum(op.count * op.bytes_written for op in counted.moves(smallest)) if job.units > 1 else None
     job.facts |= {"kernels": counted.num_kernels, "weight_sized_bytes_written": moved}
@@ -304,9 +309,9 @@ def decoding(
     """
     rows, features = rows_of([Sampling()] * batch)
     is_fused = any(isinstance(s, ParallelSegment) and not isinstance(s.stage, PerLayer) for s in weights.segments)
-    kept: Kept = "every" if is_fused else "last"
+    evaluation: Literal["last", "every"] = "every" if is_fused else "last"
     plans = plan_rings(model, weights, context, length)
-    programs = Programs(model, features, plans, kept, mesh=None, num_slots=16 + length)
+    programs = Programs(model, features, plans, evaluation, mesh=None, num_slots=16 + length)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     prompt = (ints(batch, 16), ints(batch), ints(batch), ints(batch, 1))
     return programs, jax.eval_shape(programs.prefill, weights if is_fused else in_order(weights), *prompt, rows)
@@ -356,11 +361,11 @@ def cell_work(config: ModelConfig, schedule: Schedule, cell: Cell) -> tuple[int,
 
 def _jobs(setup: Setup, cell: Cell, forms: dict[str, list[Form]], make: Any, units: int = 1) -> list[Job]:
     jobs = []
-    for setting, its in forms.items():
+    for setting, forms_of_setting in forms.items():
         schedule = setup.schedules[setting]
         num_bytes, flops = cell_work(setup.model.config, schedule, cell)
         depth = {"depth": schedule.depth, "num_block_evals": schedule.num_block_evals}
-        for form in its:
+        for form in forms_of_setting:
             name = {"setting": setting} | form.name
             jobs.append(Job(name, make(setting, form), num_bytes, flops, units, facts=dict(depth)))
     return jobs
@@ -378,10 +383,12 @@ def _carrying(step: Callable[[Any], Any], carry: Any) -> Callable[[], Any]:
     return run
 
 
-def _append_all(rings: Any, kv: Any, length_B: jax.Array) -> Any:
+def _append_all(rings: Any, update: CacheUpdate | None, length_B: jax.Array) -> Any:
+    if rings is None or update is None:
+        return rings
     if isinstance(rings, Rings):
-        return append(rings, kv, length_B)
-    return tuple(append(own, its, length_B) for own, its in zip(rings, kv, strict=True))
+        return append(rings, update.kv, length_B)
+    return tuple(append(one, kv, length_B) for one, kv in zip(rings, update.kv, strict=True))
 
 
 def _random(like: jax.ShapeDtypeStruct) -> jax.Array:

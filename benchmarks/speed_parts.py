@@ -21,7 +21,8 @@ from snlp_jax.model.attention import attend_by_window, choose_implementation
 from snlp_jax.model.block import KeyValue, Rings
 from snlp_jax.model.layers import project, rms_norm, rotate
 from snlp_jax.model.nodes import attend_cached
-from snlp_jax.solver.linear import IdentityMap, correct
+from snlp_jax.solver.linear import correct, layer
+from snlp_jax.solver.maps import IdentityMap
 from snlp_jax.train.flops import peak_flops, step_flops, train_flops_per_token
 from snlp_jax.train.loss import Plan
 from snlp_jax.train.step import make_init, make_step, optimizer_of
@@ -35,8 +36,7 @@ def part_jobs(setup: Setup, cell: Cell, setting: str, form: Form) -> list[Job]:
         return []
     region = setup.schedules[setting].regions[-1]
     whole = setup.weights(setting, "stack")
-    weights = dataclasses.replace(whole, blocks=whole.blocks[-1:], segments=(region,), tables=(None,), fits=(None,))
-    weights = dataclasses.replace(weights, is_spread=(False,))
+    weights = dataclasses.replace(whole, parts=whole.parts[-1:])
     n, B, T, D, F = region.num_layers, cell.batch, cell.length, config.embed_dim, config.mlp_width
     N, K, H, item = config.num_heads, config.num_kv_heads, config.head_dim, model.dtype.itemsize
     windows = config.windows[region.start : region.stop]
@@ -139,15 +139,22 @@ def train_jobs(config: ModelConfig, cell: Cell) -> list[Job]:
     return [Job({"setting": name} | form.name, make(loss), 0, formula) for name, loss in names.items()]
 
 
+def _blocks_of(weights: Weights) -> Any:
+    """The stack of the one region that ``weights`` hold, of which their arrays may hold more layers."""
+    (part,) = weights.parts
+    first = part.segment.start - part.held[0]
+    return layer(part.blocks, slice(first, first + part.segment.num_layers))
+
+
 def _projections(model: LanguageModel, weights: Weights, x_LBTD: Any, attended_LBTX: Any) -> Any:
-    attn = weights.blocks[0]["attn"]
+    attn = _blocks_of(weights)["attn"]
     one = jax.vmap(lambda x, kernel: project(x, kernel, model.dtype))
     kernels = [attn[name] for name in ("qkv", "query", "key", "value") if name in attn]  # joined on a GPU
     return [one(x_LBTD, kernel) for kernel in kernels] + [one(attended_LBTX, attn["out"])]
 
 
 def _mlp(model: LanguageModel, weights: Weights, x_LBTD: Any) -> Any:
-    mlp = weights.blocks[0]["mlp"]
+    mlp = _blocks_of(weights)["mlp"]
 
     def one(x_BTD: Any, up_DF: Any, down_FD: Any) -> Any:
         hidden_BTF = jnp.square(jax.nn.relu(project(x_BTD, up_DF, model.dtype)))
@@ -157,13 +164,13 @@ def _mlp(model: LanguageModel, weights: Weights, x_LBTD: Any) -> Any:
 
 
 def _norms(config: ModelConfig, shared: Any, weights: Weights, h_LBTD: Any, q: Any, k: Any, x0_BTD: Any) -> Any:
-    blocks, its = weights.blocks[0], shared(x0_BTD)
+    blocks, common = _blocks_of(weights), shared(x0_BTD)
 
     def one(blocks: Any, h_BTD: Any, q: Any, k: Any) -> Any:
         x_BTD = h_BTD
         if config.use_x0_resid:
             x_BTD = blocks["resid_scale"] * h_BTD + blocks["x0_scale"] * x0_BTD
-        turned = [rms_norm(rotate(x, its.cos_TH, its.sin_TH)).astype(x.dtype) for x in (q, k)]
+        turned = [rms_norm(rotate(x, common.cos_TH, common.sin_TH)).astype(x.dtype) for x in (q, k)]
         normed = rms_norm(x_BTD).astype(q.dtype)
         return x_BTD, normed, rms_norm(x_BTD + normed).astype(q.dtype), turned
 
@@ -175,8 +182,8 @@ def _attend_rings(q: Any, kv: KeyValue, rings: Rings, windows: tuple[int, ...], 
     for ring, members in zip(rings.groups, rings.members, strict=True):
         rows = np.asarray(members)
         window_L = jnp.asarray([windows[index] for index in members])
-        its_q, its_kv = (q, kv) if len(rows) == len(q) else jax.tree.map(lambda x, rows=rows: x[rows], (q, kv))
-        outs.append(jax.vmap(attend_cached, in_axes=(0, 0, 0, 0, None))(its_q, its_kv, ring, window_L, shared))
+        q_ring, kv_ring = (q, kv) if len(rows) == len(q) else jax.tree.map(lambda x, rows=rows: x[rows], (q, kv))
+        outs.append(jax.vmap(attend_cached, in_axes=(0, 0, 0, 0, None))(q_ring, kv_ring, ring, window_L, shared))
     return outs
 
 

@@ -146,7 +146,7 @@ def run_parts(
             ring = weights.ring_microbatches
             solution = run_in_order(chains[0], part_mesh, taps, ring, with_trace=wants_trace, with_aux=keep is not None)
             tapped = solution.tapped[0] if taps else h
-        updates.append(None if keep is None else CacheUpdate(_by_layer(solution.aux), solution.trace))
+        updates.append(None if keep is None else CacheUpdate(kv_by_layer(solution.aux), solution.trace))
         h, h_mid = solution.value, h_mid if mid is None else tapped
     return States(shared, h, h_mid, tuple(solutions), tuple(updates))
 
@@ -174,7 +174,7 @@ def _mid_of(model: LanguageModel, part: Part) -> int | None:
     return mid if 0 <= mid < part.segment.num_layers else None
 
 
-def _by_layer(aux: PyTree) -> PyTree:
+def kv_by_layer(aux: PyTree) -> PyTree:
     """Keys and values of every layer of what nodes, layers or chunks of them, leave behind."""
     if isinstance(aux, list):
         kvs = [node.kv for node in aux if node.kv is not None]
@@ -182,7 +182,7 @@ def _by_layer(aux: PyTree) -> PyTree:
         return [KeyValue(*(leaf[j] for leaf in kv)) for kv in kvs for j in range(len(kv[0]))] if is_chunked else kvs
     if isinstance(aux, BlockAux):
         return None if aux.kv is None else KeyValue(*(leaf.reshape(-1, *leaf.shape[-4:]) for leaf in aux.kv))
-    return tuple(map(_by_layer, aux))
+    return tuple(map(kv_by_layer, aux))
 
 
 def _solve_region(
