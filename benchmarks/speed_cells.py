@@ -246,8 +246,8 @@ def iterate(
     length_B: jax.Array,
     steps: jax.Array,
 ) -> Rings | jax.Array:
-    """The one part that ``weights`` hold ``steps`` times, a region with one iteration, each time on a state that hangs on
-    the one before; what it leaves behind."""
+    """The one part that ``weights`` hold, ``steps`` times, a region with one iteration; each time on a state that hangs
+    on the one before. Gives what it leaves behind."""
     (part,) = weights.parts
     segment = part.segment
     shared = model.shared(x0_BTD, None if rings is None else length_B)
