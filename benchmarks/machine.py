@@ -27,9 +27,15 @@ Shape = Literal["demo", "d256", "d32s", "d32s_mhc", "d1024", "d2048"]
 
 
 def _d32(embed_dim: int) -> ModelConfig:
-    num_heads = embed_dim // 128
-    size = {"num_layers": 32, "embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_heads}
-    return ModelConfig(vocab_size=32_768, seq_len=2048, window_pattern="SSSL", **size)
+    return ModelConfig(
+        vocab_size=32_768,
+        num_layers=32,
+        embed_dim=embed_dim,
+        num_heads=embed_dim // 128,
+        num_kv_heads=embed_dim // 128,
+        seq_len=2048,
+        window_pattern="SSSL",
+    )
 
 
 SHAPES: dict[str, ModelConfig] = {

@@ -128,8 +128,15 @@ class Row:
 
 def model_config(depth: int, width: int) -> ModelConfig:
     heads = width // 128
-    sizes = {"num_layers": depth, "embed_dim": width, "num_heads": heads, "num_kv_heads": heads}
-    return ModelConfig(vocab_size=32_768, seq_len=2048, window_pattern="SSSL", **sizes)
+    return ModelConfig(
+        vocab_size=32_768,
+        num_layers=depth,
+        embed_dim=width,
+        num_heads=heads,
+        num_kv_heads=heads,
+        seq_len=2048,
+        window_pattern="SSSL",
+    )
 
 
 class Shapes(LanguageModel):
@@ -254,28 +261,28 @@ def check_table(checks: Sequence[dict[str, Any]]) -> Table:
     for name in ("payload", "FLOPs", "read", "kernels", "time"):
         table.add_column(name, justify="right")
     for each in checks:
-        ours, theirs = each["compiled"], each["formula"]
+        compiled, estimate = each["compiled"], each["formula"]
         mesh = "x".join(map(str, each["mesh"]))
         name = f"{each['topology']} {mesh} L{each['depth']} D{each['width']} {each['setting']} {each['sequential']}"
-        same = ours["collectives"] == theirs["collectives"]
-        counts = " ".join(f"{kind} {count}" for kind, count in sorted(ours["collectives"].items()))
+        same = compiled["collectives"] == estimate["collectives"]
+        counts = " ".join(f"{kind} {count}" for kind, count in sorted(compiled["collectives"].items()))
         figures = ("payload", "flops", "bytes_read", "kernels", "seconds")
-        ratios = [f"{ours[figure] / theirs[figure]:.2f}" for figure in figures]
-        table.add_row(name, counts if same else f"{counts}, not {theirs['collectives']}", *ratios)
+        ratios = [f"{compiled[figure] / estimate[figure]:.2f}" for figure in figures]
+        table.add_row(name, counts if same else f"{counts}, not {estimate['collectives']}", *ratios)
     return table
 
 
 def gain_table(rows: Sequence[Row], chip: str) -> Table:
     """Where the region wins: how much faster than the faster sequential pass, with launches and without."""
-    mine = [row for row in rows if row.topology.startswith(f"{chip}:")]
-    topologies = list(dict.fromkeys(row.topology for row in mine))
+    of_chip = [row for row in rows if row.topology.startswith(f"{chip}:")]
+    topologies = list(dict.fromkeys(row.topology for row in of_chip))
     table = Table("depth", "width", "K", title=f"{chip}: sequential / region, (without launches)", title_justify="left")
     for topology in topologies:
         table.add_column(topology.split(":")[1], justify="right")
     for depth, width, k in itertools.product(
-        sorted({row.depth for row in mine}), sorted({r.width for r in mine}), (1, 2, 4)
+        sorted({row.depth for row in of_chip}), sorted({row.width for row in of_chip}), (1, 2, 4)
     ):
-        cells = {row.topology: row for row in mine if (row.depth, row.width, row.iterations) == (depth, width, k)}
+        cells = {row.topology: row for row in of_chip if (row.depth, row.width, row.iterations) == (depth, width, k)}
         shown = (f"{cells[name].gain:.2f} ({cells[name].gain_fused:.2f})" for name in topologies)
         table.add_row(str(depth), str(width), str(k), *shown)
     return table
@@ -293,10 +300,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     depth = 32 if 32 in depths else depths[0]
     width = 2048 if 2048 in widths else widths[0]
     for row_of_axes, chip in zip(axes, ("v5e", "h100"), strict=True):
-        mine = [row for row in rows if row.topology.startswith(f"{chip}:")]
-        size = {row.topology: Slice.parse(row.topology).num_chips for row in mine}
+        of_chip = [row for row in rows if row.topology.startswith(f"{chip}:")]
+        size = {row.topology: Slice.parse(row.topology).num_chips for row in of_chip}
         counts = sorted(set(size.values()))
-        find = {(size[row.topology], row.depth, row.width, row.iterations): row for row in mine}
+        find = {(size[row.topology], row.depth, row.width, row.iterations): row for row in of_chip}
         line, by_width, by_depth = row_of_axes
         for name, of in (("tensor parallel", "tensor"), ("ring", "ring")):
             times = [getattr(find[n, depth, width, 1], of) * 1e6 for n in counts]

@@ -180,7 +180,8 @@ def test_a_step_with_a_cache_is_the_end_of_the_whole_pass(config):
     mesh = make_mesh(MeshConfig(layer=2))
     for setting, used_mesh in (("seq", None), (f"idn:n={n},k={n}", mesh)):
         schedule = parse_schedule(setting, L)
-        weights = prepare(model, params, schedule, num_tokens=1, layout="stack", mesh=used_mesh)
+        layout = "auto" if used_mesh else "stack"
+        weights = prepare(model, params, schedule, num_tokens=1, layout=layout, mesh=used_mesh)
         plans = plan_rings(model, weights, capacity=11, block=3)
         pairs = zip(plans, weights.segments, strict=True)
         rings = tuple(

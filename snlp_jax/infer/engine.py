@@ -86,7 +86,7 @@ class Engine:
         self.draft_len, self.max_draft = drafting.lengths(config.num_mtp_heads) if drafting else (0, 0)
         # One token at a time a scan over a stack is as fast as unrolled layers and compiles several times faster; but
         # it cannot go through layers whose rings differ.
-        is_scanned = placement.layout == "auto" and len(set(config.windows)) == 1
+        is_scanned = placement.layout == "auto" and placement.mesh is None and len(set(config.windows)) == 1
         layout, mesh, sequential = "stack" if is_scanned else placement.layout, placement.mesh, placement.sequential
         first = drafter if isinstance(drafter, Schedule) else schedule
         self.weights = prepare(
