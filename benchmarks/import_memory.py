@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path, num_layers: int) -> None:
     from snlp_jax.model import LanguageModel
     from snlp_jax.model.convert import family_config, family_of, family_rows
     from snlp_jax.model.convert.table import get_leaf
-    from snlp_jax.model.convert.tensor_files import write_files
+    from snlp_jax.model.convert.tensor_files import Tensor, write_files
 
     told = CONFIG | {"num_hidden_layers": num_layers}
     config = family_config(told)
@@ -52,7 +52,7 @@ def make_checkpoint(folder: Path, num_layers: int) -> None:
     for row in family_rows(config, family_of(told)):
         shape = row.shape_in_torch(get_leaf(shapes, row.path).shape[row.is_stacked :])
         make = lambda shape=shape: rng.random(shape, np.float32)  # noqa: E731
-        tensors += [(name, shape, make) for name in row.names]
+        tensors += [Tensor(name, shape, make) for name in row.names]
     write_files(folder, tensors, "bfloat16", SHARD_BYTES)
     (folder / "config.json").write_text(json.dumps(told))
     words = {"<s>": 0, **{f"w{i}": i for i in range(1, CONFIG["vocab_size"])}}

@@ -13,7 +13,7 @@ from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import TensorFiles, family_config, family_of, family_rows, read_params
 from snlp_jax.model.convert.families import UNUSED_TENSORS
-from snlp_jax.model.convert.tensor_files import write_files
+from snlp_jax.model.convert.tensor_files import Tensor, write_files
 from snlp_jax.solver import Schedule
 
 DATA = Path(__file__).parent / "data"
@@ -30,7 +30,7 @@ class Golden:
         self.weights = {key[2:]: arrays[key].astype(np.float32) / 64 for key in arrays.files if key.startswith("w/")}
 
     def write(self, folder, dtype="float32", max_shard_bytes=2**30):
-        tensors = [(name, w.shape, lambda w=w: w) for name, w in self.weights.items()]
+        tensors = [Tensor(name, w.shape, lambda w=w: w) for name, w in self.weights.items()]
         write_files(folder, tensors, dtype, max_shard_bytes)
         return folder
 

@@ -83,15 +83,6 @@ def test_bfloat16_comes_back_bit_for_bit(tmp_path):
     assert (tmp_path / "out" / SINGLE_NAME).stat().st_size < 1.2 * (source / SINGLE_NAME).stat().st_size
 
 
-def test_the_files_are_those_of_the_library(tmp_path):
-    """Written here and read there, and the other way round, where it is installed."""
-    library = pytest.importorskip("safetensors.numpy")
-    golden("qwen3").write(tmp_path)
-    chex.assert_trees_all_equal(library.load_file(tmp_path / SINGLE_NAME), golden("qwen3").weights)
-    library.save_file(golden("qwen3").weights, tmp_path / SINGLE_NAME)
-    golden("qwen3").read(tmp_path)
-
-
 def test_cached_decoding_of_an_imported_run_is_greedy_decoding_there(tmp_path):
     """Window of 6 on every layer, so that a text of 40 goes round each ring several times."""
     import_run(str(write_source(tmp_path / "hf", "mistral", vocab=40)), tmp_path / "run")

@@ -15,7 +15,7 @@ import numpy as np
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.model.convert.tensor_files import Index, TensorFiles, write_files
+from snlp_jax.model.convert.tensor_files import Index, Tensor, TensorFiles, write_files
 from snlp_jax.model.lm import LanguageModel
 from snlp_jax.types import Params, PyTree
 
@@ -109,12 +109,11 @@ def write_params(
     """Inverse of :func:`read_params`: tensors in .safetensors files of at most ``max_shard_bytes`` (or one tensor)."""
     check_rows(rows, LanguageModel(config).abstract_params())
 
-    def of_row(row: Row) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+    def of_row(row: Row) -> Iterator[Tensor]:
         leaf = get_leaf(params, row.path)
         shape = row.shape_in_torch(leaf.shape[row.is_stacked :])
         for place, name in enumerate(row.names):
-            make = functools.partial(_tensor_of, row, leaf, place if row.is_stacked else None)
-            yield name, shape, make
+            yield Tensor(name, shape, functools.partial(_tensor_of, row, leaf, place if row.is_stacked else None))
 
     return write_files(folder, [tensor for row in rows for tensor in of_row(row)], dtype, max_shard_bytes)
 
