@@ -72,7 +72,7 @@ def main() -> None:
 # -- Import ------------------------------------------------------------------------------------------------------------
 
 
-def import_run(source: str, target: Path, tokenizer: str = "", mesh: MeshConfig | None = None) -> None:
+def import_run(source: str, target: Path, tokenizer_path: str = "", mesh: MeshConfig | None = None) -> None:
     """Make the run directory ``target`` of somebody's weights.
 
     Raises:
@@ -82,11 +82,11 @@ def import_run(source: str, target: Path, tokenizer: str = "", mesh: MeshConfig 
         raise InputError(f"{str(target)!r} exists and is not empty; name another directory.")
     path = _find(source)
     if path.suffix == ".pt":
-        config, params, its_tokenizer = _read_nanochat(path, tokenizer)
-        told: dict[str, Any] | None = None
+        config, params, tokenizer = _read_nanochat(path, tokenizer_path)
+        source_config: dict[str, Any] | None = None
     else:
-        told = _read_json(path / CONFIG_NAME)
-        config, params, its_tokenizer = _read_family(path, told, tokenizer, mesh or MeshConfig())
+        source_config = _read_json(path / CONFIG_NAME)
+        config, params, tokenizer = _read_family(path, source_config, tokenizer_path, mesh or MeshConfig())
     text = to_json(
         Config(
             name=target.absolute().name,
@@ -97,45 +97,45 @@ def import_run(source: str, target: Path, tokenizer: str = "", mesh: MeshConfig 
     )
     with explain_full_disk(target):
         target.mkdir(parents=True, exist_ok=True)
-        atomic_write(target / TOKENIZER_NAME, its_tokenizer.to_json())
-        if told is not None:
-            _keep_source(path, told, target)
+        atomic_write(target / TOKENIZER_NAME, tokenizer.to_json())
+        if source_config is not None:
+            _keep_source(path, source_config, target)
     # Beside the parameters no more than one leaf, of which reading has held a copy too.
     largest = -(-max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9)
     with Checkpointer(target / CHECKPOINT_NAME, config_json=text, concurrent_gb=largest) as checkpoints:
         checkpoints.save(0, {"params": params}, None, {})
     atomic_write(target / CONFIG_NAME, text)  # last: a directory with it is a run
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"imported {count:,} parameters in {config.num_layers} layers, {its_tokenizer.name}; wrote {target}")
+    print(f"imported {count:,} parameters in {config.num_layers} layers, {tokenizer.name}; wrote {target}")
 
 
 def _read_family(
-    path: Path, told: Mapping[str, Any], tokenizer: str, mesh: MeshConfig
+    path: Path, source_config: Mapping[str, Any], tokenizer_path: str, mesh: MeshConfig
 ) -> tuple[ModelConfig, Params, Tokenizer]:
-    family = families.family_of(told)
-    whole = families.family_config(told)
-    file = Path(tokenizer) if tokenizer else path / TOKENIZER_NAME
-    its_tokenizer = _read_tokenizer(file, whole.padded_vocab_size)
-    config = families.family_config(told, vocab_size=its_tokenizer.vocab_size)
-    check_vocab(its_tokenizer, config.vocab_size)
+    family = families.family_of(source_config)
+    whole = families.family_config(source_config)
+    file = Path(tokenizer_path) if tokenizer_path else path / TOKENIZER_NAME
+    tokenizer = _read_tokenizer(file, whole.padded_vocab_size)
+    config = families.family_config(source_config, vocab_size=tokenizer.vocab_size)
+    check_vocab(tokenizer, config.vocab_size)
     shardings = None
     if mesh != MeshConfig():
         shapes = LanguageModel(config).abstract_params()
         shardings = shardings_of(shapes, config, make_mesh(mesh), TRAINING)
     unused = families.UNUSED_TIED if config.use_tied_head else families.UNUSED_TENSORS
     rows = families.family_rows(config, family)
-    return config, table.read_params(TensorFiles(path), config, rows, unused, shardings), its_tokenizer
+    return config, table.read_params(TensorFiles(path), config, rows, unused, shardings), tokenizer
 
 
-def _read_nanochat(path: Path, tokenizer: str) -> tuple[ModelConfig, Params, Tokenizer]:
+def _read_nanochat(path: Path, tokenizer_path: str) -> tuple[ModelConfig, Params, Tokenizer]:
     """A checkpoint ``model_STEP.pt`` with its ``meta_STEP.json``."""
     try:
         import torch
     except ImportError as error:
         raise InputError("a nanochat checkpoint is read with torch; pip install 'snlp-jax[hf]'.") from error
     meta = path.with_name(path.name.replace("model_", "meta_", 1)).with_suffix(".json")
-    told = _read_json(meta).get("model_config")
-    if not isinstance(told, dict):
+    fields = _read_json(meta).get("model_config")
+    if not isinstance(fields, dict):
         raise InputError(f"{str(meta)!r} holds no object 'model_config'; give a checkpoint that nanochat has written.")
     try:  # tensors alone: whatever else a pickle would run is refused
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -147,13 +147,13 @@ def _read_nanochat(path: Path, tokenizer: str) -> tuple[ModelConfig, Params, Tok
     arrays: dict[str, np.ndarray] = {}
     for name, tensor in state.items():
         arrays[name.removeprefix("_orig_mod.")] = tensor.to(torch.float32).numpy()
-    config = nanochat_config(told)
+    config = nanochat_config(fields)
     config = dataclasses.replace(
         config, use_smear="smear_gate.weight" in arrays, use_mid_subtract="backout_lambda" in arrays
     )
-    its_tokenizer = _read_tokenizer(Path(tokenizer) if tokenizer else path.with_name(TOKENIZER_NAME))
-    check_vocab(its_tokenizer, config.vocab_size)
-    return config, from_nanochat(arrays, config), its_tokenizer
+    tokenizer = _read_tokenizer(Path(tokenizer_path) if tokenizer_path else path.with_name(TOKENIZER_NAME))
+    check_vocab(tokenizer, config.vocab_size)
+    return config, from_nanochat(arrays, config), tokenizer
 
 
 def _read_tokenizer(path: Path, num_rows: int | None = None) -> Tokenizer:
@@ -164,18 +164,18 @@ def _read_tokenizer(path: Path, num_rows: int | None = None) -> Tokenizer:
     """
     if not path.is_file():
         raise InputError(f"there is no tokenizer {str(path)!r}; give --tokenizer, the path of a tokenizer.json.")
-    told = _read_json(path)
+    content = _read_json(path)
     if num_rows is None:
-        return load_tokenizer_json(json.dumps(told))
-    if told.get("added_tokens"):
-        told["added_tokens"] = [token for token in told["added_tokens"] if token.get("id", 0) < num_rows]
-    its_tokenizer = load_tokenizer_json(json.dumps(told))
-    if its_tokenizer.vocab_size > num_rows:
+        return load_tokenizer_json(json.dumps(content))
+    if content.get("added_tokens"):
+        content["added_tokens"] = [token for token in content["added_tokens"] if token.get("id", 0) < num_rows]
+    tokenizer = load_tokenizer_json(json.dumps(content))
+    if tokenizer.vocab_size > num_rows:
         raise InputError(
-            f"tokenizer {str(path)!r} has {its_tokenizer.vocab_size} entries, but the model has {num_rows}; "
+            f"tokenizer {str(path)!r} has {tokenizer.vocab_size} entries, but the model has {num_rows}; "
             "give the model's own with --tokenizer."
         )
-    return its_tokenizer
+    return tokenizer
 
 
 def _find(source: str) -> Path:
@@ -205,9 +205,9 @@ def _find(source: str) -> Path:
         ) from error
 
 
-def _keep_source(path: Path, told: Mapping[str, Any], target: Path) -> None:
+def _keep_source(path: Path, source_config: Mapping[str, Any], target: Path) -> None:
     (target / SOURCE_NAME).mkdir()
-    atomic_write(target / SOURCE_NAME / CONFIG_NAME, json.dumps(told, indent=2) + "\n")
+    atomic_write(target / SOURCE_NAME / CONFIG_NAME, json.dumps(source_config, indent=2) + "\n")
     for name in KEPT:
         if (path / name).is_file():
             shutil.copyfile(path / name, target / SOURCE_NAME / name)
@@ -222,22 +222,22 @@ def _chat_template(path: Path) -> str:
         return (path / TEMPLATE_NAME).read_text(encoding="utf-8")
     if not (path / "tokenizer_config.json").is_file():
         return ""
-    told = _read_json(path / "tokenizer_config.json").get("chat_template") or ""
-    if isinstance(told, list):  # several, by name
-        told = next((each["template"] for each in told if each.get("name") == "default"), "")
-    return str(told)
+    template = _read_json(path / "tokenizer_config.json").get("chat_template") or ""
+    if isinstance(template, list):  # several, by name
+        template = next((each["template"] for each in template if each.get("name") == "default"), "")
+    return str(template)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"there is no {str(path)!r}; give a folder that holds one.")
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{str(path)!r} is not valid JSON ({error}); download it again.") from error
-    if not isinstance(told, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} holds no JSON object; download it again.")
-    return told
+    return content
 
 
 # -- Export ------------------------------------------------------------------------------------------------------------
@@ -257,23 +257,27 @@ def export_run(run_dir: Path, target: Path, which: Literal["best", "last"], dtyp
         raise InputError(f"--max-shard-gb is {max_shard_gb}; it must be positive.")
     config = read_config(run_dir)
     source = _source_of(run_dir)
-    told = _read_json(source / CONFIG_NAME) if source else None
-    rows = nanochat_rows(config.model) if told is None else families.family_rows(config.model, families.family_of(told))
+    source_config = _read_json(source / CONFIG_NAME) if source else None
+    rows = (
+        nanochat_rows(config.model)
+        if source_config is None
+        else families.family_rows(config.model, families.family_of(source_config))
+    )
     model = LanguageModel(config.model)
     table.check_rows(rows, model.abstract_params())
     step, params = read_params(run_dir, model, which)
     with explain_full_disk(target):
         target.mkdir(parents=True, exist_ok=True)
         paths = table.write_params(params, config.model, rows, target, dtype, int(max_shard_gb * 2**30))
-        if source is None or told is None:
+        if source is None or source_config is None:
             shutil.copyfile(run_dir / TOKENIZER_NAME, target / TOKENIZER_NAME)
             atomic_write(target / CONFIG_NAME, (run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
         else:
             for name in KEPT:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, target / name)
-            key = "torch_dtype" if "torch_dtype" in told else "dtype"
-            atomic_write(target / CONFIG_NAME, json.dumps(told | {key: dtype}, indent=2) + "\n")
+            key = "torch_dtype" if "torch_dtype" in source_config else "dtype"
+            atomic_write(target / CONFIG_NAME, json.dumps(source_config | {key: dtype}, indent=2) + "\n")
     print(f"exported step {step} in {dtype}: {', '.join(path.name for path in paths)}; wrote {target}")
 
 

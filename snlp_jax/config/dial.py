@@ -3,11 +3,14 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from snlp_jax.config.check import require
 from snlp_jax.config.experiment import Config
+from snlp_jax.config.loss import LossTerm
 from snlp_jax.config.model import ModelConfig
+
+Term = TypeVar("Term", bound=LossTerm)
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
@@ -51,16 +54,18 @@ class Dial:
         tokens_per_step = batch_size * model.seq_len
         batch_factor = math.sqrt(tokens_per_step / REFERENCE_BATCH)
         decay = base.optim.matrix_weight_decay * batch_factor * self._tokens(REFERENCE_DEPTH) / tokens
-        scaled: dict[str, Any] = {}
-        for name, term in base.loss.terms.items():
-            sizes = {max(1, round(size * depth / base.model.num_layers)) for size in term.region_sizes}
-            scaled[name] = dataclasses.replace(term, region_sizes=tuple(sorted(sizes)))
+        loss, factor = base.loss, depth / base.model.num_layers
         return dataclasses.replace(
             base,
             name=f"{base.name}_d{depth}",
             model=model,
             optim=dataclasses.replace(base.optim, batch_reference=REFERENCE_BATCH, matrix_weight_decay=decay),
-            loss=dataclasses.replace(base.loss, **scaled),
+            loss=dataclasses.replace(
+                loss,
+                hidden_norm=_scaled(loss.hidden_norm, factor),
+                solver_ce=_scaled(loss.solver_ce, factor),
+                layer_skip=_scaled(loss.layer_skip, factor),
+            ),
             train=dataclasses.replace(
                 base.train,
                 num_steps=max(tokens // tokens_per_step, 1),
@@ -87,13 +92,11 @@ class Dial:
         return "\n".join(f"  {name:<14}{text}" for name, text in rows.items())
 
     def _model(self, depth: int) -> ModelConfig:
-        num_heads = math.ceil(depth * self.aspect / self.head_dim)
-        sizes: dict[str, Any] = {
-            "embed_dim": num_heads * self.head_dim,
-            "num_heads": num_heads,
-            "num_kv_heads": num_heads,
-        }
-        return dataclasses.replace(self.base.model, num_layers=depth, **sizes)
+        heads = math.ceil(depth * self.aspect / self.head_dim)
+        width = heads * self.head_dim
+        return dataclasses.replace(
+            self.base.model, num_layers=depth, embed_dim=width, num_heads=heads, num_kv_heads=heads
+        )
 
     def _tokens(self, depth: int) -> int:
         return int(self.tokens_per_param * scaling_params(self._model(depth)))
@@ -102,6 +105,12 @@ class Dial:
         """Sequences a step."""
         best = REFERENCE_BATCH * (self._tokens(depth) / self._tokens(REFERENCE_DEPTH)) ** BATCH_POWER
         return max(2 ** round(math.log2(best)) // self.base.model.seq_len, 1)
+
+
+def _scaled(term: Term, factor: float) -> Term:
+    """The term on regions that are larger by a factor, of one layer at least."""
+    sizes = {max(1, round(size * factor)) for size in term.region_sizes}
+    return dataclasses.replace(term, region_sizes=tuple(sorted(sizes)))
 
 
 def scaling_params(model: ModelConfig) -> int:

@@ -222,8 +222,8 @@ class ModelConfig(Checked):
         linear = 2 * self.embed_dim * self.linear_rank or self.embed_dim**2
         attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
         mlp = (2 + (self.mlp != "relu2")) * self.mlp_width * self.embed_dim
-        own = {"full": attention, "linear": linear, "none": 0}[kind.attn]
-        return own + {"full": mlp, "linear": linear, "none": 0}[kind.mlp]
+        entries = {"full": attention, "linear": linear, "none": 0}[kind.attn]
+        return entries + {"full": mlp, "linear": linear, "none": 0}[kind.mlp]
 
     @property
     def num_rotated(self) -> int:

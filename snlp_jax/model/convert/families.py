@@ -183,15 +183,15 @@ def family_rows(config: ModelConfig, family: Family) -> list[Row]:
     rows = [Row("embed/token", "model.embed_tokens.weight", "same"), Row("head/norm", "model.norm.weight", "same")]
     if not config.use_tied_head:
         rows.append(Row("head/kernel", "lm_head.weight", "transposed"))
-    for ours, (theirs, switch) in LINEAR.items():
-        rows.append(Row(f"blocks/{ours}", f"model.layers.{{}}.{theirs}.weight", "transposed", layers))
+    for leaf, (tensor, switch) in LINEAR.items():
+        rows.append(Row(f"blocks/{leaf}", f"model.layers.{{}}.{tensor}.weight", "transposed", layers))
         if getattr(config, switch):
-            rows.append(Row(f"blocks/{ours}_bias", f"model.layers.{{}}.{theirs}.bias", "same", layers))
-    vectors = {f"norms/{ours}": theirs for ours, theirs in family.norms.items()}
+            rows.append(Row(f"blocks/{leaf}_bias", f"model.layers.{{}}.{tensor}.bias", "same", layers))
+    vectors = {f"norms/{leaf}": tensor for leaf, tensor in family.norms.items()}
     if config.use_qk_norm:
         vectors |= {"attn/query_norm": "self_attn.q_norm", "attn/key_norm": "self_attn.k_norm"}
-    for ours, theirs in vectors.items():
-        rows.append(Row(f"blocks/{ours}", f"model.layers.{{}}.{theirs}.weight", "same", layers))
+    for leaf, tensor in vectors.items():
+        rows.append(Row(f"blocks/{leaf}", f"model.layers.{{}}.{tensor}.weight", "same", layers))
     return rows
 
 
@@ -242,44 +242,58 @@ def _windows(read: _Fields, off: set[str]) -> tuple[str, int]:
 def _rope(read: _Fields, context: int, uses_local: bool) -> tuple[float, RopeConfig]:
     """Base and the rest, from either form: ``rope_parameters`` (one, or one a kind of layer), or ``rope_theta`` and
     ``rope_scaling``."""
-    told = read("rope_parameters", None) or {}
+    parameters = read("rope_parameters", None) or {}
     local_base = read("rope_local_base_freq", 0.0)
-    if "full_attention" in told or "sliding_attention" in told:
-        local = told.get("sliding_attention", {})
+    if "full_attention" in parameters or "sliding_attention" in parameters:
+        local = parameters.get("sliding_attention", {})
         if local.get("rope_type", "default") != "default":
             raise InputError(f"the rotary scaling {local['rope_type']!r} of sliding layers is not known.")
-        local_base, told = local.get("rope_theta", local_base), told.get("full_attention", {})
-    told = {**(read("rope_scaling", None) or {}), **told}
-    kind = told.get("rope_type", told.get("type", "default"))
-    base = float(told.get("rope_theta", read("rope_theta")))
-    fraction = float(told.get("partial_rotary_factor", read("partial_rotary_factor", 1.0)))
-    scaling = RopeScaling() if kind == "default" else _scaling(kind, told, context)
-    return base, RopeConfig("forward", fraction, float(local_base) if uses_local else 0.0, scaling)
+        local_base, parameters = local.get("rope_theta", local_base), parameters.get("full_attention", {})
+    parameters = {**(read("rope_scaling", None) or {}), **parameters}
+    base = float(parameters.get("rope_theta", read("rope_theta")))
+    fraction = float(parameters.get("partial_rotary_factor", read("partial_rotary_factor", 1.0)))
+    return base, RopeConfig(
+        "forward", fraction, float(local_base) if uses_local else 0.0, _scaling(parameters, context)
+    )
 
 
-def _scaling(kind: str, told: Mapping[str, Any], context: int) -> RopeScaling:
+def _scaling(parameters: Mapping[str, Any], context: int) -> RopeScaling:
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return RopeScaling()
     if kind not in ("linear", "llama3", "yarn"):
         raise InputError(f"the rotary scaling {kind!r} is not known; known are linear, llama3 and yarn.")
-    if "factor" not in told:
+    if "factor" not in parameters:
         raise InputError(f"the rotary scaling {kind!r} of the config lacks the field 'factor'.")
-    fields: dict[str, Any] = {"kind": kind, "factor": float(told["factor"])}
+    factor, usual = float(parameters["factor"]), RopeScaling()
+    original = int(parameters.get("original_max_position_embeddings") or context)
     if kind == "linear":
-        return RopeScaling(**fields)
-    fields["original_context"] = int(told.get("original_max_position_embeddings") or context)
-    names = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_fast", "beta_slow")
-    fields |= {name: float(told[name]) for name in names if told.get(name)}
-    if kind == "yarn":
-        fields["truncate"] = bool(told.get("truncate", True))
-        fields["attention_factor"] = float(told.get("attention_factor") or _yarn_factor(fields["factor"], told))
-    return RopeScaling(**fields)
+        return RopeScaling("linear", factor)
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            factor,
+            original,
+            low_freq_factor=float(parameters.get("low_freq_factor") or usual.low_freq_factor),
+            high_freq_factor=float(parameters.get("high_freq_factor") or usual.high_freq_factor),
+        )
+    return RopeScaling(
+        "yarn",
+        factor,
+        original,
+        beta_fast=float(parameters.get("beta_fast") or usual.beta_fast),
+        beta_slow=float(parameters.get("beta_slow") or usual.beta_slow),
+        attention_factor=float(parameters.get("attention_factor") or _yarn_factor(factor, parameters)),
+        truncate=bool(parameters.get("truncate", True)),
+    )
 
 
-def _yarn_factor(factor: float, told: Mapping[str, Any]) -> float:
+def _yarn_factor(factor: float, parameters: Mapping[str, Any]) -> float:
     def scale(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    if told.get("mscale") and told.get("mscale_all_dim"):
-        return scale(told["mscale"]) / scale(told["mscale_all_dim"])
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return scale(parameters["mscale"]) / scale(parameters["mscale_all_dim"])
     return scale(1.0)
 
 

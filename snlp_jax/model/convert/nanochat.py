@@ -17,29 +17,11 @@ from snlp_jax.model.convert.table import Row, check_whole, get_leaf, set_leaf
 from snlp_jax.model.lm import LanguageModel
 from snlp_jax.types import Params
 
-REQUIRED_FIELDS = {
-    "sequence_len": "seq_len",
-    "vocab_size": "vocab_size",
-    "n_layer": "num_layers",
-    "n_head": "num_heads",
-    "n_kv_head": "num_kv_heads",
-    "n_embd": "embed_dim",
-}
-"""Fields every nanochat config has, and ours."""
-NEGATED_FIELDS = {"no_x0_resid": "use_x0_resid", "no_ve": "use_value_embeds"}
-"""Switches that turn a feature off there and on here."""
-HYPER_FIELDS = {
-    "mhc_num_streams": "num_streams",
-    "mhc_sinkhorn_iters": "sinkhorn_iters",
-    "mhc_sinkhorn_tau": "sinkhorn_tau",
-}
-"""Details of hyper-connections: no meaning unless ``use_mhc``."""
-HYPER_DEFAULTS = {"mhc_num_streams": 4}
-"""Of details that a nanochat config leaves out; the others have the same default here and there."""
-OPTIONAL_FIELDS = {"num_mtp_steps": "num_mtp_heads"}
-"""Fields that a nanochat config may leave out, with the same default here and there."""
-LOSS_FIELDS = {"mtp_loss_weight"}
-"""Of the training loss (``loss.mtp.weight``), not of the model."""
+REQUIRED_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+HYPER_DEFAULTS = {"mhc_num_streams": 4, "mhc_sinkhorn_iters": 10, "mhc_sinkhorn_tau": 0.05}
+"""Details of hyper-connections, which have no meaning unless ``use_mhc``."""
+OPTIONAL_FIELDS = ("no_x0_resid", "no_ve", "use_mhc", "window_pattern", "num_mtp_steps", "mtp_loss_weight")
+"""The last is of the training loss (``loss.mtp.weight``), not of the model."""
 UNUSED_TENSORS = re.compile(r"value_embeds\.\d+\.weight|resid_lambdas|x0_lambdas")
 """nanochat saves these even for models that do not read them."""
 
@@ -50,22 +32,28 @@ def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
     Raises:
         InputError: a field is missing or unknown.
     """
-    known = {*REQUIRED_FIELDS, *NEGATED_FIELDS, *HYPER_FIELDS, *OPTIONAL_FIELDS, *LOSS_FIELDS}
-    known |= {"window_pattern", "use_mhc"}
     for name in config:
-        if name not in known:
+        if name not in (*REQUIRED_FIELDS, *HYPER_DEFAULTS, *OPTIONAL_FIELDS):
             raise InputError(f"the nanochat config has a field {name!r} that this converter does not know.")
     for name in REQUIRED_FIELDS:
         if name not in config:
             raise InputError(f"the nanochat config lacks the field {name!r}.")
-    fields: dict[str, Any] = {ours: config[name] for name, ours in REQUIRED_FIELDS.items()}
-    fields |= {ours: config[name] for name, ours in OPTIONAL_FIELDS.items() if name in config}
-    fields |= {ours: not config.get(name, False) for name, ours in NEGATED_FIELDS.items()}
-    if config.get("use_mhc"):
-        fields["use_x0_resid"] = False
-        details = HYPER_DEFAULTS | {name: config[name] for name in HYPER_FIELDS if name in config}
-        fields |= {HYPER_FIELDS[name]: value for name, value in details.items()}
-    return ModelConfig(**fields, window_pattern=config.get("window_pattern", "SSSL"))
+    use_mhc, hyper = bool(config.get("use_mhc")), {**HYPER_DEFAULTS, **config}
+    return ModelConfig(
+        seq_len=config["sequence_len"],
+        vocab_size=config["vocab_size"],
+        num_layers=config["n_layer"],
+        num_heads=config["n_head"],
+        num_kv_heads=config["n_kv_head"],
+        embed_dim=config["n_embd"],
+        window_pattern=config.get("window_pattern", "SSSL"),
+        use_x0_resid=not (config.get("no_x0_resid") or use_mhc),
+        use_value_embeds=not config.get("no_ve"),
+        num_mtp_heads=config.get("num_mtp_steps", 0),
+        num_streams=hyper["mhc_num_streams"] if use_mhc else 0,
+        sinkhorn_iters=hyper["mhc_sinkhorn_iters"] if use_mhc else ModelConfig.sinkhorn_iters,
+        sinkhorn_tau=hyper["mhc_sinkhorn_tau"] if use_mhc else ModelConfig.sinkhorn_tau,
+    )
 
 
 def from_nanochat(state_dict: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
@@ -80,13 +68,13 @@ def from_nanochat(state_dict: Mapping[str, np.ndarray], config: ModelConfig) -> 
     params: Params = {}
     used: set[str] = set()
     for row in nanochat_rows(config):
-        ours = get_leaf(shapes, row.path).shape[row.is_stacked :]
+        leaf_shape = get_leaf(shapes, row.path).shape[row.is_stacked :]
         tensors = []
         for name in row.names:
             if name not in state_dict:
                 raise InputError(f"the state dict lacks the tensor {name!r}.")
             tensor = np.asarray(state_dict[name], np.float32)
-            expected = row.shape_in_torch(ours)
+            expected = row.shape_in_torch(leaf_shape)
             if tensor.shape != expected:
                 raise InputError(f"the tensor {name!r} has the shape {tensor.shape}; the model needs {expected}.")
             tensors.append(row.from_torch(tensor))

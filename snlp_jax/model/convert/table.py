@@ -39,8 +39,8 @@ class Row:
     def names(self) -> list[str]:
         return [self.template.format(layer) for layer in self.layers] or [self.template]
 
-    def shape_in_torch(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        return {"same": ours, "transposed": ours[::-1], "unit": (1, *ours)}[self.layout]
+    def shape_in_torch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return {"same": shape, "transposed": shape[::-1], "unit": (1, *shape)}[self.layout]
 
     def from_torch(self, tensor: np.ndarray) -> np.ndarray:
         return {"same": tensor, "transposed": tensor.T, "unit": tensor[0] if tensor.ndim else tensor}[self.layout]
@@ -49,8 +49,8 @@ class Row:
         """A view."""
         return {"same": tensor, "transposed": tensor.T, "unit": tensor[None]}[self.layout]
 
-    def index_in_torch(self, ours: Index) -> Index:
-        return {"same": ours, "transposed": ours[::-1], "unit": (slice(None), *ours)}[self.layout]
+    def index_in_torch(self, index: Index) -> Index:
+        return {"same": index, "transposed": index[::-1], "unit": (slice(None), *index)}[self.layout]
 
 
 def read_params(
@@ -71,9 +71,9 @@ def read_params(
     shapes = LanguageModel(config).abstract_params()
     check_rows(rows, shapes)
     for row in rows:  # before anything is read
-        ours = get_leaf(shapes, row.path).shape[row.is_stacked :]
+        leaf_shape = get_leaf(shapes, row.path).shape[row.is_stacked :]
         for name in row.names:
-            files.check(name, row.shape_in_torch(ours))
+            files.check(name, row.shape_in_torch(leaf_shape))
     known = {name for row in rows for name in row.names}
     for name in files:
         if name not in known and not re.fullmatch(unused, name):

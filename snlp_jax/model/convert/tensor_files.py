@@ -117,7 +117,8 @@ def write_files(folder: Path, tensors: Sequence[Tensor], dtype: str, max_shard_b
             size = 0
         shards[-1].append(tensor)
         size, total = size + num_bytes, total + num_bytes
-    paths, where = [], {}
+    paths: list[Path] = []
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards):
         several = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         path = folder / (several if len(shards) > 1 else SINGLE_NAME)
