@@ -21,11 +21,12 @@ from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, MTPCo
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.infer.engine import Engine, Request
-from snlp_jax.layout import Part, Weights, prepare, split, with_schedule
+from snlp_jax.layout import prepare, split, with_schedule
 from snlp_jax.linearize import fit_init
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import from_nanochat, nanochat_config, to_nanochat
 from snlp_jax.notation import DIAGONAL_MODES
+from snlp_jax.parts import Part, Weights
 from snlp_jax.solver import (
     Calibration,
     Chain,

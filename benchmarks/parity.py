@@ -30,8 +30,8 @@ from rich.table import Table
 from benchmarks.golden import GivenProbes, Golden
 from snlp_jax.chains import chains_of
 from snlp_jax.errors import InputError
-from snlp_jax.layout import Part
 from snlp_jax.notation import DIAGONAL_MODES
+from snlp_jax.parts import Part
 from snlp_jax.solver import (
     BatchForward,
     Chunkwise,

@@ -34,12 +34,13 @@ from snlp_jax.config import Config, MeshConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import git_commit
-from snlp_jax.layout import Spread, Weights, abstract_weights, with_schedule
+from snlp_jax.layout import Spread, abstract_weights, with_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.chips import Chip, Slice
 from snlp_jax.parallel.hlo import Program
 from snlp_jax.parallel.mesh import AXES
+from snlp_jax.parts import Weights
 from snlp_jax.planner.compile import Work, compile_plan, plan_mesh, prepare_environment
 from snlp_jax.planner.formula import expected
 

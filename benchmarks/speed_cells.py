@@ -29,11 +29,12 @@ from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import CacheUpdate, Keep, forward, kv_by_layer, run_in_order
 from snlp_jax.infer.programs import Programs, State
 from snlp_jax.infer.sampling import Sampling, rows_of
-from snlp_jax.layout import Weights, in_order
+from snlp_jax.layout import in_order
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Ring, Rings
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.hlo import read_program
+from snlp_jax.parts import Weights
 from snlp_jax.solver import ParallelSegment, PerLayer, Schedule, SequentialSegment, solve
 
 Kind = Literal["forward", "cached", "region", "parts", "train"]

@@ -15,12 +15,12 @@ import numpy as np
 
 from benchmarks.speed_cells import Cell, Form, Job, Setup, compiled, machine_of, random_rings, random_tokens
 from snlp_jax.config import Config, HiddenNormConfig, LossConfig, ModelConfig, TrainConfig
-from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.attention import attend_by_window, choose_implementation
 from snlp_jax.model.block import KeyValue, Rings
 from snlp_jax.model.layers import project, rms_norm, rotate
 from snlp_jax.model.nodes import attend_cached
+from snlp_jax.parts import Weights
 from snlp_jax.solver.linear import correct, layer
 from snlp_jax.solver.maps import IdentityMap
 from snlp_jax.train.flops import peak_flops, step_flops, train_flops_per_token

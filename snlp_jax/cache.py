@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snlp_jax.layout import Part, Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.attention import slot_positions
 from snlp_jax.model.block import KeyValue, Ring, Rings
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
+from snlp_jax.parts import Part, Weights
 from snlp_jax.solver import Exact, ParallelSegment
 from snlp_jax.types import Array
 
@@ -73,7 +73,7 @@ def _plan_part(model: LanguageModel, part: Part, capacity: int, block: int) -> R
     if part.blocks is None or not layers:
         return None
     sizes = [min(config.windows[i], capacity) + block for i in layers]
-    if isinstance(part.blocks, list):
+    if part.is_list:
         return RingPlan(tuple(sizes), tuple((index,) for index in range(len(sizes))))
     is_exact = isinstance(segment, ParallelSegment) and isinstance(segment.correction, Exact)
     if part.is_spread or is_exact:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.layout import Part, are_windows_alike, by_chunk, nodes_of
+from snlp_jax.layout import are_windows_alike
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Context, Rings, Shared
 from snlp_jax.model.kinds import is_affine
 from snlp_jax.parallel.region import pad_layers, sequential_sharded
+from snlp_jax.parts import Part, by_chunk, nodes_of
 from snlp_jax.solver import (
     BatchAxes,
     Chain,
@@ -31,7 +32,7 @@ from snlp_jax.solver import (
     with_affine,
 )
 from snlp_jax.solver.linear import layer
-from snlp_jax.types import Array, Params, PyTree
+from snlp_jax.types import Array, Params, PyTree, is_list
 
 
 class _Span(NamedTuple):
@@ -86,7 +87,7 @@ def chains_of(
         params, params_rows, num_rows = blocks, rows, span.num_rows // layers_per_node
         ctx_nodes, shared_nodes = _with_rings(ctx, shared, past)
         nodes: PyTree = by_chunk(ctx_nodes, layers_per_node) if _is_chunked(part.segment) else ctx_nodes
-        if isinstance(blocks, list) or _is_one_by_one(part.segment, past):
+        if is_list(blocks) or _is_one_by_one(part.segment, past):
             params, params_rows = _as_list(blocks, rows, num_rows), None
             nodes, shared_nodes = _context_list(model.config, ctx, part.segment, past), shared
         axes = _batch_axes(model, nodes, shared_nodes, int(_is_chunked(part.segment)))
@@ -159,7 +160,7 @@ def _blocks_of(part: Part, layers_per_node: int) -> tuple[PyTree, tuple[int, ...
     """Weights of the nodes, a stack or a list, and which of their rows the nodes read."""
     first, stop = part.segment.start - part.held[0], part.segment.stop - part.held[0]
     is_whole = part.is_spread or part.held == (part.segment.start, part.segment.stop)
-    if isinstance(part.blocks, list):
+    if part.is_list:
         return part.blocks, None
     if _is_chunked(part.segment):
         blocks = part.blocks if is_whole else layer(part.blocks, slice(first, stop))
@@ -170,7 +171,7 @@ def _blocks_of(part: Part, layers_per_node: int) -> tuple[PyTree, tuple[int, ...
 def _context_of(model: LanguageModel, embed_head: Params, part: Part, span: _Span, tokens_BT: Array) -> Context:
     """Context of all rows, leaves [num_rows, ...]."""
     blocks = part.blocks
-    if not isinstance(blocks, list) and not part.is_spread and model.config.num_streams:
+    if not is_list(blocks) and not part.is_spread and model.config.num_streams:
         first = part.segment.start - part.held[0]
         blocks = layer({"hyper": blocks["hyper"]}, slice(first, first + part.segment.num_layers))
     ctx = model.context(
@@ -194,7 +195,7 @@ def _is_one_by_one(segment: Segment, past: Rings | None) -> bool:
 
 
 def _as_list(blocks: PyTree, rows: tuple[int, ...] | None, num_nodes: int) -> list[PyTree]:
-    if isinstance(blocks, list):
+    if is_list(blocks):
         return blocks
     return [layer(blocks, row) for row in (range(num_nodes) if rows is None else rows)]
 
@@ -228,7 +229,7 @@ def _with_rings(ctx: Context, shared: Shared, past: Rings | None) -> tuple[Conte
 
 
 def _batch_axes(model: LanguageModel, ctx: PyTree, shared: Shared, before: int) -> BatchAxes:
-    if not isinstance(ctx, list):
+    if not is_list(ctx):
         return BatchAxes(*model.batch_axes(ctx, shared, before))
     axes = [model.batch_axes(node, shared, before) for node in ctx]
     return BatchAxes([ctx_axes for ctx_axes, _, _ in axes], axes[0][1], before)

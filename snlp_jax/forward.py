@@ -7,11 +7,11 @@ from jax.sharding import Mesh
 
 from snlp_jax.cache import Past
 from snlp_jax.chains import chains_of, correction_of, method_data
-from snlp_jax.layout import Part, Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import BlockAux, KeyValue, Shared
 from snlp_jax.parallel.mesh import kernels_on, over_data
 from snlp_jax.parallel.region import first_nodes, sequential_sharded, solve_each_sharded, solve_sharded
+from snlp_jax.parts import Part, Weights
 from snlp_jax.solver import (
     Chain,
     Chunkwise,
@@ -25,7 +25,7 @@ from snlp_jax.solver import (
     solve_each,
     solve_until,
 )
-from snlp_jax.types import Array, PyTree
+from snlp_jax.types import Array, PyTree, is_list
 
 
 class Keep(NamedTuple):
@@ -176,7 +176,7 @@ def _mid_of(model: LanguageModel, part: Part) -> int | None:
 
 def kv_by_layer(aux: PyTree) -> PyTree:
     """Keys and values of every layer of what nodes, layers or chunks of them, leave behind."""
-    if isinstance(aux, list):
+    if is_list(aux):
         kvs = [node.kv for node in aux if node.kv is not None]
         is_chunked = bool(kvs) and kvs[0].key_BTKH.ndim == 5
         return [KeyValue(*(leaf[j] for leaf in kv)) for kv in kvs for j in range(len(kv[0]))] if is_chunked else kvs

@@ -7,12 +7,12 @@ same memory, on accelerators by their index under jit. So weights of many schedu
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from snlp_jax.checks import check_alike, check_mesh, check_schedule
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
@@ -21,21 +21,19 @@ from snlp_jax.model.projections import join_projections
 from snlp_jax.model.value_embed import lay_out_tables
 from snlp_jax.parallel.region import num_padded, pad_layers
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, with_shardings
+from snlp_jax.parts import Part, Weights, nodes_of
 from snlp_jax.solver import (
     Calibration,
     Chunkwise,
     FusedSplit,
-    HyperConnection,
     ParallelSegment,
-    PerLayer,
-    ScaledIdentity,
     Schedule,
     Segment,
     SequentialSegment,
     SkippedSegment,
 )
 from snlp_jax.solver.calibrated import check_calibration
-from snlp_jax.types import Params, PyTree
+from snlp_jax.types import Params, PyTree, is_list
 
 Layout = Literal["auto", "stack", "list"]
 Spread = Literal["tensor", "ring"]
@@ -45,59 +43,6 @@ Spread = Literal["tensor", "ring"]
 LOOPED = (256, 16)
 """Up to which width, and from how many tokens (batch x length) on, a CPU runs layers in order as fast in a loop over
 their stack as unrolled, which takes up to thrice as long to compile: the table of ``benchmarks/formulation.py``."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Part:
-    """The weights of one segment of a schedule."""
-
-    blocks: PyTree
-    """A stack, leaves [n, ...]; or a list with one tree a node (a layer, or a chunk of layers, leaves [M, ...]); None
-    for layers that are left out."""
-    tables: PyTree
-    """Value embeddings of the segment, see ``snlp_jax/model/value_embed.py``; None where those of the model serve."""
-    fit: Calibration | None
-    """The calibration that the segment names."""
-    segment: Segment = field(metadata={"static": True})
-    held: tuple[int, int] = field(metadata={"static": True})
-    """Layers that ``blocks`` holds: the segment's, or more."""
-    is_spread: bool = field(default=False, metadata={"static": True})
-    """Whether ``blocks`` and the rows of the batch are spread over the ``layer`` and ``data`` axes of a mesh, filled up
-    with layers of zero weights where the devices do not divide them."""
-
-    @property
-    def num_rows(self) -> int:
-        """Layers of the segment, or where it is spread all rows of ``blocks``."""
-        if self.is_spread and not isinstance(self.blocks, list):
-            return jax.tree.leaves(self.blocks)[0].shape[0]
-        return self.segment.num_layers
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Weights:
-    """Parameters of a model laid out along a schedule."""
-
-    embed_head: Params
-    """``{'embed', 'head'}``: the embedding and the head."""
-    parts: tuple[Part, ...]
-    ring_microbatches: int = field(default=1, metadata={"static": True})
-    """Parts in which a batch goes round the devices, see :func:`snlp_jax.solver.sequential`."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all arrays, each counted once."""
-        return sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(self)}.values())
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """Those of the parts, in order of depth."""
-        return tuple(part.segment for part in self.parts)
-
-    def before(self, index: int) -> "Weights":
-        """The same weights without part ``index`` and those after it: a pass then ends at its input."""
-        return dataclasses.replace(self, parts=self.parts[:index])
 
 
 # -- For evaluation ----------------------------------------------------------------------------------------------------
@@ -207,7 +152,7 @@ def _lay_out(
     if model.backend != "cpu" and not is_unrolled and not config.replaced_layers:
         return Part(params["blocks"], None, fit, segment, (0, config.num_layers))
     blocks = cut(config, params["blocks"], *span)
-    if is_unrolled and not isinstance(blocks, list):
+    if is_unrolled and not is_list(blocks):
         blocks = _node_list(blocks, segment)
     return Part(blocks, None, fit, segment, span)
 
@@ -228,9 +173,9 @@ def in_order(weights: Weights) -> Weights:
         if not isinstance(part.segment, ParallelSegment):
             return part
         blocks = part.blocks
-        if isinstance(blocks, list) and isinstance(part.segment.stage, Chunkwise):
+        if is_list(blocks) and isinstance(part.segment.stage, Chunkwise):
             blocks = [layer_of(chunk, j) for chunk in blocks for j in range(part.segment.layers_per_node)]
-        return dataclasses.replace(part, blocks=blocks, segment=SequentialSegment(*_span(part)), fit=None)
+        return dataclasses.replace(part, blocks=blocks, segment=SequentialSegment(*part.span), fit=None)
 
     return dataclasses.replace(weights, parts=tuple(map(one, weights.parts)))
 
@@ -249,7 +194,7 @@ def verifier(
     Without a mesh it reads the arrays that the drafter reads. On a mesh regions stay where they are and the state is
     passed round.
     """
-    segments = [SequentialSegment(*_span(part)) for part in weights.parts]
+    segments = [SequentialSegment(*part.span) for part in weights.parts]
     if mesh is None:
         form, params = _form_of(model, 1, layout), canonical(model, params)
         parts = tuple(_lay_out(model, params, segment, form, None) for segment in segments)
@@ -284,7 +229,7 @@ def weights_shardings(model: LanguageModel, weights: Weights, mesh: Mesh) -> Wei
         def place(stack: PyTree) -> PyTree:
             return shardings_of(stack, model.config, mesh, layout, "blocks/")
 
-        if isinstance(part.blocks, list):  # its trees have no layer axis: they lie as a stack of one would
+        if part.is_list:  # its trees have no layer axis: they lie as a stack of one would
             blocks: PyTree = [_without_layers(place(jax.tree.map(_with_layers, tree)), mesh) for tree in part.blocks]
         else:
             blocks = place(part.blocks)
@@ -345,7 +290,7 @@ def _spread(
         is_spread = num_devices > 1 and sequential == "ring"
     blocks = cut(model.config, params["blocks"], *span)
     num_shards, num_rows = 1, segment.num_layers
-    if is_spread and not isinstance(blocks, list):
+    if is_spread and not is_list(blocks):
         num_nodes, layers_per_node = nodes_of(segment)
         num_shards, num_rows = num_devices, layers_per_node * num_padded(num_nodes, num_devices)
         blocks = pad_layers(blocks, num_rows)
@@ -384,53 +329,7 @@ def training_weights(model: LanguageModel, params: Params, mesh: Mesh | None, ri
     return Weights(embed_head, tuple(parts))
 
 
-# -- Checks ------------------------------------------------------------------------------------------------------------
-
-
-def check_mesh(schedule: Schedule, mesh: Mesh) -> None:
-    """Refuse a schedule that the devices of a mesh cannot share.
-
-    Raises:
-        InputError: a stage that needs all layers of its region in one place.
-    """
-    for region in schedule.regions if mesh.shape["layer"] > 1 else ():
-        if isinstance(region.stage, FusedSplit):
-            raise InputError("a split stage shares one product among all layers and cannot be sharded.")
-
-
-def check_alike(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuse to spread layers that differ.
-
-    Raises:
-        InputError: names them.
-    """
-    if config.replaced_layers and mesh.shape["layer"] > 1:
-        raise InputError(
-            f"layers {config.replaced_layers} have linear or dropped branches, and layers that differ cannot be spread "
-            f"over a mesh with layer={mesh.shape['layer']}; use its data or tensor axis."
-        )
-
-
-def check_schedule(config: ModelConfig, schedule: Schedule) -> None:
-    """Refuse a schedule that a model cannot run.
-
-    Raises:
-        InputError: a correction, initial trace or stage that is made for another kind of residual path.
-    """
-    for region in schedule.regions:
-        if isinstance(region.correction, HyperConnection) and not config.num_streams:
-            raise InputError("hcn needs residual streams, but model.num_streams is 0; use idn or sid.")
-        if isinstance(region.correction, ScaledIdentity) and config.num_streams:
-            raise InputError("sid scales a single residual stream, but this model mixes several; use hcn.")
-        if isinstance(region.stage, Chunkwise) and config.num_streams and config.hyper_maps == "dynamic":
-            raise InputError("layers whose maps depend on the token cannot be fused; leave out stage=.")
-        if isinstance(region.stage, Chunkwise) and config.num_streams and region.stage.scales == "own":
-            raise InputError("scales=own is for residual scalars, and this model mixes streams; leave it out.")
-        if isinstance(region.stage, FusedSplit) and config.num_streams:
-            raise InputError("a split stage is for a single residual stream; use chunks such as stage=4xF2.")
-        replaced = [i for i in config.replaced_layers if region.start <= i < region.stop]
-        if replaced and not isinstance(region.stage, PerLayer):
-            raise InputError(f"a stage fuses layers as trained, but layers {replaced} are replaced; leave out stage=.")
+# -- Pieces ------------------------------------------------------------------------------------------------------------
 
 
 def _checked(config: ModelConfig, schedule: Schedule) -> tuple[Segment, ...]:
@@ -455,25 +354,6 @@ def _fit_of(segment: Segment, fits: Mapping[str, Calibration] | None) -> Calibra
         except ValueError as error:
             raise InputError(f"calibration {segment.fit!r}: {error}") from error
     return fit
-
-
-# -- Pieces ------------------------------------------------------------------------------------------------------------
-
-
-def nodes_of(segment: Segment) -> tuple[int, int]:
-    """Nodes of a segment, and layers a node."""
-    if isinstance(segment, ParallelSegment):
-        return segment.num_nodes, segment.layers_per_node
-    return segment.num_layers, 1
-
-
-def by_chunk(tree: PyTree, layers_per_chunk: int) -> PyTree:
-    """[n, ...] -> [C, M, ...]; no copy under jit."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, layers_per_chunk, *leaf.shape[1:]), tree)
-
-
-def _span(part: Part) -> tuple[int, int]:
-    return part.segment.start, part.segment.stop
 
 
 def _cut_further(config: ModelConfig, segments: Sequence[Segment]) -> tuple[Segment, ...]:

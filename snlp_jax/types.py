@@ -26,3 +26,9 @@ class Batch(NamedTuple):
     document: Any = None
     """int32 [B, T + 1]: number of the document, in its row, that each token belongs to, where tokens attend to their
     own document alone; None where they attend to whatever stands before them."""
+
+
+def is_list(weights: PyTree) -> bool:
+    """Whether the weights of several nodes are a list with one tree a node, and not a stack, leaves [n, ...]: the two
+    forms that there are. The same holds for contexts and for what nodes leave behind."""
+    return isinstance(weights, list)

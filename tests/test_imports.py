@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STDLIB = ("__future__", "abc", "collections.abc", "dataclasses", "enum", "functools", "math", "typing")
 ROOMS = (
     *("types", "errors", "config", "solver", "model", "parallel"),
-    *("layout", "chains", "cache", "forward", "notation", "quantize"),
+    *("checks", "parts", "layout", "chains", "cache", "forward", "notation", "quantize"),
     *("io", "data", "run", "linearize", "infer", "eval", "train", "planner", "cli"),
 )
 """Packages and modules of the first level, from the ground to the roof: each imports those before it alone."""

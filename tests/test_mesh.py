@@ -27,13 +27,14 @@ from snlp_jax.config import (
 )
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
-from snlp_jax.layout import Part, abstract_weights, arrange, in_order, prepare, split
+from snlp_jax.layout import abstract_weights, arrange, in_order, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import data_shard, make_mesh, put_batch
 from snlp_jax.parallel.hlo import count_collectives
 from snlp_jax.parallel.mesh import kernels_on
 from snlp_jax.parallel.sharding import TRAINING, bytes_per_device, shardings_of
+from snlp_jax.parts import Part
 from snlp_jax.solver import SequentialSegment, sequential
 from snlp_jax.train.loss import Plan, loss_fn
 from snlp_jax.train.passes import Passes

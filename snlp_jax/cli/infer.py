@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import tyro
 
+from snlp_jax.checks import check_schedule
 from snlp_jax.config import MachineConfig, MeshConfig, WeightPrecision, check_weights
 from snlp_jax.data.chat import render_prompt
 from snlp_jax.data.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ from snlp_jax.infer.engine import Engine
 from snlp_jax.infer.requests import Request
 from snlp_jax.infer.rules import CacheRule, Drafting, Placement, check_settings
 from snlp_jax.infer.sampling import Sampling
-from snlp_jax.layout import Spread, check_schedule
+from snlp_jax.layout import Spread
 from snlp_jax.linearize import fingerprint
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_drafter, parse_schedule

@@ -26,12 +26,13 @@ from snlp_jax.chains import chains_of
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.errors import InputError
 from snlp_jax.forward import run_parts
-from snlp_jax.layout import Weights, split
+from snlp_jax.layout import split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
 from snlp_jax.linearize.tune import TUNE_BATCH, tune_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared
 from snlp_jax.notation import INITS, parse_fields, parse_number, parse_span, parse_stage
+from snlp_jax.parts import Weights
 from snlp_jax.run import BATCH_SIZE, SEED, training_windows
 from snlp_jax.solver import Calibration, Chain, Chunkwise, Identity, MethodData, ParallelSegment, Schedule
 from snlp_jax.types import Array, Params

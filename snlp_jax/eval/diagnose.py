@@ -28,8 +28,9 @@ from snlp_jax.eval.report import TABLE_WIDTH, finite_or_none, write_files
 from snlp_jax.eval.run import open_run
 from snlp_jax.forward import run_parts
 from snlp_jax.io.provenance import circumstances
-from snlp_jax.layout import Weights, split
+from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
+from snlp_jax.parts import Weights
 from snlp_jax.run import Which
 from snlp_jax.solver import (
     Calibration,

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
+from snlp_jax.checks import check_mesh, check_schedule
 from snlp_jax.config import EvalConfig, MeshConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.fidelity import (
@@ -33,10 +34,10 @@ from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.provenance import circumstances
-from snlp_jax.layout import Weights, check_mesh, check_schedule
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
+from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from snlp_jax.eval.perplexity import token_nll
 from snlp_jax.forward import forward
-from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
+from snlp_jax.parts import Weights
 from snlp_jax.solver import Solution
 from snlp_jax.types import Array
 

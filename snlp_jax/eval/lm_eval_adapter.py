@@ -20,6 +20,7 @@ except ImportError:
         raise
     sys.exit('error: lm_eval is not installed; `pip install "snlp-jax[lm_eval]"` brings it.')
 
+from snlp_jax.checks import check_schedule
 from snlp_jax.data.tokenizer import check_vocab
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
@@ -27,7 +28,6 @@ from snlp_jax.eval.solver_file import setting_of
 from snlp_jax.eval.text_model import Prompt, TextModel
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
-from snlp_jax.layout import check_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.run import Which, read_config, read_params, read_tokenizer

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from snlp_jax.checks import check_mesh
 from snlp_jax.config import Config, EvalConfig, MeshConfig, TaskConfig
 from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.data.tokenizer import Tokenizer
@@ -23,7 +24,6 @@ from snlp_jax.eval.text_model import OnShare, Prompt, Score, Span, TextModel, ne
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.infer.rules import check_settings
 from snlp_jax.io.provenance import circumstances
-from snlp_jax.layout import check_mesh
 from snlp_jax.parallel import make_mesh
 from snlp_jax.run import Which
 

@@ -18,9 +18,10 @@ from snlp_jax.forward import forward
 from snlp_jax.infer import Engine, Placement, Request
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
-from snlp_jax.layout import Spread, Weights, prepare
+from snlp_jax.layout import Spread, prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel import put_batch
+from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, Diagonal, Schedule
 from snlp_jax.types import Array, Params
 

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import forward
-from snlp_jax.layout import Spread, Weights
+from snlp_jax.layout import Spread
 from snlp_jax.model import LanguageModel
+from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params
 

@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from snlp_jax.forward import forward
-from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
+from snlp_jax.parts import Weights
 from snlp_jax.types import Array
 
 GreedyFn = Callable[[Weights, ArrayLike], Array]

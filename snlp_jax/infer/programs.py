@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from snlp_jax.cache import Past, RingPlan, append, fill
 from snlp_jax.forward import CacheUpdate, Keep, States, run_parts
 from snlp_jax.infer.sampling import Features, Rows, accept, distribution, draw, seen_in, seen_with_drafts
-from snlp_jax.layout import Weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Rings
 from snlp_jax.parallel.mesh import over_data
+from snlp_jax.parts import Weights
 from snlp_jax.solver import ParallelSegment
 from snlp_jax.types import Array
 

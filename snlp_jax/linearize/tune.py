@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from snlp_jax.forward import forward
-from snlp_jax.layout import Weights, in_order, prepare
+from snlp_jax.layout import in_order, prepare
 from snlp_jax.model import LanguageModel
+from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibrated, Calibration, ParallelSegment, Schedule
 from snlp_jax.types import Array, Params
 

@@ -57,17 +57,17 @@ def is_affine(config: ModelConfig, layer: int) -> bool:
     return is_steady and "full" not in config.kinds[layer]
 
 
-def is_list(config: ModelConfig, start: int, stop: int) -> bool:
+def must_unroll(config: ModelConfig, start: int, stop: int) -> bool:
     """Whether layers ``start`` to ``stop - 1`` have to be read one by one: they differ, or some are affine."""
     return len(set(config.kinds[start:stop])) > 1 or any(is_affine(config, layer) for layer in range(start, stop))
 
 
 def cut(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
-    """Layers ``start`` to ``stop - 1`` of ragged stacks: a stack [n, ...], or where :func:`is_list` a list of trees.
+    """Layers ``start`` to ``stop - 1`` of ragged stacks: a stack, or where :func:`must_unroll` a list of trees.
 
     Outside jit on a CPU nothing is copied, see :func:`rows_of`. Under jit a layer of a list is read where it lies.
     """
-    if is_list(config, start, stop):
+    if must_unroll(config, start, stop):
         return [layer_of(take(config, blocks, layer, layer + 1), 0) for layer in range(start, stop)]
     return take(config, blocks, start, stop)
 

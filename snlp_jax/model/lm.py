@@ -34,7 +34,7 @@ from snlp_jax.model.nodes import (
 )
 from snlp_jax.model.projections import PARTS, head_widths, separate_projections, take_form
 from snlp_jax.model.value_embed import gather
-from snlp_jax.types import Array, Params, PyTree
+from snlp_jax.types import Array, Params, PyTree, is_list
 
 OnInput = Callable[[str, str, Array], None]
 """Called with the part of a layer, the name of a kernel and its input."""
@@ -389,7 +389,7 @@ class LanguageModel:
         """Of the first ``num_layers`` layers of a stack or a list of trees, which may be chunks [M, ...]."""
         if not self.config.num_streams or self.config.hyper_maps == "dynamic":
             return None
-        if not isinstance(blocks, list):
+        if not is_list(blocks):
             return static_maps(jax.tree.map(lambda leaf: leaf[:num_layers], blocks["hyper"]), self.config)
         is_chunked = blocks[0]["hyper"]["attn"]["post_logits"].ndim == 2
         join = jnp.concatenate if is_chunked else jnp.stack

@@ -32,6 +32,7 @@ from snlp_jax.solver import (
     solve_until,
 )
 from snlp_jax.solver.collectives import Axis
+from snlp_jax.types import is_list
 
 PyTree = Any
 
@@ -145,8 +146,8 @@ class _Specs(NamedTuple):
     def chain(self, chain: Chain) -> Chain:
         """A prefix of the chain with the spec of every leaf."""
         ctx_axes, shared_axes, _ = (self.rows and chain.fns.batch_axes) or BatchAxes(None, None, 0)
-        if isinstance(chain.ctx, list):
-            axes = ctx_axes if isinstance(ctx_axes, list) else [ctx_axes] * len(chain.ctx)
+        if is_list(chain.ctx):
+            axes = ctx_axes if is_list(ctx_axes) else [ctx_axes] * len(chain.ctx)
             ctx: PyTree = [_leaf_specs(*pair, self.rows) for pair in zip(chain.ctx, axes, strict=True)]
         else:
             ctx = _leaf_specs(chain.ctx, ctx_axes, self.rows, LAYER)

@@ -13,12 +13,13 @@ from snlp_jax.cache import abstract_past
 from snlp_jax.config import Config, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
-from snlp_jax.layout import Spread, Weights, abstract_weights
+from snlp_jax.layout import Spread, abstract_weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.chips import Chip, Slice
 from snlp_jax.parallel.hlo import Program, read_program
 from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.parallel.sharding import bytes_per_device
+from snlp_jax.parts import Weights
 from snlp_jax.solver import Schedule
 from snlp_jax.train.loss import Plan
 from snlp_jax.train.step import abstract_state, make_step, optimizer_of

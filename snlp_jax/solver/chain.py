@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from snlp_jax.solver.collectives import Axis
 from snlp_jax.solver.linear import layer, stack
+from snlp_jax.types import is_list
 
 PyTree = Any
 BlockFn = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -136,11 +137,11 @@ class Chain:
             ValueError: ``rows`` reads rows that ``params`` does not have, or ``ctx`` has another number of nodes.
         """
         fns = fns if isinstance(fns, LayerFns) else LayerFns(fns)
-        width = len(params) if isinstance(params, list) else jax.tree.leaves(params)[0].shape[0]
+        width = len(params) if is_list(params) else jax.tree.leaves(params)[0].shape[0]
         num_nodes = width if rows is None else len(rows)
         if rows is not None and not (rows and min(rows) >= 0 and max(rows) < width):
             raise ValueError(f"rows {rows} must be some of the {width} rows of params, counted from 0.")
-        lengths = {len(ctx)} if isinstance(ctx, list) else {leaf.shape[0] for leaf in jax.tree.leaves(ctx)}
+        lengths = {len(ctx)} if is_list(ctx) else {leaf.shape[0] for leaf in jax.tree.leaves(ctx)}
         if lengths - {num_nodes}:
             raise ValueError(f"ctx has {sorted(lengths)} nodes along its first axis, but the chain has {num_nodes}.")
         return cls(fns, params, ctx, shared, h_in, Place(num_nodes), num_nodes, rows)
@@ -148,7 +149,7 @@ class Chain:
     @property
     def is_list(self) -> bool:
         """Whether nodes are evaluated in an unrolled loop, and leave lists behind."""
-        return isinstance(self.params, list)
+        return is_list(self.params)
 
     @property
     def num_loops(self) -> int:
@@ -173,7 +174,7 @@ class Chain:
         """``(params_l, ctx_l)`` of one node."""
         row = index if self.rows is None else self.rows[index]
         params = self.params[row] if self.is_list else layer(self.params, row)
-        return params, self.ctx[index] if isinstance(self.ctx, list) else layer(self.ctx, index)
+        return params, self.ctx[index] if is_list(self.ctx) else layer(self.ctx, index)
 
     def sweep(self, x_L: PyTree) -> tuple[PyTree, PyTree]:
         """All nodes at once at inputs ``x_L`` [N, ...]: ``(y_L, aux_L)``, outputs [N, ...] and what the nodes leave

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from snlp_jax.checks import check_mesh
 from snlp_jax.config import Config
 from snlp_jax.eval.evaluate import parse_settings
 from snlp_jax.eval.solver_file import with_settings
 from snlp_jax.forward import forward
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import circumstances
-from snlp_jax.layout import arrange, check_mesh, split, weights_shardings
+from snlp_jax.layout import arrange, split, weights_shardings
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.mesh import put_batch

@@ -7,14 +7,15 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from snlp_jax.chains import chains_of, correction_of, method_data
+from snlp_jax.checks import check_alike
 from snlp_jax.forward import run_in_order
-from snlp_jax.layout import Part, check_alike
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Shared
 from snlp_jax.model.kinds import cut
 from snlp_jax.parallel.mesh import kernels_on, over_data
 from snlp_jax.parallel.region import solve_sharded
 from snlp_jax.parallel.sharding import gather_channels
+from snlp_jax.parts import Part
 from snlp_jax.solver import ParallelSegment, Segment, SequentialSegment, Solution, Wanted, solve
 from snlp_jax.types import Array, Batch, Params, PyTree
 

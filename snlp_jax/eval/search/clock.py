@@ -13,8 +13,9 @@ from snlp_jax.errors import InputError
 from snlp_jax.eval.search.space import Candidate, draft_len, rule_of
 from snlp_jax.forward import forward
 from snlp_jax.infer import Drafting, Engine, Placement, Request
-from snlp_jax.layout import Layout, Weights, prepare
+from snlp_jax.layout import Layout, prepare
 from snlp_jax.model import LanguageModel
+from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration
 from snlp_jax.types import Array, Params
 

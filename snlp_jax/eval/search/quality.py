@@ -12,8 +12,9 @@ from scipy.special import stdtrit
 
 from snlp_jax.eval.perplexity import token_nll
 from snlp_jax.forward import forward
-from snlp_jax.layout import Weights, prepare
+from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
+from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from snlp_jax.checks import check_schedule
 from snlp_jax.config import ModelConfig, SearchConfig
 from snlp_jax.errors import InputError
 from snlp_jax.infer.rules import CacheRule, check_settings
-from snlp_jax.layout import check_schedule
 from snlp_jax.linearize import About
 from snlp_jax.notation import parse_schedule
 from snlp_jax.solver import Schedule
