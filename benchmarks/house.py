@@ -114,11 +114,11 @@ def tests_of_form(source: Source) -> int:
 
 
 def imports_of(source: Source, rooms: set[str], package: str) -> set[str]:
-    """Rooms that a module imports, anywhere but under ``if TYPE_CHECKING``."""
+    """Rooms that a module imports, but for what a type checker alone reads and what runs where it is the command."""
     hidden = {
         id(inner)
         for node in ast.walk(source.tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if isinstance(node, ast.If) and re.search("TYPE_CHECKING|__name__", ast.unparse(node.test))
         for inner in ast.walk(node)
     }
     names: list[str] = []

@@ -22,9 +22,10 @@ import tyro
 
 from snlp_jax.cli.entry import run_entry
 from snlp_jax.errors import InputError
-from snlp_jax.eval import evaluate_run, read_config
+from snlp_jax.eval import evaluate_run
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import git_commit
+from snlp_jax.run import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

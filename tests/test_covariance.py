@@ -26,7 +26,7 @@ def test_batches_give_the_covariance_of_all_samples(offset):
     x, y = pairs(offset=offset)
     total = Moments.of(x[:7], y[:7], with_yy=True)
     for start, stop in ((7, 8), (8, 300), (300, 600)):
-        total = total.update(x[start:stop], y[start:stop])
+        total = total.merge(Moments.of(x[start:stop], y[start:stop], with_yy=True))
     xx, yx, yy = joint(x, y)
     rtol = 1e-12 if not offset else 1e-8  # float64; the samples are known to 1e-16 * offset
     np.testing.assert_allclose(total.covariance()[0], xx, rtol=rtol, atol=rtol)

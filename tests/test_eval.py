@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import json
 import math
 import re
@@ -18,11 +17,12 @@ import tyro
 from problems import random_params
 from tiny_run import MODEL, random_run, tiny
 
+from snlp_jax.cli.evaluate import Args
 from snlp_jax.config import Config, EvalConfig, MeshConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
-from snlp_jax.eval import evaluate_run, read_config, write_report
+from snlp_jax.eval import evaluate_run, write_report
 from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibration
 from snlp_jax.eval.evaluate import default_solvers, evaluate, parse_settings
 from snlp_jax.eval.fidelity import greedy_matches
@@ -35,6 +35,7 @@ from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
+from snlp_jax.run import read_config
 
 ROOT = Path(__file__).parent.parent
 SMALL = dataclasses.replace(MODEL, num_layers=3)
@@ -197,11 +198,8 @@ def test_sharded_regions_are_measured(model: LanguageModel, params: dict, batche
 
 
 def test_every_field_is_a_flag_of_the_script() -> None:
-    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
-    script = sys.modules["eval_script"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     flags = ["runs/x", "--solvers", "seq", "--sequential", "ring", "--mesh.layer", "4", "--mesh.data", "2"]
-    parsed = tyro.cli(script.Args, args=flags).eval
+    parsed = tyro.cli(Args, args=flags).eval
     assert parsed == EvalConfig(solvers=("seq",), sequential="ring", mesh=MeshConfig(layer=4, data=2))
 
 

@@ -34,7 +34,7 @@ from snlp_jax.infer import Drafting, Engine, Placement, Request
 from snlp_jax.infer.sampling import Features
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.layout import prepare
-from snlp_jax.linearize.replace import AffineMap, merge_affine, replace
+from snlp_jax.linearize.replace import AffineMap, replace
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.model.convert.nanochat import nanochat_rows
 from snlp_jax.model.kinds import owners, take
@@ -415,17 +415,6 @@ def test_branches_between_streams(maps):
 PLAIN = dataclasses.replace(SMALL, use_x0_resid=False, use_value_embeds=False, use_mid_subtract=False)
 
 
-def test_affine_neighbours_are_one_layer():
-    """Layers 1 and 2 become one map, layer 4 goes: 4 layers with the logits of 6, windows where they were."""
-    config, params = mixed(PLAIN, {1: random_map(1), 2: None, 4: None}, {1: random_map(5), 2: random_map(2), 4: None})
-    merged, merged_params = merge_affine(config, params)
-    assert merged.kinds == (Kind(), Kind("none", "linear"), Kind(), Kind())
-    assert [merged.windows[i] for i in (0, 2, 3)] == [config.windows[i] for i in (0, 3, 5)]
-    assert jax.tree.map(jnp.shape, merged_params) == jax.tree.map(jnp.shape, LanguageModel(merged).abstract_params())
-    (actual,), (expected,) = logits_of(merged, merged_params, "seq"), logits_of(config, params, "idn:n=6,k=6")
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=ROUNDING)
-
-
 def run_directory(path, config, params):
     path.mkdir()
     (path / "tokenizer.json").write_text(ByteTokenizer().to_json())
@@ -479,7 +468,6 @@ def test_what_cannot_be_is_refused_in_one_sentence():
         (lambda: dataclasses.replace(SMALL, linear_mlp=(1,), dropped_mlp=(1,)), "both"),
         (lambda: dataclasses.replace(SMALL, dropped_attention=(6,)), r"\[6\]"),
         (lambda: prepare(LanguageModel(config), params, parse_schedule("IDN 2xF2 n4 K1", 6)), r"\[2, 3, 4\]"),
-        (lambda: merge_affine(config, params), "cannot be merged"),
         (lambda: nanochat_rows(config), r"layers \(1, 2, 3, 4\)"),
         (lambda: Config(model=config, mesh=MeshConfig(layer=2)), "mesh.layer is 2"),
         (lambda: Config(model=SMALL, lora=lora, train=TrainConfig(init_from="base")), "linear_attn"),

@@ -3,7 +3,6 @@
 from snlp_jax.eval.evaluate import default_solvers, evaluate
 from snlp_jax.eval.report import Report, SettingResult, print_report, write_report
 from snlp_jax.eval.run import evaluate_run
-from snlp_jax.run import read_config
 
 __all__ = [
     "Report",
@@ -12,6 +11,5 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "print_report",
-    "read_config",
     "write_report",
 ]

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -170,11 +170,13 @@ def load_fits(run_dir: Path, params: Params, schedules: Sequence[Schedule]) -> d
         InputError: one is missing, or was fitted to another checkpoint or region.
     """
     regions = [region for schedule in schedules for region in schedule.regions if region.fit]
-    its_fingerprint = fingerprint(params) if regions else ""
+    of_params = fingerprint(params) if regions else ""
     fits = {}
     for region in regions:
-        where: dict[str, Any] = {"start": region.start, "stop": region.stop, "stage": stage_text(region)}
-        fits[region.fit], _ = load_calibration(run_dir, region.fit, fingerprint=its_fingerprint, **where)
+        start, stop, stage = region.start, region.stop, stage_text(region)
+        fits[region.fit], _ = load_calibration(
+            run_dir, region.fit, fingerprint=of_params, start=start, stop=stop, stage=stage
+        )
     return fits
 
 

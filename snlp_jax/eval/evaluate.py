@@ -107,12 +107,11 @@ def evaluate(
             check_mesh(schedule, mesh)
     windows = np.concatenate(batches)
     model.check_tokens(windows)
-    timing_len = config.timing_len or model.config.seq_len
+    timings: Sequence[Timing | None] = [None] * len(schedules)
     timing_steps = len(LAYOUTS) * len(schedules) + config.timing_repeats if config.timing_repeats else 0
-    timings: list[Timing | None] = [None] * len(schedules)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        num_steps = len(schedules) * (len(batches) + _has_greedy(config)) + timing_steps
-        task = progress.add_task("", total=num_steps)
+        total = len(schedules) * (len(batches) + _has_greedy(config)) + timing_steps
+        task = progress.add_task("", total=total)
         advance = lambda text: progress.update(task, description=text, advance=1)  # noqa: E731
         weights = prepare_all(
             model,
@@ -128,23 +127,21 @@ def evaluate(
         greedy = _decode(model, weights, windows, config, mesh, advance)
         del weights
         if config.timing_repeats:
-            shape: dict[str, Any] = {
-                "batch_size": config.timing_batch,
-                "seq_len": timing_len,
-                "num_repeats": config.timing_repeats,
-            }
-            shape |= {"mesh": mesh, "sequential": config.sequential}
-            timings[:] = time_schedules(model, params, schedules, **shape, fits=fits, on_progress=advance)
+            timings = time_schedules(model, params, schedules, config, mesh=mesh, fits=fits, on_progress=advance)
     weight_WT = None if target_weights is None else np.concatenate(target_weights)
     results = [
-        _result(
-            text, schedule, (comparison, comparisons[0]), matches, (timing, timings[0]), config.num_bootstrap, weight_WT
-        )
+        _result(text, schedule, (comparison, comparisons[0]), matches, (timing, timings[0]), config, weight_WT)
         for (text, schedule), comparison, matches, timing in zip(
             settings.items(), comparisons, greedy, timings, strict=True
         )
     ]
-    info = circumstances() | {
+    return Report(tuple(results), _circumstances(model, windows, config, mesh, weight_WT))
+
+
+def _circumstances(
+    model: LanguageModel, windows: np.ndarray, config: EvalConfig, mesh: Mesh | None, weight_WT: np.ndarray | None
+) -> dict[str, Any]:
+    return circumstances() | {
         "num_devices": jax.device_count(),
         "mesh": None if mesh is None else dict(mesh.shape) | {"sequential": config.sequential},
         "dtype": jnp.dtype(model.dtype).name,
@@ -155,11 +152,10 @@ def evaluate(
         "num_targets": windows[:, 1:].size if weight_WT is None else float(weight_WT.sum()),
         "greedy_prompt_len": _prompt_len(windows, config),
         "timing_batch": config.timing_batch,
-        "timing_len": timing_len,
+        "timing_len": config.timing_len or model.config.seq_len,
         "timing_repeats": config.timing_repeats,
         "seeds": {"bootstrap": BOOTSTRAP_SEED, "timing": TIMING_SEED},
     }
-    return Report(tuple(results), info)
 
 
 def _check_batches(num_rows: int, config: EvalConfig, mesh: Mesh) -> None:
@@ -186,11 +182,11 @@ def _compare(
     for index, rows in enumerate(batches):
         step("comparing")
         batch, document = put_batch(mesh, (rows, documents[index] if documents else None), is_whole=True)
-        reference, its_comparison = reference_fn(weights[0], batch, document)
-        parts[0].append(jax.device_get(its_comparison))
-        for setting, its_weights in enumerate(weights[1:], start=1):
+        reference, exact = reference_fn(weights[0], batch, document)
+        parts[0].append(jax.device_get(exact))
+        for setting, laid_out in enumerate(weights[1:], start=1):
             step("comparing")
-            parts[setting].append(jax.device_get(compare_fn(its_weights, batch, reference, document)))
+            parts[setting].append(jax.device_get(compare_fn(laid_out, batch, reference, document)))
     return [join_comparisons(part) for part in parts]
 
 
@@ -210,10 +206,10 @@ def _decode(
     prompts = windows[np.arange(num_prompts) * len(windows) // num_prompts, :prompt_len]
     guess = np.zeros((num_prompts, config.greedy_tokens), windows.dtype)
     texts: list[np.ndarray] = []
-    for its_weights in weights:
+    for laid_out in weights:
         step("decoding")
         start = put_batch(mesh, np.concatenate([prompts, guess], axis=1), is_whole=True)
-        texts.append(np.asarray(decode(its_weights, start)))
+        texts.append(np.asarray(decode(laid_out, start)))
         guess = texts[0]  # the other passes will say much the same
     return [greedy_matches(text, texts[0]) for text in texts]
 
@@ -232,7 +228,7 @@ def _result(
     compared: tuple[Comparison, Comparison],
     greedy: tuple[GreedyMatch, ...],
     timed: tuple[Timing | None, Timing | None],
-    num_bootstrap: int,
+    config: EvalConfig,
     weight_WT: np.ndarray | None,
 ) -> SettingResult:
     """One row; the second of each pair is the sequential pass's."""
@@ -251,7 +247,7 @@ def _result(
         num_block_evals=schedule.num_block_evals,
         ppl=perplexity(nlls[0], weight_WT),
         ppl_change=relative_change(*nlls, weight_WT),
-        ppl_interval=paired_interval(*nlls, num_bootstrap=num_bootstrap, weight_WT=weight_WT),
+        ppl_interval=paired_interval(*nlls, num_bootstrap=config.num_bootstrap, weight_WT=weight_WT),
         kl=token_mean(np.asarray(comparison.kl_BT), weight_WT),
         top1=token_mean(np.asarray(comparison.agrees_BT), weight_WT),
         cosine=token_mean(np.asarray(comparison.cosine_BT), weight_WT),

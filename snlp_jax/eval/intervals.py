@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from scipy.stats import binomtest
 
 from snlp_jax.eval.perplexity import BOOTSTRAP_SEED
 
@@ -13,14 +14,9 @@ Interval = tuple[float, float]
 
 
 def wilson_interval(num_right: int, num_examples: int) -> Interval:
-    """95 % interval of a share p: all p with ``|p^ - p| <= z sqrt(p (1 - p) / n)`` (Wilson 1927).
-
-    It keeps within [0, 1], has a width at shares of 0 and 1, and is about right from a few examples on.
-    """
-    n, share = num_examples, num_right / num_examples
-    middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    """95 % interval of a share (Wilson 1927): within [0, 1], with a width at 0 and 1, right from a few examples on."""
+    low, high = binomtest(num_right, num_examples).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
 def paired_share_interval(num_gained: int, num_lost: int, num_examples: int) -> Interval:
@@ -44,14 +40,19 @@ def paired_share_interval(num_gained: int, num_lost: int, num_examples: int) -> 
         difference = b - c - n * d
         return difference / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, difference)
 
-    return _root(lambda d: distance(d) - Z, -1.0, (b - c) / n), _root(lambda d: distance(d) + Z, (b - c) / n, 1.0)
+    def falls_below(level: float, low: float, high: float) -> float:
+        for _ in range(60):  # bisection that looks at neither end: there the deviation may be 0
+            middle = (low + high) / 2
+            low, high = (middle, high) if distance(middle) > level else (low, middle)
+        return (low + high) / 2
+
+    return falls_below(Z, -1.0, (b - c) / n), falls_below(-Z, (b - c) / n, 1.0)
 
 
 def exact_p_value(num_gained: int, num_lost: int) -> float:
     """McNemar's exact test: how often coin flips would divide the b + c examples at least as unevenly. Two-sided."""
     total = num_gained + num_lost
-    tail = sum(math.comb(total, k) for k in range(min(num_gained, num_lost) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(binomtest(num_gained, total).pvalue) if total else 1.0
 
 
 def paired_ratio_interval(difference_E: np.ndarray, size_E: np.ndarray, *, num_bootstrap: int) -> Interval | None:
@@ -69,11 +70,3 @@ def paired_ratio_interval(difference_E: np.ndarray, size_E: np.ndarray, *, num_b
         ratios.append(counts_E @ difference_E / (counts_E @ size_E))
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _root(falling, low: float, high: float) -> float:  # type: ignore[no-untyped-def]
-    """Where a falling function changes its sign, by bisection."""
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
-    return (low + high) / 2

@@ -65,8 +65,7 @@ def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report
     run = open_run(run_dir, config, which)
     batch_size = min(config.eval.batch_size, config.eval.num_windows)
     num_batches = config.eval.num_windows // batch_size
-    sizes = {"seq_len": config.model.seq_len, "batch_size": batch_size, "num_batches": num_batches}
-    batches = held_out_batches(run.data, **sizes)
+    batches = held_out_batches(run.data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=num_batches)
     weights = [batch["weight"] for batch in batches] if "weight" in batches[0] else None
     documents = [batch["document"] for batch in batches] if "document" in batches[0] else None
     windows = [batch["tokens"] for batch in batches]

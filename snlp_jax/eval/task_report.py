@@ -1,19 +1,13 @@
 """The numbers of downstream tasks: as tables, JSON and CSV."""
 
-import csv
-import dataclasses
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from snlp_jax.eval.intervals import Interval
-from snlp_jax.eval.report import TABLE_WIDTH, finite_or_none, write_files
+from snlp_jax.eval.report import make_console, new_table, rows_to_csv, to_json, write_files
 
 
 @dataclass(frozen=True)
@@ -80,37 +74,30 @@ class TaskReport:
     held_out: tuple[HeldOutResult, ...]
     info: dict[str, Any]
 
-    def to_json(self) -> str:
-        """Numbers that are not finite, which JSON has not, become null."""
-        return json.dumps(finite_or_none(dataclasses.asdict(self)), indent=2) + "\n"
-
     def to_csv(self) -> str:
         """One row a task, setting and rule, fractions as fractions; the held-out text has no rule."""
-        text = io.StringIO()
-        names = ["task", "setting", "rule", "num_examples", "chance", "share", "share_low", "share_high", "change"]
-        names += [
-            "change_low",
-            "change_high",
-            "p_value",
-            "agreement",
-            "bits_per_byte",
-            "bits_change",
-            "bits_low",
-            "bits_high",
+        rows: list[dict[str, Any]] = [
+            {
+                "task": result.task,
+                "setting": result.setting,
+                "rule": rule,
+                "num_examples": result.num_examples,
+                "chance": result.chance,
+                "share": found.share,
+                "share_low": found.interval[0],
+                "share_high": found.interval[1],
+                "change": found.change,
+                "change_low": found.change_interval[0],
+                "change_high": found.change_interval[1],
+                "p_value": found.p_value,
+                "agreement": found.agreement,
+            }
+            | _bits_row(result.answer_bits)
+            for result in self.results
+            for rule, found in result.accuracy.items()
         ]
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        for result in self.results:
-            for rule, found in result.accuracy.items():
-                row = {"task": result.task, "setting": result.setting, "rule": rule, "chance": result.chance}
-                row |= {"num_examples": result.num_examples, "share": found.share, "change": found.change}
-                row |= dict(zip(("share_low", "share_high"), found.interval, strict=True))
-                row |= dict(zip(("change_low", "change_high"), found.change_interval, strict=True))
-                row |= {"p_value": found.p_value, "agreement": found.agreement}
-                writer.writerow(row | _bits_row(result.answer_bits))
-        for held_out in self.held_out:
-            writer.writerow({"task": "held-out text", "setting": held_out.setting} | _bits_row(held_out.bits))
-        return text.getvalue()
+        rows += [{"task": "held-out text", "setting": each.setting} | _bits_row(each.bits) for each in self.held_out]
+        return rows_to_csv(rows)
 
 
 def write_tasks(report: TaskReport, run_dir: Path) -> list[Path]:
@@ -119,19 +106,17 @@ def write_tasks(report: TaskReport, run_dir: Path) -> list[Path]:
     Raises:
         InputError: the folder cannot be written.
     """
-    return write_files(run_dir, {"tasks.json": report.to_json(), "tasks.csv": report.to_csv()})[0]
+    return write_files(run_dir, {"tasks.json": to_json(report), "tasks.csv": report.to_csv()})[0]
 
 
 def print_tasks(report: TaskReport) -> None:
     """A table a task on stdout, and one of the held-out text."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
+    console = make_console()
     for task in dict.fromkeys(result.task for result in report.results):
         console.print(_task_table([result for result in report.results if result.task == task]))
     if report.held_out:
         windows = "{num_windows} windows of {window_len} tokens".format(**report.info["held_out"])
-        table = _table(f"Held-out text, {windows}", ["bits/byte", "change", "95 % interval"])
+        table = new_table(f"Held-out text, {windows}", ["bits/byte", "change", "95 % interval"])
         for found in report.held_out:
             table.add_row(found.setting, *_bits_cells(found.bits, found is report.held_out[0]))
         console.print(table)
@@ -144,7 +129,7 @@ def _task_table(results: list[TaskResult]) -> Table:
     columns = [f"{rules[rule]}, %" for rule in first.accuracy]
     columns[1:1] = ["95 % interval", "change", "95 % interval", "p", "same"]
     columns += ["bits/byte"] if first.answer_bits else []
-    table = _table(f"{first.task}: {first.num_examples} examples{chance}", columns)
+    table = new_table(f"{first.task}: {first.num_examples} examples{chance}", columns)
     for result in results:
         main, *others = result.accuracy.values()
         cells = [f"{100 * main.share:.1f}", _percents(main.interval, "")]
@@ -172,14 +157,6 @@ def _bits_cells(bits: Bits, is_first: bool) -> list[str]:
     interval = bits.change_interval
     between = "-" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
     return [f"{bits.per_byte:.4f}", f"{bits.change:+.4f}", between]
-
-
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("setting", overflow="fold", min_width=24)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def _percents(interval: Interval, sign: str) -> str:

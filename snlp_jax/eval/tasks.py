@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -21,9 +21,9 @@ from snlp_jax.eval.run import OpenRun, open_run
 from snlp_jax.eval.task_data import SEPARATOR, Task, answer_of, load_tasks
 from snlp_jax.eval.task_report import Accuracy, Bits, HeldOutResult, TaskReport, TaskResult
 from snlp_jax.eval.text_model import OnShare, Prompt, Score, Span, TextModel, needs_solitude
-from snlp_jax.eval.weights import prepare_all
-from snlp_jax.infer.rules import check_settings
+from snlp_jax.infer.rules import Placement, check_settings
 from snlp_jax.io.provenance import circumstances
+from snlp_jax.layout import canonical
 from snlp_jax.parallel import make_mesh
 from snlp_jax.run import Which
 
@@ -82,8 +82,8 @@ def compare_outcomes(
     """What an outcome says beside that of the sequential pass."""
     accuracy = {}
     for rule, right_E in outcome.right.items():
-        its_right_E, num_examples = reference.right[rule], len(right_E)
-        gained, lost = int((right_E & ~its_right_E).sum()), int((its_right_E & ~right_E).sum())
+        reference_E, num_examples = reference.right[rule], len(right_E)
+        gained, lost = int((right_E & ~reference_E).sum()), int((reference_E & ~right_E).sum())
         accuracy[rule] = Accuracy(
             share=float(right_E.mean()),
             interval=wilson_interval(int(right_E.sum()), num_examples),
@@ -135,13 +135,24 @@ def tasks_of_run(run_dir: Path, config: Config, task_config: TaskConfig, which: 
             check_settings(schedule, task_config.rule)
     run = open_run(run_dir, config, which)
     batch_size = min(config.eval.batch_size, config.eval.num_windows)
-    shape = {"batch_size": batch_size, "num_batches": config.eval.num_windows // batch_size}
-    batches = held_out_batches(run.data, seq_len=config.model.seq_len, **shape)
+    num_batches = config.eval.num_windows // batch_size
+    batches = held_out_batches(run.data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=num_batches)
     # Of conversations only the responses count, which are no text of their own.
     windows = None if "weight" in batches[0] else np.concatenate([batch["tokens"] for batch in batches])
     report = evaluate_tasks(run, tasks, windows, config.eval, task_config)
     about = run.about | {"config": {"model": vars(config.model)}}
     return TaskReport(report.results, report.held_out, about | report.info)
+
+
+class Answers(NamedTuple):
+    """What one setting has made of all tasks and of the held-out text."""
+
+    outcomes: dict[str, Outcome]
+    """By task."""
+    num_cut: dict[str, int]
+    """By task, contexts that lost their beginning."""
+    bits_W: np.ndarray | None
+    """Of every held-out window."""
 
 
 def evaluate_tasks(
@@ -153,51 +164,38 @@ def evaluate_tasks(
         windows: held-out text [W, T + 1], for its bits per byte; None leaves them out.
     """
     mesh = None if config.mesh == MeshConfig() else make_mesh(config.mesh)
-    schedules = list(run.settings.values())
-    for schedule in schedules if mesh is not None else ():
+    for schedule in run.settings.values() if mesh is not None else ():
         check_mesh(schedule, mesh)  # type: ignore[arg-type]
-    placed: dict[str, Any] = {"mesh": mesh, "sequential": config.sequential, "fits": run.fits}
-    num_tokens = config.batch_size * run.model.config.seq_len
-    weights = prepare_all(run.model, run.params, schedules, num_tokens=num_tokens, layout="stack", **placed)
-    outcomes: dict[tuple[str, str], Outcome] = {}
-    num_cut: dict[tuple[str, str], int] = {}
-    nats: dict[str, np.ndarray] = {}
+    params = canonical(run.model, run.params) if mesh is None else run.params
     spans = [] if windows is None else [Span(window, len(window) - 1) for window in windows]
+    answers: dict[str, Answers] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(schedules) * (len(tasks) + 1))
-        advance: OnShare = lambda share: progress.update(bar, advance=share)  # noqa: E731
-        for (setting, schedule), its_weights in zip(run.settings.items(), weights, strict=True):
-            common: dict[str, Any] = {"rule": task_config.rule, "batch_size": config.batch_size}
-            tokenizer = run.data.tokenizer
-            text_model = TextModel(run.model, run.params, tokenizer, schedule, weights=its_weights, **common, **placed)
+        bar = progress.add_task("", total=len(run.settings) * (len(tasks) + 1))
+        for setting, schedule in run.settings.items():
+            text_model = TextModel(
+                run.model,
+                params,
+                run.data.tokenizer,
+                schedule,
+                rule=task_config.rule,
+                batch_size=config.batch_size,
+                placement=Placement(mesh, config.sequential),
+                fits=run.fits,
+            )
+            progress.update(bar, description=setting)
             if needs_solitude(schedule):
                 progress.console.print(f"note: {setting} scores every text alone, with a program for every length.")
-            for task in tasks:
-                progress.update(bar, description=f"{setting} on {task.name}")
-                before = text_model.num_cut
-                if task.is_choice:
-                    outcome = score_choices(lambda pairs: text_model.log_likelihoods(pairs, advance), task)  # noqa: B023
-                else:
-                    complete: Complete = lambda prompts: text_model.complete(prompts, advance)  # noqa: B023, E731
-                    outcome = match_answers(complete, task, task_config.max_new_tokens)
-                outcomes[task.name, setting] = outcome
-                num_cut[task.name, setting] = text_model.num_cut - before
-            progress.update(bar, description=f"{setting} on held-out text")
-            if spans:
-                nats[setting] = np.asarray([-score.log_prob for score in text_model.score(spans, advance)])
-    results = [
-        _result(task, setting, outcomes[task.name, setting], outcomes[task.name, "seq"], cut, config.num_bootstrap)
-        for task in tasks
-        for setting in run.settings
-        for cut in [num_cut[task.name, setting]]
-    ]
+            advance: OnShare = lambda share: progress.update(bar, advance=share)  # noqa: E731
+            answers[setting] = _answers(text_model, tasks, spans, task_config.max_new_tokens, advance)
+    num_bootstrap = config.num_bootstrap
+    results = [_result(task, setting, answers, num_bootstrap) for task in tasks for setting in answers]
     held_out = []
     if windows is not None:
-        bytes_W = window_bytes(windows, run.data.tokenizer)
-        bits = {setting: nats_W / math.log(2) for setting, nats_W in nats.items()}
+        bytes_W, reference_W = window_bytes(windows, run.data.tokenizer), answers["seq"].bits_W
         held_out = [
-            HeldOutResult(setting, compare_bits(bits_W, bits["seq"], bytes_W, config.num_bootstrap))
-            for setting, bits_W in bits.items()
+            HeldOutResult(setting, compare_bits(each.bits_W, reference_W, bytes_W, num_bootstrap))
+            for setting, each in answers.items()
+            if each.bits_W is not None and reference_W is not None
         ]
     info = circumstances() | {
         "held_out": None if windows is None else {"num_windows": len(windows), "window_len": windows.shape[1] - 1},
@@ -208,10 +206,28 @@ def evaluate_tasks(
     return TaskReport(tuple(results), tuple(held_out), info)
 
 
-def _result(
-    task: Task, setting: str, outcome: Outcome, reference: Outcome, num_cut: int, num_bootstrap: int
-) -> TaskResult:
+def _answers(
+    text_model: TextModel, tasks: Sequence[Task], spans: Sequence[Span], max_new_tokens: int, advance: OnShare
+) -> Answers:
+    log_likelihoods: LogLikelihoods = lambda pairs: text_model.log_likelihoods(pairs, advance)  # noqa: E731
+    complete: Complete = lambda prompts: text_model.complete(prompts, advance)  # noqa: E731
+    outcomes, num_cut = {}, {}
+    for task in tasks:
+        before = text_model.num_cut
+        if task.is_choice:
+            outcomes[task.name] = score_choices(log_likelihoods, task)
+        else:
+            outcomes[task.name] = match_answers(complete, task, max_new_tokens)
+        num_cut[task.name] = text_model.num_cut - before
+    scores = text_model.score(spans, advance) if spans else []
+    bits_W = np.asarray([-score.log_prob / math.log(2) for score in scores]) if spans else None
+    return Answers(outcomes, num_cut, bits_W)
+
+
+def _result(task: Task, setting: str, answers: Mapping[str, Answers], num_bootstrap: int) -> TaskResult:
+    outcome, reference = answers[setting].outcomes[task.name], answers["seq"].outcomes[task.name]
     accuracy, bits = compare_outcomes(outcome, reference, num_bootstrap)
+    num_cut = answers[setting].num_cut[task.name]
     return TaskResult(task.name, setting, len(task.examples), task.chance, accuracy, bits, num_cut)
 
 

@@ -18,7 +18,7 @@ from snlp_jax.forward import forward
 from snlp_jax.infer import Engine, Placement, Request
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
-from snlp_jax.layout import Spread, prepare
+from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel import put_batch
 from snlp_jax.parts import Weights
@@ -167,8 +167,8 @@ class TextModel:
     Args:
         rule: what the cache keeps of a parallel region in :meth:`complete`, see :mod:`snlp_jax.infer.engine`.
         batch_size: rows of generation; scoring takes batches of as many tokens as that many training windows have.
-        weights: of the schedule, where they are at hand.
-        mesh, sequential, fits: see :func:`snlp_jax.layout.prepare`.
+        placement: where the weights lie; scoring takes stacks.
+        fits: see :func:`snlp_jax.layout.prepare`.
     """
 
     def __init__(
@@ -180,27 +180,31 @@ class TextModel:
         *,
         rule: CacheRule = "last_eval",
         batch_size: int = 8,
-        weights: Weights | None = None,
-        mesh: Mesh | None = None,
-        sequential: Spread = "tensor",
+        placement: Placement = Placement(),  # noqa: B008  # frozen
         fits: Mapping[str, Calibration] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.schedule = model, tokenizer, schedule
         self.max_context = model.config.max_context
         self.num_cut = 0
         """Contexts so far that were longer than the model reads and lost their beginning."""
-        self._params, self._weights, self._rule, self._batch_size = params, weights, rule, batch_size
-        self._mesh, self._row_multiple = mesh, 1 if mesh is None else mesh.shape["data"]
-        self._settings: dict[str, Any] = {"mesh": mesh, "sequential": sequential, "fits": fits}
+        self._params, self._rule, self._batch_size = params, rule, batch_size
+        self._placement, self._fits = placement, fits
+        self._row_multiple = 1 if placement.mesh is None else placement.mesh.shape["data"]
 
     @functools.cached_property
     def token_fn(self) -> TokenFn:
         """See :data:`TokenFn`."""
-        weights = self._weights
-        if weights is None:
-            shape: dict[str, Any] = {"num_tokens": self._batch_tokens, "layout": "stack"}
-            weights = prepare(self.model, self._params, self.schedule, **shape, **self._settings)
-        return make_token_fn(self.model, weights, self._mesh)
+        weights = prepare(
+            self.model,
+            self._params,
+            self.schedule,
+            num_tokens=self._batch_tokens,
+            layout="stack" if self._placement.mesh is None else "auto",
+            mesh=self._placement.mesh,
+            sequential=self._placement.sequential,
+            fits=self._fits,
+        )
+        return make_token_fn(self.model, weights, self._placement.mesh)
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -210,8 +214,8 @@ class TextModel:
             self._params,
             self.schedule,
             rule=self._rule,
-            placement=Placement(self._mesh, self._settings["sequential"]),
-            fits=self._settings["fits"],
+            placement=self._placement,
+            fits=self._fits,
             tokenizer=self.tokenizer,
         )
 
@@ -277,8 +281,13 @@ class TextModel:
             )
         tokens = [bos_id, *map(int, self.tokenizer.encode(prompt.text))]
         self.num_cut += len(tokens) > room
-        sampled: dict[str, Any] = {"stop_tokens": (bos_id,), "stop_strings": prompt.stop_strings}
-        return Request(tokens[-room:], prompt.max_new_tokens, prompt.sampling, **sampled)
+        return Request(
+            tokens[-room:],
+            prompt.max_new_tokens,
+            prompt.sampling,
+            stop_tokens=(bos_id,),
+            stop_strings=prompt.stop_strings,
+        )
 
 
 def _power_of_two(count: int) -> int:

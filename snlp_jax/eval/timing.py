@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from snlp_jax.config import EvalConfig
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import forward
-from snlp_jax.layout import Spread
 from snlp_jax.model import LanguageModel
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, Schedule
@@ -41,12 +41,9 @@ def time_schedules(
     model: LanguageModel,
     params: Params,
     schedules: Sequence[Schedule],
+    config: EvalConfig,
     *,
-    batch_size: int,
-    seq_len: int,
-    num_repeats: int,
     mesh: Mesh | None = None,
-    sequential: Spread = "tensor",
     fits: Mapping[str, Calibration] | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[Timing]:
@@ -58,26 +55,28 @@ def time_schedules(
     schedule runs on one device, without ``mesh``.
 
     Args:
+        config: sizes and repeats of the timing, and how layers in order lie on ``mesh``.
         fits: calibrations by the names that schedules give.
         on_progress: called with a word before each compilation (two a schedule) and each round of runs.
     """
     rng = np.random.default_rng(TIMING_SEED)
-    tokens_BT = rng.integers(model.config.vocab_size, size=(batch_size, seq_len), dtype=np.int32)
+    shape = config.timing_batch, config.timing_len or model.config.seq_len
+    tokens_BT = rng.integers(model.config.vocab_size, size=shape, dtype=np.int32)
     calls: list[tuple[Any, Weights, Array]] = []
     for layout in LAYOUTS:
         lay_out = partial(prepare_all, model, params, num_tokens=tokens_BT.size, layout=layout, fits=fits)
         alone = iter(lay_out([schedule for schedule in schedules if schedule.is_sequential]))
         parallel = [schedule for schedule in schedules if not schedule.is_sequential]
-        spread = iter(lay_out(parallel, mesh=mesh, sequential=sequential))
+        spread = iter(lay_out(parallel, mesh=mesh, sequential=config.sequential))
         for schedule in schedules:
             on_progress("compiling")
-            weights, its_mesh = (next(alone), None) if schedule.is_sequential else (next(spread), mesh)
-            compiled = _jit_forward(model, its_mesh).lower(weights, tokens_BT).compile()
+            weights, devices = (next(alone), None) if schedule.is_sequential else (next(spread), mesh)
+            compiled = _jit_forward(model, devices).lower(weights, tokens_BT).compile()
             calls.append((compiled, weights, jax.device_put(tokens_BT, compiled.input_shardings[0][1])))
     for compiled, weights, tokens in calls:
         for _ in range(NUM_WARMUP):
             jax.block_until_ready(compiled(weights, tokens))
-    times_ms = np.empty((num_repeats, len(calls)))
+    times_ms = np.empty((config.timing_repeats, len(calls)))
     for row in times_ms:
         on_progress("timing")
         for index in rng.permutation(len(calls)):

@@ -1,43 +1,15 @@
 """Closed-form fits on real text: surrogates and initial traces for the solver, affine maps in place of branches."""
 
-from snlp_jax.linearize.calibrate import Kind, fit_calibration, fit_init
-from snlp_jax.linearize.covariance import Moments
-from snlp_jax.linearize.maps import BranchMap, cca_bound, fit_map, nmse
-from snlp_jax.linearize.nbl import Candidate, Linearized, apply, choose, linearize, measure
-from snlp_jax.linearize.replace import AffineMap, replace
-from snlp_jax.linearize.statistics import Branch, branch_moments
-from snlp_jax.linearize.store import (
-    About,
-    check_name,
-    fingerprint,
-    load_calibration,
-    save_calibration,
-    stored_calibrations,
-)
-
-__all__ = [
-    "About",
-    "AffineMap",
-    "Branch",
-    "BranchMap",
-    "Candidate",
-    "Kind",
-    "Linearized",
-    "Moments",
-    "apply",
-    "branch_moments",
-    "cca_bound",
-    "check_name",
-    "choose",
-    "fingerprint",
-    "fit_calibration",
-    "fit_init",
-    "fit_map",
-    "linearize",
-    "load_calibration",
-    "measure",
-    "nmse",
-    "replace",
-    "save_calibration",
-    "stored_calibrations",
-]
+from snlp_jax.linearize.calibrate import Kind as Kind
+from snlp_jax.linearize.calibrate import fit_calibration as fit_calibration
+from snlp_jax.linearize.calibrate import fit_init as fit_init
+from snlp_jax.linearize.covariance import Moments as Moments
+from snlp_jax.linearize.nbl import linearize as linearize
+from snlp_jax.linearize.replace import AffineMap as AffineMap
+from snlp_jax.linearize.replace import replace as replace
+from snlp_jax.linearize.store import About as About
+from snlp_jax.linearize.store import check_name as check_name
+from snlp_jax.linearize.store import fingerprint as fingerprint
+from snlp_jax.linearize.store import load_calibration as load_calibration
+from snlp_jax.linearize.store import save_calibration as save_calibration
+from snlp_jax.linearize.store import stored_calibrations as stored_calibrations

@@ -32,7 +32,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, x: Array, y: Array, *, with_yy: bool = False) -> Self:
-        """Of one batch: jax arrays (inside jit) in their own precision, numpy arrays in float64."""
+        """Of one batch: jax arrays (inside jit) in their host precision, numpy arrays in float64."""
         if not isinstance(x, jax.Array):
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         xp: Any = jnp if isinstance(x, jax.Array) else np
@@ -42,10 +42,6 @@ class Moments(NamedTuple):
         products = lambda a, b: xp.einsum("s...i,s...j->...ij", a, b, **exact)  # noqa: E731
         count = xp.asarray(x.shape[0], mean_x.dtype)
         return cls(count, mean_x, mean_y, products(x, x), products(y, x), products(y, y) if with_yy else None)
-
-    def update(self, x: Array, y: Array) -> "Moments":
-        """With one more batch."""
-        return self.merge(type(self).of(x, y, with_yy=self.yy is not None))
 
     def merge(self, other: "Moments") -> "Moments":
         """Of both streams, in float64 on the host. Associative and commutative up to rounding."""
@@ -64,18 +60,18 @@ class Moments(NamedTuple):
 
     def covariance(self, *, centred: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """``(C_xx, C_yx)`` divided by the count; without ``centred`` the raw second moments E[x x^T], E[y x^T]."""
-        own = self.on_host()
-        xx, yx = own.xx / own.count, own.yx / own.count
+        host = self.on_host()
+        xx, yx = host.xx / host.count, host.yx / host.count
         if centred:
             return xx, yx
         outer = lambda p, q: p[..., :, None] * q[..., None, :]  # noqa: E731
-        return xx + outer(own.mean_x, own.mean_x), yx + outer(own.mean_y, own.mean_x)
+        return xx + outer(host.mean_x, host.mean_x), yx + outer(host.mean_y, host.mean_x)
 
     def moved(self, x: Array, y: Array) -> "Moments":
         """Of the samples (x_s + x, y_s + y): covariances do not change. In float64 on the host."""
-        own = self.on_host()
-        return own._replace(
-            mean_x=own.mean_x + np.asarray(x, np.float64), mean_y=own.mean_y + np.asarray(y, np.float64)
+        host = self.on_host()
+        return host._replace(
+            mean_x=host.mean_x + np.asarray(x, np.float64), mean_y=host.mean_y + np.asarray(y, np.float64)
         )
 
     def on_host(self) -> "Moments":

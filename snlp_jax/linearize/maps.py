@@ -91,8 +91,8 @@ class Regression:
             moved_YX = weight_YX @ (self.vectors_XX * np.sqrt(np.maximum(loaded_X, 0.0)))
             basis_YR = top_eigenvectors(moved_YX @ moved_YX.T, rank)
             weight_YX = basis_YR @ (basis_YR.T @ weight_YX)
-        own = self.moments.on_host()
-        return BranchMap(weight_YX, own.mean_y - weight_YX @ own.mean_x, basis_YR, ridge, self.condition)
+        host = self.moments.on_host()
+        return BranchMap(weight_YX, host.mean_y - weight_YX @ host.mean_x, basis_YR, ridge, self.condition)
 
 
 def fit_map(
@@ -123,8 +123,8 @@ def fit_map(
 def squared_error(fit: BranchMap, moments: Moments) -> float:
     """``E |y - W x - b|^2`` of the samples that the moments are of."""
     c_xx, c_yx = moments.covariance()
-    own, weight_YX = moments.on_host(), fit.weight_YX
-    off_Y = own.mean_y - weight_YX @ own.mean_x - fit.bias_Y
+    host, weight_YX = moments.on_host(), fit.weight_YX
+    off_Y = host.mean_y - weight_YX @ host.mean_x - fit.bias_Y
     around_mean = variance(moments) - 2.0 * np.sum(weight_YX * c_yx) + np.sum((weight_YX @ c_xx) * weight_YX)
     return max(float(around_mean + off_Y @ off_Y), 0.0)
 
@@ -132,9 +132,9 @@ def squared_error(fit: BranchMap, moments: Moments) -> float:
 def variance(moments: Moments, *, residual: bool = False) -> float:
     """tr(C_yy), or with the residual tr Cov(y + x)."""
     c_xx, c_yx = moments.covariance()
-    own = moments.on_host()
-    assert own.yy is not None
-    total = np.trace(own.yy) / own.count
+    host = moments.on_host()
+    assert host.yy is not None
+    total = np.trace(host.yy) / host.count
     return float(total + 2.0 * np.trace(c_yx) + np.trace(c_xx) if residual else total)
 
 
@@ -153,9 +153,9 @@ def cca_bound(moments: Moments, *, residual: bool = True) -> float:
     itself never is. ``residual`` takes Y = y + x, as they do. Directions without variance count as uncorrelated.
     """
     c_xx, c_yx = moments.covariance()
-    own = moments.on_host()
-    assert own.yy is not None
-    c_yy = own.yy / own.count
+    host = moments.on_host()
+    assert host.yy is not None
+    c_yy = host.yy / host.count
     if residual:
         c_yx, c_yy = c_yx + c_xx, c_yy + c_yx + c_yx.T + c_xx
     correlation_YX = inverse_root(c_yy).T @ c_yx @ inverse_root(c_xx)

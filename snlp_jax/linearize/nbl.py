@@ -158,20 +158,27 @@ def measure(
     for start in range(0, len(layers), step):
         part = layers[start : start + step]
         wanted = {branch: [layer for layer in each if layer in part] for branch, each in places.items()}
-        settings: dict[str, Any] = {"skip_first": config.skip_first, "mesh": mesh, "on_batch": on_batch}
-        mine, others = (branch_moments(model, params, text, wanted, **settings) for text in (fit, held_out))
-        for (branch, layer), moments in mine.items():
+        fitted, other = (
+            branch_moments(model, params, text, wanted, skip_first=config.skip_first, mesh=mesh, on_batch=on_batch)
+            for text in (fit, held_out)
+        )
+        for (branch, layer), moments in fitted.items():
             check_samples(int(moments.count), model.config.embed_dim)
-            other = others.pop((branch, layer))
-            settings = {"ridge": config.ridge, "shrinkage": config.shrinkage, "rank": config.rank}
-            its_map = fit_map(moments, other, **settings)
-            errors = {
-                "nmse": nmse(its_map, moments),
-                "nmse_residual": nmse(its_map, moments, residual=True),
-                "held_out": nmse(its_map, other, residual=True),
-                "cca_bound": cca_bound(moments),
-            }
-            found.append(Candidate(layer, branch, its_map.ridge, its_map.condition, **errors, fit=its_map))
+            unseen = other.pop((branch, layer))
+            best = fit_map(moments, unseen, ridge=config.ridge, shrinkage=config.shrinkage, rank=config.rank)
+            found.append(
+                Candidate(
+                    layer,
+                    branch,
+                    best.ridge,
+                    best.condition,
+                    nmse=nmse(best, moments),
+                    nmse_residual=nmse(best, moments, residual=True),
+                    held_out=nmse(best, unseen, residual=True),
+                    cca_bound=cca_bound(moments),
+                    fit=best,
+                )
+            )
     return found
 
 

@@ -8,13 +8,13 @@ map of its MLP to ``h' - x``.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snlp_jax.config import Kind, ModelConfig
+from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model.kinds import owners
 from snlp_jax.types import Array, Params
@@ -48,25 +48,21 @@ def replace(
             that is not that of the maps which the model has.
     """
     given = {"attention": dict(attention or {}), "mlp": dict(mlp or {})}
-    fields: dict[str, Any] = {}
-    for name, maps in given.items():
-        before = {kind: getattr(config, f"{kind}_{name}") for kind in ("linear", "dropped")}
-        for layer, new in sorted(maps.items()):
-            if not 0 <= layer < config.num_layers:
-                raise InputError(f"there is no layer {layer}; layers are 0 to {config.num_layers - 1}.")
-            if layer in before["linear"] + before["dropped"]:
-                raise InputError(f"the {name} of layer {layer} is replaced already; leave it out.")
-            _check_width(new, config.embed_dim, f"the map for the {name} of layer {layer}")
-        for kind, layers in before.items():
-            added = [layer for layer, new in maps.items() if (new is None) == (kind == "dropped")]
-            fields[f"{kind}_{name}"] = tuple(sorted({*layers, *added}))
-    has_maps = bool(config.linear_attention + config.linear_mlp)
+    _check(config, given, rank)
     adds_maps = any(new is not None for maps in given.values() for new in maps.values())
-    if has_maps and adds_maps and rank != config.linear_rank:
-        raise InputError(f"rank {rank} is not that of the model's maps, which is {config.linear_rank}; give that one.")
-    fields["linear_rank"] = rank if adds_maps else config.linear_rank
-    new_config = dataclasses.replace(config, **fields)
 
+    def layers(kind: Literal["linear", "dropped"], branch: str) -> tuple[int, ...]:
+        added = [layer for layer, new in given[branch].items() if (new is None) == (kind == "dropped")]
+        return tuple(sorted({*getattr(config, f"{kind}_{branch}"), *added}))
+
+    new_config = dataclasses.replace(
+        config,
+        linear_attention=layers("linear", "attention"),
+        dropped_attention=layers("dropped", "attention"),
+        linear_mlp=layers("linear", "mlp"),
+        dropped_mlp=layers("dropped", "mlp"),
+        linear_rank=rank if adds_maps else config.linear_rank,
+    )
     blocks: dict[str, Any] = {}
     rows = {"linear_attn": given["attention"], "linear_mlp": given["mlp"]}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"]):
@@ -80,6 +76,21 @@ def replace(
         if leaves:
             blocks[name] = jax.tree.map(lambda *rows: jnp.stack(rows), *(leaves[layer] for layer in sorted(leaves)))
     return new_config, {**params, "embed": _embed(config, new_config, params["embed"]), "blocks": blocks}
+
+
+def _check(config: ModelConfig, given: Mapping[str, Mapping[int, AffineMap | None]], rank: int) -> None:
+    for branch, maps in given.items():
+        replaced = getattr(config, f"linear_{branch}") + getattr(config, f"dropped_{branch}")
+        for layer, new in sorted(maps.items()):
+            if not 0 <= layer < config.num_layers:
+                raise InputError(f"there is no layer {layer}; layers are 0 to {config.num_layers - 1}.")
+            if layer in replaced:
+                raise InputError(f"the {branch} of layer {layer} is replaced already; leave it out.")
+            _check_width(new, config.embed_dim, f"the map for the {branch} of layer {layer}")
+    has_maps = bool(config.linear_attention + config.linear_mlp)
+    adds_maps = any(new is not None for maps in given.values() for new in maps.values())
+    if has_maps and adds_maps and rank != config.linear_rank:
+        raise InputError(f"rank {rank} is not that of the model's maps, which is {config.linear_rank}; give that one.")
 
 
 def _kept(config: ModelConfig, new: ModelConfig, path: str, leaf: Array) -> Array | None:
@@ -137,85 +148,3 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], leaf: Array | None) -> Non
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
     tree[keys[-1]] = leaf
-
-
-def merge_affine(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same function with fewer layers: neighbours that are affine as a whole become one linear MLP.
-
-    A layer whose branches are both linear or dropped is ``h -> h (I + A) (I + M) + c``; several in a row are one map
-    with ``I + W = prod (I + A_i) (I + M_i)``, multiplied out in float64. Layers that are dropped as a whole go.
-
-    Raises:
-        InputError: the model's layers read x0 or several streams, or it counts its layers (value embeddings in every
-            second one, a mid-layer state): one map then is not what several were; or its maps are of low rank.
-    """
-    reasons = {
-        "model.use_x0_resid": config.use_x0_resid,
-        "model.use_value_embeds": config.use_value_embeds,
-        "model.use_mid_subtract": config.use_mid_subtract,
-        "model.num_streams": config.num_streams,
-        "model.linear_rank": config.linear_rank,
-    }
-    for name, value in reasons.items():
-        if value:
-            raise InputError(f"affine layers cannot be merged in a model with {name} {value}; leave them as they are.")
-    runs: list[list[int]] = []
-    for layer, kind in enumerate(config.kinds):
-        if "full" in kind:
-            runs.append([layer])
-        elif runs and "full" not in config.kinds[runs[-1][-1]]:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    kinds, letters, maps, kept = [], "", [], []
-    for run in runs:
-        if "full" not in config.kinds[run[0]]:
-            merged = _product(config, params["blocks"], run)
-            if merged is None:
-                continue
-            kinds.append(Kind("none", "linear"))
-            maps.append(merged)
-        else:
-            kinds.append(config.kinds[run[0]])
-            kept += run
-            if kinds[-1].mlp == "linear":
-                maps.append(_row(config, params["blocks"], "linear_mlp", run[0]))
-        letters += config.letters[run[-1]]
-    named = lambda branch, what: tuple(i for i, kind in enumerate(kinds) if getattr(kind, branch) == what)  # noqa: E731
-    new_config = dataclasses.replace(
-        config,
-        num_layers=len(kinds),
-        window_pattern=letters,
-        ends_long=letters.endswith("L"),
-        linear_attention=named("attn", "linear"),
-        dropped_attention=named("attn", "none"),
-        linear_mlp=named("mlp", "linear"),
-        dropped_mlp=named("mlp", "none"),
-    )
-    blocks = {name: tree for name, tree in params["blocks"].items() if not name.startswith("linear_")}
-    rows = np.asarray([i for i, layer in enumerate(owners(config, "linear_attn")) if layer in kept], int)
-    if len(rows):
-        blocks["linear_attn"] = jax.tree.map(lambda leaf: leaf[rows], params["blocks"]["linear_attn"])
-    if maps:
-        blocks["linear_mlp"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps)
-    return new_config, {**params, "blocks": blocks}
-
-
-def _row(config: ModelConfig, blocks: Params, name: str, layer: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[owners(config, name).index(layer)], blocks[name])
-
-
-def _product(config: ModelConfig, blocks: Params, run: list[int]) -> dict[str, Array] | None:
-    """The map of layers that are affine one after another; None for the identity."""
-    whole_DD, bias_D = np.eye(config.embed_dim), np.zeros(config.embed_dim)
-    is_identity = True
-    for layer in run:
-        for name, branch in zip(("linear_attn", "linear_mlp"), config.kinds[layer], strict=True):
-            if branch == "linear":
-                row = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), _row(config, blocks, name, layer))
-                step_DD = np.eye(config.embed_dim) + row["kernel"]
-                whole_DD, bias_D, is_identity = whole_DD @ step_DD, bias_D @ step_DD + row["bias"], False
-    if is_identity:
-        return None
-    kernel_DD = whole_DD - np.eye(config.embed_dim)
-    return {"kernel": jnp.asarray(kernel_DD, jnp.float32), "bias": jnp.asarray(bias_D, jnp.float32)}

@@ -206,13 +206,11 @@ class _Pass:
         mesh: Mesh | None,
     ):
         num_layers = model.config.num_layers
-        whole: dict[str, Any] = dict.fromkeys(
-            ("linear_attention", "linear_mlp", "dropped_attention", "dropped_mlp"), ()
+        whole = dataclasses.replace(
+            model.config, linear_attention=(), linear_mlp=(), dropped_attention=(), dropped_mlp=()
         )
         self._model, self._mesh = model, mesh
-        self._programs = _programs(
-            dataclasses.replace(model.config, **whole), model.machine, model.backend, skip_first, mesh
-        )
+        self._programs = _programs(whole, model.machine, model.backend, skip_first, mesh)
         self._wanted = [tuple(name for name in BRANCHES if l in wanted.get(name, ())) for l in range(num_layers)]
         self._num_layers = max((l + 1 for l, names in enumerate(self._wanted) if names), default=0)
         weights = prepare(model, params, Schedule.of(num_layers), num_tokens=1, layout="list")

@@ -51,11 +51,11 @@ def fingerprint(params: PyTree) -> str:
 def save_calibration(run_dir: Path, name: str, calibration: Calibration, about: About) -> Path:
     """Write ``RUN_DIR/calibrations/NAME.npz`` whole or not at all, over an older one of that name."""
     path = _path(run_dir, name)
-    arrays: dict[str, Any] = {_ABOUT: np.asarray(json.dumps(dataclasses.asdict(about), sort_keys=True))}
+    arrays = {_ABOUT: np.asarray(json.dumps(dataclasses.asdict(about), sort_keys=True))}
     arrays |= {f"layers/{key}": np.asarray(leaf) for key, leaf in calibration.layers.items()}
     arrays |= {f"common/{key}": np.asarray(leaf) for key, leaf in calibration.common.items()}
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, buffer.getvalue())
     return path

@@ -71,10 +71,10 @@ class Clock:
                 )
             text = tokens_WT[:, :length].reshape(-1)  # again from the start where it is short
             texts = np.resize(text, (NUM_TEXTS, rows, length))
-            return cls(model, model.cast(params), fits, list(texts.astype(np.int32)), 0)
+            return cls(model, params, fits, list(texts.astype(np.int32)), 0)
         length = max(1, min(config.eval.greedy_prompt_len or 64, tokens_WT.shape[1] - 1))
         prompts = np.resize(tokens_WT[:, :length], (max(len(tokens_WT) // rows, 1), rows, length))
-        return cls(model, model.cast(params), fits, list(prompts), min(NEW_TOKENS, longest - length))
+        return cls(model, params, fits, list(prompts), min(NEW_TOKENS, longest - length))
 
     @property
     def what(self) -> str:

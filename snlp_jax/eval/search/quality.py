@@ -78,7 +78,7 @@ class Quality:
         batch_size: int,
         fits: Mapping[str, Calibration],
     ):
-        self.model, self.params, self.windows, self.fits = model, model.cast(params), windows, fits
+        self.model, self.params, self.windows, self.fits = model, params, windows, fits
         self.num_windows, self.num_tokens = windows["tokens"][:, 1:].shape
         self.batch_size = min(batch_size, self.num_windows)
         self._nll = jax.jit(partial(_nll, model), static_argnames="num_iters")

@@ -37,7 +37,7 @@ from snlp_jax.eval.search.record import Found, Row
 from snlp_jax.eval.search.space import Candidate, Line, draft_len, lines_of, lossless_of, rule_of
 from snlp_jax.eval.solver_file import SolverFile
 from snlp_jax.io.provenance import circumstances
-from snlp_jax.layout import Layout
+from snlp_jax.layout import Layout, canonical
 from snlp_jax.linearize import fingerprint, stored_calibrations
 from snlp_jax.notation import parse_schedule
 from snlp_jax.run import Which
@@ -70,6 +70,7 @@ class Search:
         schedules = [each.schedule for each in self.candidates]
         schedules += [parse_schedule(text, config.model.num_layers) for text in drafters]
         fits = load_fits(run_dir, opened.params, schedules)
+        params = canonical(opened.model, opened.params)  # one copy for all candidates
         windows = shuffled_windows(opened.data, config.model.seq_len, 2 * config.eval.num_windows)
         total = len(windows["tokens"])
         self.num_windows = (total + 1) // 2
@@ -80,9 +81,9 @@ class Search:
                 f"with eval.num_windows {config.eval.num_windows}; give more."
             )
         batch_size = min(config.eval.batch_size, FIRST_RUNG)
-        self.quality = Quality(opened.model, opened.params, windows, batch_size, fits)
+        self.quality = Quality(opened.model, params, windows, batch_size, fits)
         texts_WT = windows["tokens"][: self.num_windows]
-        self.clock = Clock.of(config, search, opened.model, opened.params, fits, texts_WT)
+        self.clock = Clock.of(config, search, opened.model, params, fits, texts_WT)
         self.measured: dict[Candidate, Measured] = {}
         self.status: dict[Candidate, str] = {}
         self.times_ms: dict[Candidate, np.ndarray] = {}
