@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.chains import chains_of
-from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, MTPConfig
+from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, MachineConfig, MTPConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.infer.engine import Engine, Request
@@ -80,13 +80,13 @@ class Golden:
             self.reg_stride: int = self.meta["stride"]
         except KeyError as error:
             raise InputError(f"not a golden file: its config or meta lacks the field {error}.") from error
-        model_config = dataclasses.replace(nanochat_config(self.config), compute_dtype="float32")
+        model_config, machine = nanochat_config(self.config), MachineConfig(compute_dtype="float32")
         weights = {name.removeprefix("w/"): array for name, array in self.arrays.items() if name.startswith("w/")}
-        self.model = LanguageModel(model_config)
+        self.model = LanguageModel(model_config, machine)
         self.params: Params = from_nanochat(weights, model_config)
         # The losses of a model with a head that looks further ahead: its matrix beside the same weights.
         heads = {name.removeprefix("w_mtp/"): array for name, array in self.arrays.items() if name.startswith("w_mtp/")}
-        self.model_ahead = LanguageModel(dataclasses.replace(model_config, num_mtp_heads=len(heads)))
+        self.model_ahead = LanguageModel(dataclasses.replace(model_config, num_mtp_heads=len(heads)), machine)
         self.params_ahead: Params = from_nanochat(weights | heads, self.model_ahead.config)
         self.mtp_weight: float = self.config.get("mtp_loss_weight", 0.0)
         self.tokens_BT = jnp.asarray(self.arrays["idx"])

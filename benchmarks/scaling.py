@@ -6,7 +6,7 @@
 A decode step of a model like the d32 configs (heads of 128, windows SSSL), one sequence, 2048 tokens in the cache.
 Three quarters of the depth are a region with K iterations of Identity, as published (n = 24 of 32); the rest runs in
 order. Every arm may arrange its chips as layer x tensor as suits it best, and the fair twin is the faster of the two
-sequential passes, tensor parallel and ring. The formula is that of snlp_jax/planner/formula.py, the prices are
+sequential passes, tensor parallel and ring. The formula is that of benchmarks/plan_formula.py, the prices are
 those of snlp_jax/parallel/chips.py: estimates, nothing ran. The check compiles some of the plans ahead of time and
 holds counts, bytes and FLOPs against the formula. Writes benchmarks/results/scaling_DATE.json and docs/scaling.png.
 """
@@ -29,6 +29,9 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.plan_compile import Work, compile_plan
+from benchmarks.plan_formula import expected
+from benchmarks.plan_prices import ON_CHIP_BYTES, PricedSlice
 from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config, MeshConfig, ModelConfig
 from snlp_jax.errors import InputError
@@ -37,12 +40,11 @@ from snlp_jax.io.provenance import git_commit
 from snlp_jax.layout import Spread, abstract_weights, with_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
-from snlp_jax.parallel.chips import Chip, Slice
+from snlp_jax.parallel.chips import Chip
 from snlp_jax.parallel.hlo import Program
 from snlp_jax.parallel.mesh import AXES
 from snlp_jax.parts import Weights
-from snlp_jax.planner.compile import Work, compile_plan, plan_mesh, prepare_environment
-from snlp_jax.planner.formula import expected
+from snlp_jax.planner.target import plan_mesh, prepare_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Work("decode", batch_size=1, context=2048)
@@ -164,15 +166,15 @@ def formula(depth: int, width: int, mesh: tuple[int, int], setting: str, sequent
     model, shape = model_of(depth, width, chip.backend), AbstractMesh((1, *mesh), AXES, axis_types=(AxisType.Auto,) * 3)
     any_k = setting.partition(",k=")[0] or "seq"  # the iterations do not change where weights lie
     weights = with_schedule(model, laid_out(model, shape, any_k, sequential), parse_schedule(setting or "seq", depth))
-    return expected(model, weights, shape, WORK, chip.on_chip_bytes)
+    return expected(model, weights, shape, WORK, ON_CHIP_BYTES.get(chip.name, 0.0))
 
 
-def price(program: Program, chips: Slice, kernel_launch: float | None = None) -> float:
+def price(program: Program, chips: PricedSlice, kernel_launch: float | None = None) -> float:
     return sum(chips.seconds(op, kernel_launch) for op in program.ops)
 
 
 def best(
-    chips: Slice, depth: int, width: int, setting: str, sequential: Spread
+    chips: PricedSlice, depth: int, width: int, setting: str, sequential: Spread
 ) -> tuple[float, float, tuple[int, int]]:
     """Seconds of the fastest arrangement, those of the fastest without launches, and the former."""
     num_chips = chips.num_chips
@@ -187,7 +189,7 @@ def best(
 def sweep(args: Args) -> Iterator[Row]:
     for (name, shapes), depth, width in itertools.product(SLICES.items(), args.depths, args.widths):
         for shape in shapes:
-            chips = Slice.parse(f"{name}:{shape}")
+            chips = PricedSlice.parse(f"{name}:{shape}")
             tensor, tensor_fused, _ = best(chips, depth, width, "", "tensor")
             ring, ring_fused, _ = best(chips, depth, width, "", "ring")
             for iterations in ITERATIONS:
@@ -201,7 +203,7 @@ def check(
     topology: str, mesh: tuple[int, int], depth: int, width: int, setting: str, sequential: Spread
 ) -> dict[str, Any]:
     """Compile one plan and put its figures beside those of the formula."""
-    chips, began = Slice.parse(topology), time.perf_counter()
+    chips, began = PricedSlice.parse(topology), time.perf_counter()
     config = Config(model=model_config(depth, width))
     on = plan_mesh(MeshConfig(layer=mesh[0], tensor=mesh[1]), chips)
     schedule = parse_schedule(setting or "seq", depth)
@@ -238,7 +240,9 @@ def main(args: Args) -> dict[str, Any]:
         "commit": git_commit(),
         "jax": version("jax"),
         "work": dataclasses.asdict(WORK),
-        "chips": {name: dataclasses.asdict(Slice.parse(f"{name}:{shapes[0]}").chip) for name, shapes in SLICES.items()},
+        "chips": {
+            name: dataclasses.asdict(PricedSlice.parse(f"{name}:{shapes[0]}").chip) for name, shapes in SLICES.items()
+        },
         "checks": checks,
         "fields": fields,
         "rows": [[_short(getattr(row, name)) for name in fields] for row in rows],
@@ -302,7 +306,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     width = 2048 if 2048 in widths else widths[0]
     for row_of_axes, chip in zip(axes, ("v5e", "h100"), strict=True):
         of_chip = [row for row in rows if row.topology.startswith(f"{chip}:")]
-        size = {row.topology: Slice.parse(row.topology).num_chips for row in of_chip}
+        size = {row.topology: PricedSlice.parse(row.topology).num_chips for row in of_chip}
         counts = sorted(set(size.values()))
         find = {(size[row.topology], row.depth, row.width, row.iterations): row for row in of_chip}
         line, by_width, by_depth = row_of_axes

@@ -19,7 +19,8 @@ import json, sys
 from snlp_jax.config import Config, MachineConfig, MeshConfig, ModelConfig
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.chips import Slice
-from snlp_jax.planner.compile import Work, compile_plan, plan_mesh, prepare_environment
+from benchmarks.plan_compile import Work, compile_plan
+from snlp_jax.planner.target import plan_mesh, prepare_environment
 
 prepare_environment()
 chips = Slice.parse(sys.argv[1])
@@ -101,7 +102,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.chips import Slice
 from snlp_jax.parallel.hlo import read_program
-from snlp_jax.planner.compile import described_devices, prepare_environment
+from snlp_jax.planner.target import described_devices, prepare_environment
 from snlp_jax.quantize import quantize
 
 prepare_environment()

@@ -16,7 +16,7 @@ import pytest
 from problems import SMALL, random_params
 
 from snlp_jax.cache import Past, append, fill, plan_rings
-from snlp_jax.config import MeshConfig
+from snlp_jax.config import MachineConfig, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import Keep, forward
 from snlp_jax.infer.rules import check_settings
@@ -110,14 +110,10 @@ def name_of(corner: Corner) -> str:
     return "-".join(str(mesh if name == "mesh" else value) for name, value in changed.items())
 
 
-def config_of(corner: Corner):
-    return dataclasses.replace(MODELS[corner.model], compute_dtype=corner.dtype)
-
-
 @functools.cache
 def reference(model_name: str, dtype: str):
     """Parameters and the plain model's logits, for all corners of a model."""
-    model = LanguageModel(dataclasses.replace(MODELS[model_name], compute_dtype=dtype))
+    model = LanguageModel(MODELS[model_name], MachineConfig(dtype))
     params = random_params(model)
     return params, np.asarray(jax.jit(model)(params, TOKENS_BT))
 
@@ -142,7 +138,7 @@ def calibration(num_iters=3):
 
 def logits_of(corner: Corner):
     """Logits of the four tokens at once, or of the last two behind a cache of the first two."""
-    model = LanguageModel(config_of(corner), backend=corner.backend)
+    model = LanguageModel(MODELS[corner.model], MachineConfig(corner.dtype), backend=corner.backend)
     schedule = parse_schedule(corner.setting, 3)
     mesh = make_mesh(corner.mesh) if corner.mesh else None
     fits = {"corner": calibration()} if "fit=" in corner.setting else None

@@ -14,6 +14,8 @@ import pytest
 from test_families import PROMPT_LEN, golden
 from test_import import write_source
 
+from benchmarks.plan_compile import Work
+from benchmarks.plan_formula import expected, weight_bytes
 from snlp_jax.cli.convert import export_run, import_run
 from snlp_jax.config import (
     Config,
@@ -36,8 +38,6 @@ from snlp_jax.model.attention import attend, choose_implementation
 from snlp_jax.model.layers import rotary_table, rotate
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.mesh import make_mesh
-from snlp_jax.planner.compile import Work
-from snlp_jax.planner.formula import expected, weight_bytes
 from snlp_jax.run import read_config, read_params
 from snlp_jax.train.loop import train
 

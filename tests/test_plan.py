@@ -12,17 +12,18 @@ from jax.sharding import PartitionSpec
 from problems import SMALL
 
 from benchmarks import scaling
-from snlp_jax.cli.plan import Args, parse_mesh, run_plan, widest_mesh
+from benchmarks.plan import Args, parse_mesh, run_plan, widest_mesh
+from benchmarks.plan_compile import Work, compile_plan
+from benchmarks.plan_formula import expected
+from benchmarks.plan_prices import PricedSlice
 from snlp_jax.config import Config, MeshConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.layout import abstract_weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
-from snlp_jax.parallel.chips import CHIPS, Slice, chip_of
+from snlp_jax.parallel.chips import CHIPS, chip_of
 from snlp_jax.parallel.hlo import Op, count_collectives, read_program
-from snlp_jax.planner.compile import Work, compile_plan
-from snlp_jax.planner.formula import expected
 
 MODEL = dataclasses.replace(SMALL, num_layers=4, num_kv_heads=4)
 
@@ -168,7 +169,7 @@ def test_the_formula_is_what_is_compiled(axes, setting, sequential, kind):
 
 def test_steps_between_chips():
     """Half way round a closed axis, end to end along an open one, in the most compact box."""
-    steps = lambda topology, group: Slice.parse(topology).steps(group)  # noqa: E731
+    steps = lambda topology, group: PricedSlice.parse(topology).steps(group)  # noqa: E731
     assert steps("v5e:4x4", 16) == 3 + 3
     assert steps("v5e:16x16", 256) == 8 + 8
     assert steps("v5e:16x16", 16) == 3 + 3
@@ -181,7 +182,7 @@ def test_exchanges_never_get_cheaper():
     """With more bytes, or with more chips where there are none; and an all-reduce is no cheaper than the all-gather
     that is half of it."""
     for topology in ("v4:2x2x2", "v5e:4x8", "h100:8"):
-        chips = Slice.parse(topology)
+        chips = PricedSlice.parse(topology)
         groups = [group for group in (2, 4, 8) if group <= chips.num_chips]
         for kind in ("all-reduce", "all-gather", "collective-permute"):
             times = [[chips.exchange_seconds(kind, size, group) for size in (0, 1e4, 1e7)] for group in groups]
@@ -190,7 +191,7 @@ def test_exchanges_never_get_cheaper():
         assert chips.exchange_seconds("all-reduce", 1e7, 8) >= chips.exchange_seconds("all-gather", 1e7, 8)
         assert chips.exchange_seconds("all-reduce", 1e7, 1) == 0.0
         kernel = chips.seconds(Op("fusion", 3, flops=0.0, bytes_read=int(chips.chip.hbm_bandwidth)))
-        assert kernel == pytest.approx(3 * (1.0 + chips.chip.kernel_launch))
+        assert kernel == pytest.approx(3 * (1.0 + chips.latency.kernel_launch))
 
 
 def test_chips_by_the_names_of_devices():
@@ -259,8 +260,8 @@ def test_refusals(config_file):
 
 
 def test_a_mesh_of_all_chips_by_default():
-    assert parse_mesh("", Slice.parse("v5p:2x2x4")) == MeshConfig(layer=16)
-    assert parse_mesh("layer=4, tensor=4", Slice.parse("v5e:4x4")) == MeshConfig(layer=4, tensor=4)
+    assert parse_mesh("", PricedSlice.parse("v5p:2x2x4")) == MeshConfig(layer=16)
+    assert parse_mesh("layer=4, tensor=4", PricedSlice.parse("v5e:4x4")) == MeshConfig(layer=4, tensor=4)
 
 
 # ---------------------------------------------------------------- the sweep
@@ -278,7 +279,7 @@ def test_the_sweep(tmp_path, monkeypatch):
     for first, second in zip(rows, rows[1:], strict=False):
         assert first["topology"] != second["topology"] or first["seconds"] < second["seconds"]
     for row in rows:
-        chips = Slice.parse(row["topology"])
+        chips = PricedSlice.parse(row["topology"])
         setting = f"idn:n=6,k={row['iterations']}"
         program = scaling.formula(8, 256, (2, 1), setting, "tensor", chips.chip)
         assert row["seconds"] <= scaling.price(program, chips) * (1 + 1e-3)  # written with four digits

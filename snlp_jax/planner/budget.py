@@ -22,7 +22,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.chips import Slice, chip_of
 from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.parallel.processes import is_first
-from snlp_jax.planner.compile import plain_kernels, plan_mesh, prepare_environment
+from snlp_jax.planner.target import plain_kernels, plan_mesh, prepare_environment
 from snlp_jax.train.flops import run_flops, step_flops
 from snlp_jax.train.loss import Plan
 from snlp_jax.train.memory import GIB, capacity_of, refusal, state_bytes

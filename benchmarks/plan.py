@@ -1,11 +1,11 @@
 """What a pod would do, without the pod: compile for its chips ahead of time, count, and estimate.
 
-    python -m snlp_jax.planner configs/d32s_idn.py --topology v5e:4x4 --mesh layer=16 --solver idn:n=24,k=2
+    python benchmarks/plan.py configs/d32s_idn.py --topology v5e:4x4 --mesh layer=16 --solver idn:n=24,k=2
 
 compiles a decode step (``--forward``: a whole sequence; ``--train``: a training step) for v4, v5e, v5p or v6e slices or
 for ``h100:8``, and prints the collectives it executes, bytes, FLOPs and memory of a chip and an estimate of its time,
 beside two ways to run the same layers in order: tensor parallel, and as a ring. ``--no-compile`` prints the formula
-(``snlp_jax/planner/formula.py``) instead, for any number of chips. docs/scaling.md says what the estimate is.
+(``benchmarks/plan_formula.py``) instead, for any number of chips. docs/scaling.md says what the estimate is.
 """
 
 import dataclasses
@@ -21,25 +21,19 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Column, Table
 
+from benchmarks.plan_compile import Compiled, Work, compile_plan, held_bytes
+from benchmarks.plan_formula import expected
+from benchmarks.plan_prices import PricedSlice
+from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config, LossConfig, MeshConfig, load_config
 from snlp_jax.errors import InputError
 from snlp_jax.layout import Spread, abstract_weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
-from snlp_jax.parallel.chips import Slice
 from snlp_jax.parallel.hlo import Program
 from snlp_jax.parallel.hlo_text import COLLECTIVES
 from snlp_jax.parallel.mesh import AXES
-from snlp_jax.planner.compile import (
-    Compiled,
-    Work,
-    compile_plan,
-    held_bytes,
-    plain_kernels,
-    plan_mesh,
-    prepare_environment,
-)
-from snlp_jax.planner.formula import expected
+from snlp_jax.planner.target import plain_kernels, plan_mesh, prepare_environment
 from snlp_jax.solver import Schedule
 
 
@@ -124,13 +118,13 @@ class Estimate:
 
 
 def main() -> None:
-    run_plan(tyro.cli(Args, prog="python -m snlp_jax.planner", description=__doc__))
+    run_plan(tyro.cli(Args, prog="python benchmarks/plan.py", description=__doc__))
 
 
 def run_plan(args: Args) -> dict[str, Any]:
     """Plan, print a table and return what ``--json`` writes."""
     prepare_environment()
-    chips, config = Slice.parse(args.topology), plain_kernels(load_config(args.config))
+    chips, config = PricedSlice.parse(args.topology), plain_kernels(load_config(args.config))
     work = replace(args.work, context=args.context or config.model.seq_len)
     if args.train:
         config = replace(config, train=replace(config.train, batch_size=args.batch or config.train.batch_size))
@@ -149,7 +143,7 @@ def run_plan(args: Args) -> dict[str, Any]:
     return record
 
 
-def parse_mesh(text: str, chips: Slice) -> MeshConfig:
+def parse_mesh(text: str, chips: PricedSlice) -> MeshConfig:
     """``layer=8,tensor=2`` as a mesh of all chips; an empty text has all of them on the layer axis."""
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
@@ -164,7 +158,7 @@ def parse_mesh(text: str, chips: Slice) -> MeshConfig:
     return mesh
 
 
-def make_arms(args: Args, config: Config, chips: Slice) -> list[Arm]:
+def make_arms(args: Args, config: Config, chips: PricedSlice) -> list[Arm]:
     """The plan, then its two twins on the same chips."""
     mesh, num_layers = parse_mesh(args.mesh, chips), config.model.num_layers
     if config.model.replaced_layers:
@@ -197,10 +191,10 @@ def widest_mesh(mesh: MeshConfig, num_heads: int) -> MeshConfig:
     return MeshConfig(mesh.data, first, num_chips // first)
 
 
-def plan_arm(arm: Arm, chips: Slice, work: Work, kernel_us: float | None, is_compiled: bool) -> Estimate:
+def plan_arm(arm: Arm, chips: PricedSlice, work: Work, kernel_us: float | None, is_compiled: bool) -> Estimate:
     """Compile one arm, or write down its formula, and estimate."""
     backend = chips.chip.backend
-    launch = chips.chip.kernel_launch if kernel_us is None else kernel_us * 1e-6
+    launch = chips.latency.kernel_launch if kernel_us is None else kernel_us * 1e-6
     compiled: Compiled | None = None
     model = LanguageModel(arm.config.model, arm.config.machine, backend=backend)
     if is_compiled:
@@ -211,13 +205,13 @@ def plan_arm(arm: Arm, chips: Slice, work: Work, kernel_us: float | None, is_com
         shape = (arm.mesh.data, arm.mesh.layer, arm.mesh.tensor)
         mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
         weights = abstract_weights(model, arm.schedule, mesh, arm.sequential)
-        program = expected(model, weights, mesh, work, chips.chip.on_chip_bytes)
+        program = expected(model, weights, mesh, work, chips.on_chip_bytes)
     held = held_bytes(model, arm.config, arm.schedule, mesh, work, arm.sequential)
     return estimate(arm.name, program, held, compiled, chips, launch)
 
 
 def estimate(
-    name: str, program: Program, held: int, compiled: Compiled | None, chips: Slice, launch: float
+    name: str, program: Program, held: int, compiled: Compiled | None, chips: PricedSlice, launch: float
 ) -> Estimate:
     """Price every operation of a program and add up."""
     exchanges = [op for op in program.ops if op.is_collective]
@@ -238,7 +232,7 @@ def estimate(
     )
 
 
-def make_table(estimates: Sequence[Estimate], chips: Slice, work: Work) -> Table:
+def make_table(estimates: Sequence[Estimate], chips: PricedSlice, work: Work) -> Table:
     """One column a plan."""
     chip = chips.chip
     what = {
@@ -282,3 +276,7 @@ def _share(memory: int | None, capacity: float) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e6:,.0f} us" if seconds < 0.01 else f"{seconds * 1e3:,.0f} ms"
+
+
+if __name__ == "__main__":
+    run_entry(main)

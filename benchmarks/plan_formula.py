@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from benchmarks.plan_compile import Work
 from snlp_jax.cache import plan_rings
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.hlo import Op, Program
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.parts import Weights
-from snlp_jax.planner.compile import Work
 from snlp_jax.solver import ParallelSegment, SkippedSegment
 
 KERNELS = {"tpu": (30, 62, 16), "gpu": (24, 26, 9), "cpu": (24, 26, 9)}
