@@ -46,11 +46,11 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
     Processes that hold the same rows feed the same part.
     """
-    mine = sorted({int(place[0]) for place in np.argwhere(_is_mine(mesh))})
-    count = mesh.shape["data"] // len(mine)
-    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+    rows = sorted({int(place[0]) for place in np.argwhere(_is_local(mesh))})
+    count = mesh.shape["data"] // len(rows)
+    if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise InputError("the data axis of the mesh is not divided evenly among the processes; change mesh.data.")
-    return mine[0] // len(mine), count
+    return rows[0] // len(rows), count
 
 
 def put_batch(mesh: Mesh | None, rows: PyTree, *, is_whole: bool = False) -> PyTree:
@@ -64,12 +64,12 @@ def put_batch(mesh: Mesh | None, rows: PyTree, *, is_whole: bool = False) -> PyT
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     index, count = (0, 1) if is_whole else data_shard(mesh)
 
-    def put(mine: np.ndarray) -> jax.Array:
-        first, shape = index * mine.shape[0], (count * mine.shape[0], *mine.shape[1:])
+    def put(part: np.ndarray) -> jax.Array:
+        first, shape = index * part.shape[0], (count * part.shape[0], *part.shape[1:])
 
         def piece(place: Any) -> np.ndarray:
             start, stop, _ = place[0].indices(shape[0])
-            return mine[start - first : stop - first]
+            return part[start - first : stop - first]
 
         return jax.make_array_from_callback(shape, sharding, piece)
 
@@ -89,5 +89,5 @@ def kernels_on(mesh: Mesh | None, *, is_spread: bool) -> tuple[Literal["cudnn", 
     return ("cudnn",) if mesh.shape["data"] == mesh.size else ()
 
 
-def _is_mine(mesh: Mesh) -> np.ndarray:
+def _is_local(mesh: Mesh) -> np.ndarray:
     return np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)

@@ -161,17 +161,19 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 def constrain(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     """``x`` under jit, held to lie so; inside ``shard_map`` ``spec`` may name the axes that it leaves automatic."""
-    here = jax.sharding.get_abstract_mesh()
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh if here.empty else here, spec))
+    current = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh if current.empty else current, spec))
 
 
-def spread_matrices(tree: PyTree, config: ModelConfig, mesh: Mesh) -> PyTree:
+def spread_matrices(tree: PyTree, config: ModelConfig, mesh: Mesh | None) -> PyTree:
     """Stacked matrices [L, m, n] under jit, each whole along ``data``: with as many layers as places every product of
     a Newton-Schulz iteration is then local (but along ``tensor``, which the compiler may keep as it finds it)."""
+    if mesh is None or mesh.size == 1:
+        return tree
+    rest = PartitionSpec.UNCONSTRAINED if mesh.shape["tensor"] > 1 else None
 
     def one(x: jax.Array) -> jax.Array:
         spec = spec_of("muon", x.shape, config, mesh, TRAINING) or PartitionSpec(None)
-        rest = PartitionSpec.UNCONSTRAINED if mesh.shape["tensor"] > 1 else None
         return constrain(x, mesh, PartitionSpec(*spec, rest, rest))
 
     return jax.tree.map(one, tree)

@@ -21,8 +21,8 @@ from snlp_jax.train.passes import Passes
 from snlp_jax.types import Array, Batch, Params
 
 TrainState = dict[str, Any]
-"""``{'params': what the optimizer moves, 'opt_state': ..., 'step': int32 scalar}``. With adapters 'params' are these
-and 'base' is what they adapt; with an average over the steps 'ema' is that of 'params'."""
+"""``{'params': what the optimizer moves, 'opt_state': ..., 'step': int32 scalar}``. With adapters 'params' holds them
+and 'base' what they adapt; with an average over the steps 'ema' is that of 'params'."""
 StepFn = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
@@ -54,16 +54,13 @@ def optimizer_of(model: LanguageModel, config: Config, mesh: Mesh | None = None)
     if config.lora.rank > 0:
         return make_lora_optimizer(config.lora, config.optim, config.train.num_steps)
     tokens_per_step = config.train.batch_size * config.model.seq_len
-    settings: dict[str, Any] = {}
-    if mesh is not None and mesh.size > 1:
-        settings["spread"] = functools.partial(spread_matrices, config=model.config, mesh=mesh)
-    params = model.abstract_params()
-    optimizer = make_optimizer(config.optim, params, config.train.num_steps, tokens_per_step, **settings)
+    params, spread = model.abstract_params(), functools.partial(spread_matrices, config=model.config, mesh=mesh)
+    optimizer = make_optimizer(config.optim, params, config.train.num_steps, tokens_per_step, spread)
     if not config.train.trainable:
         return optimizer
     if not any(jax.tree.leaves(_matches(params, config.train.trainable))):
         raise InputError(f"train.trainable {config.train.trainable!r} matches the path of no parameter.")
-    rest = lambda tree: jax.tree.map(lambda is_ours: not is_ours, _matches(tree, config.train.trainable))  # noqa: E731
+    rest = lambda tree: jax.tree.map(lambda matches: not matches, _matches(tree, config.train.trainable))  # noqa: E731
     return optax.chain(optimizer, optax.masked(optax.set_to_zero(), rest))  # weight decay moves what has no gradient
 
 
@@ -71,15 +68,15 @@ def frozen(params: Params, trainable: str) -> Params:
     """The parameters, of which those whose path does not match are constants to the gradient."""
     if not trainable:
         return params
-    stop = lambda leaf, is_ours: leaf if is_ours else jax.lax.stop_gradient(leaf)  # noqa: E731
+    stop = lambda leaf, matches: leaf if matches else jax.lax.stop_gradient(leaf)  # noqa: E731
     return jax.tree.map(stop, params, _matches(params, trainable))
 
 
 def _matches(params: Params, pattern: str) -> Any:
     """Of every leaf whether its whole path matches."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    is_ours = lambda path, _: re.fullmatch(pattern, name(path)) is not None  # noqa: E731
-    return jax.tree_util.tree_map_with_path(is_ours, params)
+    matches = lambda path, _: re.fullmatch(pattern, name(path)) is not None  # noqa: E731
+    return jax.tree_util.tree_map_with_path(matches, params)
 
 
 def abstract_state(
@@ -165,10 +162,8 @@ def make_step(
     The batch is split into ``train.num_microbatches`` equal parts (the j-th has rows j, j + M, ..., so that a batch
     that is spread over devices stays where it is) whose gradients are averaged.
     """
-    num_steps, num_microbatches = config.train.num_steps, config.train.num_microbatches
     shardings = _shardings(abstract_state(model, optimizer, mesh, config))
-    lora, decay = config.lora, config.train.ema_decay
-    ring_microbatches = config.mesh.ring_microbatches
+    gradient = _make_gradient(model, config, mesh, shardings["params"])
 
     @functools.partial(
         jax.jit,
@@ -177,46 +172,56 @@ def make_step(
         out_shardings=None if mesh is None else (shardings, None),
     )
     def step(state: TrainState, batch: Batch, *, plan: Plan) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-        weights = {name: term_weight(config.loss.terms[name], state["step"], num_steps) for name, _ in plan.sizes}
-
-        batch = balanced(batch)
-
-        def gradient(rows: Batch) -> tuple[Any, dict[str, Array]]:
-            def loss(trained: Any) -> tuple[Array, dict[str, Array]]:
-                own = frozen(trained, config.train.trainable)
-                params = merge(state["base"], trained, lora) if lora.rank > 0 else own
-                passes = Passes.of(model, params, rows, key, mesh=mesh, ring_microbatches=ring_microbatches)
-                return loss_fn(passes, config.loss, plan, weights)
-
-            grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
-            if mesh is not None:
-                grads = jax.lax.with_sharding_constraint(grads, shardings["params"])
-            return grads, metrics
-
-        if num_microbatches == 1:
-            grads, metrics = gradient(batch)
-        else:
-            cut = lambda leaf: jnp.moveaxis(leaf.reshape(-1, num_microbatches, *leaf.shape[1:]), 1, 0)  # noqa: E731
-            parts = jax.tree.map(cut, batch)
-            first = jax.tree.map(lambda leaf: leaf[0], parts)
-            zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, first))
-            add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
-            total, _ = jax.lax.scan(add, zero, parts)
-            grads, metrics = jax.tree.map(lambda leaf: leaf / num_microbatches, total)
-
+        of_rows = lambda rows: gradient(state, rows, plan)  # noqa: E731
+        grads, metrics = _mean_over_parts(of_rows, balanced(batch), config.train.num_microbatches)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
-        if lora.rank > 0:
-            new["base"] = state["base"]
-        if decay > 0:
-            kept = ema_decay(decay, state["step"])
+        new = state | {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        if "ema" in state:
+            kept = ema_decay(config.train.ema_decay, state["step"])
             new["ema"] = jax.tree.map(lambda old, now: kept * old + (1 - kept) * now, state["ema"], params)
         return new, metrics
 
     return step
+
+
+def _make_gradient(
+    model: LanguageModel, config: Config, mesh: Mesh | None, shardings: Any
+) -> Callable[[TrainState, Batch, Plan], tuple[Any, dict[str, Array]]]:
+    """``(state, rows, plan) -> (gradient of the loss by the state's params, metrics)``; on a mesh gradients lie as
+    ``shardings`` say."""
+
+    def gradient(state: TrainState, rows: Batch, plan: Plan) -> tuple[Any, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
+        terms, num_steps = config.loss.terms, config.train.num_steps
+        weights = {name: term_weight(terms[name], state["step"], num_steps) for name, _ in plan.sizes}
+
+        def loss(trained: Any) -> tuple[Array, dict[str, Array]]:
+            if config.lora.rank > 0:
+                params = merge(state["base"], trained, config.lora)
+            else:
+                params = frozen(trained, config.train.trainable)
+            passes = Passes.of(model, params, rows, key, mesh=mesh, ring_microbatches=config.mesh.ring_microbatches)
+            return loss_fn(passes, config.loss, plan, weights)
+
+        grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
+        return grads if mesh is None else jax.lax.with_sharding_constraint(grads, shardings), metrics
+
+    return gradient
+
+
+def _mean_over_parts(gradient: Callable[[Batch], Any], batch: Batch, num_parts: int) -> Any:
+    """Mean of ``gradient`` over equal parts of the batch, one after another."""
+    if num_parts == 1:
+        return gradient(batch)
+    cut = lambda leaf: jnp.moveaxis(leaf.reshape(-1, num_parts, *leaf.shape[1:]), 1, 0)  # noqa: E731
+    parts = jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda leaf: leaf[0], parts))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
+    total, _ = jax.lax.scan(add, zero, parts)
+    return jax.tree.map(lambda leaf: leaf / num_parts, total)
 
 
 def _shardings(tree: Any) -> Any:
