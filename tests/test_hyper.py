@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from problems import PLAIN, SMALL, VARIANTS, all_sequential, random_params, random_tokens, relative_error
 
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.hyper import DYNAMIC_OFF_DIAGONAL, Wiring, dynamic_maps, mix, sinkhorn
+from snlp_jax.model.hyper import dynamic_maps, mix, sinkhorn
 from snlp_jax.model.layers import RMS_EPS
+from snlp_jax.model.parameters import DYNAMIC_OFF_DIAGONAL, Wiring, fresh
 
 HYPER = {name: VARIANTS[f"hyper_{name}"] for name in ("static", "dynamic")}
 
@@ -166,7 +166,7 @@ def test_fresh_wiring():
         np.testing.assert_allclose(of_branch.post_R, 0.25, rtol=1e-6)
     h_BTRD = draw(0, 2, 50, 4, 32)
     # The fourth layer's attention.
-    dynamic_BT = jax.jit(lambda: dynamic_maps(Wiring(dynamic, 6, rngs=nnx.Rngs(0)), h_BTRD, dynamic))()
+    dynamic_BT = jax.jit(lambda: dynamic_maps(fresh(Wiring, jax.random.key(0), dynamic, 6), h_BTRD, dynamic))()
     static_3 = jax.tree.map(lambda leaf: leaf[3][None, None], maps.attn)
     # Tokens move logits by 0.01 times a normal number; four of them apart is the most of 1600.
     np.testing.assert_allclose(dynamic_BT.pre_R, np.broadcast_to(static_3.pre_R, (2, 50, 4)), atol=0.01)

@@ -452,9 +452,14 @@ def test_attention_kernels_on_a_mesh():
     assert kernels_on(whole, is_spread=True) == ("cudnn", "splash", "triton", "mosaic")
     assert kernels_on(make_mesh(MeshConfig(data=8)), is_spread=False) == ("cudnn",)
     config = dataclasses.replace(SMALL, embed_dim=512, num_heads=4)
-    choose = lambda machine, kernels: (  # noqa: E731
-        LanguageModel(config, machine, backend="tpu").adapted(kernels=kernels)._attention(128)
-    )
+
+    def choose(machine, *allowed):
+        model = LanguageModel(config, machine, backend="tpu")
+        for kernels in allowed:
+            model = model.adapted(kernels=kernels)
+        return model._choose_kernel(False)(128, False)
+
     assert choose(MachineConfig(), ("cudnn", "splash")) == "splash" and choose(MachineConfig(), ("cudnn",)) == "xla"
+    assert choose(MachineConfig(), (), ("splash",)) == "xla"  # what a caller excludes stays excluded on a mesh
     with pytest.raises(InputError, match="over this mesh"):
         choose(MachineConfig(attention="splash"), ())

@@ -6,13 +6,14 @@ one. Splash attention knows segments; cuDNN's would need the whole mask as a bia
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model.layers import einsum
 from snlp_jax.types import Array
@@ -78,6 +79,36 @@ def choose_decoding(requested: str, *, backend: str, num_tokens: int, head_dim: 
     if num_tokens > MAX_QUERIES:
         return "xla"
     return "triton" if backend == "gpu" else "mosaic"
+
+
+def choose_kernel(
+    machine: MachineConfig,
+    config: ModelConfig,
+    backend: str,
+    dtype: Any,
+    allowed: Collection[Implementation],
+    num_tokens: int,
+    is_cached: bool = False,
+) -> Implementation:
+    """The kernel for ``num_tokens`` tokens, which follow on a cache or do not: what ``machine`` asks for, or under
+    ``auto`` XLA's where the choice is not among those that are allowed.
+
+    Raises:
+        InputError: ``machine`` asks for a kernel that does not run here.
+    """
+    name = "decode_attention" if is_cached else "attention"
+    requested, head_dim, softcap = getattr(machine, name), config.head_dim, config.attention_softcap
+    if is_cached:
+        kernel = choose_decoding(requested, backend=backend, num_tokens=num_tokens, head_dim=head_dim)
+    else:
+        kernel = choose_implementation(
+            requested, backend=backend, dtype=dtype, seq_len=num_tokens, head_dim=head_dim, softcap=softcap
+        )
+    if kernel in allowed:
+        return kernel
+    if requested != "auto":
+        raise InputError(f"machine.{name} {requested!r} does not run over this mesh; use 'auto' or 'xla'.")
+    return "xla"
 
 
 def attend(
@@ -285,8 +316,9 @@ def _splash(
     S = k_BSKH.shape[1]
     mask = splash_attention_mask.LocalMask((T, S), window_size=(window, 0), offset=S - T)
     heads = splash_attention_mask.MultiHeadMask([mask] * N)
-    settings: dict[str, Any] = {"attn_logits_soft_cap": softcap} if softcap else {}
-    kernel = splash_attention_kernel.make_splash_mha(mask=heads, head_shards=1, q_seq_shards=1, **settings)
+    kernel = splash_attention_kernel.make_splash_mha(
+        mask=heads, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap or None
+    )
     to_heads = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
     segments = None
     if document_BS is not None:

@@ -1,4 +1,4 @@
-"""One layer: its parameters (Flax NNX) and its maths, alone and for all layers at once.
+"""One layer's maths, alone and for all layers at once.
 
     x = resid_scale * h + x0_scale * x0
     u = x + Attention(rms(x));  h' = u + MLP(rms(u))
@@ -10,19 +10,20 @@ the layer-batched sweep can group attention by window without touching the weigh
 ``attend``, ``after`` (output projection and MLP).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from snlp_jax.config import Kind, ModelConfig
+from snlp_jax.config import ModelConfig
 from snlp_jax.model.attention import attend
-from snlp_jax.model.hyper import Hyper, LayerMaps, residual_path
-from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, norm_weight, rms_norm, rotate, small_product, uniform, weigh
-from snlp_jax.model.projections import head_widths, linear, linear_of_each
-from snlp_jax.types import Array
+from snlp_jax.model.hyper import LayerMaps
+from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, project, rms_norm, rotate, small_product, weigh
+from snlp_jax.model.projections import JOINED, head_widths
+from snlp_jax.types import Array, PyTree
 
 
 class ValueEmbed(NamedTuple):
@@ -110,104 +111,32 @@ class BlockAux(NamedTuple):
     """Derivative of the skip path where it depends on the token (dynamic hyper-connections), else None."""
 
 
-class Attention(nnx.Module):
-    """Query, key, value and output projections; head h reads kv head ``h // (N / K)``."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, H = config.embed_dim, config.head_dim
-        scale = D**-0.5
-        self.query = nnx.Param(uniform(rngs.params(), (D, config.num_heads * H), scale))
-        self.key = nnx.Param(uniform(rngs.params(), (D, config.num_kv_heads * H), scale))
-        self.value = nnx.Param(uniform(rngs.params(), (D, config.num_kv_heads * H), scale))
-        self.out = nnx.Param(jnp.zeros((config.num_heads * H, D)))
-        if config.use_qkv_bias:
-            self.query_bias = nnx.Param(jnp.zeros((config.num_heads * H,)))
-            self.key_bias = nnx.Param(jnp.zeros((config.num_kv_heads * H,)))
-            self.value_bias = nnx.Param(jnp.zeros((config.num_kv_heads * H,)))
-        if config.use_out_bias:
-            self.out_bias = nnx.Param(jnp.zeros((D,)))
-        if config.use_qk_norm and config.norm.weight != "none":
-            self.query_norm = nnx.Param(norm_weight(config.norm, H))
-            self.key_norm = nnx.Param(norm_weight(config.norm, H))
+OnInput = Callable[[str, str, Array], None]
+"""Called with the part of a layer, the name of a kernel and its input."""
 
 
-class Mlp(nnx.Module):
-    """Two projections around a squared ReLU, or three around a product with a gate."""
+@dataclass(frozen=True)
+class Block:
+    """One layer's maths over its parameters, which may be of a kind that the config has none of, and in another form
+    than that of training (``snlp_jax/model/projections.py``)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        D, F = config.embed_dim, config.mlp_width
-        names = ("up",) if config.mlp == "relu2" else ("up", "gate")
-        for name in names:
-            setattr(self, name, nnx.Param(uniform(rngs.params(), (D, F), 0.4 * D**-0.5)))
-        self.down = nnx.Param(jnp.zeros((F, D)))
-        if config.use_mlp_bias:
-            for name in names:
-                setattr(self, f"{name}_bias", nnx.Param(jnp.zeros((F,))))
-            self.down_bias = nnx.Param(jnp.zeros((D,)))
+    config: ModelConfig
+    params: PyTree
+    path: Any
+    """Its residual path (``snlp_jax/model/hyper.py``)."""
+    on_input: OnInput | None = None
 
-    def hidden(self, normed_BTD: Array, dtype: jnp.dtype) -> Array:
-        """Between the two projections, [B, T, F] in ``dtype``."""
-        if self.config.mlp == "relu2":
-            return jnp.square(jax.nn.relu(linear(self, "up", normed_BTD, dtype, dtype)))
-        up_BTF, gate_BTF = linear_of_each(self, "mlp", (self.config.mlp_width,) * 2, normed_BTD, dtype)
-        return (jax.nn.silu(gate_BTF) if self.config.mlp == "swiglu" else jax.nn.gelu(gate_BTF)) * up_BTF
+    @property
+    def resid_scale(self) -> Array:
+        return self.params["resid_scale"]
 
+    @property
+    def x0_scale(self) -> Array:
+        return self.params["x0_scale"]
 
-class Linear(nnx.Module):
-    """``x W + b`` in place of a branch; W is one matrix, or two with ``linear_rank`` channels between them."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, X = config.embed_dim, config.linear_rank
-        if X:
-            self.down = nnx.Param(uniform(rngs.params(), (D, X), D**-0.5))
-            self.up = nnx.Param(jnp.zeros((X, D)))
-        else:
-            self.kernel = nnx.Param(jnp.zeros((D, D)))
-        self.bias = nnx.Param(jnp.zeros((D,)))
-
-    def __call__(self, x_BTD: Array, dtype: jnp.dtype) -> Array:
-        if hasattr(self, "kernel"):
-            y_BTD = linear(self, "kernel", x_BTD, dtype)
-        else:
-            y_BTD = linear(self, "up", linear(self, "down", x_BTD, dtype, dtype), dtype)
-        return y_BTD + self.bias[...].reshape(1, 1, -1)
-
-
-class Norms(nnx.Module):
-    """Weights of the norms before a layer's branches, and of those behind them where there are such."""
-
-    def __init__(self, config: ModelConfig, kind: Kind):
-        branches = [name for name in ("attn", "mlp") if getattr(kind, name) == "full"]
-        for name in (*branches, *(f"{name}_post" for name in branches if config.norm.use_post)):
-            setattr(self, name, nnx.Param(norm_weight(config.norm, config.embed_dim)))
-
-
-class Block(nnx.Module):
-    """One layer. Fresh output projections are zero: at initialisation a layer only mixes streams, or adds x0.
-
-    ``layer`` is its index, and may be traced.
-    """
-
-    def __init__(self, config: ModelConfig, layer: Array | int, kind: Kind, *, rngs: nnx.Rngs):
-        self.config, self.kind = config, kind
-        self.path = residual_path(config)
-        if kind.attn == "full":
-            self.attn = Attention(config, rngs=rngs)
-        elif kind.attn == "linear":
-            self.linear_attn = Linear(config, rngs=rngs)
-        if kind.mlp == "full":
-            self.mlp = Mlp(config, rngs=rngs)
-        elif kind.mlp == "linear":
-            self.linear_mlp = Linear(config, rngs=rngs)
-        if config.norm.weight != "none" and "full" in kind:
-            self.norms = Norms(config, kind)
-        if config.use_x0_resid:
-            depth = layer / max(config.num_layers - 1, 1)
-            self.resid_scale = nnx.Param(jnp.asarray(1.15 - 0.10 * depth, jnp.float32))
-            self.x0_scale = nnx.Param(jnp.asarray(0.20 - 0.15 * depth, jnp.float32))
-        if config.num_streams:
-            self.hyper = Hyper(config, layer, rngs=rngs)
+    @property
+    def hyper(self) -> PyTree:
+        return self.params["hyper"]
 
     def __call__(self, h: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> Array:
         """One layer from h to h', with XLA's attention. Solvers call its three stages one by one."""
@@ -223,29 +152,34 @@ class Block(nnx.Module):
         """``(what after needs, q_BTNH, keys and values)``, the latter in ``dtype`` and None without attention; h is
         [B, T, D] or [B, T, R, D]."""
         x_BTD, carry = self.path.enter(self, h, ctx, shared)
-        if self.kind.attn != "full":
+        if "attn" not in self.params:
             return (carry, self.replaced("attn", x_BTD, dtype)), None, None
         q_BTNH, kv = self.project(x_BTD, ctx, shared, dtype)
         return carry, q_BTNH, kv
 
     def replaced(self, branch: str, x_BTD: Array, dtype: jnp.dtype) -> Array:
         """What a branch that is linear or dropped adds to the stream at its input, which no norm has seen."""
-        if getattr(self.kind, branch) == "none":
+        part = f"linear_{branch}"
+        if part not in self.params:
             return jnp.zeros_like(x_BTD)
-        return getattr(self, f"linear_{branch}")(x_BTD, dtype)
+        if "kernel" in self.params[part]:
+            y_BTD = self.linear(part, "kernel", x_BTD, dtype)
+        else:
+            y_BTD = self.linear(part, "up", self.linear(part, "down", x_BTD, dtype, dtype), dtype)
+        return y_BTD + self.params[part]["bias"].reshape(1, 1, -1)
 
     def project(self, x_BTD: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> tuple[Array, KeyValue]:
         """Queries, keys and values of the normed attention input."""
         config = self.config
         B, T, _ = x_BTD.shape
         normed = self.weigh(rms_norm(x_BTD, config.norm.eps), "attn")
-        each = linear_of_each(self.attn, "attn", head_widths(config), normed, dtype)
+        each = self.linear_of_each("attn", head_widths(config), normed, dtype)
         q, k, v = (x_BTX.reshape(B, T, -1, config.head_dim) for x_BTX in each)
         table, is_weighted = _table_of(ctx, shared), config.norm.weight != "none"
 
         def turned(name: str, x_BTNH: Array) -> Array:
             if config.use_qk_norm and is_weighted:
-                weight = getattr(self.attn, f"{name}_norm")[...]
+                weight = self.params["attn"][f"{name}_norm"]
                 x_BTNH = weigh(rms_norm(x_BTNH, config.norm.eps), weight, config.norm)
             return rotate(x_BTNH, *table)
 
@@ -268,28 +202,48 @@ class Block(nnx.Module):
         else:
             attn_BTD = self.attn_out(attended_BTNH.reshape(*attended_BTNH.shape[:2], -1), dtype)
         u_BTD, carry = self.path.between(self, carry, ctx, attn_BTD)
-        if self.kind.mlp != "full":
+        if "mlp" not in self.params:
             return self.path.leave(carry, ctx, self.replaced("mlp", u_BTD, dtype))
         hidden_BTF = self.mlp_hidden(rms_norm(u_BTD, self.config.norm.eps), dtype)
         return self.path.leave(carry, ctx, self.mlp_out(hidden_BTF, dtype))
 
     def attn_out(self, attended_BTX: Array, dtype: jnp.dtype) -> Array:
         """What the attention branch adds to the stream."""
-        return self._post(linear(self.attn, "out", attended_BTX, dtype), "attn_post")
+        return self._post(self.linear("attn", "out", attended_BTX, dtype), "attn_post")
 
     def mlp_hidden(self, normed_BTD: Array, dtype: jnp.dtype) -> Array:
-        """Between the MLP's projections, from its normed input without weights."""
-        return self.mlp.hidden(self.weigh(normed_BTD, "mlp"), dtype)
+        """Between the MLP's projections, [B, T, F] in ``dtype``, from its normed input without weights."""
+        config, normed_BTD = self.config, self.weigh(normed_BTD, "mlp")
+        if config.mlp == "relu2":
+            return jnp.square(jax.nn.relu(self.linear("mlp", "up", normed_BTD, dtype, dtype)))
+        up_BTF, gate_BTF = self.linear_of_each("mlp", (config.mlp_width,) * 2, normed_BTD, dtype)
+        return (jax.nn.silu(gate_BTF) if config.mlp == "swiglu" else jax.nn.gelu(gate_BTF)) * up_BTF
 
     def mlp_out(self, hidden_BTF: Array, dtype: jnp.dtype) -> Array:
         """What the MLP adds to the stream."""
-        return self._post(linear(self.mlp, "down", hidden_BTF, dtype), "mlp_post")
+        return self._post(self.linear("mlp", "down", hidden_BTF, dtype), "mlp_post")
 
     def weigh(self, normed_BTD: Array, name: str) -> Array:
         """The weights of the named norm applied, where norms have weights."""
         if self.config.norm.weight == "none":
             return normed_BTD
-        return weigh(normed_BTD, getattr(self.norms, name)[...], self.config.norm)
+        return weigh(normed_BTD, self.params["norms"][name], self.config.norm)
+
+    def linear(self, part: str, name: str, x: Array, dtype: Any, out_dtype: Any = jnp.float32) -> Array:
+        """``(x W) s + b`` with kernel ``name`` of a part, and its scales and bias where it has them; dtypes are those
+        of :func:`snlp_jax.model.layers.project`."""
+        if self.on_input is not None:
+            self.on_input(part, name, x)
+        tree = self.params[part]
+        return project(x, tree[name], dtype, tree.get(f"{name}_bias"), tree.get(f"{name}_scale"), out_dtype)
+
+    def linear_of_each(self, part: str, widths: Sequence[int], x: Array, dtype: Any) -> Sequence[Array]:
+        """The products, in ``dtype``, of one input with the kernels that :data:`JOINED` names, in whichever form the
+        layer has them."""
+        joined, names = JOINED[part]
+        if joined not in self.params[part]:
+            return [self.linear(part, name, x, dtype, dtype) for name in names]
+        return jnp.split(self.linear(part, joined, x, dtype, dtype), list(accumulate(widths))[:-1], axis=-1)
 
     def _post(self, branch_BTD: Array, name: str) -> Array:
         norm = self.config.norm

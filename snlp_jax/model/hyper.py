@@ -16,16 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.model.layers import rms_norm, small_product, uniform
+from snlp_jax.model.layers import rms_norm, small_product
 from snlp_jax.types import Array, PyTree
-
-DYNAMIC_OFF_DIAGONAL = -4.0
-"""Fresh off-diagonal logit of a dynamic H_res: e^-4 beside e^0, near the identity but not out of a gradient's reach."""
-DYNAMIC_SCALE = 0.01
-"""Fresh weight of what a dynamic map adds to its logits."""
 
 
 class BranchMaps(NamedTuple):
@@ -49,38 +43,6 @@ class LayerMaps(NamedTuple):
     """``H_pre^mlp . H_post^attn``: what the MLP reads of the attention output."""
     attn_write_R: Array
     """``H_res^mlp H_post^attn``: where the attention output ends up."""
-
-
-class Wiring(nnx.Module):
-    """Logits of one branch's maps; ``branch`` counts branches from the bottom of the model.
-
-    Fresh static maps: H_res is the identity to 2e-4, H_pre prefers stream ``branch mod R``, H_post is uniform. Fresh
-    dynamic maps are nearly the same, through their own nonlinearities: the tests say how near.
-    """
-
-    def __init__(self, config: ModelConfig, branch: Array | int, *, rngs: nnx.Rngs):
-        R = config.num_streams
-        off_diagonal = 1.0 - jnp.eye(R)
-        pre = (jnp.arange(R) == branch % R).astype(jnp.float32) - 1.0
-        if config.hyper_maps == "static":
-            self.res_logits = nnx.Param(-0.5 * off_diagonal)
-            self.pre_logits = nnx.Param(pre)
-            self.post_logits = nnx.Param(jnp.zeros((R,)))
-            return
-        self.res_logits = nnx.Param(DYNAMIC_OFF_DIAGONAL * off_diagonal)
-        self.pre_logits = nnx.Param(_logit(jax.nn.softmax(pre)))
-        self.post_logits = nnx.Param(_logit(jnp.full((R,), 0.5 / R, jnp.float32)))
-        width = R * config.embed_dim
-        self.phi = nnx.Param(uniform(rngs.params(), (width, R * R + 2 * R), width**-0.5))
-        self.alpha = nnx.Param(jnp.full((3,), DYNAMIC_SCALE, jnp.float32))
-
-
-class Hyper(nnx.Module):
-    """Wiring of a layer's two branches."""
-
-    def __init__(self, config: ModelConfig, layer: Array | int, *, rngs: nnx.Rngs):
-        self.attn = Wiring(config, 2 * layer, rngs=rngs)
-        self.mlp = Wiring(config, 2 * layer + 1, rngs=rngs)
 
 
 def sinkhorn(logits_RR: Array, num_iters: int) -> Array:
@@ -121,16 +83,16 @@ def compose(outer_RR: Array, inner_RR: Array) -> Array:
     return jnp.matmul(outer_RR, inner_RR, precision=jax.lax.Precision.HIGHEST)
 
 
-def dynamic_maps(wiring: Wiring, h_BTRD: Array, config: ModelConfig) -> BranchMaps:
+def dynamic_maps(wiring: PyTree, h_BTRD: Array, config: ModelConfig) -> BranchMaps:
     """Of every token: ``z = alpha (rms(vec h) phi) + logits``; ``H_pre = sigmoid``, ``H_post = 2 sigmoid``,
     ``H_res = Sinkhorn(exp z)``, without a temperature."""
     B, T, R, D = h_BTRD.shape
-    z = small_product(rms_norm(h_BTRD.reshape(B, T, R * D)), wiring.phi[...])
-    alpha = wiring.alpha[...]
+    z = small_product(rms_norm(h_BTRD.reshape(B, T, R * D)), wiring["phi"])
+    alpha = wiring["alpha"]
     pre, post, res = jnp.split(z, (R, 2 * R), axis=-1)
-    pre = alpha[0] * pre + wiring.pre_logits[...][None, None]
-    post = alpha[1] * post + wiring.post_logits[...][None, None]
-    res = alpha[2] * res.reshape(B, T, R, R) + wiring.res_logits[...][None, None]
+    pre = alpha[0] * pre + wiring["pre_logits"][None, None]
+    post = alpha[1] * post + wiring["post_logits"][None, None]
+    res = alpha[2] * res.reshape(B, T, R, R) + wiring["res_logits"][None, None]
     return BranchMaps(sinkhorn(res, config.sinkhorn_iters), jax.nn.sigmoid(pre), 2.0 * jax.nn.sigmoid(post))
 
 
@@ -160,10 +122,6 @@ def _per_token(leaf: Array, num_axes: int) -> Array:
     return leaf[None, None] if leaf.ndim == num_axes else leaf
 
 
-def _logit(p: Array) -> Array:
-    return jnp.log(p) - jnp.log1p(-p)
-
-
 # ---------------------------------------------------------------- paths
 
 # ``enter`` gives the attention input, ``between`` the MLP input, each with what the next step needs; ``leave`` gives
@@ -178,7 +136,7 @@ class OneStream:
 
     def enter(self, block: Any, h_BTD: Array, ctx: Any, shared: Any) -> tuple[Array, Array]:
         if self.use_x0_resid:
-            h_BTD = block.resid_scale[...] * h_BTD + block.x0_scale[...] * shared.x0_BTD
+            h_BTD = block.resid_scale * h_BTD + block.x0_scale * shared.x0_BTD
         return h_BTD, h_BTD
 
     def between(self, block: Any, x_BTD: Array, ctx: Any, attn_BTD: Array) -> tuple[Array, Array]:
@@ -213,7 +171,7 @@ class DynamicStreams:
     config: ModelConfig
 
     def enter(self, block: Any, h_BTRD: Array, ctx: Any, shared: Any) -> tuple[Array, tuple[Array, BranchMaps]]:
-        maps = dynamic_maps(block.hyper.attn, h_BTRD, self.config)
+        maps = dynamic_maps(block.hyper["attn"], h_BTRD, self.config)
         return read(maps.pre_R, h_BTRD), (h_BTRD, maps)
 
     def between(
@@ -221,7 +179,7 @@ class DynamicStreams:
     ) -> tuple[Array, tuple[Array, BranchMaps, Array]]:
         h_BTRD, attn = carry
         h_BTRD = mix(attn.res_RR, h_BTRD) + write(attn.post_R, attn_BTD)
-        mlp = dynamic_maps(block.hyper.mlp, h_BTRD, self.config)
+        mlp = dynamic_maps(block.hyper["mlp"], h_BTRD, self.config)
         return read(mlp.pre_R, h_BTRD), (h_BTRD, mlp, compose(mlp.res_RR, attn.res_RR))
 
     def leave(self, carry: tuple[Array, BranchMaps, Array], ctx: Any, mlp_BTD: Array) -> tuple[Array, Array]:

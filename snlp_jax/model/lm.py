@@ -1,25 +1,24 @@
 """The language model: embedding, a stack of blocks, head. Parameters are a nested dict of arrays.
 
-``params = {'embed': ..., 'blocks': leaves [L, ...], 'head': ...}``. Flax NNX declares the parameters and one layer's
-maths; only plain jax transforms touch them. The model hands out pieces of the seam (``block_fn``, ``sweep_fn``,
-``context``); ``snlp_jax/forward.py`` joins them with a solver.
+``params = {'embed': ..., 'blocks': leaves [L, ...], 'head': ...}``. Flax NNX declares them
+(``snlp_jax/model/parameters.py``); everything else is a function of the dict. The model hands out pieces of the seam
+(``block_fn``, ``sweep_fn``, ``context``); ``snlp_jax/forward.py`` joins them with a solver.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from snlp_jax.config import Kind, MachineConfig, ModelConfig, RopeScaling
 from snlp_jax.errors import InputError
-from snlp_jax.model.attention import Implementation, choose_decoding, choose_implementation
-from snlp_jax.model.block import Block, BlockAux, Context, Ring, Shared, ValueEmbed
-from snlp_jax.model.ends import Embedding, Head
-from snlp_jax.model.hyper import LayerMaps, static_maps
-from snlp_jax.model.kinds import join, kind_of, kinds_in, take
+from snlp_jax.model.attention import Implementation, choose_kernel
+from snlp_jax.model.block import Block, BlockAux, Context, OnInput, Ring, Shared, ValueEmbed
+from snlp_jax.model.hyper import LayerMaps, residual_path, static_maps
+from snlp_jax.model.kinds import join, kinds_in, take
 from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, small_product, weigh
 from snlp_jax.model.nodes import (
     LARGE_STATE,
@@ -32,12 +31,10 @@ from snlp_jax.model.nodes import (
     node_fns,
     split_sweep,
 )
-from snlp_jax.model.projections import PARTS, head_widths, separate_projections, take_form
+from snlp_jax.model.parameters import Embedding, Head, Layer, fresh
+from snlp_jax.model.projections import head_widths, separate_projections
 from snlp_jax.model.value_embed import gather
 from snlp_jax.types import Array, Params, PyTree, is_list
-
-OnInput = Callable[[str, str, Array], None]
-"""Called with the part of a layer, the name of a kernel and its input."""
 
 
 class LanguageModel:
@@ -52,8 +49,7 @@ class LanguageModel:
         self.machine = machine
         self._backend = backend
         self._fetch: Callable[[PyTree], PyTree] = lambda params: params
-        self._kernels_here: Collection[Implementation] = get_args(Implementation)
-        self._block_graphs: dict[Any, Any] = {}
+        self._kernels: frozenset[Implementation] = frozenset(get_args(Implementation))
         self._wrap_path: Callable[[Any], Any] = lambda path: path
         self._on_input: OnInput | None = None
         self._one_by_one_from = LARGE_STATE
@@ -79,7 +75,7 @@ class LanguageModel:
             has_static_maps = config.num_streams and config.hyper_maps == "static"
             maps = static_maps(block["hyper"], config) if has_static_maps else None
             is_local = jnp.asarray(config.letters[layer] == "S") if config.rope.local_base else None
-            h = self._merge(block)(h, Context(window, value_embed, maps, None, is_local), shared, self.dtype)
+            h = self.block(block)(h, Context(window, value_embed, maps, None, is_local), shared, self.dtype)
             if layer == config.mid_layer:
                 h_mid = h
         return self.logits(params, h, h_mid)
@@ -90,14 +86,14 @@ class LanguageModel:
         embed_key, head_key, *block_keys = jax.random.split(key, config.num_layers + 2)
 
         def stack(kind: Kind, layers: tuple[int, ...]) -> PyTree:
-            block = lambda key, layer: _pure(Block(config, layer, kind, rngs=nnx.Rngs(key)))  # noqa: E731
-            return jax.vmap(block)(jnp.stack([block_keys[layer] for layer in layers]), jnp.asarray(layers))
+            of_layer = lambda key, layer: fresh(Layer, key, config, layer, kind)  # noqa: E731
+            return jax.vmap(of_layer)(jnp.stack([block_keys[layer] for layer in layers]), jnp.asarray(layers))
 
         kinds = kinds_in(config, 0, config.num_layers)
         return {
-            "embed": _pure(Embedding(config, rngs=nnx.Rngs(embed_key))),
+            "embed": fresh(Embedding, embed_key, config),
             "blocks": join([stack(*item) for item in kinds.items()], list(kinds.values())),
-            "head": _pure(Head(config, rngs=nnx.Rngs(head_key))),
+            "head": fresh(Head, head_key, config),
         }
 
     def abstract_params(self) -> Params:
@@ -117,20 +113,17 @@ class LanguageModel:
 
         Args:
             fetch: applied to one layer's parameters wherever its maths reads them: what is split can be gathered there.
-            kernels: attention kernels that run there besides XLA's own; others are replaced by that under ``auto``.
+            kernels: attention kernels that run there besides XLA's own, of those that this model may use; others are
+                replaced by XLA's under ``auto``.
             wrap_path: gives what stands in place of a layer's residual path (``snlp_jax/model/hyper.py``).
             on_input: called with part, name and input of every product of a layer with a kernel, while ``block_fn`` is
                 traced.
             one_by_one_from: in place of ``LARGE_STATE`` (``snlp_jax/model/nodes.py``).
         """
-        model = LanguageModel(self.config, self.machine, backend=self._backend)
+        model = copy.copy(self)
         model._fetch, model._wrap_path = fetch or self._fetch, wrap_path or self._wrap_path
         model._on_input = on_input or self._on_input
-        if kernels is not None:
-            model._kernels_here = [kernel for kernel in self._kernels_here if kernel in ("xla", *kernels)]
-        else:
-            model._kernels_here = self._kernels_here
-        model._block_graphs = self._block_graphs  # of the config alone
+        model._kernels = self._kernels if kernels is None else self._kernels & {"xla", *kernels}
         model._one_by_one_from = self._one_by_one_from if one_by_one_from is None else one_by_one_from
         return model
 
@@ -230,7 +223,7 @@ class LanguageModel:
 
     def context(
         self,
-        params: Params,
+        embed_head: Params,
         blocks: PyTree,
         tokens_BT: Array,
         start: int,
@@ -243,17 +236,18 @@ class LanguageModel:
         """Context of layers ``start`` to ``stop - 1``, leaves [stop - start, ...]; one gather for all their tables.
 
         Args:
+            embed_head: parameters of the embedding and the head.
             blocks: parameters of these layers, a stack or a list of trees. Static maps between streams are computed
                 from them here, once, and no layer reads their logits again.
             num_rows: layers of the stack with those of zero weights that fill it up; 0 where there are none.
             tables: value embeddings as :func:`snlp_jax.model.value_embed.lay_out_tables` gives them; those in
-                ``params`` where there are none.
+                ``embed_head`` where there are none.
             num_shards: equal parts of the stack that lie on different devices: each part's rows are gathered from its
                 own tables.
         """
         num_rows = num_rows or stop - start
         windows = jnp.asarray(self.config.windows[start:stop], jnp.int32)
-        value_embed = gather(self.config, params["embed"], tables, tokens_BT, start, stop, num_shards, num_rows)
+        value_embed = gather(self.config, embed_head["embed"], tables, tokens_BT, start, stop, num_shards, num_rows)
         is_local = None
         if self.config.rope.local_base:
             is_local = jnp.asarray([letter == "S" for letter in self.config.letters[start:stop]])
@@ -264,11 +258,11 @@ class LanguageModel:
         that is a chunk of layers has ``before=1`` axis of them."""
         value_embed: Any = None if ctx.value_embed is None else ValueEmbed(before, None)  # type: ignore[arg-type]
         past: Any = None if ctx.past is None else Ring(before, before)  # type: ignore[arg-type]
-        own: Any = None if shared.first_B is None else 0
+        position: Any = None if shared.first_B is None else 0
         document: Any = None if shared.document_BT is None else 0
-        local: Any = None if shared.local_cos_TH is None else own
+        local: Any = None if shared.local_cos_TH is None else position
         rings: Any = None if shared.past is None else 1
-        shared_axes = Shared(0, own, own, own, rings, document, local, local)  # type: ignore[arg-type]
+        shared_axes = Shared(0, position, position, position, rings, document, local, local)  # type: ignore[arg-type]
         return Context(None, value_embed, None, past), shared_axes, before  # type: ignore[arg-type]
 
     def logits(self, params: Params, h_last: Array, h_mid: Array) -> Array:
@@ -358,7 +352,7 @@ class LanguageModel:
         windows, M = config.windows[start:stop], num_layers // num_chunks
         patterns = {windows[i : i + M] for i in range(0, num_layers, M)}
         alike = patterns.pop() if len(patterns) == 1 else None
-        node = ChunkNode(config, self._merge, self.dtype, scales, branches, alike)
+        node = ChunkNode(config, self.block, self.dtype, scales, branches, alike)
         return self._node_fns(node, windows, forward_mode)
 
     def split_sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> NodeFn:
@@ -370,7 +364,7 @@ class LanguageModel:
         if self.config.num_streams:
             raise InputError("a split stage is for a single residual stream, and this model mixes several.")
         windows, remat = self.config.windows[start:stop], self.config.remat
-        return split_sweep(self._layer_node(), windows, self._kernels(forward_mode), remat=remat)
+        return split_sweep(self._layer_node(), windows, self._choose_kernel(forward_mode), remat=remat)
 
     def check_tokens(self, tokens_BT: Any) -> None:
         """Refuse concrete token ids outside the vocabulary, which a device would silently read as others.
@@ -395,68 +389,29 @@ class LanguageModel:
         join = jnp.concatenate if is_chunked else jnp.stack
         return static_maps(jax.tree.map(lambda *leaves: join(leaves), *(b["hyper"] for b in blocks)), self.config)
 
-    def _merge(self, params: PyTree) -> Block:
-        """The layer that these are the parameters of, which may be of a kind that the config has none of, and in
-        another form than that of training (``snlp_jax/model/projections.py``)."""
-        names = jax.tree.structure(params)
-        if names not in self._block_graphs:
-            self._block_graphs[names] = _graph_of(self.config, params)
-        block = nnx.merge(self._block_graphs[names], self._fetch(params))
-        block.path = self._wrap_path(block.path)
-        if self._on_input is not None:
-            for part in filter(params.__contains__, PARTS):
-                getattr(block, part).on_input = functools.partial(self._on_input, part)
-        return block
+    def block(self, params: PyTree) -> Block:
+        """The layer that these are the parameters of."""
+        return Block(self.config, self._fetch(params), self._wrap_path(residual_path(self.config)), self._on_input)
 
     def _layer_node(self) -> LayerNode:
-        return LayerNode(self.config, self._merge, self.dtype)
+        return LayerNode(self.config, self.block, self.dtype)
 
     def _node_fns(self, node: Node, windows: Sequence[int], forward_mode: bool) -> NodeFns:
-        one_by_one_from = self._one_by_one_from if self.backend == "cpu" else None
-        settings: dict[str, Any] = {"one_by_one_from": one_by_one_from, "softcap": self.config.attention_softcap}
-        return node_fns(node, windows, self._kernels(forward_mode), remat=self.config.remat, **settings)
+        return node_fns(
+            node,
+            windows,
+            self._choose_kernel(forward_mode),
+            remat=self.config.remat,
+            one_by_one_from=self._one_by_one_from if self.backend == "cpu" else None,
+            softcap=self.config.attention_softcap,
+        )
 
-    def _kernels(self, forward_mode: bool) -> ChooseKernel:
-        return lambda *of: "xla" if forward_mode else self._attention(*of)
-
-    def _attention(self, seq_len: int, is_cached: bool = False) -> Implementation:
-        """
-        Raises:
-            InputError: ``machine`` asks for a kernel that does not run here.
-        """
-        config, name = self.config, "decode_attention" if is_cached else "attention"
-        requested = getattr(self.machine, name)
-        if is_cached:
-            kernel = choose_decoding(requested, backend=self.backend, num_tokens=seq_len, head_dim=config.head_dim)
-        else:
-            kernel = choose_implementation(
-                requested,
-                backend=self.backend,
-                dtype=self.dtype,
-                seq_len=seq_len,
-                head_dim=config.head_dim,
-                softcap=config.attention_softcap,
-            )
-        if kernel in self._kernels_here:
-            return kernel
-        if requested != "auto":
-            raise InputError(f"machine.{name} {requested!r} does not run over this mesh; use 'auto' or 'xla'.")
-        return "xla"
+    def _choose_kernel(self, forward_mode: bool) -> ChooseKernel:
+        if forward_mode:
+            return lambda num_tokens, is_cached: "xla"
+        return functools.partial(choose_kernel, self.machine, self.config, self.backend, self.dtype, self._kernels)
 
 
 def num_params(params: Params) -> int:
     """Number of parameters of a (possibly abstract) tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _graph_of(config: ModelConfig, params: PyTree) -> Any:
-    def block() -> Block:
-        made = Block(config, 0, kind_of(params), rngs=nnx.Rngs(0))
-        take_form(made, params)
-        return made
-
-    return nnx.graphdef(nnx.eval_shape(block))
-
-
-def _pure(module: nnx.Module) -> PyTree:
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))

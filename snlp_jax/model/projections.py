@@ -10,14 +10,11 @@ bits (``snlp_jax/quantize.py``).
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.model.layers import project
-from snlp_jax.types import Array, PyTree
+from snlp_jax.types import PyTree
 
 PARTS = ("attn", "mlp", "linear_attn", "linear_mlp")
 """Sub-trees of a layer that hold kernels."""
@@ -32,25 +29,6 @@ def head_widths(config: ModelConfig) -> tuple[int, int, int]:
     """Columns of queries, keys and values in their joined kernel."""
     kv_width = config.num_kv_heads * config.head_dim
     return config.num_heads * config.head_dim, kv_width, kv_width
-
-
-def linear(module: nnx.Module, name: str, x: Array, dtype: Any, out_dtype: Any = jnp.float32) -> Array:
-    """``(x W) s + b`` with the module's kernel ``name``, and its scales and bias where it has them; dtypes are those of
-    :func:`snlp_jax.model.layers.project`."""
-    if (on_input := getattr(module, "on_input", None)) is not None:
-        on_input(name, x)
-    bias, scale = (getattr(module, f"{name}_{what}", None) for what in ("bias", "scale"))
-    read = lambda leaf: None if leaf is None else leaf[...]  # noqa: E731
-    return project(x, getattr(module, name)[...], dtype, read(bias), read(scale), out_dtype)
-
-
-def linear_of_each(module: nnx.Module, part: str, widths: Sequence[int], x: Array, dtype: Any) -> Sequence[Array]:
-    """The products of one input with the kernels that :data:`JOINED` names, in whichever form the module has them;
-    the results are in ``dtype``."""
-    joined, names = JOINED[part]
-    if not hasattr(module, joined):
-        return [linear(module, name, x, dtype, dtype) for name in names]
-    return jnp.split(linear(module, joined, x, dtype, dtype), list(accumulate(widths))[:-1], axis=-1)
 
 
 def join_projections(blocks: PyTree) -> PyTree:
@@ -79,16 +57,3 @@ def separate_projections(layer: PyTree, part: str, widths: Sequence[int]) -> PyT
             slices = jnp.split(tree.pop(joined + what), list(accumulate(widths))[:-1], axis=-1)
             tree |= {name + what: leaf for name, leaf in zip(names, slices, strict=True)}
     return layer | {part: tree}
-
-
-def take_form(block: nnx.Module, tree: PyTree) -> None:
-    """Give a fresh layer the leaves that ``tree`` has in place of its own, without their numbers."""
-    for part in PARTS:
-        if part not in tree:
-            continue
-        module = getattr(block, part)
-        own = set(nnx.state(module, nnx.Param))
-        for name in own - tree[part].keys():
-            delattr(module, name)
-        for name in sorted(tree[part].keys() - own):
-            setattr(module, name, nnx.Param(jnp.zeros(())))
