@@ -4,6 +4,7 @@ Nothing but these declarations knows Flax. Everybody else reads the nested dicti
 makes of them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ DYNAMIC_SCALE = 0.01
 """Fresh weight of what a dynamic map adds to its logits."""
 
 
-def fresh(declared: type[nnx.Module], key: Array, *args: Any) -> PyTree:
+def fresh(declared: Callable[..., nnx.Module], key: Array, *args: Any) -> PyTree:
     """Fresh parameters of a class of this file, as a nested dictionary."""
     return nnx.to_pure_dict(nnx.state(declared(*args, rngs=nnx.Rngs(key)), nnx.Param))
 
