@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import numbers
 import types
 import typing
@@ -18,18 +19,34 @@ def require(condition: bool, message: str) -> None:
 class Checked:
     """Base of the config dataclasses. When one is made, each field's value must be of the annotated type."""
 
-    SECTION: ClassVar[str] = ""
+    section: ClassVar[str] = ""
     """What stands before a field's name in a message, such as ``model``; empty where fields are flags of their own."""
+
+    def __init_subclass__(cls, section: str = "") -> None:
+        cls.section = section
 
     def __post_init__(self) -> None:
         """
         Raises:
             InputError: names the first field whose value does not fit, and the choices or the type.
         """
-        prefix = f"{self.SECTION}." if self.SECTION else ""
         cls: Any = type(self)
         for name, kind in annotations_of(cls).items():
-            check_value(kind, getattr(self, name), prefix + name)
+            check_value(kind, getattr(self, name), self.path_of(name))
+
+    def path_of(self, name: str) -> str:
+        """A field as messages and flags name it."""
+        return f"{self.section}.{name}" if self.section else name
+
+    def at_least(self, bound: int, *names: str) -> None:
+        """
+        Raises:
+            InputError: a field of these names is less, infinite or no number.
+        """
+        rule = "it must be 0 or more" if bound == 0 else f"it must be at least {bound}"
+        for name in names:
+            value = getattr(self, name)
+            require(bound <= value < math.inf, f"{self.path_of(name)} is {value}; {rule}.")
 
 
 @functools.cache

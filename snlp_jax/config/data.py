@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from snlp_jax.config.check import Checked, require
 
 
 @dataclass(frozen=True)
-class DataConfig(Checked):
+class DataConfig(Checked, section="data"):
     """Where text comes from and how it becomes tokens."""
-
-    SECTION: ClassVar[str] = "data"
 
     source: str = "builtin"
     """'builtin' (the standard-library sources of the running Python), or a file, folder or glob of .txt, .jsonl,

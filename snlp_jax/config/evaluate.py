@@ -1,7 +1,7 @@
 """Knobs of an evaluation."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from snlp_jax.config.check import Checked, require
 from snlp_jax.config.mesh import MeshConfig
@@ -26,10 +26,8 @@ def check_weights(weights: str, calibration: int) -> None:
 
 
 @dataclass(frozen=True)
-class EvalConfig(Checked):
+class EvalConfig(Checked, section="eval"):
     """What eval.py measures; each field is also a flag of eval.py."""
-
-    SECTION: ClassVar[str] = "eval"
 
     solvers: tuple[str, ...] = ()
     """Solver settings beside the sequential pass, in the notation of snlp_jax/notation.py."""
@@ -62,14 +60,12 @@ class EvalConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weights(self.weights, self.weight_calibration)
-        for name in ("num_windows", "batch_size", "num_bootstrap", "timing_batch"):
-            require(getattr(self, name) >= 1, f"eval.{name} is {getattr(self, name)}; it must be at least 1.")
+        self.at_least(1, "num_windows", "batch_size", "num_bootstrap", "timing_batch")
         require(
             self.mesh.ring_microbatches == 1,
             f"eval.mesh.ring_microbatches is {self.mesh.ring_microbatches}, but only training cuts its batches; set 1.",
         )
-        for name in ("greedy_prompts", "greedy_prompt_len", "greedy_tokens", "timing_len", "timing_repeats"):
-            require(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}; it must be 0 or more.")
+        self.at_least(0, "greedy_prompts", "greedy_prompt_len", "greedy_tokens", "timing_len", "timing_repeats")
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,5 @@ class TaskConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_examples", "num_shots"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        self.at_least(0, "num_examples", "num_shots")
+        self.at_least(1, "max_new_tokens")

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 from snlp_jax.config.check import Checked, require
 from snlp_jax.config.data import DataConfig
@@ -16,10 +15,8 @@ from snlp_jax.config.train import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(Checked, section="config"):
     """One experiment."""
-
-    SECTION: ClassVar[str] = "config"
 
     name: str = "run"
     run_dir: str = ""

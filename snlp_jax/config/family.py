@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from snlp_jax.config.check import Checked, require
 
 
 @dataclass(frozen=True)
-class NormConfig(Checked):
+class NormConfig(Checked, section="model.norm"):
     """``x / sqrt(mean(x^2) + eps)``, and what becomes of it."""
-
-    SECTION: ClassVar[str] = "model.norm"
 
     weight: Literal["none", "plain", "plus_one"] = "none"
     """Factor of every channel: none, a parameter w, or 1 + w (Gemma). Where there is one, so it is in the norm of
@@ -29,10 +27,8 @@ class NormConfig(Checked):
 
 
 @dataclass(frozen=True)
-class RopeScaling(Checked):
+class RopeScaling(Checked, section="model.rope.scaling"):
     """How frequencies are changed for texts longer than those of pretraining; fields as Hugging Face names them."""
-
-    SECTION: ClassVar[str] = "model.rope.scaling"
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: float = 1.0
@@ -78,10 +74,8 @@ class RopeScaling(Checked):
 
 
 @dataclass(frozen=True)
-class RopeConfig(Checked):
+class RopeConfig(Checked, section="model.rope"):
     """Rotary embedding, beside ``model.rope_base``."""
-
-    SECTION: ClassVar[str] = "model.rope"
 
     direction: Literal["backward", "forward"] = "backward"
     """In which a pair (channel i, channel i + half) turns as positions go on: backward in nanochat, forward in the
@@ -95,4 +89,4 @@ class RopeConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.fraction <= 1, f"model.rope.fraction is {self.fraction}; it must lie between 0 and 1.")
-        require(0 <= self.local_base < math.inf, f"model.rope.local_base is {self.local_base}; it must be 0 or more.")
+        self.at_least(0, "local_base")

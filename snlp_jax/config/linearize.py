@@ -51,10 +51,8 @@ class LinearizeConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("attention", "mlp", "blocks", "rank", "skip_first", "layers_at_once", "seed"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("every", "tokens", "batch_size"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
+        self.at_least(0, "attention", "mlp", "blocks", "rank", "skip_first", "layers_at_once", "seed")
+        self.at_least(1, "every", "tokens", "batch_size")
         require(
             self.attention + self.mlp + self.blocks > 0,
             "nothing is to be replaced; give a number of layers with --attention, --mlp or --blocks.",

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from snlp_jax.config.check import Checked, require
 
@@ -10,10 +10,8 @@ Target = Literal["query", "key", "value", "out", "up", "gate", "down", "linear_a
 
 
 @dataclass(frozen=True)
-class LoraConfig(Checked):
+class LoraConfig(Checked, section="lora"):
     """Train ``W + (alpha / rank) A B`` with W frozen, in place of all parameters (snlp_jax/train/lora.py)."""
-
-    SECTION: ClassVar[str] = "lora"
 
     rank: int = 0
     """Of A [in, rank] and B [rank, out]; 0 trains all parameters."""
@@ -26,7 +24,7 @@ class LoraConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.rank >= 0, f"lora.rank is {self.rank}; it must be 0 or more.")
+        self.at_least(0, "rank")
         for name in ("alpha", "lr"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"lora.{name} is {value}; it must be positive.")

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from snlp_jax.config.check import Checked, require
 
@@ -24,8 +24,8 @@ class LossTerm(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = self.SECTION
-        require(0 <= self.weight < math.inf, f"{name}.weight is {self.weight}; it must be 0 or more.")
+        name = self.section
+        self.at_least(0, "weight")
         require(
             len(set(self.region_sizes)) == len(self.region_sizes),
             f"{name}.region_sizes {self.region_sizes} names a size twice.",
@@ -57,15 +57,12 @@ class SolverTerm(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = self.SECTION
-        require(self.diagonal_stride >= 1, f"{name}.diagonal_stride is {self.diagonal_stride}; it must be at least 1.")
+        self.at_least(1, "diagonal_stride")
 
 
 @dataclass(frozen=True)
-class HiddenNormConfig(SolverTerm):
+class HiddenNormConfig(SolverTerm, section="loss.hidden_norm"):
     """Distance of one solver iteration from the sequential trace, mean over tokens of ||h' - h|| / ||h||."""
-
-    SECTION: ClassVar[str] = "loss.hidden_norm"
 
     stride: int = 3
     """Compare at every stride-th layer of the region and at its last."""
@@ -74,52 +71,44 @@ class HiddenNormConfig(SolverTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.stride >= 1, f"{self.SECTION}.stride is {self.stride}; it must be at least 1.")
+        self.at_least(1, "stride")
 
 
 @dataclass(frozen=True)
-class SolverCEConfig(SolverTerm):
+class SolverCEConfig(SolverTerm, section="loss.solver_ce"):
     """Cross entropy of the logits that ``num_iters`` solver iterations give."""
-
-    SECTION: ClassVar[str] = "loss.solver_ce"
 
     num_iters: int = 1
     init: InitName = "h0"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_iters >= 1, f"{self.SECTION}.num_iters is {self.num_iters}; it must be at least 1.")
+        self.at_least(1, "num_iters")
 
 
 @dataclass(frozen=True)
-class LayerSkipConfig(LossTerm):
+class LayerSkipConfig(LossTerm, section="loss.layer_skip"):
     """The control published as a stride-0 solver loss: only the last layer, run on the region's input."""
-
-    SECTION: ClassVar[str] = "loss.layer_skip"
 
     detach_target: bool = False
 
 
 @dataclass(frozen=True)
-class MTPConfig(Checked):
+class MTPConfig(Checked, section="loss.mtp"):
     """Multi-token prediction: ``weight`` times the sum of the cross entropies of the ``model.num_mtp_heads`` heads that
     look further ahead, from the first step on."""
-
-    SECTION: ClassVar[str] = "loss.mtp"
 
     weight: float = 0.0
     """0 computes none of it and leaves heads as they are; nanochat's default is 0.3."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.weight < math.inf, f"loss.mtp.weight is {self.weight}; it must be 0 or more.")
+        self.at_least(0, "weight")
 
 
 @dataclass(frozen=True)
-class LossConfig(Checked):
+class LossConfig(Checked, section="loss"):
     """Cross entropy of the sequential pass plus any of the auxiliary terms."""
-
-    SECTION: ClassVar[str] = "loss"
 
     sequential_weight: float = 1.0
     hidden_norm: HiddenNormConfig = field(default_factory=HiddenNormConfig)

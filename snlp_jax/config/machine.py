@@ -2,17 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from snlp_jax.config.check import Checked
 
 
 @dataclass(frozen=True)
-class MachineConfig(Checked):
+class MachineConfig(Checked, section="machine"):
     """How a model is computed where it is opened. No parameter depends on it, so a run does not fix it: training,
     eval.py and ``python -m snlp_jax.infer`` take these as flags, ``--machine.attention xla``."""
-
-    SECTION: ClassVar[str] = "machine"
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products: auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters, the residual stream, norms and

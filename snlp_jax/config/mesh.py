@@ -1,17 +1,14 @@
 """The grid of devices."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from snlp_jax.config.check import Checked, require
+from snlp_jax.config.check import Checked
 
 
 @dataclass(frozen=True)
-class MeshConfig(Checked):
+class MeshConfig(Checked, section="mesh"):
     """Devices as a grid ``data x layer x tensor`` (docs/scaling.md). Not part of what a run learns: a checkpoint is
     restored onto any other mesh."""
-
-    SECTION: ClassVar[str] = "mesh"
 
     data: int = 1
     """Parts of the batch; in training parameters and optimizer state are spread over them too. 0 takes all devices that
@@ -26,6 +23,5 @@ class MeshConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.data >= 0, f"mesh.data is {self.data}; it must be 0 or more.")
-        for name in ("layer", "tensor", "ring_microbatches"):
-            require(getattr(self, name) >= 1, f"mesh.{name} is {getattr(self, name)}; it must be at least 1.")
+        self.at_least(0, "data")
+        self.at_least(1, "layer", "tensor", "ring_microbatches")

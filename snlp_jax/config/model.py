@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from snlp_jax.config.check import Checked, require
 from snlp_jax.config.family import NormConfig, RopeConfig
@@ -19,11 +19,9 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ModelConfig(Checked):
+class ModelConfig(Checked, section="model"):
     """A decoder-only Transformer; the defaults are the nanochat family's (docs/math.md, section 1), others come with
     imported weights (snlp_jax/model/convert). Lengths are in tokens."""
-
-    SECTION: ClassVar[str] = "model"
 
     vocab_size: int = 257
     """Entries of the tokenizer; embeddings are padded to a multiple of ``vocab_multiple`` and logits cropped."""
@@ -103,16 +101,16 @@ class ModelConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_ratio", "seq_len", "rotary_multiple"):
-            require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1.")
-        require(self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; it must be at least 2.")
-        require(self.vocab_multiple >= 1, f"model.vocab_multiple is {self.vocab_multiple}; it must be at least 1.")
+        self.at_least(
+            1, "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_ratio", "seq_len", "rotary_multiple"
+        )
+        self.at_least(2, "vocab_size")
+        self.at_least(1, "vocab_multiple")
         require(
             self.head_size > 0 or self.embed_dim % self.num_heads == 0,
             f"model.embed_dim {self.embed_dim} is not a multiple of model.num_heads {self.num_heads}; change one.",
         )
-        for name in ("head_size", "mlp_dim", "context"):
-            require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must be 0 or more.")
+        self.at_least(0, "head_size", "mlp_dim", "context")
         require(self.head_dim % 2 == 0, f"the head size {self.head_dim} is odd; rotary embedding needs an even one.")
         require(
             self.num_rotated >= 2 and self.num_rotated % 2 == 0,
@@ -131,24 +129,22 @@ class ModelConfig(Checked):
             len(self.window_pattern) > 0 and set(self.window_pattern) <= {"S", "L"},
             f"model.window_pattern {self.window_pattern!r} may hold only the letters S and L.",
         )
-        require(self.short_window >= 0, f"model.short_window is {self.short_window}; it must be 0 or more.")
+        self.at_least(0, "short_window")
         require(0 < self.rope_base < math.inf, f"model.rope_base is {self.rope_base}; it must be positive.")
-        for name in ("logit_softcap", "attention_softcap", "attention_scale"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"model.{name} is {value}; it must be 0 or more.")
+        self.at_least(0, "logit_softcap", "attention_softcap", "attention_scale")
         require(0 < self.embed_scale < math.inf, f"model.embed_scale is {self.embed_scale}; it must be positive.")
         require(
             0 <= self.num_mtp_heads < self.seq_len,
             f"model.num_mtp_heads is {self.num_mtp_heads}; give 0 to {self.seq_len - 1}, as the last of {self.seq_len} "
             "tokens is the furthest ahead.",
         )
-        require(self.num_streams >= 0, f"model.num_streams is {self.num_streams}; it must be 0 or more.")
+        self.at_least(0, "num_streams")
         require(
             self.num_streams == 0 or not self.use_x0_resid,
             f"model.num_streams is {self.num_streams}, but hyper-connections replace the residual scalars; "
             "set model.use_x0_resid to False.",
         )
-        require(self.sinkhorn_iters >= 1, f"model.sinkhorn_iters is {self.sinkhorn_iters}; it must be at least 1.")
+        self.at_least(1, "sinkhorn_iters")
         require(0 < self.sinkhorn_tau < math.inf, f"model.sinkhorn_tau is {self.sinkhorn_tau}; it must be positive.")
         self._check_kinds()
         if self.use_value_embeds or self.use_smear:

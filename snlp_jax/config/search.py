@@ -38,8 +38,8 @@ class SearchConfig(Checked):
         require(
             0.5 <= self.confidence < 1.0, f"confidence is {self.confidence}; give a share from 0.5 to 1, such as 0.95."
         )
-        require(self.max_iters >= 1, f"max_iters is {self.max_iters}; it must be at least 1.")
-        require(self.finalists >= 1, f"finalists is {self.finalists}; it must be at least 1.")
+        self.at_least(1, "max_iters")
+        self.at_least(1, "finalists")
         require(min(self.region_sizes, default=2) >= 2, f"region_sizes {self.region_sizes} must all be at least 2.")
         require(
             all(0.0 < each < 1.0 for each in self.tolerances),

@@ -4,16 +4,14 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from snlp_jax.config.check import Checked, require
 
 
 @dataclass(frozen=True)
-class OptimConfig(Checked):
+class OptimConfig(Checked, section="optim"):
     """Muon on matrices, AdamW elsewhere; the published rates of each group (docs/math.md, section 6)."""
-
-    SECTION: ClassVar[str] = "optim"
 
     matrix_lr: float = 0.02
     embed_lr: float = 0.3
@@ -41,19 +39,16 @@ class OptimConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more.")
+        self.at_least(0, "warmup_steps")
         require(0 <= self.warmdown_fraction <= 1, f"optim.warmdown_fraction is {self.warmdown_fraction}; give 0 to 1.")
         require(0 <= self.final_lr_fraction <= 1, f"optim.final_lr_fraction is {self.final_lr_fraction}; give 0 to 1.")
         require(0 < self.lr_scale < math.inf, f"optim.lr_scale is {self.lr_scale}; it must be positive.")
         rates = [f.name for f in dataclasses.fields(self) if f.name.endswith("_lr")]
-        for name in (*rates, "matrix_weight_decay", "batch_reference", "max_grad_norm"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be 0 or more.")
+        self.at_least(0, *rates, "matrix_weight_decay", "batch_reference", "max_grad_norm")
 
 
 @dataclass(frozen=True)
-class TrainConfig(Checked):
-    SECTION: ClassVar[str] = "train"
+class TrainConfig(Checked, section="train"):
     num_steps: int = 500
     batch_size: int = 16
     """Sequences per step, over all processes."""
@@ -96,13 +91,11 @@ class TrainConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_steps", "batch_size", "num_microbatches", "log_every", "keep_last", "eval_batches"):
-            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        self.at_least(1, "num_steps", "batch_size", "num_microbatches", "log_every", "keep_last", "eval_batches")
         require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; give 0 to {2**32 - 1}.")
         require(self.profile_start >= 1, f"train.profile_start is {self.profile_start}; steps count from 1.")
         counts = ("eval_every", "checkpoint_every", "sample_every", "sample_tokens", "frontier_every", "profile_steps")
-        for name in counts:
-            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more.")
+        self.at_least(0, *counts)
         try:
             re.compile(self.trainable)
         except re.error as error:
