@@ -250,7 +250,6 @@ BREAKS = {
     "other arrays": swap_arrays,
     "changed metadata": change_a_checksummed_metric,
     "no metadata": lambda step_dir: shutil.rmtree(step_dir / "meta"),
-    "empty": lambda step_dir: [shutil.rmtree(step_dir), step_dir.mkdir()],
 }
 
 
