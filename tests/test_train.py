@@ -18,7 +18,6 @@ from tiny_run import MODEL, ROOT, assert_self_contained, start, tiny, write_conf
 
 from snlp_jax.config import (
     Config,
-    EvalConfig,
     HiddenNormConfig,
     LayerSkipConfig,
     LossConfig,
@@ -31,13 +30,14 @@ from snlp_jax.errors import DivergedError, InputError
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.io.metrics import read_metrics
 from snlp_jax.model import LanguageModel
+from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.train import loop, setup
 from snlp_jax.train.flops import peak_flops, train_flops_per_token
 from snlp_jax.train.loop import train
 from snlp_jax.train.loss import Plan, balanced, compared_layers, loss_fn, make_plan, term_weight
 from snlp_jax.train.observe import read_record
 from snlp_jax.train.passes import Passes
-from snlp_jax.train.step import init_state, make_step
+from snlp_jax.train.step import abstract_state, init_state, make_step
 from snlp_jax.types import Batch
 
 ALL_TERMS = LossConfig(
@@ -210,7 +210,9 @@ def test_microbatches_and_weights() -> None:
     params, weight = perturbed(model), np.zeros((4, 16), np.float32)
     weight[:3, 13:] = weight[1, 15:] = 1.0
     weight[0, 14:] = 0.0
-    run = jax.jit(lambda batch: loss_fn(Passes.of(model, params, balanced(batch)), LossConfig(), Plan(), ONES)[1]["loss"])
+    run = jax.jit(
+        lambda batch: loss_fn(Passes.of(model, params, balanced(batch)), LossConfig(), Plan(), ONES)[1]["loss"]
+    )
     parts = []
     for row, column in zip(*np.nonzero(weight), strict=True):
         alone = np.zeros_like(weight)
@@ -244,38 +246,28 @@ def test_flops() -> None:
 
 
 def test_a_run_learns_shows_itself_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """One run of the suite with all that may be switched on: samples, a profile, the frontier, a record, a report."""
+    """The one real run of the suite: samples, a profile, rates and memory, a record, a report."""
     config = tiny(tmp_path / "run", num_steps=30, sample_every=30, sample_tokens=8, eval_every=10, checkpoint_every=15)
-    switches = dataclasses.replace(config.train, frontier_every=20, profile_start=2, profile_steps=2)
-    solvers = EvalConfig(solvers=("idn:n=3,k=2",))
-    config = dataclasses.replace(config, name="<b>mine</b>", train=switches, eval=solvers)
+    steps = dataclasses.replace(config.train, profile_start=2, profile_steps=2)
+    term = dataclasses.replace(config.loss.solver_ce, start_fraction=0.0)
+    config = dataclasses.replace(config, name="<b>mine</b>", train=steps, loss=LossConfig(solver_ce=term))
     train(config)
     output, records = capsys.readouterr().out, read_metrics(config.run_path / "metrics.jsonl")
     losses = [record["sequential_ce"] for record in records if "sequential_ce" in record]
     assert len(losses) == 30 and all(np.isfinite(losses))
     assert np.mean(losses[-5:]) < 0.85 * losses[0]
-    # val_loss appears once the late term has begun, so that no checkpoint from before counts as the best. What is saved
-    # is evaluated, so that the best is known.
     evaluated = {record["step"]: record for record in records if "val_sequential_ce" in record}
-    assert list(evaluated) == [10, 15, 20, 30]
-    assert "val_loss" not in evaluated[15] and {"val_loss", "val_solver_ce"} <= set(evaluated[20])
+    assert list(evaluated) == [10, 15, 20, 30] and {"val_loss", "val_solver_ce"} <= set(evaluated[20])
     assert {path.name for path in config.run_path.iterdir()} >= {"config.json", "tokenizer.json", "checkpoints"}
     assert ">>>" in output and "profile of steps 2 to 3" in output
     assert len(list((config.run_path / "profile").rglob("*.trace.json.gz"))) == 1
-
-    observed = {record["step"]: record for record in records if "frontier/seq" in record}
-    assert list(observed) == [20, 30]
-    # Two held-out batches are all there are in this run, so that both mean the same.
-    assert observed[30]["frontier/seq"] == pytest.approx(evaluated[30]["val_sequential_ce"], rel=1e-5)
-    # After one iteration the first layer is exact and the others are not.
-    assert observed[30]["residual/01"] < 1e-5 < 0.001 < min(observed[30]["residual/02"], observed[30]["residual/03"])
     rates = [record for record in records if "tokens_per_s" in record]
     assert rates and all(0 <= record["data_wait"] < 1 and record["host_mib"] > 10 for record in rates)
     (session,) = read_record(config.run_path)["sessions"]
     assert (session["first_step"], session["last_step"]) == (0, 30) and session["seconds"] > 0
     page = (config.run_path / "report.html").read_text()
     assert "<b>mine" not in page and "&lt;b&gt;mine&lt;/b&gt;" in page
-    assert all(word in page for word in ("Frontier", "Residual", "train.num_steps", "30 of 30", session["jax"]))
+    assert all(word in page for word in ("train.num_steps", "30 of 30", session["jax"]))
     assert_self_contained(page)
 
     with pytest.raises(InputError, match="--resume"):
@@ -291,25 +283,43 @@ def test_a_run_learns_shows_itself_and_is_not_run_twice(tmp_path: Path, capsys: 
         train(config, resume=True)
 
 
+def test_val_loss_appears_once_every_term_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no checkpoint from before counts as the best."""
+    monkeypatch.setattr(setup, "loss_fn", lambda *_, **__: (0.0, {"loss": jnp.ones(()), "sequential_ce": jnp.ones(())}))
+    monkeypatch.setattr(setup.Passes, "of", lambda *_, **__: None)
+    config = tiny(tmp_path / "run")  # the term begins at step 6 of 12
+    evaluate = setup._make_eval(LanguageModel(MODEL), config, make_mesh(config.mesh))
+    assert [set(evaluate({}, [batch_of()], step)) for step in (5, 6)] == [
+        {"val_sequential_ce"},
+        {"val_sequential_ce", "val_loss"},
+    ]
+
+
 # -- The loop, around a step that computes nothing ---------------------------------------------------------------------
+
+count = jax.jit(lambda step, tokens: step + (tokens[0, 0] >= 0))
 
 
 @pytest.fixture
 def fake_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[int], float]]:
-    """Replaces step and evaluation, so that nothing large is compiled: the entries give what step n reports."""
+    """Replaces initialisation, step, evaluation and frontier, so that nothing large is compiled: the entries give what
+    step n reports."""
     report: dict[str, Callable[[int], float]] = {"loss": lambda step: 1.0, "val_loss": lambda step: 1.0}
-    count = jax.jit(lambda state, batch: {**state, "step": state["step"] + (batch.tokens[0, 0] >= 0)})
 
-    def make_step(*_):
-        def step(state, batch, *, plan):
-            return count(state, batch), {"loss": np.float32(report["loss"](int(jax.device_get(state["step"])) + 1))}
+    def make_init(model, optimizer, seed, mesh, config):
+        shapes = abstract_state(model, optimizer, mesh, config)
+        put = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)  # noqa: E731
+        return lambda params: jax.tree.map(put, shapes)
 
-        return step
+    def step(state, batch, *, plan):
+        state = {**state, "step": count(state["step"], batch.tokens)}
+        return state, {"loss": np.float32(report["loss"](int(jax.device_get(state["step"]))))}
 
-    monkeypatch.setattr(setup, "make_step", make_step)
-    monkeypatch.setattr(
-        setup, "_make_eval", lambda *_: lambda params, rows, step: {"val_loss": report["val_loss"](step + 1)}
-    )
+    monkeypatch.setattr(loop, "make_init", make_init)
+    monkeypatch.setattr(setup, "make_step", lambda *_: step)
+    evaluate = lambda params, rows, step: {"val_loss": report["val_loss"](step + 1)}  # noqa: E731
+    monkeypatch.setattr(setup, "_make_eval", lambda *_: evaluate)
+    monkeypatch.setattr(setup, "make_observe", lambda *_: lambda params, rows: {"frontier/seq": 1.0})
     return report
 
 
@@ -329,8 +339,10 @@ def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, 
 def test_the_best_checkpoint_is_the_best_of_all_that_were_saved(tmp_path: Path, fake_step) -> None:
     """Also where the two periods do not meet."""
     fake_step["val_loss"] = lambda step: abs(step - 6.5)
-    config = tiny(tmp_path / "run", eval_every=4, checkpoint_every=3, keep_last=1)
+    config = tiny(tmp_path / "run", eval_every=4, checkpoint_every=3, keep_last=1, frontier_every=5)
     train(config)
+    records = read_metrics(config.run_path / "metrics.jsonl")
+    assert [record["step"] for record in records if "frontier/seq" in record] == [5, 10, 12]
     with checkpoints_of(config) as checkpoints:
         assert (checkpoints.steps(), checkpoints.best_step) == ([6, 12], 6)
 
