@@ -113,11 +113,7 @@ def name_of(corner: Corner) -> str:
 @functools.cache
 def reference(model_name: str, dtype: str):
     """Parameters and the plain model's logits, for all corners of a model."""
-<<<<<<< HEAD
-    model = LanguageModel(MODELS[model_name], MachineConfig(dtype))
-=======
     model = LanguageModel(MODELS[model_name], MachineConfig(compute_dtype=dtype))
->>>>>>> 1cd21e0 (Describe the house in two pages; corners by machine)
     params = random_params(model)
     return params, np.asarray(jax.jit(model)(params, TOKENS_BT))
 
@@ -142,11 +138,7 @@ def calibration(num_iters=3):
 
 def logits_of(corner: Corner):
     """Logits of the four tokens at once, or of the last two behind a cache of the first two."""
-<<<<<<< HEAD
-    model = LanguageModel(MODELS[corner.model], MachineConfig(corner.dtype), backend=corner.backend)
-=======
     model = LanguageModel(MODELS[corner.model], MachineConfig(compute_dtype=corner.dtype), backend=corner.backend)
->>>>>>> 1cd21e0 (Describe the house in two pages; corners by machine)
     schedule = parse_schedule(corner.setting, 3)
     mesh = make_mesh(corner.mesh) if corner.mesh else None
     fits = {"corner": calibration()} if "fit=" in corner.setting else None
