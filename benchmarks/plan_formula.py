@@ -62,7 +62,7 @@ def _ops(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work, on_chip
     streams = state * max(config.num_streams, 1)
     per_layer, per_sweep, at_ends = KERNELS[model.backend]
     is_decode = work.kind == "decode"
-    plans = plan_rings(model, weights, work.context, T) if is_decode else (None,) * len(weights.segments)
+    plans = plan_rings(model, weights, work.context, T, mesh) if is_decode else (None,) * len(weights.segments)
     for part, plan in zip(weights.parts, plans, strict=True):
         segment, blocks, is_spread = part.segment, part.blocks, part.is_spread
         if isinstance(segment, SkippedSegment):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.model.attention import slot_positions
 from snlp_jax.model.block import KeyValue, Ring, Rings
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
@@ -57,17 +57,20 @@ class RingPlan:
         return sum(size * len(members) for size, members in zip(self.sizes, self.members, strict=True))
 
 
-def plan_rings(model: LanguageModel, weights: Weights, capacity: int, block: int) -> tuple[RingPlan | None, ...]:
+def plan_rings(
+    model: Model, weights: Weights, capacity: int, block: int, mesh: Mesh | None = None
+) -> tuple[RingPlan | None, ...]:
     """The rings of every segment, for texts of up to ``capacity`` tokens and up to ``block`` written at once.
 
     Layers in a list have a ring each. Those in a stack share one array where their sizes agree, and are grouped by size
-    where not; but over devices, and for a correction that takes them one by one, all are as long as the longest. Layers
-    without attention have none and are not counted.
+    where not; but over the devices of a mesh's ``layer`` axis, and for a correction that takes them one by one, all are
+    as long as the longest. Layers without attention have none and are not counted.
     """
-    return tuple(_plan_part(model, part, capacity, block) for part in weights.parts)
+    num_shards = 1 if mesh is None else mesh.shape["layer"]
+    return tuple(_plan_part(model, part, capacity, block, num_shards) for part in weights.parts)
 
 
-def _plan_part(model: LanguageModel, part: Part, capacity: int, block: int) -> RingPlan | None:
+def _plan_part(model: Model, part: Part, capacity: int, block: int, num_shards: int) -> RingPlan | None:
     segment, config = part.segment, model.config
     layers = [i for i in config.attention_layers if segment.start <= i < segment.stop]
     if part.blocks is None or not layers:
@@ -76,7 +79,7 @@ def _plan_part(model: LanguageModel, part: Part, capacity: int, block: int) -> R
     if part.is_list:
         return RingPlan(tuple(sizes), tuple((index,) for index in range(len(sizes))))
     is_exact = isinstance(segment, ParallelSegment) and isinstance(segment.correction, Exact)
-    if part.is_spread or is_exact:
+    if (part.is_spread and num_shards > 1) or is_exact:
         return RingPlan((max(sizes),), (tuple(range(part.num_rows)),))
     groups = {size: tuple(i for i, each in enumerate(sizes) if each == size) for size in sorted(set(sizes))}
     return RingPlan(tuple(groups), tuple(groups.values()))
@@ -109,7 +112,7 @@ def append(rings: Rings, kv: KeyValue | list[KeyValue], length_B: Array, *, is_o
     return Rings(tuple(map(of_group, rings.groups, rings.members)), rings.members)
 
 
-def abstract_past(model: LanguageModel, weights: Weights, mesh: Mesh, batch_size: int, num_tokens: int) -> Past:
+def abstract_past(model: Model, weights: Weights, mesh: Mesh, batch_size: int, num_tokens: int) -> Past:
     """The past of a text of ``num_tokens`` tokens as shapes with shardings: each segment's lies as its layers do."""
     config = model.config
 
@@ -128,7 +131,7 @@ def abstract_past(model: LanguageModel, weights: Weights, mesh: Mesh, batch_size
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     previous_B1: Any = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=by_row)
     length_B: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=by_row)
-    plans = plan_rings(model, weights, num_tokens, 1)
+    plans = plan_rings(model, weights, num_tokens, 1, mesh)
     rings = tuple(one(plan, part.is_spread) for plan, part in zip(plans, weights.parts, strict=True))
     return Past(previous_B1, length_B, rings)
 

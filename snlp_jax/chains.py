@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.layout import are_windows_alike
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.model.block import Context, Rings, Shared
 from snlp_jax.model.kinds import is_affine
 from snlp_jax.parallel.region import pad_layers, sequential_sharded
@@ -52,7 +52,7 @@ class _Span(NamedTuple):
 
 
 def chains_of(
-    model: LanguageModel,
+    model: Model,
     embed_head: Params,
     part: Part,
     tokens_BT: Array,
@@ -98,7 +98,7 @@ def chains_of(
     return [chain(past) for past in each]  # type: ignore[arg-type]
 
 
-def fns_of(model: LanguageModel, segment: Segment, span: _Span, batch_axes: BatchAxes) -> LayerFns:
+def fns_of(model: Model, segment: Segment, span: _Span, batch_axes: BatchAxes) -> LayerFns:
     """The functions of a segment's nodes. A sweep compiles the windows of its layers in, so devices can share one only
     if theirs are alike; else every layer takes its window from its context."""
     is_alike = are_windows_alike(model.config, span.first, span.stop, span.shard_len)
@@ -168,7 +168,7 @@ def _blocks_of(part: Part, layers_per_node: int) -> tuple[PyTree, tuple[int, ...
     return part.blocks, None if is_whole else tuple(range(first, stop))
 
 
-def _context_of(model: LanguageModel, embed_head: Params, part: Part, span: _Span, tokens_BT: Array) -> Context:
+def _context_of(model: Model, embed_head: Params, part: Part, span: _Span, tokens_BT: Array) -> Context:
     """Context of all rows, leaves [num_rows, ...]."""
     blocks = part.blocks
     if not is_list(blocks) and not part.is_spread and model.config.num_streams:
@@ -228,7 +228,7 @@ def _with_rings(ctx: Context, shared: Shared, past: Rings | None) -> tuple[Conte
     return ctx, shared._replace(past=past)
 
 
-def _batch_axes(model: LanguageModel, ctx: PyTree, shared: Shared, before: int) -> BatchAxes:
+def _batch_axes(model: Model, ctx: PyTree, shared: Shared, before: int) -> BatchAxes:
     if not is_list(ctx):
         return BatchAxes(*model.batch_axes(ctx, shared, before))
     axes = [model.batch_axes(node, shared, before) for node in ctx]

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from snlp_jax.cache import Past
 from snlp_jax.chains import chains_of, correction_of, method_data
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.model.block import BlockAux, KeyValue, Shared
 from snlp_jax.parallel.mesh import kernels_on, over_data
 from snlp_jax.parallel.region import first_nodes, sequential_sharded, solve_each_sharded, solve_sharded
@@ -72,7 +72,7 @@ class Output(NamedTuple):
 
 
 def forward(
-    model: LanguageModel,
+    model: Model,
     weights: Weights,
     tokens_BT: Array,
     *,
@@ -105,7 +105,7 @@ def forward(
 
 
 def run_parts(
-    model: LanguageModel,
+    model: Model,
     weights: Weights,
     tokens_BT: Array,
     *,
@@ -168,7 +168,7 @@ def run_in_order(
     )
 
 
-def _mid_of(model: LanguageModel, part: Part) -> int | None:
+def _mid_of(model: Model, part: Part) -> int | None:
     """The layer of a part, from its first, whose output the head reads besides the last; None of other parts."""
     mid = model.config.mid_layer - part.segment.start
     return mid if 0 <= mid < part.segment.num_layers else None

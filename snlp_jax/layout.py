@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from snlp_jax.checks import check_alike, check_mesh, check_schedule
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.model.kinds import cut, layer_of, rows_of
 from snlp_jax.model.projections import join_projections
 from snlp_jax.model.value_embed import lay_out_tables
@@ -49,7 +49,7 @@ their stack as unrolled, which takes up to thrice as long to compile: the table 
 
 
 def prepare(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     schedule: Schedule,
     *,
@@ -87,7 +87,7 @@ def prepare(
     return Weights({"embed": params["embed"], "head": params["head"]}, parts)
 
 
-def canonical(model: LanguageModel, params: Params) -> Params:
+def canonical(model: Model, params: Params) -> Params:
     """The one copy of the parameters that weights of all schedules read, without a mesh: in the compute dtype.
 
     On a GPU kernels that read one input are joined (:mod:`snlp_jax.model.projections`), which copies them. Elsewhere
@@ -99,9 +99,7 @@ def canonical(model: LanguageModel, params: Params) -> Params:
     return params | {"blocks": join_projections(params["blocks"])}
 
 
-def split(
-    model: LanguageModel, params: Params, schedule: Schedule, fits: Mapping[str, Calibration] | None = None
-) -> Weights:
+def split(model: Model, params: Params, schedule: Schedule, fits: Mapping[str, Calibration] | None = None) -> Weights:
     """Stacks along a schedule, of parameters as they are: what :func:`prepare` lays out, for use under jit.
 
     Raises:
@@ -113,7 +111,7 @@ def split(
 
 
 def with_schedule(
-    model: LanguageModel, weights: Weights, schedule: Schedule, fits: Mapping[str, Calibration] | None = None
+    model: Model, weights: Weights, schedule: Schedule, fits: Mapping[str, Calibration] | None = None
 ) -> Weights:
     """The same arrays under the iterations, corrections and guesses of another schedule that cuts the layers alike.
 
@@ -130,7 +128,7 @@ def with_schedule(
     return dataclasses.replace(weights, parts=parts)
 
 
-def _form_of(model: LanguageModel, num_tokens: int, layout: Layout) -> Layout:
+def _form_of(model: Model, num_tokens: int, layout: Layout) -> Layout:
     """The form of layers in order: ``stack`` or ``list``; ``list`` of all layers where it was asked for."""
     width, tokens = LOOPED
     is_looped = model.backend != "cpu" or (model.config.embed_dim <= width and num_tokens >= tokens)
@@ -138,7 +136,7 @@ def _form_of(model: LanguageModel, num_tokens: int, layout: Layout) -> Layout:
 
 
 def _lay_out(
-    model: LanguageModel, params: Params, segment: Segment, form: Layout, fits: Mapping[str, Calibration] | None
+    model: Model, params: Params, segment: Segment, form: Layout, fits: Mapping[str, Calibration] | None
 ) -> Part:
     """One part; ``form`` as :func:`_form_of` gives it, where ``auto`` means lists for layers in order alone."""
     config, span = model.config, (segment.start, segment.stop)
@@ -181,7 +179,7 @@ def in_order(weights: Weights) -> Weights:
 
 
 def verifier(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     weights: Weights,
     *,
@@ -212,14 +210,14 @@ def verifier(
 # -- On a mesh ---------------------------------------------------------------------------------------------------------
 
 
-def abstract_weights(model: LanguageModel, schedule: Schedule, mesh: Mesh, sequential: Spread = "tensor") -> Weights:
+def abstract_weights(model: Model, schedule: Schedule, mesh: Mesh, sequential: Spread = "tensor") -> Weights:
     """What :func:`prepare` would lay out on a mesh, as shapes with shardings: for compilation ahead of time."""
     lay_out = lambda params: arrange(model, model.cast(params), schedule, mesh, sequential)  # noqa: E731
     weights = jax.eval_shape(lay_out, model.abstract_params())
     return with_shardings(weights, weights_shardings(model, weights, mesh))
 
 
-def weights_shardings(model: LanguageModel, weights: Weights, mesh: Mesh) -> Weights:
+def weights_shardings(model: Model, weights: Weights, mesh: Mesh) -> Weights:
     """The sharding of every leaf of weights that are laid out on a mesh."""
     on_all = NamedSharding(mesh, PartitionSpec())
 
@@ -249,7 +247,7 @@ def _without_layers(shardings: PyTree, mesh: Mesh) -> PyTree:
 
 
 def arrange(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     schedule: Schedule,
     mesh: Mesh,
@@ -273,7 +271,7 @@ def arrange(
 
 
 def _spread(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     segment: Segment,
     mesh: Mesh,
@@ -315,7 +313,7 @@ def are_windows_alike(config: ModelConfig, start: int, stop: int, shard_len: int
     return all(window == windows[i % shard_len] for i, window in enumerate(windows))
 
 
-def training_weights(model: LanguageModel, params: Params, mesh: Mesh | None, ring_microbatches: int = 1) -> Weights:
+def training_weights(model: Model, params: Params, mesh: Mesh | None, ring_microbatches: int = 1) -> Weights:
     """The sequential pass over parameters as they lie in training. Call it under jit, where nothing is copied."""
     config, whole = model.config, (0, model.config.num_layers)
     embed_head = {"embed": params["embed"], "head": params["head"]}

@@ -146,7 +146,7 @@ def logits_of(corner: Corner):
     weights = prepare(
         model, params, schedule, num_tokens=8, layout=corner.layout, mesh=mesh, sequential=corner.sequential, fits=fits
     )
-    plans, keep = plan_rings(model, weights, 4, 1), Keep(corner.rule or "last")
+    plans, keep = plan_rings(model, weights, 4, 1, mesh), Keep(corner.rule or "last")
     fill_all = lambda plan, kv, length: tuple(fill(plan, each, length) for each in kv)  # noqa: E731
 
     def write(rings, kv, length_B):

@@ -183,7 +183,7 @@ def test_a_step_with_a_cache_is_the_end_of_the_whole_pass(config):
         schedule = parse_schedule(setting, L)
         layout = "auto" if used_mesh else "stack"
         weights = prepare(model, params, schedule, num_tokens=1, layout=layout, mesh=used_mesh)
-        plans = plan_rings(model, weights, capacity=11, block=3)
+        plans = plan_rings(model, weights, capacity=11, block=3, mesh=used_mesh)
         pairs = zip(plans, weights.segments, strict=True)
         rings = tuple(
             fill(plan, jax.tree.map(lambda leaf, s=s: leaf[s.start : s.stop], kv), length_B) for plan, s in pairs

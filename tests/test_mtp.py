@@ -151,7 +151,7 @@ def test_configs_without_a_meaning_are_refused():
 @pytest.mark.slow
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device():
     mesh_config = MeshConfig(data=2, layer=2, tensor=2, ring_microbatches=2)
-    config = dataclasses.replace(TINY, num_mtp_heads=2)
+    config = dataclasses.replace(TINY, num_layers=4, num_mtp_heads=2)
     loss = LossConfig(mtp=MTPConfig(WEIGHT), solver_ce=SolverCEConfig(weight=0.5, region_sizes=(2,)))
     model, mesh, params = LanguageModel(config), make_mesh(mesh_config), random_params(LanguageModel(config))
     (value, parts), grads = value_and_grad(model, loss, None, 1)(params, batch_of(config))
@@ -191,8 +191,8 @@ def test_a_run_trains_its_heads_and_tells_how_well(tmp_path):
     config = tiny(tmp_path / "run")
     model = dataclasses.replace(config.model, num_mtp_heads=2)
     train(dataclasses.replace(config, model=model, loss=LossConfig(mtp=MTPConfig(1.0))))
-    told = [row["val_mtp"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_mtp" in row]
-    assert len(told) == 2 and told[1] < told[0] < math.log(257)
+    losses = [row["val_mtp"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_mtp" in row]
+    assert len(losses) > 1 and losses[-1] < losses[0] < math.log(257)
 
 
 # ---------------------------------------------------------------- drafts

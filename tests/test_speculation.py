@@ -40,7 +40,7 @@ def drafting_engine(drafter, length=None, most=None, config=ALIKE, machine=Machi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "drafter, most", (("idn:n=3,k=1", 2), ("idn:n=2,k=2,init=warm", 3), ("skip:1-2", 8)), ids=lambda value: str(value)
+    "drafter, most", (("idn:n=3,k=1", 2), ("idn:n=3,k=2,init=warm", 3), ("skip:1-2", 8)), ids=lambda value: str(value)
 )
 def test_greedy_speculation_is_greedy_decoding(drafter, most):
     """Of many prompts, with drafts of every length up to the most, over rings of several lengths."""
@@ -207,7 +207,7 @@ def test_speculated_samples_have_the_law_of_the_model(law, draft_len):
     first_V, second_VV, third_VVV = table("seq", sampling)
     law_VV = (first_V[:, None, None] * second_VV[:, :, None] * third_VVV).sum(0)
     drafted_VVV = table("exit:1", sampling)
-    assert np.abs(second_VV - drafted_VVV[1]).sum(-1).mean() > 0.5, "the drafter has another law"
+    assert np.abs(second_VV - drafted_VVV[1]).sum(-1).mean() > 0.2, "the drafter has another law"
     V = WORDS.vocab_size
     assert_law(np.bincount(tokens[:, 1] * V + tokens[:, 2], minlength=V * V), law_VV)
     assert_law(np.bincount(tokens[:, 0], minlength=V), first_V)

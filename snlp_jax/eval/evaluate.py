@@ -34,7 +34,7 @@ from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.infer.greedy import make_greedy_fn
 from snlp_jax.io.provenance import circumstances
-from snlp_jax.model import LanguageModel, num_params
+from snlp_jax.model import Model, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
 from snlp_jax.parts import Weights
@@ -78,7 +78,7 @@ def parse_settings(model: ModelConfig, config: EvalConfig) -> dict[str, Schedule
 
 
 def evaluate(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     batches: Sequence[np.ndarray],
     config: EvalConfig,
@@ -139,7 +139,7 @@ def evaluate(
 
 
 def _circumstances(
-    model: LanguageModel, windows: np.ndarray, config: EvalConfig, mesh: Mesh | None, weight_WT: np.ndarray | None
+    model: Model, windows: np.ndarray, config: EvalConfig, mesh: Mesh | None, weight_WT: np.ndarray | None
 ) -> dict[str, Any]:
     return circumstances() | {
         "num_devices": jax.device_count(),
@@ -169,7 +169,7 @@ def _check_batches(num_rows: int, config: EvalConfig, mesh: Mesh) -> None:
 
 
 def _compare(
-    model: LanguageModel,
+    model: Model,
     weights: Sequence[Weights],
     batches: Sequence[np.ndarray],
     documents: Sequence[np.ndarray] | None,
@@ -191,7 +191,7 @@ def _compare(
 
 
 def _decode(
-    model: LanguageModel,
+    model: Model,
     weights: Sequence[Weights],
     windows: np.ndarray,
     config: EvalConfig,

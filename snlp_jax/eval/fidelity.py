@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from snlp_jax.eval.perplexity import token_nll
 from snlp_jax.forward import forward
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Solution
 from snlp_jax.types import Array
@@ -50,7 +50,7 @@ ReferenceFn = Callable[..., tuple[Reference, Comparison]]
 CompareFn = Callable[..., Comparison]
 
 
-def make_reference_fn(model: LanguageModel, mesh: Mesh | None = None) -> ReferenceFn:
+def make_reference_fn(model: Model, mesh: Mesh | None = None) -> ReferenceFn:
     """Jitted ``(weights, windows [B, T + 1], documents [B, T + 1] or None) -> (Reference, the comparison of the pass
     with itself)``."""
 
@@ -66,7 +66,7 @@ def make_reference_fn(model: LanguageModel, mesh: Mesh | None = None) -> Referen
     return reference
 
 
-def make_compare_fn(model: LanguageModel, mesh: Mesh | None = None) -> CompareFn:
+def make_compare_fn(model: Model, mesh: Mesh | None = None) -> CompareFn:
     """Jitted ``(weights, windows [B, T + 1], Reference, documents [B, T + 1] or None) -> Comparison``; compiles once a
     schedule.
 

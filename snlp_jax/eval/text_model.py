@@ -19,7 +19,7 @@ from snlp_jax.infer import Engine, Placement, Request
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import prepare
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.parallel import put_batch
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, Diagonal, Schedule
@@ -89,7 +89,7 @@ def rolling_spans(tokens: np.ndarray, max_context: int) -> list[Span]:
     ]
 
 
-def make_token_fn(model: LanguageModel, weights: Weights, mesh: Mesh | None = None) -> TokenFn:
+def make_token_fn(model: Model, weights: Weights, mesh: Mesh | None = None) -> TokenFn:
     """What :func:`score_spans` asks of a model, for one setting; compiles once a shape."""
 
     @jax.jit
@@ -173,7 +173,7 @@ class TextModel:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Model,
         params: Params,
         tokenizer: Tokenizer,
         schedule: Schedule,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from snlp_jax.config import EvalConfig
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.forward import forward
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params
@@ -38,7 +38,7 @@ class Timing:
 
 
 def time_schedules(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     schedules: Sequence[Schedule],
     config: EvalConfig,
@@ -91,7 +91,7 @@ def time_schedules(
     return results
 
 
-def _jit_forward(model: LanguageModel, mesh: Mesh | None) -> Any:
+def _jit_forward(model: Model, mesh: Mesh | None) -> Any:
     def logits(weights: Weights, tokens_BT: Array) -> Array:
         return forward(model, weights, tokens_BT, mesh=mesh).logits_BTV
 

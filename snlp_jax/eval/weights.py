@@ -6,14 +6,14 @@ from jax.sharding import Mesh
 
 from snlp_jax.checks import check_mesh
 from snlp_jax.layout import Layout, Spread, canonical, prepare, with_schedule
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, ParallelSegment, Schedule, Segment
 from snlp_jax.types import Params
 
 
 def prepare_all(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     schedules: Sequence[Schedule],
     *,

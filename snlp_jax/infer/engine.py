@@ -32,7 +32,7 @@ from snlp_jax.infer.rules import EVALUATIONS, CacheRule, Drafting, Placement, ch
 from snlp_jax.infer.sampling import Features, rows_of
 from snlp_jax.infer.switch import DraftSwitch
 from snlp_jax.layout import in_order, prepare, verifier
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.notation import Drafter, parse_schedule
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
 from snlp_jax.solver import Calibration, Schedule
@@ -65,7 +65,7 @@ class Engine:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Model,
         params: Params,
         schedule: Schedule | str = "seq",
         *,
@@ -215,9 +215,9 @@ class Engine:
 
     def _programs_for(self, capacity: int, features: Features) -> Programs:
         block = self.max_draft + 1
-        plans = plan_rings(self.model, self.weights, capacity, block)
+        plans = plan_rings(self.model, self.weights, capacity, block, self.mesh)
         if self.draft is not None:  # layers that the drafter leaves out are the verifier's alone
-            others = plan_rings(self.model, self.exact, capacity, block)
+            others = plan_rings(self.model, self.exact, capacity, block, self.mesh)
             plans = tuple(plan or other for plan, other in zip(plans, others, strict=True))
         return Programs(
             self.model,

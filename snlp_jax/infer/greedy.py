@@ -8,14 +8,14 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from snlp_jax.forward import forward
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.parts import Weights
 from snlp_jax.types import Array
 
 GreedyFn = Callable[[Weights, ArrayLike], Array]
 
 
-def make_greedy_fn(model: LanguageModel, *, prompt_len: int, num_tokens: int, mesh: Mesh | None = None) -> GreedyFn:
+def make_greedy_fn(model: Model, *, prompt_len: int, num_tokens: int, mesh: Mesh | None = None) -> GreedyFn:
     """Jitted greedy decoding without a cache: ``(weights, tokens_BT) -> new tokens [B, num_tokens]``.
 
     ``tokens_BT`` holds the prompt and a first guess of the ``num_tokens`` that follow. All guesses are replaced at

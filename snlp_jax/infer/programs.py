@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from snlp_jax.cache import Past, RingPlan, append, fill
 from snlp_jax.forward import CacheUpdate, Keep, States, run_parts
 from snlp_jax.infer.sampling import Features, Rows, accept, distribution, draw, seen_in, seen_with_drafts
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.model.block import Rings
 from snlp_jax.parallel.mesh import over_data
 from snlp_jax.parts import Weights
@@ -70,7 +70,7 @@ class State(NamedTuple):
 class Programs:
     """Builds the functions; see the module."""
 
-    model: LanguageModel
+    model: Model
     features: Features
     plans: tuple[RingPlan | None, ...]
     evaluation: Literal["last", "refreshed", "every"]

@@ -22,7 +22,7 @@ from snlp_jax.forward import forward
 from snlp_jax.io.files import atomic_write
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import arrange, split, weights_shardings
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.mesh import put_batch
 from snlp_jax.solver import Schedule
@@ -57,7 +57,7 @@ def _short_list(config: Config) -> tuple[str, ...]:
     return tuple(f"{name}:n={size},k={k}" for size in sizes for k in (1, 2) if k <= size)
 
 
-def make_observe(model: LanguageModel, config: Config, mesh: Mesh) -> Observe:
+def make_observe(model: Model, config: Config, mesh: Mesh) -> Observe:
     """``(params, batches) -> frontier/SETTING``, the held-out cross entropy of each setting, and ``residual/LAYER``,
     ``||f_l(h_{l-1}) - h_l|| / ||h_l||`` of the trace after one iteration (Identity, or HyperConnection with streams)
     of the largest region that the loss trains, or of two thirds of the layers. Each setting compiles once.

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from snlp_jax.chains import chains_of, correction_of, method_data
 from snlp_jax.checks import check_alike
 from snlp_jax.forward import run_in_order
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.model.block import Shared
 from snlp_jax.model.kinds import cut
 from snlp_jax.parallel.mesh import kernels_on, over_data
@@ -39,7 +39,7 @@ class Passes:
     for every microbatch; all of them at once in a region, which reads them all at once.
     """
 
-    model: LanguageModel
+    model: Model
     params: Params
     """The embedding and the head are whole along the data axis."""
     batch: Batch
@@ -52,7 +52,7 @@ class Passes:
     @classmethod
     def of(
         cls,
-        model: LanguageModel,
+        model: Model,
         params: Params,
         batch: Batch,
         key: Array | None = None,
@@ -117,9 +117,7 @@ class Passes:
         return Part(blocks, None, None, segment, span, is_spread)
 
 
-def _gathered(
-    model: LanguageModel, tree: PyTree, mesh: Mesh | None, prefix: str = "", *, is_one_layer: bool = False
-) -> PyTree:
+def _gathered(model: Model, tree: PyTree, mesh: Mesh | None, prefix: str = "", *, is_one_layer: bool = False) -> PyTree:
     """Parameters whole along the data axis, see :func:`snlp_jax.parallel.sharding.gather_channels`."""
     if mesh is None or mesh.shape["data"] == 1:
         return tree

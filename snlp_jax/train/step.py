@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from snlp_jax.config import Config
 from snlp_jax.errors import InputError
-from snlp_jax.model import LanguageModel
+from snlp_jax.model import Model
 from snlp_jax.parallel.sharding import TRAINING, shardings_of, spread_matrices, with_shardings
 from snlp_jax.train.lora import init_adapters, make_lora_optimizer, merge
 from snlp_jax.train.loss import Plan, balanced, loss_fn, term_weight
@@ -27,7 +27,7 @@ StepFn = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def init_state(
-    model: LanguageModel,
+    model: Model,
     optimizer: optax.GradientTransformation,
     seed: int,
     config: Config | None = None,
@@ -45,7 +45,7 @@ def init_state(
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32), **extras}
 
 
-def optimizer_of(model: LanguageModel, config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
+def optimizer_of(model: Model, config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """The optimizer of a training run, on the mesh that holds its parameters.
 
     Raises:
@@ -80,7 +80,7 @@ def _matches(params: Params, pattern: str) -> Any:
 
 
 def abstract_state(
-    model: LanguageModel,
+    model: Model,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
     config: Config | None = None,
@@ -92,7 +92,7 @@ def abstract_state(
 
 
 def make_init(
-    model: LanguageModel,
+    model: Model,
     optimizer: optax.GradientTransformation,
     seed: int,
     mesh: Mesh | None = None,
@@ -107,7 +107,7 @@ def make_init(
 # -- What is read of a state -------------------------------------------------------------------------------------------
 
 
-def make_reader(model: LanguageModel, config: Config, mesh: Mesh | None = None) -> Callable[[TrainState], Params]:
+def make_reader(model: Model, config: Config, mesh: Mesh | None = None) -> Callable[[TrainState], Params]:
     """``state -> the parameters that evaluations read``: the average over the steps where there is one, with adapters
     merged into what they adapt."""
     trained = lambda state: state["ema" if config.train.ema_decay > 0 else "params"]  # noqa: E731
@@ -137,7 +137,7 @@ def from_saved(saved: TrainState) -> TrainState:
     return state if "base" in saved else state | {"ema": saved["params"]}
 
 
-def abstract_saved(state: TrainState, model: LanguageModel, mesh: Mesh | None = None) -> TrainState:
+def abstract_saved(state: TrainState, model: Model, mesh: Mesh | None = None) -> TrainState:
     """:func:`to_saved` of the shapes that :func:`abstract_state` gives."""
     params = model.abstract_params()
     if mesh is not None:
@@ -155,7 +155,7 @@ def ema_decay(decay: float, step: Array) -> Array:
 
 
 def make_step(
-    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh | None = None
+    model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh | None = None
 ) -> StepFn:
     """``step(state, batch, plan=Plan(...)) -> (state, metrics)``; donates ``state``, compiles once a plan.
 
@@ -187,7 +187,7 @@ def make_step(
 
 
 def _make_gradient(
-    model: LanguageModel, config: Config, mesh: Mesh | None, shardings: Any
+    model: Model, config: Config, mesh: Mesh | None, shardings: Any
 ) -> Callable[[TrainState, Batch, Plan], tuple[Any, dict[str, Array]]]:
     """``(state, rows, plan) -> (gradient of the loss by the state's params, metrics)``; on a mesh gradients lie as
     ``shardings`` say."""
