@@ -16,7 +16,7 @@ import pytest
 from problems import SMALL, random_params
 
 from snlp_jax.cache import Past, append, fill, plan_rings
-from snlp_jax.config import MachineConfig, MeshConfig
+from snlp_jax.config import HiddenNormConfig, LossConfig, MachineConfig, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import Keep, forward
 from snlp_jax.infer.rules import check_settings
@@ -25,10 +25,13 @@ from snlp_jax.linearize.calibrate import fit_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.mesh import make_mesh, put_batch
+from snlp_jax.train.loss import loss_fn, make_plan
+from snlp_jax.train.passes import Passes
+from snlp_jax.types import Batch
 
 BASE = dataclasses.replace(SMALL, num_layers=3, embed_dim=32, num_heads=2, num_kv_heads=1, seq_len=8, short_window=2)
 MODELS = {
-    "window": BASE,  # SSS; the second and third token see less than all
+    "window": BASE,  # SSL, as the last layer always sees all; an S layer sees two tokens and its own
     "mixed": dataclasses.replace(BASE, window_pattern="SLS"),
     "streams": dataclasses.replace(BASE, use_x0_resid=False, num_streams=2, sinkhorn_iters=4, window_pattern="L"),
     "dynamic": dataclasses.replace(BASE, use_x0_resid=False, num_streams=2, hyper_maps="dynamic", sinkhorn_iters=4),
@@ -181,6 +184,7 @@ def logits_of(corner: Corner):
     return run(weights, exact, put_batch(mesh, TOKENS_BT, is_whole=True))
 
 
+@pytest.mark.filterwarnings("ignore:the attention windows")
 @pytest.mark.parametrize("corner", CORNERS, ids=name_of)
 def test_every_corner_is_the_plain_model(corner):
     _, expected = reference(corner.model, corner.dtype)
@@ -215,5 +219,26 @@ def test_a_ring_crosses_layers_that_are_left_out():
 def test_the_callers_choice_of_kernels_holds():
     """Bug 12: a pass gave every part all kernels that run there, also where the caller had allowed XLA's alone."""
     model = LanguageModel(BASE).adapted(kernels=())
-    assert set(model.adapted(kernels=("cudnn", "splash"))._kernels_here) == {"xla"}
-    assert model.adapted()._block_graphs is model._block_graphs
+    assert model.adapted(kernels=("cudnn", "splash"))._kernels == {"xla"}
+
+
+def test_windows_that_differ_between_devices_are_named():
+    """Such layers share no compiled sweep and compute scores for the longest window; this was silent."""
+    params, _ = reference("window", "float32")
+    with pytest.warns(UserWarning, match=r"windows of layers 1-3"):
+        prepare(LanguageModel(MODELS["window"]), params, parse_schedule("idn:n=2,k=1", 3), mesh=make_mesh(LAYER))
+
+
+def test_a_plain_cross_entropy_keeps_no_trace():
+    """The states that the head reads ride along in the loop: nothing of shape [L, B, T, D] is made."""
+    model, batch = LanguageModel(BASE), Batch(jnp.asarray(np.pad(TOKENS_BT, ((0, 0), (0, 1)))))
+    params = model.abstract_params()
+    trace_shape = (BASE.num_layers, *TOKENS_BT.shape, BASE.embed_dim)
+
+    def shapes_of(loss):
+        plan = make_plan(loss, 0, 1, 0)
+        run = lambda p: loss_fn(Passes.of(model, p, batch), loss, plan, {"hidden_norm": 1.0})[0]  # noqa: E731
+        return str(jax.make_jaxpr(run)(params)).count("f32[{},{},{},{}]".format(*trace_shape))
+
+    assert shapes_of(LossConfig()) == 0
+    assert shapes_of(LossConfig(hidden_norm=HiddenNormConfig(weight=1.0, region_sizes=(3,)))) > 0

@@ -56,8 +56,7 @@ def fit_calibration(
 ) -> Calibration:
     """Fit surrogates for ``num_iters`` iterations, and the initial trace where ``init`` is one that is fitted.
 
-    Passes over the text: one an iteration (two for ``basis``), one for the initial trace. Memory does not grow with
-    the text.
+    Passes over the text: one an iteration (two for ``basis``), one for the initial trace. Memory is that of a batch.
 
     Args:
         text: the region's chains on batches of text, of equal shapes; a function gives them anew for every pass. They

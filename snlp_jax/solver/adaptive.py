@@ -52,12 +52,10 @@ def solve_until(
 ) -> Solution:
     """:func:`snlp_jax.solver.solve` with as many iterations as each sequence needs, ``max_iters`` at most.
 
-    A sequence (index of the state's first axis) stops after the first iteration that finds
-    ``max over its nodes and tokens of ||f_l(h_{l-1}) - h_l|| / ||h_l||`` below ``tolerance``. It then keeps its trace,
-    so its result does not depend on the others of the batch; where ``fns.batch_axes`` says how the batch lies, neither
-    does what it leaves behind. Spread over devices, the residual travels with the totals.
-
-    For inference only: a ``lax.while_loop`` has no reverse mode.
+    A sequence (index of the state's first axis) stops after the first iteration that finds the largest
+    ``||f_l(h_{l-1}) - h_l|| / ||h_l||`` of its nodes and tokens below ``tolerance``, and keeps its trace. So its result
+    does not depend on the others of the batch, nor, where ``fns.batch_axes`` says how the batch lies, what it leaves
+    behind. Over devices the residual travels with the totals. For inference only: a while loop has no reverse mode.
 
     Raises:
         ValueError: ``max_iters`` < 1, or a state whose leaves share no batch axis.
