@@ -20,7 +20,7 @@ from snlp_jax.chains import chains_of
 from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, MachineConfig, MTPConfig
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
-from snlp_jax.infer.engine import Engine, Request
+from snlp_jax.infer import Drafting, Engine, Request
 from snlp_jax.layout import prepare, split, with_schedule
 from snlp_jax.linearize import fit_init
 from snlp_jax.model import LanguageModel
@@ -219,9 +219,9 @@ class Golden:
 
     def continuation(self, draft: Schedule | None = None, draft_len: int = 1) -> np.ndarray:
         """The greedy text after the file's prompt, by the cached engine."""
-        settings: dict[str, Any] = {"draft": draft, "draft_len": draft_len, "max_draft": draft_len} if draft else {}
+        drafting = Drafting(draft, draft_len) if draft else None
         request = Request(self.arrays["gen/prompt"].tolist(), len(self.arrays["gen/greedy"]))
-        return np.asarray(Engine(self.model, self.params, **settings).generate([request])[0].tokens)
+        return np.asarray(Engine(self.model, self.params, draft=drafting).generate([request])[0].tokens)
 
     def accept_counts(self, draft: Schedule, draft_len: int) -> list[int]:
         """Accepted drafts of every round where the drafter, without a cache, runs the solver on the whole text."""
