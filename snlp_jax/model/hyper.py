@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.model.layers import rms_norm, small_product
-from snlp_jax.types import Array, PyTree
+from snlp_jax.types import Array, PyTree, is_list
 
 
 class BranchMaps(NamedTuple):
@@ -64,6 +64,22 @@ def static_maps(hyper: PyTree, config: ModelConfig) -> LayerMaps:
     res = sinkhorn(both["res_logits"] / config.sinkhorn_tau, config.sinkhorn_iters)
     maps = BranchMaps(res, jax.nn.softmax(both["pre_logits"]), jax.nn.softmax(both["post_logits"]))
     return join(BranchMaps(*(leaf[0] for leaf in maps)), BranchMaps(*(leaf[1] for leaf in maps)))
+
+
+def has_static_maps(config: ModelConfig) -> bool:
+    return config.num_streams > 0 and config.hyper_maps == "static"
+
+
+def maps_of_layers(config: ModelConfig, blocks: PyTree, num_layers: int) -> LayerMaps | None:
+    """:func:`static_maps` of the first ``num_layers`` layers of a stack or a list of trees, which may be chunks
+    [M, ...]; None for a model without them."""
+    if not has_static_maps(config):
+        return None
+    if not is_list(blocks):
+        return static_maps(jax.tree.map(lambda leaf: leaf[:num_layers], blocks["hyper"]), config)
+    is_chunked = blocks[0]["hyper"]["attn"]["post_logits"].ndim == 2
+    stack = jnp.concatenate if is_chunked else jnp.stack
+    return static_maps(jax.tree.map(lambda *leaves: stack(leaves), *(block["hyper"] for block in blocks)), config)
 
 
 def join(attn: BranchMaps, mlp: BranchMaps) -> LayerMaps:

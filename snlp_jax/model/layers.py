@@ -54,7 +54,7 @@ def project(
             may be in ``dtype``, and is then stored so for the backward pass.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    product = _product(rows, kernel, out_dtype).reshape(*x.shape[:-1], kernel.shape[-1])
+    product = _product(rows, kernel.astype(dtype), out_dtype).reshape(*x.shape[:-1], kernel.shape[-1])
     product = product if scale is None else product * _along_last(scale, x.ndim)
     product = product if bias is None else product + _along_last(bias, x.ndim)
     return product.astype(out_dtype)
@@ -68,19 +68,6 @@ def small_product(x: Array, kernel: Array) -> Array:
 
 
 def _product(x_SI: Array, kernel_IO: Array, out_dtype: Any) -> Array:
-    """``x @ kernel`` with operands in the dtype of x.
-
-    In bfloat16 the backward pass multiplies bfloat16 by bfloat16 too. The kernel's gradient comes out of its product
-    in float32, so that it is summed over devices in float32. Parameters of eight bits have none.
-    """
-    if x_SI.dtype == jnp.float32 or not jnp.issubdtype(kernel_IO.dtype, jnp.floating):
-        return _of_rows(x_SI, kernel_IO.astype(x_SI.dtype), out_dtype)
-    constant_IO = jax.lax.stop_gradient(kernel_IO).astype(x_SI.dtype)
-    no_output = _kernel_gradient(kernel_IO, jax.lax.stop_gradient(x_SI), kernel_IO.dtype, jnp.dtype(out_dtype))
-    return _of_rows(x_SI, constant_IO, out_dtype) + no_output
-
-
-def _of_rows(x_SI: Array, kernel_IO: Array, out_dtype: Any) -> Array:
     """A product of two matrices that stays one for a single row.
 
     XLA turns one row's product into a multiplication and a sum, and on GPUs writes all products out in between, in
@@ -91,25 +78,6 @@ def _of_rows(x_SI: Array, kernel_IO: Array, out_dtype: Any) -> Array:
         return product(x_SI)
     with_zeros = lambda x_SI: product(jnp.pad(x_SI, ((0, 1), (0, 0))))[:1]  # noqa: E731
     return jax.lax.platform_dependent(x_SI, cuda=with_zeros, rocm=with_zeros, default=product)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _kernel_gradient(kernel_IO: Array, x_SI: Array, kernel_dtype: Any, out_dtype: Any) -> Array:
-    """Zeros in the place of ``x @ kernel``, with its derivative by the kernel. Forward-mode passes never meet it, as
-    kernels do not move in them."""
-    return jnp.zeros((len(x_SI), kernel_IO.shape[-1]), out_dtype)
-
-
-def _kernel_gradient_fwd(kernel_IO: Array, x_SI: Array, kernel_dtype: Any, out_dtype: Any) -> tuple[Array, Array]:
-    return _kernel_gradient(kernel_IO, x_SI, kernel_dtype, out_dtype), x_SI
-
-
-def _kernel_gradient_bwd(kernel_dtype: Any, out_dtype: Any, x_SI: Array, grad_SO: Array) -> tuple[Array, None]:
-    grad_IO = jnp.einsum("SI,SO->IO", x_SI, grad_SO.astype(x_SI.dtype), preferred_element_type=jnp.float32)
-    return grad_IO.astype(kernel_dtype), None
-
-
-_kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
 
 
 def einsum(formula: str, x: Array, y: Array, out_dtype: Any = jnp.float32) -> Array:

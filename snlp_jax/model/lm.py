@@ -17,7 +17,7 @@ from snlp_jax.config import Kind, MachineConfig, ModelConfig, RopeScaling
 from snlp_jax.errors import InputError
 from snlp_jax.model.attention import Implementation, choose_kernel
 from snlp_jax.model.block import Block, BlockAux, Context, OnInput, Ring, Shared, ValueEmbed
-from snlp_jax.model.hyper import LayerMaps, residual_path, static_maps
+from snlp_jax.model.hyper import has_static_maps, maps_of_layers, residual_path, static_maps
 from snlp_jax.model.kinds import join, kinds_in, take
 from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, small_product, weigh
 from snlp_jax.model.nodes import (
@@ -34,7 +34,7 @@ from snlp_jax.model.nodes import (
 from snlp_jax.model.parameters import Embedding, Head, Layer, fresh
 from snlp_jax.model.projections import head_widths, separate_projections
 from snlp_jax.model.value_embed import gather
-from snlp_jax.types import Array, Params, PyTree, is_list
+from snlp_jax.types import Array, Params, PyTree
 
 
 class LanguageModel:
@@ -72,8 +72,7 @@ class LanguageModel:
                 rows_BTX = embed["value"][table][tokens_BT]
                 rows_BTKH = rows_BTX.reshape(*tokens_BT.shape, config.num_kv_heads, config.head_dim)
                 value_embed = ValueEmbed(rows_BTKH, embed["value_gate"][table])
-            has_static_maps = config.num_streams and config.hyper_maps == "static"
-            maps = static_maps(block["hyper"], config) if has_static_maps else None
+            maps = static_maps(block["hyper"], config) if has_static_maps(config) else None
             is_local = jnp.asarray(config.letters[layer] == "S") if config.rope.local_base else None
             h = self.block(block)(h, Context(window, value_embed, maps, None, is_local), shared, self.dtype)
             if layer == config.mid_layer:
@@ -195,7 +194,11 @@ class LanguageModel:
         Raises:
             InputError: the sequence is longer than the rotary embedding reaches.
         """
-        self.check_context(x0_BTD.shape[1])
+        if x0_BTD.shape[1] > self.config.max_context:
+            raise InputError(
+                f"{x0_BTD.shape[1]} tokens exceed the rotary table of {self.config.max_context}; "
+                "shorten the input or raise model.rotary_multiple."
+            )
         position_T = jnp.arange(x0_BTD.shape[1])
         positions = position_T if first_B is None else first_B[:, None] + position_T[None]
         config = self.config
@@ -208,18 +211,6 @@ class LanguageModel:
         local = table(config.rope.local_base, None) if config.rope.local_base else (None, None)
         usual = table(config.rope_base, config.rope.scaling)
         return Shared(x0_BTD, *usual, first_B, None, document_BT, *local)
-
-    def check_context(self, num_tokens: int) -> None:
-        """Refuse sequences that are longer than the rotary embedding reaches.
-
-        Raises:
-            InputError: names both lengths.
-        """
-        if num_tokens > self.config.max_context:
-            raise InputError(
-                f"{num_tokens} tokens exceed the rotary table of {self.config.max_context}; "
-                "shorten the input or raise model.rotary_multiple."
-            )
 
     def context(
         self,
@@ -251,7 +242,7 @@ class LanguageModel:
         is_local = None
         if self.config.rope.local_base:
             is_local = jnp.asarray([letter == "S" for letter in self.config.letters[start:stop]])
-        return Context(windows, value_embed, self._static_maps(blocks, stop - start), None, is_local)
+        return Context(windows, value_embed, maps_of_layers(self.config, blocks, stop - start), None, is_local)
 
     def batch_axes(self, ctx: Context, shared: Shared, before: int = 0) -> tuple[Context, Shared, int]:
         """Batch axis of every leaf of one node's context, of what all share, and of what a node leaves behind; a node
@@ -378,16 +369,6 @@ class LanguageModel:
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise InputError(f"token id {bad} lies outside the vocabulary of {self.config.vocab_size} entries.")
-
-    def _static_maps(self, blocks: PyTree, num_layers: int) -> LayerMaps | None:
-        """Of the first ``num_layers`` layers of a stack or a list of trees, which may be chunks [M, ...]."""
-        if not self.config.num_streams or self.config.hyper_maps == "dynamic":
-            return None
-        if not is_list(blocks):
-            return static_maps(jax.tree.map(lambda leaf: leaf[:num_layers], blocks["hyper"]), self.config)
-        is_chunked = blocks[0]["hyper"]["attn"]["post_logits"].ndim == 2
-        join = jnp.concatenate if is_chunked else jnp.stack
-        return static_maps(jax.tree.map(lambda *leaves: join(leaves), *(b["hyper"] for b in blocks)), self.config)
 
     def block(self, params: PyTree) -> Block:
         """The layer that these are the parameters of."""
