@@ -156,25 +156,18 @@ def thinned(curve: Curve, num_points: int = MAX_POINTS) -> Curve:
 def _evaluation_table(evaluation: dict[str, Any]) -> str:
     info, rows = evaluation.get("info", {}), []
     number = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
+    forms = {"depth": "g", "ppl": ".4g", "ppl_change": "+.2%", "top1": ".2%"}
     for result in evaluation.get("results", ()):
-        interval, timing = result.get("ppl_interval") or (), result.get("timing") or {}
-        rows.append(
-            (
-                result.get("setting"),
-                number(result.get("depth"), "g"),
-                number(result.get("ppl"), ".4g"),
-                number(result.get("ppl_change"), "+.2%"),
-                " to ".join(number(bound, "+.2%") for bound in interval),
-                number(result.get("top1"), ".2%"),
-                number(timing.get("median_ms"), ".3g"),
-            )
-        )
+        interval = " to ".join(number(bound, "+.2%") for bound in result.get("ppl_interval") or ())
+        milliseconds = number((result.get("timing") or {}).get("median_ms"), ".3g")
+        numbers = (number(result.get(name), form) for name, form in forms.items())
+        rows.append((result.get("setting"), *numbers, interval, milliseconds))
     title = (
         f"Checkpoint of step {info.get('step')}, {info.get('num_windows')} held-out windows of "
         f"{info.get('window_len')} tokens; ms a forward of {info.get('timing_batch')} x {info.get('timing_len')} "
         f"tokens on {info.get('device')}"
     )
-    return _table(title, rows, head=("setting", "depth", "PPL", "change", "95 % interval", "top-1", "ms"))
+    return _table(title, rows, head=("setting", "depth", "PPL", "change", "top-1", "95 % interval", "ms"))
 
 
 # -- How it looks ------------------------------------------------------------------------------------------------------
