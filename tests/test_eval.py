@@ -17,6 +17,7 @@ import tyro
 from problems import random_params
 from tiny_run import MODEL, random_run, tiny
 
+import snlp_jax
 from snlp_jax.cli.evaluate import Args
 from snlp_jax.config import Config, EvalConfig, MeshConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData
@@ -269,6 +270,16 @@ def test_a_run_is_evaluated_by_the_script(
         runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
     assert stopped.value.code == 2
     assert "outside the model" in capsys.readouterr().err
+
+
+def test_a_run_is_loaded(tmp_path: Path) -> None:
+    model, params, tokenizer, config = snlp_jax.load_run(random_run(tmp_path / "run"))
+    assert model.config == config.model == MODEL and tokenizer.bos_id == ByteTokenizer.bos_id
+    expected = random_params(LanguageModel(MODEL))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, expected))
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="tokenizer"):
+        snlp_jax.load_run(tmp_path / "run")
 
 
 def test_missing_runs_are_named(tmp_path: Path) -> None:

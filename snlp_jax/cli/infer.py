@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -151,12 +151,16 @@ def with_solver_file(args: Args, num_layers: int) -> tuple[Args, SolverFile | No
     if not is_solver_file(args.solver):
         return args, None
     found = read_solver_file(args.solver, num_layers, args.run_dir)
-    changes: dict[str, Any] = {"solver": found.setting}
-    if found.speculate and not args.speculate:
-        changes |= {"speculate": found.speculate, "draft_len": args.draft_len or found.draft_len}
+    takes_drafter = bool(found.speculate and not args.speculate)
     is_drafting = bool(args.speculate or found.speculate)  # a drafter reads the exact cache
-    changes["rule"] = args.rule or (None if is_drafting else found.rule)
-    return dataclasses.replace(args, **changes), found
+    args = dataclasses.replace(
+        args,
+        solver=found.setting,
+        speculate=found.speculate if takes_drafter else args.speculate,
+        draft_len=args.draft_len or (found.draft_len if takes_drafter else 0),
+        rule=args.rule or (None if is_drafting else found.rule),
+    )
+    return args, found
 
 
 def sampling_of(args: Args, row: int = 0) -> Sampling:

@@ -109,20 +109,20 @@ def linearize_run(args: Args) -> Path:
     for spec in specs:
         num_training_windows(tokens, config.model.seq_len, spec.num_tokens)  # refuses too little text
     size = min(options.batch_size, args.num_windows)
-    shape = {"seq_len": config.model.seq_len, "batch_size": size, "num_batches": args.num_windows // size}
-    windows = held_out_batches(tokens, **shape)
+    num_batches = args.num_windows // size
+    windows = held_out_batches(tokens, seq_len=config.model.seq_len, batch_size=size, num_batches=num_batches)
     step, params = read_params(run_dir, model, args.checkpoint)
     before = held_out_nll(model, params, windows)
     made = _with_progress(model, params, fit, held_out, options, mesh, about["batches"])
     after = held_out_nll(made.model, made.params, windows)
     fits = [(spec, *fit_spec(made.model, made.params, tokens, spec)) for spec in specs]
-    told = _summary(config, options, made, before, after, windows)
-    told |= {"run_dir": str(run_dir), "checkpoint": args.checkpoint, "step": step, "fingerprint": fingerprint(params)}
-    told |= {"calibrations": {spec.name: {"setting": _setting(spec), "tokens": count} for spec, _, count in fits}}
-    told |= {"corpus_hash": tokens.content_hash, "text": about, **circumstances()}
-    _write(target, run_dir, _config_of(config, target, made, bool(args.data)), made.params, fits, told)
-    _print(made, told["ppl"])
-    for name, each in told["calibrations"].items():
+    record = _summary(config, options, made, before, after, windows)
+    record |= {"run_dir": str(run_dir), "checkpoint": args.checkpoint, "step": step, "fingerprint": fingerprint(params)}
+    record |= {"calibrations": {spec.name: {"setting": _setting(spec), "tokens": count} for spec, _, count in fits}}
+    record |= {"corpus_hash": tokens.content_hash, "text": about, **circumstances()}
+    _write(target, run_dir, _config_of(config, target, made, bool(args.data)), made.params, fits, record)
+    _print(made, record["ppl"])
+    for name, each in record["calibrations"].items():
         print(f"calibrated {name} on {each['tokens']} tokens of training text: --solvers {each['setting']}")
     print(f"wrote {target}")
     return target
@@ -225,14 +225,19 @@ def _config_of(config: Config, target: Path, made: Linearized, is_elsewhere: boo
         schedule = parse_schedule(setting, config.model.num_layers)
         return all(isinstance(region.stage, PerLayer) and not region.fit for region in schedule.regions)
 
-    data = config.data
-    if is_elsewhere:
-        data = dataclasses.replace(data, tokenizer=str(target.absolute() / TOKENIZER_NAME))
+    tokenizer = str(target.absolute() / TOKENIZER_NAME) if is_elsewhere else config.data.tokenizer
     evaluation = dataclasses.replace(
         config.eval, solvers=tuple(filter(runs, config.eval.solvers)), calibrations=()
     )  # fused layers must be alike, and the old run's calibrations are of other parameters
-    own: dict[str, Any] = {"name": target.absolute().name, "run_dir": str(target), "model": made.model.config}
-    return dataclasses.replace(config, **own, data=data, eval=evaluation, mesh=MeshConfig())
+    return dataclasses.replace(
+        config,
+        name=target.absolute().name,
+        run_dir=str(target),
+        model=made.model.config,
+        data=dataclasses.replace(config.data, tokenizer=tokenizer),
+        eval=evaluation,
+        mesh=MeshConfig(),
+    )
 
 
 def _summary(
@@ -262,7 +267,7 @@ def _write(
     config: Config,
     params: Params,
     fits: list[tuple[CalibrationSpec, Calibration, int]],
-    told: dict[str, Any],
+    record: dict[str, Any],
 ) -> None:
     text = to_json(config)
     with explain_full_disk(target):
@@ -270,9 +275,9 @@ def _write(
         for name in (TOKENIZER_NAME, TEMPLATE_NAME):
             if (run_dir / name).is_file():
                 shutil.copyfile(run_dir / name, target / name)
-        atomic_write(target / TABLE_NAME, json.dumps(told, indent=1) + "\n")
+        atomic_write(target / TABLE_NAME, json.dumps(record, indent=1) + "\n")
         with Checkpointer(target / CHECKPOINT_NAME, config_json=text) as checkpoints:
-            checkpoints.save(0, {"params": params}, None, {"val_loss": math.log(told["ppl"]["after"])})
+            checkpoints.save(0, {"params": params}, None, {"val_loss": math.log(record["ppl"]["after"])})
         for each in fits:
             save_fit(target, params, *each)
         atomic_write(target / CONFIG_NAME, text)  # last: a directory with it is a run
