@@ -44,8 +44,7 @@ SETTINGS = EvalConfig(
     solvers=("idn:n=2,k=2", "idn:0-1,k=1+sid:1-3,k=1"),
     num_bootstrap=200,
     greedy_tokens=0,  # see test_greedy_continuation_is_token_by_token, and the script
-    timing_len=8,
-    timing_repeats=2,
+    timing_repeats=0,  # two programs a setting; see the script
 )
 
 
@@ -75,7 +74,7 @@ def test_exact_setting_changes_nothing_and_others_do(report: Report) -> None:
     assert [result.setting for result in report.results] == ["seq", *SETTINGS.solvers]
     assert [result.depth for result in report.results] == [3, 3, 2]
     assert [result.num_block_evals for result in report.results] == [3, 5, 3]
-    assert sequential.ppl_change == 0 and sequential.kl == 0 and sequential.top1 == 1 and sequential.speedup == 1
+    assert sequential.ppl_change == 0 and sequential.kl == 0 and sequential.top1 == 1
     # K = N is the sequential pass up to float32 rounding of batched against scanned products.
     assert abs(exact.ppl_change) < 1e-5 and exact.kl < 1e-6 and exact.top1 == 1
     assert exact.cosine == pytest.approx(1, abs=1e-5)
@@ -160,9 +159,6 @@ def test_report_files(report: Report, tmp_path: Path) -> None:
     assert saved["results"][2]["ppl"] == report.results[2].ppl
     assert len(list(csv.DictReader(by_suffix[".csv"].read_text().splitlines()))) == 3
     assert by_suffix[".png"].read_bytes().startswith(b"\x89PNG")
-    for result in report.results:
-        assert result.timing.median_ms > 0
-        assert result.timing.layout in ("stack", "list")
 
 
 def test_default_grid_and_bad_settings(model: LanguageModel, params: dict, batches: list[np.ndarray]) -> None:
@@ -239,6 +235,8 @@ def test_a_run_is_evaluated_by_the_script(
     saved = json.loads((config.run_path / "eval" / "eval.json").read_text())
     assert saved["info"]["step"] == 3
     assert [result["setting"] for result in saved["results"]] == ["seq", *SCRIPT_SOLVERS]
+    assert all(result["timing"]["median_ms"] > 0 and result["speedup"] > 0 for result in saved["results"])
+    assert saved["results"][0]["speedup"] == 1 and saved["results"][0]["timing"]["layout"] in ("stack", "list")
 
     # The calibration lies beside the checkpoint and is found by name; another checkpoint or region refuses it.
     assert (config.run_path / "calibrations" / "mine.npz").is_file()

@@ -269,6 +269,7 @@ def test_moments_are_those_of_all_samples_on_any_split(batch_size, num_devices):
     assert_moments_are(found, by_hand())
 
 
+@pytest.mark.slow
 def test_of_another_family_without_the_first_tokens():
     """Norms with weights before and behind the branches: y is what reaches the stream."""
     family = {"norm": NormConfig(weight="plus_one", use_post=True), "mlp": "geglu", "use_x0_resid": False}
@@ -293,6 +294,7 @@ def test_means_far_above_the_spread_cost_no_digits():
     assert np.linalg.norm(in_float32.mean_x - x.mean(0)) / 1000 > 1e-7  # the shift is what saves them
 
 
+@pytest.mark.slow
 def test_streams_have_branches_but_no_block():
     changes = dict(num_streams=2, use_x0_resid=False, use_value_embeds=False)
     model, params, tokens = problem(**changes)
@@ -324,7 +326,7 @@ def last_states(model, params, tokens):
     return np.asarray(run(weights, tokens[:, :-1]), np.float64)
 
 
-@pytest.mark.parametrize("branch, rank", (("mlp", 5), ("block", 0)))
+@pytest.mark.parametrize("branch, rank", (("block", 0), pytest.param("mlp", 5, marks=pytest.mark.slow)))
 def test_a_replaced_branch_errs_as_its_moments_say(branch, rank):
     """The squared error of the last layer's outputs, measured by running the model that the maps are put into."""
     model, params, tokens = problem()
@@ -359,6 +361,7 @@ def test_the_lowest_are_chosen():
     )
 
 
+@pytest.mark.slow
 def test_a_greedy_choice_looks_at_the_model_so_far():
     """The second round's candidates are measured on the model whose first map is in place."""
     model, params, tokens = problem()

@@ -34,6 +34,7 @@ def setup() -> tuple[LanguageModel, dict, TokenData]:
     return model, params, TokenData(ByteTokenizer(), tokens[2000:], tokens[:2000], "hash")
 
 
+@pytest.mark.slow
 def test_tuning_brings_the_output_nearer_on_other_text(setup: tuple[LanguageModel, dict, TokenData]) -> None:
     """Not the states: least squares is the best of their error already, on the text that it was fitted to."""
     model, params, data = setup
