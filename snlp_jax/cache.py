@@ -21,7 +21,7 @@ from snlp_jax.model import Model
 from snlp_jax.model.attention import slot_positions
 from snlp_jax.model.block import KeyValue, Ring, Rings
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
-from snlp_jax.parts import Part, Weights
+from snlp_jax.parts import Part, Weights, nodes_of
 from snlp_jax.solver import Exact, ParallelSegment
 from snlp_jax.types import Array
 
@@ -77,6 +77,8 @@ def _plan_part(model: Model, part: Part, capacity: int, block: int, num_shards: 
         return None
     sizes = [min(config.windows[i], capacity) + block for i in layers]
     if part.is_list:
+        size = nodes_of(segment)[1]  # the layers of a fused node are read as one stack
+        sizes = [max(sizes[i - i % size :][:size]) for i in range(len(sizes))]
         return RingPlan(tuple(sizes), tuple((index,) for index in range(len(sizes))))
     is_exact = isinstance(segment, ParallelSegment) and isinstance(segment.correction, Exact)
     if (part.is_spread and num_shards > 1) or is_exact:

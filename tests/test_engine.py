@@ -335,11 +335,13 @@ def test_sampled_text_depends_on_the_request_alone():
 
 
 @pytest.mark.slow
-def test_a_tolerance_leaves_a_row_its_own_cache():
+@pytest.mark.parametrize("layout", ("stack", "list"))
+def test_a_tolerance_leaves_a_row_its_own_cache(layout):
     """A row that stops early keeps the keys and values of its own last evaluation, however long others go on."""
     config = dataclasses.replace(ALIKE, use_x0_resid=False)
     one, others = Request([1, 2, 3], 24), requests_of(config, new=24, lengths=(3, 11, 7))
-    engine = engine_of(config, "idn:n=3,tol=0.1", params=calm_params(0.1, config))
+    placement = Placement(layout=layout)
+    engine = engine_of(config, "idn:n=3,tol=0.1", params=calm_params(0.1, config), placement=placement)
     among = engine.generate([*others, one])
     most = 3 * 4 * 23
     assert 0.4 * most < engine.statistics.iterations < 0.9 * most, "rows stop at different iterations"

@@ -23,7 +23,7 @@ from test_sampling import assert_law, reference
 
 from snlp_jax.config import MachineConfig
 from snlp_jax.errors import InputError
-from snlp_jax.infer import Drafting, Engine, Request, Sampling
+from snlp_jax.infer import Drafting, Engine, Placement, Request, Sampling
 from snlp_jax.infer.engine import CHUNK
 from snlp_jax.infer.switch import FIRST_PAUSE, LONGEST_PAUSE, DraftSwitch
 from snlp_jax.layout import split
@@ -88,6 +88,15 @@ def test_speculation_gives_the_sequential_text_and_counts_its_drafts():
     if engine.statistics.steps > CHUNK:
         assert {key[0] for key in engine._programs} == {"prefill", "speculate", "decode"}
     assert set(engine._switches) == {4}
+
+
+@pytest.mark.slow
+def test_a_fused_drafter_over_lists_gives_the_sequential_text():
+    """Its nodes are pairs of layers, the verifier's are layers."""
+    config = dataclasses.replace(TINY, num_layers=4)
+    draft, requests = Drafting("idn:n=4,k=1,stage=2xF2", 2), requests_of(config)
+    engine = engine_of(config, draft=draft, placement=Placement(layout="list"))
+    assert_is_the_whole_pass(config, "seq", requests, engine.generate(requests))
 
 
 @pytest.mark.slow
