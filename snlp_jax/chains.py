@@ -26,7 +26,6 @@ from snlp_jax.solver import (
     PerLayer,
     Place,
     Segment,
-    SequentialSegment,
     Stage,
     sequential,
     with_affine,
@@ -87,7 +86,7 @@ def chains_of(
         params, params_rows, num_rows = blocks, rows, span.num_rows // layers_per_node
         ctx_nodes, shared_nodes = _with_rings(ctx, shared, past)
         nodes: PyTree = by_chunk(ctx_nodes, layers_per_node) if _is_chunked(part.segment) else ctx_nodes
-        if is_list(blocks) or _is_one_by_one(part.segment, past):
+        if is_list(blocks) or _is_one_by_one(model, part.segment, past):
             params, params_rows = _as_list(blocks, rows, num_rows), None
             nodes, shared_nodes = _context_list(model.config, ctx, part.segment, past), shared
         axes = _batch_axes(model, nodes, shared_nodes, int(_is_chunked(part.segment)))
@@ -187,11 +186,18 @@ def _context_of(model: Model, embed_head: Params, part: Part, span: _Span, token
     return pad_layers(ctx, span.num_rows)
 
 
-def _is_one_by_one(segment: Segment, past: Rings | None) -> bool:
-    """Whether a stack has to be read layer by layer: in order, rings of several lengths have no common loop."""
-    if past is None or len(past.groups) == 1:
+def _is_one_by_one(model: Model, segment: Segment, past: Rings | None) -> bool:
+    """Whether the layers of a stack are read one by one, each at its row, behind a cache.
+
+    In order, rings of several lengths have no common loop. And a GPU's loop over a stack copies every layer's weights
+    before it reads them, where rows that are known are read in place (``tests/test_aot.py``): half the bytes.
+    """
+    if past is None:
         return False
-    return isinstance(segment, SequentialSegment) or isinstance(segment.correction, Exact)  # type: ignore[union-attr]
+    is_several = len(past.groups) > 1
+    if isinstance(segment, ParallelSegment):
+        return is_several and isinstance(segment.correction, Exact)
+    return is_several or model.backend == "gpu"
 
 
 def _as_list(blocks: PyTree, rows: tuple[int, ...] | None, num_nodes: int) -> list[PyTree]:
