@@ -286,6 +286,19 @@ def test_gradients_in_bfloat16_on_a_mesh_are_those_of_one_device():
         assert difference < 0.004, (path, difference)
 
 
+def test_gradients_of_a_region_in_bfloat16_on_a_mesh_are_those_of_one_device():
+    """A row of the batch on each of eight devices, which all read the region's weights."""
+    config = dataclasses.replace(SMALL, num_layers=4, seq_len=64)
+    model, mesh = LanguageModel(config, MachineConfig(compute_dtype="bfloat16")), make_mesh(MeshConfig(data=8))
+    loss = LossConfig(solver_ce=SolverCEConfig(weight=2.0, region_sizes=(4,)), sequential_weight=0.0)
+    params, batch = random_params(model), Batch(np.asarray(random_tokens(config, batch=8, length=65)))
+    _, expected = value_and_grad(model, loss, None, 1)(params, batch)
+    params = jax.device_put(params, shardings_of(params, config, mesh, TRAINING))
+    _, actual = value_and_grad(model, loss, mesh, 1)(params, put_batch(mesh, batch, is_whole=True))
+    for one, other in zip(jax.tree.leaves(actual["blocks"]), jax.tree.leaves(expected["blocks"]), strict=True):
+        assert np.linalg.norm(np.asarray(one - other)) < 0.004 * np.linalg.norm(np.asarray(other))  # as above
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config, setting, mesh_config",
