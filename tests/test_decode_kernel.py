@@ -157,12 +157,16 @@ def test_choice():
 def test_a_model_refuses_it_where_it_does_not_run():
     config = ModelConfig(num_layers=2, embed_dim=256, num_heads=2, num_kv_heads=2)
     machine = MachineConfig(decode_attention="pallas")
-    assert LanguageModel(config, machine, backend="gpu")._attention(1, True) == "triton"
-    assert LanguageModel(config, machine, backend="gpu").adapted(kernels=("triton",))._attention(1, True) == "triton"
+
+    def chosen(model, num_tokens, is_cached):
+        return model._choose_kernel(False)(num_tokens, is_cached)
+
+    assert chosen(LanguageModel(config, machine, backend="gpu"), 1, True) == "triton"
+    assert chosen(LanguageModel(config, machine, backend="gpu").adapted(kernels=("triton",)), 1, True) == "triton"
     # The first tokens of a text are another matter.
-    assert LanguageModel(config, machine, backend="cpu")._attention(1) == "xla"
+    assert chosen(LanguageModel(config, machine, backend="cpu"), 1, False) == "xla"
     with pytest.raises(InputError, match="'cpu'"):
-        LanguageModel(config, machine, backend="cpu")._attention(1, True)
+        chosen(LanguageModel(config, machine, backend="cpu"), 1, True)
     with pytest.raises(InputError, match="this mesh"):
-        LanguageModel(config, machine, backend="tpu").adapted(kernels=())._attention(1, True)
-    assert LanguageModel(config, backend="cpu").adapted(kernels=())._attention(1, True) == "xla"
+        chosen(LanguageModel(config, machine, backend="tpu").adapted(kernels=()), 1, True)
+    assert chosen(LanguageModel(config, backend="cpu").adapted(kernels=()), 1, True) == "xla"

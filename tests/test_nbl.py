@@ -228,7 +228,7 @@ def by_hand(changes=(), skip_first=0):
         found = []
         for l in range(config.num_layers):
             layer, ctx_l = jax.tree.map(lambda leaf: leaf[l], (params["blocks"], ctx))  # noqa: B023
-            block = model._merge(layer)
+            block = model.block(layer)
             x, carry = block.path.enter(block, h, ctx_l, shared)
             q, kv = block.project(x, ctx_l, shared, jnp.float32)
             out = attend(q, kv.key_BTKH, kv.value_BTKH, config.windows[l], "xla")

@@ -176,7 +176,7 @@ def test_scales_are_spread_over_a_mesh_like_biases():
     mesh = make_mesh(MeshConfig(layer=2, tensor=2), devices=jax.devices()[:4])
     model, tokens = LanguageModel(GATED), random_tokens(GATED)
     quantised = quantize(random_params(model), "int8")
-    (alone,), (spread,) = (logits_of(model, [quantised], "idn:n=2,k=1", tokens, "stack", on) for on in (None, mesh))
+    (alone,), (spread,) = (logits_of(model, [quantised], "idn:n=2,k=1", tokens, mesh=on) for on in (None, mesh))
     assert relative_error(spread, alone) < ROUNDING
     weights = prepare(model, quantised, parse_schedule("idn:n=2,k=1", 2), num_tokens=1, mesh=mesh)
     region = weights.parts[-1].blocks["mlp"]
