@@ -80,7 +80,7 @@ def _plan_part(model: Model, part: Part, capacity: int, block: int, num_shards: 
         size = nodes_of(segment)[1]  # the layers of a fused node are read as one stack
         sizes = [max(sizes[i - i % size :][:size]) for i in range(len(sizes))]
         return RingPlan(tuple(sizes), tuple((index,) for index in range(len(sizes))))
-    is_exact = isinstance(segment, ParallelSegment) and isinstance(segment.correction, Exact)
+    is_exact = isinstance(segment, ParallelSegment) and isinstance(segment.correction.innermost, Exact)
     if (part.is_spread and num_shards > 1) or is_exact:
         return RingPlan((max(sizes),), (tuple(range(part.num_rows)),))
     groups = {size: tuple(i for i, each in enumerate(sizes) if each == size) for size in sorted(set(sizes))}

@@ -196,7 +196,7 @@ def _is_one_by_one(model: Model, segment: Segment, past: Rings | None) -> bool:
         return False
     is_several = len(past.groups) > 1
     if isinstance(segment, ParallelSegment):
-        return is_several and isinstance(segment.correction, Exact)
+        return is_several and isinstance(segment.correction.innermost, Exact)
     return is_several or model.backend == "gpu"
 
 

@@ -38,9 +38,9 @@ def check_schedule(config: ModelConfig, schedule: Schedule) -> None:
         InputError: a correction, initial trace or stage that is made for another kind of residual path.
     """
     for region in schedule.regions:
-        if isinstance(region.correction, HyperConnection) and not config.num_streams:
+        if isinstance(region.correction.innermost, HyperConnection) and not config.num_streams:
             raise InputError("hcn needs residual streams, but model.num_streams is 0; use idn or sid.")
-        if isinstance(region.correction, ScaledIdentity) and config.num_streams:
+        if isinstance(region.correction.innermost, ScaledIdentity) and config.num_streams:
             raise InputError("sid scales a single residual stream, but this model mixes several; use hcn.")
         if isinstance(region.stage, Chunkwise) and config.num_streams and config.hyper_maps == "dynamic":
             raise InputError("layers whose maps depend on the token cannot be fused; leave out stage=.")

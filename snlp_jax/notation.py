@@ -64,6 +64,7 @@ CORRECTIONS: dict[str, type[Correction]] = {
     "cal": Calibrated,
     "exact": Exact,
 }
+BUILTIN = frozenset(CORRECTIONS)
 INITS: dict[str, type[Init]] = {
     "h0": PrefixState,
     "batch_forward": BatchForward,
@@ -93,6 +94,11 @@ def register_correction(name: str, correction: type[Correction]) -> None:
     if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
         raise InputError(f"a correction's name is lower-case letters, digits and _, unlike {name!r}.")
     CORRECTIONS[name] = correction
+
+
+def registered() -> tuple[str, ...]:
+    """Names of the corrections that :func:`register_correction` added, for searches."""
+    return tuple(name for name in CORRECTIONS if name not in BUILTIN)
 
 
 CORRECTION_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {

@@ -9,7 +9,6 @@ import pytest
 
 from snlp_jax.config import (
     Config,
-    CorrectionName,
     DataConfig,
     EvalConfig,
     HiddenNormConfig,
@@ -29,7 +28,7 @@ from snlp_jax.config import (
     to_json,
 )
 from snlp_jax.errors import InputError
-from snlp_jax.notation import CORRECTIONS, INITS
+from snlp_jax.notation import INITS
 
 CHANGED = Config(
     name="other",
@@ -184,7 +183,6 @@ def test_terms_are_those_with_a_weight():
 
 def test_names_are_those_of_the_notation():
     """A loss term may use all that need neither a calibration of the finished model nor an oracle."""
-    assert set(typing.get_args(CorrectionName)) == set(CORRECTIONS) - {"cal"}
     assert set(typing.get_args(InitName)) == set(INITS) - {"cal", "preheat", "warm"}
 
 

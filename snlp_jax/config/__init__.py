@@ -12,7 +12,6 @@ from snlp_jax.config.family import NormConfig, RopeConfig, RopeScaling
 from snlp_jax.config.linearize import LinearizeConfig
 from snlp_jax.config.lora import LoraConfig
 from snlp_jax.config.loss import (
-    CorrectionName,
     HiddenNormConfig,
     InitName,
     LayerSkipConfig,
@@ -32,7 +31,6 @@ from snlp_jax.config.train import OptimConfig, TrainConfig
 __all__ = [
     "Branch",
     "Config",
-    "CorrectionName",
     "DataConfig",
     "Dial",
     "EvalConfig",

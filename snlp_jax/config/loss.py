@@ -40,7 +40,6 @@ class LossTerm(Checked):
             require(0 <= value <= 1, f"{name}.{field_name} is {value}; give 0 to 1.")
 
 
-CorrectionName = Literal["jac", "idn", "sid", "hcn", "diag", "exact"]
 InitName = Literal["h0", "batch_forward"]
 
 
@@ -48,8 +47,9 @@ InitName = Literal["h0", "batch_forward"]
 class SolverTerm(LossTerm):
     """A loss term that runs the solver: which correction it trains for."""
 
-    correction: CorrectionName = "idn"
-    """jac makes the layers contract: each is to give the same output on the region's input as on its own."""
+    correction: str = "idn"
+    """jac, idn, sid, hcn, diag or exact, or one that ``snlp_jax.register_correction`` named. jac makes the layers
+    contract: each is to give the same output on the region's input as on its own."""
     diagonal_mode: Literal["jvp", "vjp", "finite_difference"] = "vjp"
     """How diag estimates a layer's diagonal, with a new random vector every step."""
     diagonal_stride: int = 1

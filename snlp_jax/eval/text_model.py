@@ -158,7 +158,7 @@ def score_spans(
 def needs_solitude(schedule: Schedule) -> bool:
     """Whether other tokens than those to the left enter: a tolerance stops by the worst token of the whole sequence,
     and the random vectors of ``diag`` differ by row and, with ``mode=vjp``, bring noise back from later tokens."""
-    return any(region.tolerance > 0 or isinstance(region.correction, Diagonal) for region in schedule.regions)
+    return any(region.tolerance > 0 or isinstance(region.correction.innermost, Diagonal) for region in schedule.regions)
 
 
 class TextModel:

@@ -93,8 +93,8 @@ def _check_rule(schedule: Schedule, rule: CacheRule) -> None:
             raise InputError(
                 "cache rule 'per_iteration' needs a guess that no other token enters; leave out init=warm."
             )
-        if isinstance(region.correction, Diagonal | Exact):
-            name = type(region.correction).__name__
+        if isinstance(region.correction.innermost, Diagonal | Exact):
+            name = type(region.correction.innermost).__name__
             raise InputError(
                 f"cache rule 'per_iteration' needs surrogates that are a token's own, and {name} differentiates "
                 "through attention; use another rule."

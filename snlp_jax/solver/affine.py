@@ -82,6 +82,10 @@ class WithAffine(Correction):
     def needs_forward_mode(self) -> bool:
         return self.base.needs_forward_mode
 
+    @property
+    def innermost(self) -> Correction:
+        return self.base.innermost
+
 
 def with_affine(correction: Correction, nodes: tuple[int, ...]) -> Correction:
     """``correction``, told which nodes are affine. ``Exact`` already takes every derivative: it is only not damped."""

@@ -96,6 +96,11 @@ class Correction:
         """Whether the chain's block is differentiated in forward mode."""
         return False
 
+    @property
+    def innermost(self) -> "Correction":
+        """The correction itself, or of one that wraps another that other one."""
+        return self
+
 
 @dataclass(frozen=True)
 class Jacobi(Correction):

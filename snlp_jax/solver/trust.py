@@ -67,6 +67,10 @@ class TrustRegion(Correction):
     def needs_forward_mode(self) -> bool:
         return self.base.needs_forward_mode
 
+    @property
+    def innermost(self) -> Correction:
+        return self.base.innermost
+
     def _hold_back(self, chain: Chain, a_L: jax.Array) -> jax.Array:
         def step(variance: jax.Array, row: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
             a, is_padding = row

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, LossTerm, SolverCEConfig, SolverTerm
+from snlp_jax.errors import InputError
 from snlp_jax.notation import CORRECTIONS, INITS
 from snlp_jax.solver import Correction, Diagonal, Jacobi, ParallelSegment, PrefixState, relative_norm
 from snlp_jax.train.passes import Exact, Passes
@@ -180,7 +181,14 @@ TERMS: dict[str, Callable[[_Context, Any, int], Array]] = {
 
 
 def make_correction(term: SolverTerm) -> Correction:
-    """The correction that a loss term trains for."""
+    """The correction that a loss term trains for.
+
+    Raises:
+        InputError: no correction has its name, or only a fitted one.
+    """
+    if term.correction not in CORRECTIONS or term.correction == "cal":
+        known = ", ".join(name for name in CORRECTIONS if name != "cal")
+        raise InputError(f"a loss term's correction {term.correction!r} is not one of {known}.")
     if term.correction == "diag":
         return Diagonal(mode=term.diagonal_mode, stride=term.diagonal_stride, detach=True)
     return CORRECTIONS[term.correction]()

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from snlp_jax.config import Config, to_json
+from snlp_jax.config import Config, SolverTerm, to_json
 from snlp_jax.data.chat import prepare_data
 from snlp_jax.data.pipeline import TokenData, held_out_batches, train_iterator
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab
@@ -25,7 +25,7 @@ from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
 from snlp_jax.parallel.processes import all_or_none, check_same, is_first
 from snlp_jax.parallel.sharding import bytes_per_device
-from snlp_jax.train.loss import Plan, balanced, loss_fn, start_step
+from snlp_jax.train.loss import Plan, balanced, loss_fn, make_correction, start_step
 from snlp_jax.train.memory import check_state
 from snlp_jax.train.observe import Observe, make_observe
 from snlp_jax.train.passes import Passes
@@ -79,6 +79,9 @@ def check(config: Config, resume: bool) -> Setup:
     """
     seq_len, train_config = config.model.seq_len, config.train
     with all_or_none():
+        for term in config.loss.terms.values():
+            if isinstance(term, SolverTerm):
+                make_correction(term)
         mesh = make_mesh(config.mesh)
         part, num_parts = data_shard(mesh)
         model = LanguageModel(config.model, config.machine)

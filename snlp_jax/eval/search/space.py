@@ -8,7 +8,7 @@ from snlp_jax.config import ModelConfig, SearchConfig
 from snlp_jax.errors import InputError
 from snlp_jax.infer.rules import CacheRule, check_settings
 from snlp_jax.linearize import About
-from snlp_jax.notation import parse_schedule
+from snlp_jax.notation import parse_schedule, registered
 from snlp_jax.solver import Schedule
 
 NUM_SIZES = 12
@@ -110,7 +110,7 @@ def _forms(model: ModelConfig, search: SearchConfig, sizes: Sequence[int]) -> It
     """Family and settings of each line."""
     L, most = model.num_layers, search.max_iters
     corrections = ("hcn", "idn") if model.num_streams else ("idn", "sid") if model.use_x0_resid else ("idn",)
-    for name in corrections:
+    for name in (*corrections, *registered()):
         for init in ("", ",init=batch_forward"):
             for k in range(1, most + 1):
                 yield name + init, [f"{name}:n={n},k={k}{init}" for n in sizes if k <= n]
