@@ -130,7 +130,7 @@ def main(args: Args) -> dict[str, Any]:
         by_round = [[Request(prompt.tolist(), args.new_tokens) for prompt in prompt_BT] for prompt_BT in prompts]
         requests, alive = by_round[0], []
         for arm in arms:
-            arm.engine.widths.clear()
+            arm.engine.rounds.clear()
         for arm in arms:
             if time.perf_counter() > deadline - share / 5:
                 report["skipped"].append(where | arm.name)

@@ -86,7 +86,7 @@ def chains_of(
         params, params_rows, num_rows = blocks, rows, span.num_rows // layers_per_node
         ctx_nodes, shared_nodes = _with_rings(ctx, shared, past)
         nodes: PyTree = by_chunk(ctx_nodes, layers_per_node) if _is_chunked(part.segment) else ctx_nodes
-        if is_list(blocks) or _is_one_by_one(model, part.segment, past):
+        if is_list(blocks) or _is_one_by_one(model, part, past):
             params, params_rows = _as_list(blocks, rows, num_rows), None
             nodes, shared_nodes = _context_list(model.config, ctx, part.segment, past), shared
         axes = _batch_axes(model, nodes, shared_nodes, int(_is_chunked(part.segment)))
@@ -186,7 +186,7 @@ def _context_of(model: Model, embed_head: Params, part: Part, span: _Span, token
     return pad_layers(ctx, span.num_rows)
 
 
-def _is_one_by_one(model: Model, segment: Segment, past: Rings | None) -> bool:
+def _is_one_by_one(model: Model, part: Part, past: Rings | None) -> bool:
     """Whether the layers of a stack are read one by one, each at its row, behind a cache.
 
     In order, rings of several lengths have no common loop. And a GPU's loop over a stack copies every layer's weights
@@ -195,9 +195,9 @@ def _is_one_by_one(model: Model, segment: Segment, past: Rings | None) -> bool:
     if past is None:
         return False
     is_several = len(past.groups) > 1
-    if isinstance(segment, ParallelSegment):
-        return is_several and isinstance(segment.correction.innermost, Exact)
-    return is_several or model.backend == "gpu"
+    if isinstance(part.segment, ParallelSegment):
+        return is_several and isinstance(part.segment.correction.innermost, Exact)
+    return is_several or (model.backend == "gpu" and not part.is_spread)
 
 
 def _as_list(blocks: PyTree, rows: tuple[int, ...] | None, num_nodes: int) -> list[PyTree]:

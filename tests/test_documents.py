@@ -148,7 +148,8 @@ def test_the_loss_of_masked_documents_is_that_of_documents_alone(with_gradient: 
         # a mean over tokens of what is that close
         assert float(together[name]) == pytest.approx(float(apart[name]), rel=5e-6)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_apart), strict=True):
-        assert relative_error(one, other) < 5e-3  # sums over tokens and layers that partly cancel
+        # Sums over tokens and layers that partly cancel: a scalar's gradient is 1e-6 of what it is a sum of.
+        assert np.abs(one - other).max() < 5e-3 * max(np.abs(other).max(), 1e-4)
 
 
 @pytest.mark.slow
@@ -174,8 +175,8 @@ def test_calibration_and_diagnosis_read_documents_alone() -> None:
     params, schedule = random_params(model), parse_schedule("idn:n=3,k=1", SMALL.num_layers)
     region, (rows, places) = schedule.regions[0], alone(batch)
     fill = lambda x: np.resize(x, (BATCH_SIZE, T + 1))  # noqa: E731
-    (masked,) = region_chains(model, params, region, fill(batch.tokens), fill(batch.document))()
-    (apart,) = region_chains(model, params, region, fill(rows.tokens))()
+    ((masked, _),) = region_chains(model, params, region, fill(batch.tokens), fill(batch.document))()
+    ((apart, _),) = region_chains(model, params, region, fill(rows.tokens))()
     assert masked.shared.document_BT is not None  # what the fit's own evaluations read
     for index, (row, place) in enumerate(places):
         expected = apart.h_in[index, : place.stop - place.start]

@@ -302,9 +302,9 @@ def test_devices_together_give_the_text_of_one(mesh, sequential, config, setting
     if drafter is None:
         return
     state, _ = engine._prefill(requests)
-    for is_spread, rings in zip(engine.exact.is_spread, state.rings, strict=True):
+    for part, rings in zip(engine.exact.parts, state.rings, strict=True):
         for leaf in jax.tree.leaves(rings):
-            assert (leaf.sharding.shard_shape(leaf.shape)[0] < leaf.shape[0]) == (is_spread and mesh != "tensor")
+            assert (leaf.sharding.shard_shape(leaf.shape)[0] < leaf.shape[0]) == (part.is_spread and mesh != "tensor")
 
 
 def test_rows_that_a_mesh_cannot_share_are_refused():
