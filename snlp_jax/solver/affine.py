@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from snlp_jax.solver.chain import Chain, MethodData
-from snlp_jax.solver.corrections import Correction, Exact, Iteration, jvp_of
-from snlp_jax.solver.init import NO_DATA
+from snlp_jax.solver.chain import Chain
+from snlp_jax.solver.corrections import Correction, Exact, Iteration, Wrapping, jvp_of
 from snlp_jax.solver.linear import Corrected, add, affine_scan, corrected_alone, layer, shift, subtract
 from snlp_jax.solver.maps import LinearMap
 
@@ -21,19 +20,23 @@ PyTree = Any
 
 
 @dataclass(frozen=True)
-class WithAffine(Correction):
+class WithAffine(Wrapping):
     """``A_l = df_l/dh_{l-1}`` for the affine ``nodes``, and that of ``base`` for the others.
 
     Exactness: as many iterations as there are other nodes are exact for any base, and one more where the first node is
-    affine. Cost: one JVP for each affine node, in order. Not over devices.
+    affine. Cost: one JVP for each affine node, in order.
+
+    Raises:
+        ValueError: the nodes are spread over devices, each of which would count its own.
     """
 
-    base: Correction = Correction()
     nodes: tuple[int, ...] = ()
 
     def __call__(
         self, chain: Chain, it: Iteration, state: PyTree = (), *, taps: tuple[int, ...] = (), packed: PyTree = ()
     ) -> Corrected:
+        if chain.place.axis is not None and chain.place.axis.size > 1:
+            raise ValueError("affine nodes cannot be told apart on several devices; keep the chain on one.")
         y_L = self.base.predict(chain, it, state)
         if y_L is not it.y_L:
             rows = jnp.asarray(self.nodes)
@@ -41,9 +44,6 @@ class WithAffine(Correction):
         maps, r_L = self.base.maps(chain, it, state), subtract(y_L, it.h_L)
         new_L = add(y_L, self._moves(chain, it, maps, r_L))
         return corrected_alone(new_L, it.entering, taps, packed)
-
-    def start(self, chain: Chain, x_L: PyTree, data: MethodData = NO_DATA) -> PyTree:
-        return self.base.start(chain, x_L, data)
 
     def apply(self, chain: Chain, it: Iteration, state: PyTree, v_L: PyTree, jv_L: PyTree) -> PyTree:
         rows = jnp.asarray(self.nodes)
@@ -71,20 +71,6 @@ class WithAffine(Correction):
                 d = add(layer(r_L, index), move)
             start = index + 1
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *moves)
-
-    def serial_evals(self, num_nodes: int, num_iters: int) -> int:
-        return self.base.serial_evals(num_nodes, num_iters)
-
-    def extra_evals(self, num_nodes: int, num_iters: int) -> int:
-        return self.base.extra_evals(num_nodes, num_iters)
-
-    @property
-    def needs_forward_mode(self) -> bool:
-        return self.base.needs_forward_mode
-
-    @property
-    def innermost(self) -> Correction:
-        return self.base.innermost
 
 
 def with_affine(correction: Correction, nodes: tuple[int, ...]) -> Correction:

@@ -317,6 +317,33 @@ class Exact(Correction):
         return True
 
 
+@dataclass(frozen=True)
+class Wrapping(Correction):
+    """Base of corrections that wrap another: whatever they do not override is that of ``base``."""
+
+    base: Correction = Correction()
+
+    def start(self, chain: Chain, x_L: PyTree, data: MethodData = NO_DATA) -> PyTree:
+        return self.base.start(chain, x_L, data)
+
+    def predict(self, chain: Chain, it: Iteration, state: PyTree) -> PyTree:
+        return self.base.predict(chain, it, state)
+
+    def serial_evals(self, num_nodes: int, num_iters: int) -> int:
+        return self.base.serial_evals(num_nodes, num_iters)
+
+    def extra_evals(self, num_nodes: int, num_iters: int) -> int:
+        return self.base.extra_evals(num_nodes, num_iters)
+
+    @property
+    def needs_forward_mode(self) -> bool:
+        return self.base.needs_forward_mode
+
+    @property
+    def innermost(self) -> Correction:
+        return self.base.innermost
+
+
 def jvp_of(chain: Chain, params: PyTree, ctx: PyTree, x: PyTree, d: PyTree) -> PyTree:
     """``J d`` of one node at the input x."""
     return jax.jvp(lambda state: chain.fns.block(params, state, ctx, chain.shared)[0], (x,), (d,))[1]

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from snlp_jax.solver.chain import Chain, MethodData
+from snlp_jax.solver.chain import Chain
 from snlp_jax.solver.collectives import pipeline
-from snlp_jax.solver.corrections import Correction, Iteration
-from snlp_jax.solver.init import NO_DATA
+from snlp_jax.solver.corrections import Iteration, Wrapping
 from snlp_jax.solver.linear import layer
 from snlp_jax.solver.maps import DiagonalMap, IdentityMap, LinearMap, ScalarMap
 
@@ -17,7 +16,7 @@ PyTree = Any
 
 
 @dataclass(frozen=True)
-class TrustRegion(Correction):
+class TrustRegion(Wrapping):
     """The correction ``base``, of scalars or diagonals a_l, with g_l a_l in place of a_l.
 
     ``trust`` lambda >= 0 sets g_l, the gain of a scalar Kalman filter down the depth. The filter estimates what should
@@ -33,19 +32,12 @@ class TrustRegion(Correction):
     which over spread layers goes round the devices in every iteration.
     """
 
-    base: Correction = Correction()
     trust: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.trust < float("inf"):
             raise ValueError(f"trust {self.trust} must be 0 or more.")
-
-    def start(self, chain: Chain, x_L: PyTree, data: MethodData = NO_DATA) -> PyTree:
-        return self.base.start(chain, x_L, data)
-
-    def predict(self, chain: Chain, it: Iteration, state: PyTree) -> PyTree:
-        return self.base.predict(chain, it, state)
 
     def surrogate(self, chain: Chain, it: Iteration, state: PyTree) -> LinearMap:
         maps = self.base.maps(chain, it, state)
@@ -56,20 +48,6 @@ class TrustRegion(Correction):
         if not isinstance(maps, ScalarMap):
             raise ValueError(f"a trust region holds scalars and diagonals back, not {type(self.base).__name__}.")
         return ScalarMap(self._hold_back(chain, maps.a_L))
-
-    def serial_evals(self, num_nodes: int, num_iters: int) -> int:
-        return self.base.serial_evals(num_nodes, num_iters)
-
-    def extra_evals(self, num_nodes: int, num_iters: int) -> int:
-        return self.base.extra_evals(num_nodes, num_iters)
-
-    @property
-    def needs_forward_mode(self) -> bool:
-        return self.base.needs_forward_mode
-
-    @property
-    def innermost(self) -> Correction:
-        return self.base.innermost
 
     def _hold_back(self, chain: Chain, a_L: jax.Array) -> jax.Array:
         def step(variance: jax.Array, row: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """The passes of one training step over the parameters as they lie in training."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,16 +9,15 @@ from jax.sharding import Mesh
 
 from snlp_jax.chains import chains_of, correction_of, method_data
 from snlp_jax.checks import check_alike
-from snlp_jax.forward import run_in_order
+from snlp_jax.forward import run_in_order, solve_segment
 from snlp_jax.model import Model
 from snlp_jax.model.block import Shared
 from snlp_jax.model.kinds import cut
 from snlp_jax.parallel.mesh import kernels_on, over_data
-from snlp_jax.parallel.region import solve_sharded
 from snlp_jax.parallel.sharding import gather_channels
 from snlp_jax.parts import Part
-from snlp_jax.solver import ParallelSegment, Segment, SequentialSegment, Solution, Wanted, solve
-from snlp_jax.types import Array, Batch, Params, PyTree
+from snlp_jax.solver import ParallelSegment, Segment, SequentialSegment, Solution, Wanted
+from snlp_jax.types import Array, Batch, Params, PyTree, is_list
 
 
 class Exact(NamedTuple):
@@ -92,11 +92,9 @@ class Passes:
         part = self._part(region, is_spread=mesh is not None)
         (chain,) = chains_of(model, self.params, part, self.batch.tokens[:, :-1], self.shared, h_start, mesh=mesh)
         data = method_data(part, self.shared, chain, key=self.key, mesh=mesh)
-        correction = correction_of(model.config, region)
         want = Wanted(tuple(tap - self.first_row(region) for tap in taps))
-        if mesh is None:
-            return solve(chain, correction, region.init, data, num_iters=region.num_iters, want=want)
-        return solve_sharded(chain, correction, region.init, data, mesh=mesh, num_iters=region.num_iters, want=want)
+        region = dataclasses.replace(region, correction=correction_of(model.config, region))
+        return solve_segment([chain], region, data, mesh, want)
 
     def first_row(self, region: Segment) -> int:
         """The layer that row 0 of a region's trace belongs to."""
@@ -110,7 +108,7 @@ class Passes:
         span = (segment.start, segment.stop)
         blocks = cut(config, blocks, *span)
         if isinstance(segment, ParallelSegment):
-            if isinstance(blocks, list):
+            if is_list(blocks):
                 blocks = [_gathered(self.model, tree, self.mesh, "blocks/", is_one_layer=True) for tree in blocks]
             else:
                 blocks = _gathered(self.model, blocks, self.mesh, "blocks/")
