@@ -21,6 +21,8 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Column, Table
 
+from benchmarks.hlo import Program
+from benchmarks.hlo_text import COLLECTIVES
 from benchmarks.plan_compile import Compiled, Work, compile_plan, held_bytes
 from benchmarks.plan_formula import expected
 from benchmarks.plan_prices import PricedSlice
@@ -30,8 +32,6 @@ from snlp_jax.errors import InputError
 from snlp_jax.layout import Spread, abstract_weights
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
-from snlp_jax.parallel.hlo import Program
-from snlp_jax.parallel.hlo_text import COLLECTIVES
 from snlp_jax.parallel.mesh import AXES
 from snlp_jax.planner.target import plain_kernels, plan_mesh, prepare_environment
 from snlp_jax.solver import Schedule

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.hlo import Program, read_program
 from snlp_jax.cache import abstract_past
 from snlp_jax.config import Config
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.layout import Spread, abstract_weights
 from snlp_jax.model import LanguageModel
-from snlp_jax.parallel.hlo import Program, read_program
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Schedule

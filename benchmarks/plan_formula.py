@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from benchmarks.hlo import Op, Program
 from benchmarks.plan_compile import Work
 from snlp_jax.cache import plan_rings
 from snlp_jax.model import LanguageModel
-from snlp_jax.parallel.hlo import Op, Program
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.parts import Weights
 from snlp_jax.solver import ParallelSegment, SkippedSegment

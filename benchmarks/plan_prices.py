@@ -10,8 +10,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from benchmarks.hlo import Op
 from snlp_jax.parallel.chips import Slice
-from snlp_jax.parallel.hlo import Op
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.hlo import Program
 from benchmarks.plan_compile import Work, compile_plan
 from benchmarks.plan_formula import expected
 from benchmarks.plan_prices import ON_CHIP_BYTES, PricedSlice
@@ -41,7 +42,6 @@ from snlp_jax.layout import Spread, abstract_weights, with_schedule
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.chips import Chip
-from snlp_jax.parallel.hlo import Program
 from snlp_jax.parallel.mesh import AXES
 from snlp_jax.parts import Weights
 from snlp_jax.planner.target import plan_mesh, prepare_environment

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as MemoryLayout
 
+from benchmarks.hlo import read_program
 from benchmarks.machine import Dtype, work
 from snlp_jax.cache import Past, RingPlan, append, plan_rings
 from snlp_jax.chains import chains_of
@@ -33,7 +34,6 @@ from snlp_jax.layout import in_order
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Ring, Rings
 from snlp_jax.notation import parse_schedule
-from snlp_jax.parallel.hlo import read_program
 from snlp_jax.parts import Weights
 from snlp_jax.solver import ParallelSegment, PerLayer, Schedule, SequentialSegment, solve
 

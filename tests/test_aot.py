@@ -101,7 +101,7 @@ from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.chips import Slice
-from snlp_jax.parallel.hlo import read_program
+from benchmarks.hlo import read_program
 from snlp_jax.planner.target import described_devices, prepare_environment
 from snlp_jax.quantize import quantize
 

@@ -28,6 +28,7 @@ from decoding import (
 from jax.sharding import NamedSharding, PartitionSpec
 from problems import SMALL, VARIANTS, random_tokens
 
+from benchmarks.hlo import count_collectives
 from snlp_jax.cache import append, fill, plan_rings
 from snlp_jax.config import MachineConfig, MeshConfig
 from snlp_jax.errors import InputError
@@ -42,7 +43,6 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import KeyValue, Ring, Rings
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
-from snlp_jax.parallel.hlo import count_collectives
 from snlp_jax.solver import Schedule
 
 FOUR = dataclasses.replace(TINY, num_layers=4)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.hlo import read_program
 from benchmarks.speed_cells import decoding
 from snlp_jax.cache import FEW_WRITES
 from snlp_jax.config import ModelConfig
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
-from snlp_jax.parallel.hlo import read_program
 
 CONFIG = ModelConfig(embed_dim=64, num_heads=2, num_kv_heads=2, vocab_size=64, seq_len=256, short_window=16)
 CONTEXT = 24

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from problems import SMALL, VARIANTS, random_params, random_tokens, relative_error
 
+from benchmarks.hlo import count_collectives
 from snlp_jax.cache import Past, abstract_past, fill, plan_rings
 from snlp_jax.chains import chains_of
 from snlp_jax.config import (
@@ -31,7 +32,6 @@ from snlp_jax.layout import abstract_weights, arrange, in_order, prepare, split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import data_shard, make_mesh, put_batch
-from snlp_jax.parallel.hlo import count_collectives
 from snlp_jax.parallel.mesh import kernels_on
 from snlp_jax.parallel.sharding import TRAINING, bytes_per_device, shardings_of
 from snlp_jax.parts import Part

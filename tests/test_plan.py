@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from problems import SMALL
 
 from benchmarks import scaling
+from benchmarks.hlo import Op, count_collectives, read_program
 from benchmarks.plan import Args, parse_mesh, run_plan, widest_mesh
 from benchmarks.plan_compile import Work, compile_plan
 from benchmarks.plan_formula import expected
@@ -23,7 +24,6 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh
 from snlp_jax.parallel.chips import CHIPS, chip_of
-from snlp_jax.parallel.hlo import Op, count_collectives, read_program
 
 MODEL = dataclasses.replace(SMALL, num_layers=4, num_kv_heads=4)
 

@@ -8,6 +8,7 @@ import pytest
 from problems import PLAIN, SMALL, random_params, random_tokens, relative_error
 from test_model import GEMMA, LINEARIZED, QWEN
 
+from benchmarks.hlo import read_program
 from benchmarks.speed_cells import decoding
 from snlp_jax.config import MachineConfig
 from snlp_jax.forward import forward
@@ -16,7 +17,6 @@ from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.projections import join_projections
 from snlp_jax.notation import parse_schedule
-from snlp_jax.parallel.hlo import read_program
 
 ROUNDING = 2e-5
 """Relative to the largest entry: the same float32 sums, which a wider product may add up in another order."""

@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from problems import nonlinear, posed, relative_error, true_trace
 
+from benchmarks.hlo import count_collectives
 from snlp_jax.config import MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.parallel import make_mesh, sequential_sharded, solve_sharded
-from snlp_jax.parallel.hlo import count_collectives
 from snlp_jax.parallel.region import first_nodes, num_padded, pad_layers
 from snlp_jax.solver import (
     BatchAxes,

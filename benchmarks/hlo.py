@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from snlp_jax.parallel.hlo_text import COLLECTIVES, Instruction, Module, parse_module
+from benchmarks.hlo_text import COLLECTIVES, Instruction, Module, parse_module
 
 FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all")
