@@ -30,7 +30,9 @@ def decode_program(num_layers: int, setting: str, layout: str = "auto", pattern:
     weights = jax.eval_shape(lambda params: prepare(model, params, schedule, num_tokens=1, layout=layout), params)
     programs, state = decoding(model, weights, batch, CONTEXT)
     run = jax.jit(programs.decode, donate_argnums=1)
-    return read_program(run.lower(weights, state, jnp.int32(4)).compile().as_text(), unknown_trips=1)
+    lowered = run.lower(weights, state, jnp.int32(4))
+    program = lowered.compile({"xla_cpu_use_fusion_emitters": True})  # as outside of the suite
+    return read_program(program.as_text(), unknown_trips=1)
 
 
 # A layer's smallest matrix, W_q: everything else that a step writes is smaller than it.

