@@ -294,7 +294,7 @@ def summarize(jobs: list[Job], limits: dict[str, float]) -> dict[str, Any]:
 def too_large(config: ModelConfig, cell: Cell, on_cpu: bool) -> str:
     """Why a cell is left out for want of memory; empty where it fits."""
     tables = (2 + len(config.value_embed_layers)) * config.padded_vocab_size * config.embed_dim
-    num_params = config.num_layers * config.layer_weights + tables
+    num_params = config.block_weights + tables
     item = jnp.dtype(cell.dtype).itemsize
     # Drawn in float32 and cast; stacks, lists and the forms whose layout XLA chooses; training with its optimizer.
     need = num_params * (24 if cell.kind == "train" else 4 + (3 if on_cpu else 5) * item)

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from snlp_jax.config.check import Checked, require
+from snlp_jax.config.check import Between, Checked, Rule
+from snlp_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class DataConfig(Checked, section="data"):
     """Of a chat record: what the assistant answers."""
     tokenizer: str = "byte"
     """'byte', 'bpe' (trained on the corpus, cached by content) or the path of a tokenizer.json."""
-    bpe_vocab_size: int = 4096
-    val_fraction: float = 0.05
+    bpe_vocab_size: Annotated[int, Rule(lambda value: value >= 260, "it must be at least 260")] = 4096
+    val_fraction: Between = 0.05
     """Share of the documents held out, chosen by a hash of each document's content."""
     mask_documents: bool = False
     """Tokens attend to their own document alone, instead of to all that a window packs together. Runs on XLA's own
     attention or Pallas splash attention. The separator that ends a document stays a target either way."""
-    num_workers: int = -1
+    num_workers: Annotated[int, Rule(lambda value: value >= -1, "give -1, 0 or a number of processes")] = -1
     """Processes that read and tokenize the corpus; 0 is none but this one, -1 one for each core but one, at most 8,
     where there is more than one shard (64 MB of text). The tokens are the same."""
     cache_dir: str = ""
@@ -46,25 +47,19 @@ class DataConfig(Checked, section="data"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.source != "", "data.source is empty; give 'builtin' or a file, folder or glob.")
-        require(
-            not self.mixture or self.source == "builtin",
-            f"data.source is {self.source!r} and data.mixture holds {len(self.mixture)} sources; give one of the two.",
-        )
-        require(
-            not self.mixture or self.format == "text",
-            "data.mixture is for text, but data.format is 'chat'; set data.source to a folder or glob of all files.",
-        )
+        if not self.source:
+            raise InputError("data.source is empty; give 'builtin' or a file, folder or glob.")
+        if not self.tokenizer:
+            raise InputError("data.tokenizer is empty; give 'byte', 'bpe' or the path of a tokenizer.json.")
+        if self.mixture and self.source != "builtin":
+            raise InputError(f"data.source is {self.source!r}, but data.mixture names others; give one of the two.")
+        if self.mixture and self.format == "chat":
+            raise InputError("data.mixture is for text; with data.format 'chat' set data.source to a folder or glob.")
         names = [_parse_source(entry)[0] for entry in self.mixture]
-        require(len(set(names)) == len(names), f"data.mixture {names} names one twice; give it the sum of the weights.")
-        require(self.num_workers >= -1, f"data.num_workers is {self.num_workers}; give -1, 0 or a number of processes.")
-        require(
-            self.format == "text" or self.source != "builtin",
-            "data.format is 'chat', but the builtin corpus holds no conversations; set data.source to a .jsonl file.",
-        )
-        require(self.tokenizer != "", "data.tokenizer is empty; give 'byte', 'bpe' or the path of a tokenizer.json.")
-        require(0 < self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}; it must lie between 0 and 1.")
-        require(self.bpe_vocab_size >= 260, f"data.bpe_vocab_size is {self.bpe_vocab_size}; it must be at least 260.")
+        if len(set(names)) < len(names):
+            raise InputError(f"data.mixture {names} names one twice; give it the sum of the weights.")
+        if self.format == "chat" and self.source == "builtin":
+            raise InputError("the builtin corpus holds no conversations; set data.source to a .jsonl file.")
 
     @property
     def sources(self) -> dict[str, float]:
@@ -83,8 +78,6 @@ def _parse_source(entry: str) -> tuple[str, float]:
         weight = float(text)
     except ValueError:
         weight = 0.0
-    require(
-        name != "" and 0 < weight < math.inf,
-        f"data.mixture holds {entry!r}; give PATH@WEIGHT with a positive weight, such as 'books/*.txt@0.7'.",
-    )
+    if not name or not 0 < weight < math.inf:
+        raise InputError(f"data.mixture holds {entry!r}; give PATH@WEIGHT, a positive weight, as in 'books/*.txt@0.7'.")
     return name, weight

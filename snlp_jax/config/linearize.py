@@ -1,10 +1,10 @@
 """Knobs of the linearization of a trained model."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from snlp_jax.config.check import Checked, require
+from snlp_jax.config.check import Checked, Count, NonNegative, Share, Size
+from snlp_jax.errors import InputError
 
 RankBy = Literal["heldout", "nmse_residual", "nmse", "cca", "random"]
 
@@ -14,11 +14,11 @@ class LinearizeConfig(Checked):
     """Which sub-layers of a model to replace by affine maps, and how to fit these; each field is also a flag of
     ``python -m snlp_jax.linearize``."""
 
-    attention: int = 0
+    attention: Count = 0
     """In how many layers the attention is replaced."""
-    mlp: int = 0
+    mlp: Count = 0
     """In how many layers the MLP is replaced."""
-    blocks: int = 0
+    blocks: Count = 0
     """How many whole layers are replaced, each by one map; other layers are then chosen for the two above."""
     rank_by: RankBy = "heldout"
     """By what layers are ranked; the lowest are replaced. nmse: the share of the variance of a branch's output that the
@@ -26,39 +26,32 @@ class LinearizeConfig(Checked):
     text; cca: the authors' bound of it by canonical correlations; random: a control."""
     greedy: bool = False
     """Rank again, by new statistics of the model so far, after every replacement; otherwise once."""
-    every: int = 1
+    every: Size = 1
     """With greedy: replacements between two rankings."""
     drop: bool = False
     """The control: leave the chosen sub-layers out, with nothing in their place."""
-    rank: int = 0
+    rank: Count = 0
     """Rank of the maps, which are then products of two matrices; 0 means whole matrices."""
-    ridge: float | None = None
+    ridge: NonNegative | None = None
     """What is added to the diagonal of the inputs' covariance, relative to its mean eigenvalue. None means 0 where that
     is well conditioned, and otherwise what is best on text that the maps were not fitted to."""
-    shrinkage: float = 0.0
+    shrinkage: Share = 0.0
     """Share, 0 to 1, of a multiple of the identity that the inputs' covariance is mixed with."""
-    tokens: int = 524_288
+    tokens: Size = 524_288
     """Tokens of training text that the maps are fitted to, or four fifths of the text where it is shorter; a quarter as
     many more choose ridges and rank."""
-    skip_first: int = 0
+    skip_first: Count = 0
     """Tokens at the beginning of each window that are left out of the statistics."""
-    batch_size: int = 32
+    batch_size: Size = 32
     """Windows of the model's seq_len tokens that are evaluated at once."""
-    layers_at_once: int = 0
+    layers_at_once: Count = 0
     """Layers whose statistics are held at once, each group of which costs a pass over the text; 0 means all."""
-    seed: int = 0
+    seed: Count = 0
     """Of the choice of windows, and of a random choice of layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(0, "attention", "mlp", "blocks", "rank", "skip_first", "layers_at_once", "seed")
-        self.at_least(1, "every", "tokens", "batch_size")
-        require(
-            self.attention + self.mlp + self.blocks > 0,
-            "nothing is to be replaced; give a number of layers with --attention, --mlp or --blocks.",
-        )
-        require(
-            self.ridge is None or 0 <= self.ridge < math.inf, f"ridge is {self.ridge}; it must be 0 or more, or None."
-        )
-        require(0 <= self.shrinkage <= 1, f"shrinkage is {self.shrinkage}; give 0 to 1.")
-        require(self.every == 1 or self.greedy, f"every is {self.every}, but without --greedy there is one choice.")
+        if self.attention + self.mlp + self.blocks == 0:
+            raise InputError("nothing is to be replaced; give a number of layers with --attention, --mlp or --blocks.")
+        if self.every != 1 and not self.greedy:
+            raise InputError(f"every is {self.every}, but without --greedy there is one choice.")

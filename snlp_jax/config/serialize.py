@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from snlp_jax.config.check import annotations_of, check_value, require
+from snlp_jax.config.check import require
 from snlp_jax.config.dial import Dial
 from snlp_jax.config.experiment import Config
 from snlp_jax.config.machine import MachineConfig
@@ -73,16 +73,14 @@ def load_binding(path: str | Path, name: str, cls: type) -> Any:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """Check a JSON value against a type annotation and turn it into that type."""
-    origin = typing.get_origin(kind)
+    """A JSON value as the dataclass, tuple or float that the annotation asks for; what else is wrong with it the
+    dataclass itself refuses."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         require(isinstance(value, dict), f"{where} must be an object, not {value!r}.")
-        hints = annotations_of(kind)
-        unknown = sorted(set(value) - set(hints))
-        require(not unknown, f"{where} has no field {unknown[0] if unknown else ''!r}.")
+        hints = typing.get_type_hints(kind)
+        for name in value:
+            require(name in hints, f"{where} has no field {name!r}.")
         return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}.")
-        return tuple(_build(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    check_value(kind, value, where)
-    return float(value) if kind is float else value
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_build(typing.get_args(kind)[0], item, where) for item in value)
+    return float(value) if kind is float and type(value) is int else value
