@@ -53,6 +53,8 @@ class Corner(NamedTuple):
     sequential: str = "tensor"
     dtype: str = "float32"
     backend: str | None = None
+    is_slow: bool = False
+    """Whether it runs with the slow tests: others meet the same code in pairs."""
 
 
 DATA, LAYER, BOTH = MeshConfig(data=2), MeshConfig(layer=2), MeshConfig(data=2, layer=2)
@@ -60,19 +62,19 @@ CORNERS = [
     # forms of weights in order and in a region; a stack read by rows is what accelerators do
     Corner("seq"),
     Corner("seq", layout="list", model="mixed", rule="last"),
-    Corner("seq", layout="stack", model="mixed"),
+    Corner("seq", layout="stack", model="mixed", is_slow=True),
     Corner("seq", backend="tpu", model="mixed", rule="last"),
     Corner("seq", model="linear", rule="last"),
     Corner("idn:n=2,k=2", backend="tpu"),
     Corner("idn:n=3,k=3", layout="stack", model="mixed", rule="refreshed"),
     Corner("idn:n=3,k=3", layout="list", model="mixed", rule="refreshed"),
     Corner("sid:n=3,k=3,init=batch_forward", layout="list", rule="every"),
-    Corner("sid:n=3,k=3,init=batch_forward", model="linear", rule="every"),
+    Corner("sid:n=3,k=3,init=batch_forward", model="linear", rule="every", is_slow=True),
     Corner("idn:n=3,k=2", model="affine"),  # as many as there are other layers
-    Corner("diag:n=3,k=3", model="affine", rule="refreshed"),
+    Corner("diag:n=3,k=3", model="affine", rule="refreshed", is_slow=True),
     # stages
     Corner("idn:n=3,k=3,stage=3xF1", rule="every"),
-    Corner("idn:n=3,k=3,stage=3xF1", layout="list", rule="every"),
+    Corner("idn:n=3,k=3,stage=3xF1", layout="list", rule="every", is_slow=True),
     Corner("idn:n=3,k=3,stage=3xF1", layout="list", model="mixed"),
     Corner("idn:n=3,k=3,stage=3xF1", mesh=LAYER, rule="every"),
     # corrections
@@ -81,8 +83,8 @@ CORNERS = [
     Corner("exact:n=3,k=3,damp=0.5", model="affine"),
     Corner("idn:n=3,k=3,trust=0.5"),
     Corner("cal:n=3,k=3,init=cal,fit=corner"),
-    Corner("cal:n=3,k=3,fit=corner", layout="list", rule="every"),
-    Corner("hcn:n=3,k=3", model="streams", rule="every"),
+    Corner("cal:n=3,k=3,fit=corner", layout="list", rule="every", is_slow=True),
+    Corner("hcn:n=3,k=3", model="streams", rule="every", is_slow=True),
     Corner("hcn:n=3,k=3", model="dynamic", rule="last"),
     # tolerances
     Corner("idn:n=3,tol=1e-9", layout="list", model="mixed", rule="last"),
@@ -92,13 +94,13 @@ CORNERS = [
     Corner("seq", mesh=MeshConfig(tensor=2, data=2)),
     Corner("idn:1-3,k=2", mesh=LAYER, sequential="ring"),
     Corner("idn:n=3,k=3", mesh=DATA, model="mixed", rule="every"),
-    Corner("idn:n=3,k=3", mesh=DATA, model="linear", rule="refreshed"),
+    Corner("idn:n=3,k=3", mesh=DATA, model="linear", rule="refreshed", is_slow=True),
     Corner("sid:n=3,k=3,init=batch_forward", mesh=LAYER, rule="every"),
-    Corner("exact:n=3,k=3", mesh=LAYER),
+    Corner("exact:n=3,k=3", mesh=LAYER, is_slow=True),
     Corner("cal:n=3,k=3,init=cal,fit=corner", mesh=BOTH),
     Corner("hcn:n=3,k=3", mesh=LAYER, model="streams", rule="refreshed"),
     # bfloat16
-    Corner("seq", dtype="bfloat16", layout="list", rule="last"),
+    Corner("seq", dtype="bfloat16", layout="list", rule="last", is_slow=True),
     Corner("idn:n=3,k=3", dtype="bfloat16", rule="refreshed"),
     Corner("idn:n=3,k=3", dtype="bfloat16", mesh=BOTH),
 ]
@@ -108,7 +110,8 @@ about 4 in each of three layers)."""
 
 
 def name_of(corner: Corner) -> str:
-    changed = {name: value for name, value in corner._asdict().items() if value != Corner._field_defaults.get(name, "")}
+    values = corner._replace(is_slow=False)._asdict()
+    changed = {name: value for name, value in values.items() if value != Corner._field_defaults.get(name, "")}
     mesh = corner.mesh and "x".join(str(getattr(corner.mesh, axis)) for axis in ("data", "layer", "tensor"))
     return "-".join(str(mesh if name == "mesh" else value) for name, value in changed.items())
 
@@ -185,7 +188,10 @@ def logits_of(corner: Corner):
 
 
 @pytest.mark.filterwarnings("ignore:the attention windows")
-@pytest.mark.parametrize("corner", CORNERS, ids=name_of)
+@pytest.mark.parametrize(
+    "corner",
+    [pytest.param(corner, id=name_of(corner), marks=[pytest.mark.slow] * corner.is_slow) for corner in CORNERS],
+)
 def test_every_corner_is_the_plain_model(corner):
     _, expected = reference(corner.model, corner.dtype)
     np.testing.assert_allclose(logits_of(corner), expected, rtol=0, atol=TOLERANCE[corner.dtype])

@@ -109,12 +109,10 @@ INITS = PrefixState(), BatchForward(), CalibratedInit()
     "variant, stage",
     (
         ("everything", PerLayer()),
-        ("no_smear_no_mid", PerLayer()),
-        ("hyper_static", PerLayer()),
         ("hyper_dynamic", PerLayer()),
         *(
             pytest.param(variant, PerLayer(), marks=pytest.mark.slow)
-            for variant in ("plain", "no_x0_resid", "no_value_embeds", "no_qk_norm")
+            for variant in ("plain", "no_x0_resid", "no_value_embeds", "no_qk_norm", "no_smear_no_mid", "hyper_static")
         ),
         # Chunks of one layer are layers, for all of it. Layers whose maps depend on the token cannot be fused.
         pytest.param("everything", Chunkwise(NUM_LAYERS), marks=pytest.mark.slow),
