@@ -120,7 +120,7 @@ def measure(lower: Lower, cache: Path) -> dict[str, float]:
 def _lower_step(model: LanguageModel, config: Config, batch: Batch) -> Any:
     optimizer = optimizer_of(model, config)
     plan = Plan(tuple((name, term.region_sizes) for name, term in config.loss.terms.items()))
-    state = abstract_state(model, optimizer, None, config)
+    state = abstract_state(model, optimizer, config)
     return make_step(model, optimizer, config).lower(state, batch, plan=plan)  # type: ignore[attr-defined]
 
 

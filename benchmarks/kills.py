@@ -330,7 +330,7 @@ def last_state(run: Run) -> dict[str, np.ndarray]:
     """Every array of the checkpoint of the last step, by its path."""
     config = run.config
     mesh, model = make_mesh(config.mesh), LanguageModel(config.model)
-    template = abstract_saved(abstract_state(model, optimizer_of(model, config, mesh), mesh, config), model, mesh)
+    template = abstract_saved(abstract_state(model, optimizer_of(model, config, mesh), config, mesh), model, mesh)
     with Checkpointer(run.checkpoints, read_only=True) as checkpoints:
         found = checkpoints.restore(template, None)
     if found is None or found[0] != config.train.num_steps:

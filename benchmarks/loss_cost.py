@@ -83,7 +83,7 @@ class Step:
     def __init__(self, config: Config) -> None:
         model = LanguageModel(config.model)
         optimizer = make_optimizer(config.optim, model.abstract_params(), config.train.num_steps, 1)
-        self.state = jax.jit(lambda: init_state(model, optimizer, 0))()
+        self.state = jax.jit(lambda: init_state(model, optimizer, config))()
         shape = (config.train.batch_size, config.model.seq_len + 1)
         tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
         self.batch = Batch(jax.device_put(tokens))

@@ -95,7 +95,7 @@ def held_bytes(
 ) -> int:
     """What lies on one device between two steps: the weights, in training with the optimizer's state."""
     if work.kind == "train":
-        return bytes_per_device(abstract_state(model, optimizer_of(model, config), mesh, config))
+        return bytes_per_device(abstract_state(model, optimizer_of(model, config), config, mesh))
     weights = abstract_weights(model, schedule, mesh, sequential)
     return bytes_per_device(weights)
 
@@ -114,7 +114,7 @@ def _lower_training(model: LanguageModel, config: Config, mesh: Mesh, work: Work
     plan = Plan(tuple((name, term.region_sizes) for name, term in config.loss.terms.items()))
     tokens = _abstract_tokens(mesh, work.batch_size, work.context + 1)
     step: Any = make_step(model, optimizer, config, mesh)
-    return step.lower(abstract_state(model, optimizer, mesh, config), Batch(tokens), plan=plan)
+    return step.lower(abstract_state(model, optimizer, config, mesh), Batch(tokens), plan=plan)
 
 
 def _abstract_tokens(mesh: Mesh, batch_size: int, num_tokens: int) -> Any:

@@ -119,7 +119,7 @@ def train_jobs(config: ModelConfig, cell: Cell) -> list[Job]:
             whole = Config(model=config, machine=model.machine, loss=loss, train=TrainConfig(batch_size=cell.batch))
             plan = Plan(tuple((name, term.region_sizes) for name, term in loss.terms.items()))
             optimizer = optimizer_of(model, whole)
-            state, step = make_init(model, optimizer, 0, None, whole)(), make_step(model, optimizer, whole)
+            state, step = make_init(model, optimizer, whole)(), make_step(model, optimizer, whole)
             batch = Batch(jnp.asarray(np.asarray(tokens)))
             job.facts["flops_counted"] = step_flops(whole, plan)
             peak = peak_flops(jax.devices()[0].device_kind)

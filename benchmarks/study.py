@@ -35,7 +35,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from benchmarks.study_config import Study, load_study
+from benchmarks.study_config import Study, load_study, steps_within
 from benchmarks.study_report import Row, best_setting, draw, markdown, summarise
 from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config, from_json, to_json
@@ -46,7 +46,7 @@ from snlp_jax.io.files import atomic_write
 from snlp_jax.io.metrics import FILE_NAME, read_metrics
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.model import LanguageModel, num_params
-from snlp_jax.train.flops import run_flops, steps_within
+from snlp_jax.train.flops import run_flops
 from snlp_jax.train.loop import train
 from snlp_jax.train.loss import start_step
 

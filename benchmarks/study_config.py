@@ -10,6 +10,7 @@ from typing import Any
 from snlp_jax.config import Config, ModelConfig, SolverTerm, load_binding
 from snlp_jax.config.check import require
 from snlp_jax.errors import InputError
+from snlp_jax.train.flops import run_flops
 
 
 @dataclass(frozen=True)
@@ -183,3 +184,20 @@ def widened(model: ModelConfig, num_layers: int, head_multiple: int = 2) -> Mode
 
 def _with_solvers(config: Config, solvers: tuple[str, ...]) -> Config:
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, solvers=solvers))
+
+
+def steps_within(config: Config, budget: float) -> int:
+    """The most steps, at least 1 and at most ``train.num_steps``, whose :func:`run_flops` do not exceed ``budget``.
+
+    A loss that starts late starts at the same share of fewer steps.
+    """
+
+    def total(num_steps: int) -> float:
+        return run_flops(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=num_steps)))
+
+    most = num_steps = config.train.num_steps
+    while num_steps > 1 and (flops := total(num_steps)) > budget:
+        num_steps = max(1, min(num_steps - 1, int(num_steps * budget / flops)))
+    while num_steps < most and total(num_steps + 1) <= budget:
+        num_steps += 1
+    return num_steps

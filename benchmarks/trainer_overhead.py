@@ -116,7 +116,7 @@ def make_bare(config: Config) -> Callable[[int], float]:
     """``num_steps -> seconds of a step``, dispatched back to back on one batch."""
     mesh, model = make_mesh(config.mesh), LanguageModel(config.model)
     optimizer = optimizer_of(model, config, mesh)
-    state = make_init(model, optimizer, 0, mesh, config)()
+    state = make_init(model, optimizer, config, mesh)()
     shape = (config.train.batch_size, config.model.seq_len + 1)
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     batch, step = put_batch(mesh, Batch(tokens), is_whole=True), make_step(model, optimizer, config, mesh)

@@ -5,6 +5,7 @@ L layers (of the model, or of the parallel region at hand), C chunks, M layers p
 A name such as ``h_LBTD`` wears its shape. Iterations are always ``num_iters``, never K.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,3 +33,9 @@ def is_list(weights: PyTree) -> bool:
     """Whether the weights of several nodes are a list with one tree a node, and not a stack, leaves [n, ...]: the two
     forms that there are. The same holds for contexts and for what nodes leave behind."""
     return isinstance(weights, list)
+
+
+def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """``function(name, leaf)`` of every leaf, whose name is its path, such as ``blocks/attn/query``."""
+    named = lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(named, tree)

@@ -141,7 +141,7 @@ def test_what_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config = plain(tmp_path / "run")
     mesh = make_mesh(MeshConfig())
     model = LanguageModel(config.model)
-    state = abstract_state(model, optimizer_of(model, config, mesh), mesh, config)
+    state = abstract_state(model, optimizer_of(model, config, mesh), config, mesh)
     needed = sum(state_bytes(state).values())
     for module in (budget, memory):
         monkeypatch.setattr(module, "capacity_of", lambda _: needed)

@@ -309,7 +309,7 @@ def one_step(config, lora=None, mesh=None):
     config = Config(model=model_config, loss=TERMS, lora=lora, train=settings, optim=OptimConfig(warmup_steps=1))
     model = LanguageModel(model_config)
     optimizer = optimizer_of(model, config, mesh)
-    state = make_init(model, optimizer, 0, mesh, config)(params)
+    state = make_init(model, optimizer, config, mesh)(params)
     batch = Batch(np.asarray(random_tokens(model_config, batch=4, length=model_config.seq_len + 1)))
     before = jax.device_get(state["params"])
     state, metrics = make_step(model, optimizer, config, mesh)(state, put_batch(mesh, batch), plan=PLAN)

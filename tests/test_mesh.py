@@ -353,7 +353,7 @@ def test_steps_on_a_mesh_are_steps_on_one_device():
         mesh = make_mesh(mesh_config)
         config = dataclasses.replace(CONFIG, mesh=mesh_config)
         model, optimizer, step = parts_of_training(config, mesh)
-        state = make_init(model, optimizer, 0, mesh)()
+        state = make_init(model, optimizer, CONFIG, mesh)()
         params = random_params(model)
         state["params"] = jax.device_put(params, shardings_of(params, config.model, mesh, TRAINING))
         for tokens in rows:
@@ -368,7 +368,7 @@ def test_steps_on_a_mesh_are_steps_on_one_device():
 def test_every_leaf_of_the_training_state_has_its_spec():
     mesh = make_mesh(MeshConfig(data=2, layer=2, tensor=2))
     model, optimizer, _ = parts_of_training(CONFIG, mesh)
-    state = make_init(model, optimizer, 0, mesh)()
+    state = make_init(model, optimizer, CONFIG, mesh)()
     both = ("layer", "tensor")
     params = {
         "embed/token": P(both, "data"),
@@ -406,7 +406,7 @@ def test_parameters_and_optimizer_shrink_with_the_devices():
     for mesh_config in (MeshConfig(), MeshConfig(data=2), MeshConfig(layer=4), MeshConfig(data=2, layer=2, tensor=2)):
         mesh = make_mesh(mesh_config)
         model, optimizer, _ = parts_of_training(CONFIG, mesh)
-        abstract = abstract_state(model, optimizer, mesh)
+        abstract = abstract_state(model, optimizer, CONFIG, mesh)
         keep = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state))
         analysis = keep.lower(abstract).compile().memory_analysis()
         assert abs(analysis.argument_size_in_bytes - bytes_per_device(abstract)) < 1024  # alignment of small leaves
@@ -421,9 +421,9 @@ def test_the_state_is_born_split():
     model = LanguageModel(dataclasses.replace(CONFIG.model, embed_dim=128, use_value_embeds=False))
     mesh = make_mesh(MeshConfig(data=2, layer=4))
     optimizer = optimizer_of(model, Config(), mesh)
-    state = jax.eval_shape(make_init(model, optimizer, 0, mesh))
+    state = jax.eval_shape(make_init(model, optimizer, CONFIG, mesh))
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    analysis = make_init(model, optimizer, 0, mesh).lower().compile().memory_analysis()
+    analysis = make_init(model, optimizer, CONFIG, mesh).lower().compile().memory_analysis()
     assert analysis.output_size_in_bytes < 1.02 * whole / 8 + 4096
 
 

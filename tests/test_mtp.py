@@ -177,7 +177,7 @@ def test_microbatches_add_up_and_heads_without_a_loss_keep_what_they_say(tmp_pat
         config = dataclasses.replace(config, model=model_config, loss=LossConfig(mtp=MTPConfig(weight)))
         model = LanguageModel(model_config)
         optimizer = optimizer_of(model, config)
-        state, metrics = make_step(model, optimizer, config)(init_state(model, optimizer, 0), batch, plan=Plan())
+        state, metrics = make_step(model, optimizer, config)(init_state(model, optimizer, config), batch, plan=Plan())
         found[weight, parts] = metrics, state["params"]["head"]["mtp"]
     np.testing.assert_allclose(found[WEIGHT, 1][0]["mtp"], found[WEIGHT, 2][0]["mtp"], rtol=1e-5)
     np.testing.assert_allclose(found[WEIGHT, 1][0]["grad_norm"], found[WEIGHT, 2][0]["grad_norm"], rtol=1e-4)

@@ -366,7 +366,7 @@ def test_a_setting_out_of_range_is_named_with_a_remedy():
             with pytest.raises(InputError) as error:
                 Sampling(**{field: value})
             message = str(error.value)
-            assert message.startswith(f"{field} {value!r} ") and "; " in message and message.endswith(".")
+            assert message.startswith(f"{field} is {value!r}; ") and message.endswith(".")
 
 
 def test_what_is_missing_is_named():

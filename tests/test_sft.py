@@ -84,7 +84,7 @@ def test_a_step_moves_adapters_alone_and_the_average_follows_its_formula(base) -
     config = Config(model=MODEL, loss=SOLVER, lora=LORA, train=train_config)
     optimizer = optimizer_of(model, config)
     step = make_step(model, optimizer, config)
-    state = jax.jit(lambda params: init_state(model, optimizer, 0, config, params))(base)
+    state = jax.jit(lambda params: init_state(model, optimizer, config, params))(base)
     expected = jax.device_get(state["params"])
     for index, kept in enumerate((0.1, 0.15, 0.15)):  # min(0.15, 1 / 10), min(0.15, 2 / 11), ...
         assert float(ema_decay(0.15, jnp.asarray(index))) == pytest.approx(kept)
@@ -103,19 +103,19 @@ def test_a_step_moves_adapters_alone_and_the_average_follows_its_formula(base) -
     saved = to_saved(state, read)
     chex.assert_trees_all_equal(from_saved(saved), state)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
-    assert shapes(abstract_saved(abstract_state(model, optimizer, None, config), model)) == shapes(saved)
+    assert shapes(abstract_saved(abstract_state(model, optimizer, config), model)) == shapes(saved)
 
 
 def test_what_is_saved_of_an_average_alone() -> None:
     """The average stands where readers look, and once only."""
     model, config = LanguageModel(MODEL), Config(model=MODEL, train=TrainConfig(ema_decay=0.9))
     optimizer = optimizer_of(model, config)
-    abstract = abstract_state(model, optimizer, None, config)
+    abstract = abstract_state(model, optimizer, config)
     state = {name: name if name in ("params", "ema") else tree for name, tree in abstract.items()}
     saved = to_saved(state, make_reader(model, config)(state))
     assert (saved["params"], saved["trained"]) == ("ema", "params") and "ema" not in saved
     assert from_saved(saved) == state
-    plain = abstract_state(model, optimizer)
+    plain = abstract_state(model, optimizer, Config())
     assert to_saved(plain, plain["params"]) is plain and from_saved(plain) is plain
 
 
@@ -158,7 +158,7 @@ def tuning(run_dir: Path, base_dir: Path, **changes) -> Config:
 def saved_state(config: Config, step: int) -> dict:
     """All arrays of a checkpoint."""
     model, optimizer = LanguageModel(config.model), optimizer_of(LanguageModel(config.model), config)
-    abstract = abstract_saved(abstract_state(model, optimizer, None, config), model)
+    abstract = abstract_saved(abstract_state(model, optimizer, config), model)
     with Checkpointer(config.run_path / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.latest_step == step
         return checkpoints.restore(abstract, None)[1]

@@ -10,7 +10,7 @@ import pytest
 
 import benchmarks.study as script
 from benchmarks.study import Args, Job, Place, Stopped, ranking, run, step_seconds
-from benchmarks.study_config import load_study, widened
+from benchmarks.study_config import load_study, steps_within, widened
 from snlp_jax.config import Config, LossConfig, ModelConfig, TrainConfig
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
@@ -119,13 +119,13 @@ def test_a_late_term_is_counted_from_its_start(monkeypatch):
     late = LossConfig(**{"solver_ce": dataclasses.replace(LossConfig().solver_ce, **TERM, start_fraction=0.6)})
     config = Config(loss=late, train=TrainConfig(num_steps=100))
     assert flops.run_flops(config) == 2 * 60 + 5 * 40
-    steps = flops.steps_within(config, 200.0)
+    steps = steps_within(config, 200.0)
     fewer, more = (dataclasses.replace(config, train=TrainConfig(num_steps=n)) for n in (steps, steps + 1))
     assert flops.run_flops(fewer) <= 200 < flops.run_flops(more)
     constant = dataclasses.replace(config, loss=dataclasses.replace(late, solver_ce=_from_start(late)))
-    assert flops.steps_within(constant, 200.0) == 40  # floor(budget / cost of a step)
-    assert flops.steps_within(constant, 1e9) == 100
-    assert flops.steps_within(dataclasses.replace(config, loss=LossConfig()), 200.0) == 100
+    assert steps_within(constant, 200.0) == 40  # floor(budget / cost of a step)
+    assert steps_within(constant, 1e9) == 100
+    assert steps_within(dataclasses.replace(config, loss=LossConfig()), 200.0) == 100
 
 
 def _from_start(loss: LossConfig):

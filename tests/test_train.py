@@ -225,7 +225,7 @@ def test_microbatches_and_weights() -> None:
         config = Config(model=model.config, train=TrainConfig(num_steps=8, num_microbatches=num_microbatches))
         optimizer = optax.sgd(1e-2)  # Muon's own compilation is a third of a step's
         step = make_step(model, optimizer, config)
-        state = jax.jit(lambda opt=optimizer: init_state(model, opt, 0, None, params))()
+        state = jax.jit(functools.partial(init_state, model, optimizer, config, params))()
         for seed in range(3):
             state, metrics = step(state, batch_of(seed=seed)._replace(weight=weight), plan=Plan())
         assert step._cache_size() == 1 and int(state["step"]) == 3
@@ -306,8 +306,8 @@ def fake_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[int], floa
     step n reports."""
     report: dict[str, Callable[[int], float]] = {"loss": lambda step: 1.0, "val_loss": lambda step: 1.0}
 
-    def make_init(model, optimizer, seed, mesh, config):
-        shapes = abstract_state(model, optimizer, mesh, config)
+    def make_init(model, optimizer, config, mesh):
+        shapes = abstract_state(model, optimizer, config, mesh)
         put = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)  # noqa: E731
         return lambda params: jax.tree.map(put, shapes)
 

@@ -7,14 +7,14 @@ G (drafts of a block) and X = G + 1 (the current token and the drafts).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from snlp_jax.errors import InputError
+from snlp_jax.config.check import Checked, require
 from snlp_jax.types import Array
 
 _DRAW, _ACCEPT, _RESAMPLE = range(3)
@@ -23,7 +23,7 @@ _ALL = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """How one request picks its tokens. The defaults pick the likeliest token and change nothing else."""
 
     temperature: float = 0.0
@@ -41,31 +41,18 @@ class Sampling:
     """32 bits, which is what fits into a row of the batch."""
 
     def __post_init__(self) -> None:
-        whole, number = (int, np.integer), (int, float, np.integer, np.floating)
-        _require(
-            _is(number, self.temperature) and (self.temperature == 0 or 1e-4 <= self.temperature <= 1e4),
-            f"temperature {self.temperature!r} is neither 0 nor in [0.0001, 10000]; use 0 for the likeliest token.",
-        )
-        _require(
-            _is(whole, self.top_k) and 0 <= self.top_k <= _ALL,
-            f"top_k {self.top_k!r} is no whole number in [0, {_ALL}]; use 0 to keep all tokens.",
-        )
-        _require(
-            _is(number, self.top_p) and 0 < self.top_p <= 1,
-            f"top_p {self.top_p!r} lies outside (0, 1]; use 1 to keep all tokens.",
-        )
-        _require(
-            _is(number, self.min_p) and 0 <= self.min_p <= 1,
-            f"min_p {self.min_p!r} lies outside [0, 1]; use 0 to keep all tokens.",
-        )
-        _require(
-            _is(number, self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
-            f"repetition_penalty {self.repetition_penalty!r} lies outside [0.01, 100]; use 1 for none.",
-        )
-        _require(
-            _is(whole, self.seed) and 0 <= self.seed < 2**32,
-            f"seed {self.seed!r} is no whole number in [0, 2**32 - 1]; choose one of 32 bits.",
-        )
+        super().__post_init__()
+        fits = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
+        require(fits, f"temperature is {self.temperature!r}; give 0.0001 to 10000, or 0 for the likeliest token.")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p!r}; give more than 0, and 1 to keep all tokens.")
+        for name, low, high in (
+            ("top_k", 0, _ALL),
+            ("min_p", 0, 1),
+            ("repetition_penalty", 0.01, 100),
+            ("seed", 0, 2**32 - 1),
+        ):
+            value = getattr(self, name)
+            require(low <= value <= high, f"{name} is {value!r}; give {low} to {high}.")
 
 
 class Rows(NamedTuple):
@@ -100,19 +87,10 @@ class Accepted(NamedTuple):
 
 def rows_of(samplings: Sequence[Sampling]) -> tuple[Rows, Features]:
     """One row for each request, and what they need together."""
-    _require(len(samplings) > 0, "there are no requests to sample for; give at least one.")
-
-    def column(name: str, dtype: Any) -> Array:
-        return jnp.asarray(np.asarray([getattr(sampling, name) for sampling in samplings], dtype))
-
-    rows = Rows(
-        temperature=column("temperature", np.float32),
-        top_k=column("top_k", np.int32),
-        top_p=column("top_p", np.float32),
-        min_p=column("min_p", np.float32),
-        repetition_penalty=column("repetition_penalty", np.float32),
-        seed=column("seed", np.uint32),
-    )
+    require(len(samplings) > 0, "there are no requests to sample for; give at least one.")
+    dtypes = {"top_k": np.int32, "seed": np.uint32}
+    columns = {name: [getattr(sampling, name) for sampling in samplings] for name in Rows._fields}
+    rows = Rows(*(jnp.asarray(np.asarray(column, dtypes.get(name, np.float32))) for name, column in columns.items()))
     sampled = [sampling for sampling in samplings if sampling.temperature > 0]
     features = Features(
         samples=bool(sampled),
@@ -204,7 +182,8 @@ def accept(
         for log_probs_BTV in (target_log_probs_BXV, draft_log_probs_BGV)
     )
     position_BG = position_B[:, None] + jnp.arange(num_drafts)[None]
-    u_BG = jax.vmap(jax.vmap(_uniform, (None, 0)))(rows.seed, position_BG)
+    uniform = lambda seed, position: jax.random.uniform(_key(seed, position, _ACCEPT))  # noqa: E731
+    u_BG = jax.vmap(jax.vmap(uniform, (None, 0)))(rows.seed, position_BG)
     count_B = _count_leading(is_tested_BG & (u_BG * q_BG < p_BG))
 
     was_rejected_B = count_B < length_B
@@ -276,10 +255,6 @@ def _gumbel_max(log_probs_BV: Array, rows: Rows, position_B: Array, purpose_B: A
     return (log_probs_BV + jnp.where(is_greedy_B1, 0.0, noise_BV)).argmax(-1).astype(jnp.int32)
 
 
-def _uniform(seed: Array, position: Array) -> Array:
-    return jax.random.uniform(_key(seed, position, _ACCEPT))
-
-
 def _key(seed: Array, position: Array, purpose: ArrayLike) -> Array:
     """Threefry by name: the bits of other generators change under vmap, and so with the batch."""
     key = jax.random.key(seed, impl="threefry2x32")
@@ -292,12 +267,3 @@ def _count_leading(is_good_BG: Array) -> Array:
 
 def _column(field_B: Array) -> Array:
     return field_B[:, None, None]
-
-
-def _is(kind: tuple[type, ...], value: object) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _require(condition: Any, message: str) -> None:
-    if not condition:
-        raise InputError(message)

@@ -31,30 +31,19 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
         if isinstance(stop_strings, str) or not all(stop_strings):
-            raise InputError(
-                f"stop strings {stop_strings!r} must be a list of texts, none of them empty; leave it out."
-            )
+            raise InputError(f"stop strings {stop_strings!r} must be a list of texts, none of them empty.")
         self._tokenizer = tokenizer
-        self._kinds = _kinds_of(tokenizer)  # type: ignore[arg-type]  # a Protocol does not say that it hashes
         self._stop_strings = tuple(stop_strings)
         self._window: list[int] = []  # the tokens still decoded,
         self._counts: list[int] = []  # how many had come with each of them,
         self._num_final = 0  # and how many characters of their text are final
         self._tail = ""  # final text that may be the start of a stop string
         self._parts: list[str] = []
-        self._num_tokens = 0
-        self._is_stopped = False
         self._is_finished = False
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether a stop string was found; tokens pushed later are ignored."""
-        return self._is_stopped
-
-    @property
-    def num_tokens(self) -> int:
+        self.num_tokens = 0
         """Tokens that the text needs: all, or those up to and including the one that completed the stop string."""
-        return self._num_tokens
+        self.is_stopped = False
+        """Whether a stop string was found; tokens pushed later are ignored."""
 
     @property
     def text(self) -> str:
@@ -67,7 +56,7 @@ class TextStream:
             raise ValueError("the text is finished; start a new TextStream")
         start = len(self._parts)
         for token in tokens:
-            if self._is_stopped:
+            if self.is_stopped:
                 break
             self._push_one(int(token))
         return "".join(self._parts[start:])
@@ -75,21 +64,21 @@ class TextStream:
     def finish(self) -> str:
         """What was held back, incomplete characters as U+FFFD; the last call."""
         start = len(self._parts)
-        if not (self._is_finished or self._is_stopped):
+        if not (self._is_finished or self.is_stopped):
             text = self._tokenizer.decode(self._window)
             self._advance(text, len(text))
-            if not self._is_stopped:
+            if not self.is_stopped:
                 self._parts.append(self._tail)
         self._is_finished = True
         return "".join(self._parts[start:])
 
     def _push_one(self, token: int) -> None:
-        self._num_tokens += 1
-        if not self._kinds.has_text(token):
+        self.num_tokens += 1
+        if not _has_text(self._tokenizer, token):  # type: ignore[arg-type]  # a Protocol does not say that it hashes
             return
         self._window.append(token)
-        self._counts.append(self._num_tokens)
-        if self._kinds.is_open(token):
+        self._counts.append(self.num_tokens)
+        if _is_open(self._tokenizer, token):  # type: ignore[arg-type]
             return
         text = self._tokenizer.decode(self._window)
         num_held = text.endswith(BROKEN)
@@ -105,10 +94,9 @@ class TextStream:
         self._num_final = max(self._num_final, num_final)
         found = [(begin + len(stop), begin) for stop in self._stop_strings if (begin := self._tail.find(stop)) >= 0]
         if found:
-            end, begin = min(found)
-            self._is_stopped = True
-            self._num_tokens = self._count_at(text[: start + end])
-            num_given = begin
+            end, num_given = min(found)
+            self.is_stopped = True
+            self.num_tokens = self._count_at(text[: start + end])
         else:
             num_given = len(self._tail) - self._num_undecided()
         self._parts.append(self._tail[:num_given])
@@ -122,53 +110,39 @@ class TextStream:
 
     def _count_at(self, text: str) -> int:
         """Number of tokens with which the window's text first begins with ``text``."""
-        for i, count in enumerate(self._counts):
-            if self._tokenizer.decode(self._window[: i + 1]).startswith(text):
-                return count
-        return self._num_tokens
+        whole = (self._tokenizer.decode(self._window[: i + 1]).startswith(text) for i in range(len(self._window)))
+        return next((count for count, is_whole in zip(self._counts, whole, strict=True) if is_whole), self.num_tokens)
 
 
-class _Kinds:
-    """What a token does to the text around it, found out by decoding it twice in a row.
-
-    Twice, because many decoders drop a space at the start of a text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode = tokenizer.decode
-        self._byte = self._spoiling_byte(tokenizer)
-        self._has_text: dict[int, bool] = {}
-        self._is_open: dict[int, bool] = {}
-
-    def has_text(self, token: int) -> bool:
-        """False for special tokens and for ids that the tokenizer does not know."""
-        if token not in self._has_text:
-            self._has_text[token] = self._decode([token, token]) != ""
-        return self._has_text[token]
-
-    def is_open(self, token: int) -> bool:
-        """Whether a byte that follows can change this token's own text: a byte token of byte fallback."""
-        if self._byte is None:
-            return False
-        if token not in self._is_open:
-            text = self._decode([token, token])
-            after = self._decode([token, token, self._byte])
-            self._is_open[token] = text.endswith(BROKEN) or not after.startswith(text)
-        return self._is_open[token]
-
-    @staticmethod
-    def _spoiling_byte(tokenizer: Tokenizer) -> int | None:
-        """A token that undoes the text before it: a UTF-8 continuation byte where the tokenizer has byte fallback."""
-        rare = "\U0010ffff"  # a noncharacter, in nobody's vocabulary
-        try:
-            ids = tokenizer.encode(rare).tolist()
-        except Exception:  # the library raises bare Exception for a text without tokens: then there are no bytes
-            return None
-        text = tokenizer.decode(ids)
-        if rare not in text or tokenizer.decode([*ids, ids[-1]]).startswith(text):
-            return None
-        return ids[-1]
+# What a token does to the text around it is found out once, by decoding it twice in a row: many decoders drop a space
+# at the start of a text.
 
 
-_kinds_of = functools.lru_cache(maxsize=4)(_Kinds)
-"""One for each tokenizer, so that every token is looked at once, not once a text."""
+@functools.lru_cache(maxsize=2**20)
+def _has_text(tokenizer: Tokenizer, token: int) -> bool:
+    """False for special tokens and for ids that the tokenizer does not know."""
+    return tokenizer.decode([token, token]) != ""
+
+
+@functools.lru_cache(maxsize=2**20)
+def _is_open(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a byte that follows can change this token's own text: a byte token of byte fallback."""
+    byte = _spoiling_byte(tokenizer)  # type: ignore[arg-type]
+    if byte is None:
+        return False
+    text = tokenizer.decode([token, token])
+    return text.endswith(BROKEN) or not tokenizer.decode([token, token, byte]).startswith(text)
+
+
+@functools.lru_cache(maxsize=4)
+def _spoiling_byte(tokenizer: Tokenizer) -> int | None:
+    """A token that undoes the text before it: a UTF-8 continuation byte where the tokenizer has byte fallback."""
+    rare = "\U0010ffff"  # a noncharacter, in nobody's vocabulary
+    try:
+        ids = tokenizer.encode(rare).tolist()
+    except Exception:  # the library raises bare Exception for a text without tokens: then there are no bytes
+        return None
+    text = tokenizer.decode(ids)
+    if rare not in text or tokenizer.decode([*ids, ids[-1]]).startswith(text):
+        return None
+    return ids[-1]

@@ -8,11 +8,11 @@ devices: they pass their input on and are left out of statistics, trace and aux.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from snlp_jax.solver import (
     NO_DATA,
@@ -32,9 +32,7 @@ from snlp_jax.solver import (
     solve_until,
 )
 from snlp_jax.solver.collectives import Axis
-from snlp_jax.types import is_list
-
-PyTree = Any
+from snlp_jax.types import PyTree, is_list
 
 LAYER = "layer"
 """Mesh axis over which nodes are spread."""
@@ -127,47 +125,6 @@ def first_nodes(solution: Solution, num_nodes: int) -> Solution:
     return solution._replace(trace=pick(solution.trace), aux=pick(solution.aux), stats=stats)
 
 
-class _Specs(NamedTuple):
-    """How the arrays of a chain lie, for ``shard_map``."""
-
-    rows: str | None
-    state: PartitionSpec
-    trace: PartitionSpec
-    aux: PartitionSpec
-
-    @classmethod
-    def of(cls, chain: Chain, mesh: Mesh) -> "_Specs":
-        rows = _rows_axis(chain, mesh)
-        aux_axis = chain.fns.batch_axes.aux if rows and chain.fns.batch_axes else 0
-        before = () if chain.is_list else (LAYER,)
-        aux = PartitionSpec(*before, *(None,) * aux_axis, rows) if rows else PartitionSpec(*before)
-        return cls(rows, PartitionSpec(rows), PartitionSpec(LAYER, rows), aux)
-
-    def chain(self, chain: Chain) -> Chain:
-        """A prefix of the chain with the spec of every leaf."""
-        ctx_axes, shared_axes, _ = (self.rows and chain.fns.batch_axes) or BatchAxes(None, None, 0)
-        if is_list(chain.ctx):
-            axes = ctx_axes if is_list(ctx_axes) else [ctx_axes] * len(chain.ctx)
-            ctx: PyTree = [_leaf_specs(*pair, self.rows) for pair in zip(chain.ctx, axes, strict=True)]
-        else:
-            ctx = _leaf_specs(chain.ctx, ctx_axes, self.rows, LAYER)
-        return dataclasses.replace(
-            chain,
-            params=PartitionSpec() if chain.is_list else PartitionSpec(LAYER),
-            ctx=ctx,
-            shared=_leaf_specs(chain.shared, shared_axes, self.rows),
-            h_in=self.state,
-            place=PartitionSpec(),  # type: ignore[arg-type]
-        )
-
-    def data(self, data: MethodData) -> MethodData:
-        fit = data.fit
-        if fit is not None:
-            layers, common = PartitionSpec(LAYER), PartitionSpec()
-            fit = Calibration(layers, common)  # type: ignore[arg-type]
-        return MethodData(fit, self.trace, self.state, PartitionSpec())  # type: ignore[arg-type]
-
-
 def _on_each_device(
     run: Callable[[Sequence[Chain], MethodData], Solution],
     chains: Sequence[Chain],
@@ -179,12 +136,13 @@ def _on_each_device(
 ) -> Solution:
     """``run`` on the nodes, and the rows of the batch, of every device. Other axes of the mesh stay automatic."""
     chain, num_devices = chains[0], mesh.shape[LAYER]
-    num_nodes, specs = num_padded(chain.num_nodes, num_devices), _Specs.of(chains[0], mesh)
-    rows = specs.rows
+    num_nodes, rows = num_padded(chain.num_nodes, num_devices), _rows_axis(chain, mesh)
     index_L = jnp.arange(num_nodes) if chain.place.index_L is None else chain.place.index_L
     is_padded = chain.place.is_padded or num_nodes > chain.place.size
     row_B = jnp.arange(jax.tree.leaves(chain.h_in)[0].shape[0]) if rows else None
-    chains, data = _padded(chains, data, num_nodes)
+    fit = data.fit and dataclasses.replace(data.fit, layers=pad_layers(data.fit.layers, num_nodes))
+    data = data._replace(fit=fit, warm_L=pad_layers(data.warm_L, num_nodes))
+    chains = [_padded(part, num_nodes) for part in chains]
 
     def local(chains: Sequence[Chain], data: MethodData, indices: tuple) -> Solution:
         index_L, device, row_B = indices
@@ -196,43 +154,35 @@ def _on_each_device(
             solution = solution._replace(stats=solution.stats | {"residual_norm": mean})
         return solution
 
-    stats = {"residual_norm": PartitionSpec(None, LAYER)} if want.stats else {}
+    nodes, everywhere, state, trace = P(LAYER), P(), P(rows), P(LAYER, rows)
+    fit_spec = None if fit is None else Calibration(nodes, everywhere)  # type: ignore[arg-type]
+    stats = {"residual_norm": P(None, LAYER)} if want.stats else {}
     if is_adaptive:
-        stats |= {"num_iters": PartitionSpec(), "sequence_iters": specs.state}
+        stats |= {"num_iters": everywhere, "sequence_iters": state}
+    aux = _specs(chain.fns.batch_axes.aux if rows and chain.fns.batch_axes else None, rows, _before(chain))
     run_everywhere = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(
-            [specs.chain(part) for part in chains],
-            specs.data(data),
-            (PartitionSpec(LAYER), PartitionSpec(LAYER), specs.state),
+            [_chain_specs(part, rows) for part in chains],
+            MethodData(fit_spec, trace, state, everywhere),  # type: ignore[arg-type]
+            (nodes, nodes, state),
         ),
-        out_specs=Solution(specs.state, specs.trace, specs.aux, stats, specs.state, specs.state),  # type: ignore[arg-type]
+        out_specs=Solution(state, trace, aux, stats, state, state),  # type: ignore[arg-type]
         # Axes of one device are manual too: kernels that the compiler cannot split run where no axis is automatic.
         axis_names={LAYER, *filter(None, [rows]), *(name for name, size in mesh.shape.items() if size == 1)},
         check_vma=False,  # an all_gather's result is not tracked as replicated
     )
-    solution = run_everywhere(list(chains), data, (index_L, jnp.arange(num_devices), row_B))
+    solution = run_everywhere(chains, data, (index_L, jnp.arange(num_devices), row_B))
     if chain.place.index_L is not None or num_nodes == chain.num_nodes:
         return solution
     return first_nodes(solution, chain.num_nodes)
 
 
-def _padded(chains: Sequence[Chain], data: MethodData, num_nodes: int) -> tuple[list[Chain], MethodData]:
-    """Stacks filled up to ``num_nodes``; the place is left to the devices."""
-
-    def one(chain: Chain) -> Chain:
-        chain = dataclasses.replace(chain, place=Place(chain.place.size), num_nodes=num_nodes)
-        if chain.is_list:
-            return chain
-        return dataclasses.replace(
-            chain, params=pad_layers(chain.params, num_nodes), ctx=pad_layers(chain.ctx, num_nodes)
-        )
-
-    fit = data.fit
-    if fit is not None:
-        fit = dataclasses.replace(fit, layers=pad_layers(fit.layers, num_nodes))
-    return [one(chain) for chain in chains], data._replace(fit=fit, warm_L=pad_layers(data.warm_L, num_nodes))
+def _padded(chain: Chain, num_nodes: int) -> Chain:
+    """A stack filled up to ``num_nodes``; the place is left to the devices."""
+    params, ctx = (chain.params, chain.ctx) if chain.is_list else pad_layers((chain.params, chain.ctx), num_nodes)
+    return dataclasses.replace(chain, params=params, ctx=ctx, place=Place(chain.place.size), num_nodes=num_nodes)
 
 
 def _rows_axis(chain: Chain, mesh: Mesh) -> str | None:
@@ -243,12 +193,28 @@ def _rows_axis(chain: Chain, mesh: Mesh) -> str | None:
     return ROWS if all(count % mesh.shape[ROWS] == 0 for count in rows) else None
 
 
-def _leaf_specs(tree: PyTree, axes: PyTree, rows: str | None, *before: str) -> PyTree:
-    """Specs of leaves whose batch axes are ``axes`` (after the axes ``before``), as ``LayerFns.batch_axes`` has
-    them."""
+def _chain_specs(chain: Chain, rows: str | None) -> Chain:
+    """How the arrays of a chain lie: a prefix of it with the spec of every leaf."""
+    ctx_axes, shared_axes, _ = (rows and chain.fns.batch_axes) or BatchAxes(None, None, 0)
+    if is_list(chain.ctx) and not is_list(ctx_axes):
+        ctx_axes = [ctx_axes] * len(chain.ctx)
+    before = () if is_list(chain.ctx) else (LAYER,)
+    return dataclasses.replace(
+        chain,
+        params=P(*_before(chain)),
+        ctx=_specs(ctx_axes, rows, before),
+        shared=_specs(shared_axes, rows),
+        h_in=P(rows),
+        place=P(),  # type: ignore[arg-type]
+    )
 
-    def one(axis: int | None, part: PyTree) -> PyTree:
-        spec = PartitionSpec(*before) if axis is None else PartitionSpec(*before, *(None,) * axis, rows)
-        return jax.tree.map(lambda _: spec, part)
 
-    return jax.tree.map(one, axes, tree, is_leaf=lambda axis: axis is None)
+def _before(chain: Chain) -> tuple[str, ...]:
+    """Mesh axes of the leading dimension of a stack; the trees of a list have none."""
+    return () if chain.is_list else (LAYER,)
+
+
+def _specs(axes: PyTree, rows: str | None, before: tuple[str, ...] = ()) -> PyTree:
+    """Specs of leaves whose batch axes, behind those of ``before``, are ``axes``; None has no batch axis."""
+    spec = lambda axis: P(*before) if axis is None else P(*before, *(None,) * axis, rows)  # noqa: E731
+    return jax.tree.map(spec, axes, is_leaf=lambda axis: axis is None)

@@ -21,7 +21,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.types import PyTree
+from snlp_jax.types import PyTree, map_named
 
 Layout = Mapping[str, tuple[str, ...]]
 """What a dimension counts -> the mesh axes that take it."""
@@ -102,11 +102,8 @@ def spec_of(name: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh, la
 def shardings_of(tree: PyTree, config: ModelConfig, mesh: Mesh, layout: Layout, prefix: str = "") -> PyTree:
     """A tree like ``tree`` (arrays or their shapes) of shardings; ``prefix`` comes before the paths of its leaves."""
 
-    def one(path: Any, leaf: Any) -> NamedSharding:
-        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec_of(name, leaf.shape, config, mesh, layout))
-
-    return jax.tree_util.tree_map_with_path(one, tree)
+    place = lambda name, leaf: NamedSharding(mesh, spec_of(prefix + name, leaf.shape, config, mesh, layout))  # noqa: E731
+    return map_named(place, tree)
 
 
 def gather_channels(
@@ -125,8 +122,8 @@ def gather_channels(
     """
     whole = {what: axes for what, axes in TRAINING.items() if what != "channels"}
 
-    def one(path: Any, leaf: jax.Array) -> jax.Array:
-        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
+    def one(name: str, leaf: jax.Array) -> jax.Array:
+        name = prefix + name
         shape = (1, *leaf.shape) if is_one_layer else leaf.shape
         split, gathered = (spec_of(name, shape, config, mesh, layout) for layout in (TRAINING, whole))
         if split == gathered:
@@ -136,18 +133,12 @@ def gather_channels(
         is_cast = dtype is not None and "hyper" not in name and not name.startswith("embed/")
         return _gather(leaf, mesh, split, gathered, dtype if is_cast else leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return map_named(one, tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(leaf: jax.Array, mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec, dtype: Any) -> jax.Array:
     return constrain(leaf.astype(dtype), mesh, gathered)
-
-
-def _gather_fwd(
-    leaf: jax.Array, mesh: Mesh, split: PartitionSpec, gathered: PartitionSpec, dtype: Any
-) -> tuple[jax.Array, None]:
-    return _gather(leaf, mesh, split, gathered, dtype), None
 
 
 def _gather_bwd(
@@ -156,7 +147,7 @@ def _gather_bwd(
     return (constrain(grad.astype(jax.numpy.float32), mesh, split),)
 
 
-_gather.defvjp(_gather_fwd, _gather_bwd)
+_gather.defvjp(lambda *args: (_gather(*args), None), _gather_bwd)
 
 
 def constrain(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
@@ -188,7 +179,4 @@ def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
 def bytes_per_device(tree: PyTree) -> int:
     """Bytes that one device holds of a tree of arrays, or of shapes, with shardings."""
 
-    def one(leaf: Any) -> int:
-        return leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-
-    return sum(map(one, jax.tree.leaves(tree)))
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))

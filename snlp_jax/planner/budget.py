@@ -82,7 +82,7 @@ def plan_run(config: Config, topology: str = "") -> Budget:
     if chips is None:
         data = prepare_data(data_config(config, resume=False))
         check_vocab(data.tokenizer, config.model.vocab_size)
-    state = abstract_state(model, optimizer_of(model, config, mesh), mesh, config)
+    state = abstract_state(model, optimizer_of(model, config, mesh), config, mesh)
     device = jax.devices()[0].device_kind if chips is None else chips.chip.name
     chip = chip_of(device) if chips is None else chips.chip
     flops, total = flops_of_parts(config), run_flops(config)

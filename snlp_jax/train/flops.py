@@ -71,7 +71,7 @@ def _step_flops(config: Config, plan: Plan) -> float:
     shape = (config.train.batch_size, config.model.seq_len + 1)
     batch = Batch(jax.ShapeDtypeStruct(shape, np.int32))  # type: ignore[arg-type]
     step: Any = make_step(model, optimizer, config)
-    traced = step.trace(abstract_state(model, optimizer, None, config), batch, plan=plan)
+    traced = step.trace(abstract_state(model, optimizer, config), batch, plan=plan)
     return matmul_flops(traced.jaxpr.jaxpr)
 
 
@@ -80,20 +80,3 @@ def run_flops(config: Config) -> float:
     train = config.train
     plans = (make_plan(config.loss, step, train.num_steps, train.seed) for step in range(train.num_steps))
     return sum(step_flops(config, plan) for plan in plans)
-
-
-def steps_within(config: Config, budget: float) -> int:
-    """The most steps, at least 1 and at most ``train.num_steps``, whose :func:`run_flops` do not exceed ``budget``.
-
-    A loss that starts late starts at the same share of fewer steps.
-    """
-
-    def total(num_steps: int) -> float:
-        return run_flops(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=num_steps)))
-
-    most = num_steps = config.train.num_steps
-    while num_steps > 1 and (flops := total(num_steps)) > budget:
-        num_steps = max(1, min(num_steps - 1, int(num_steps * budget / flops)))
-    while num_steps < most and total(num_steps + 1) <= budget:
-        num_steps += 1
-    return num_steps

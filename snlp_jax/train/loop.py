@@ -1,7 +1,6 @@
-"""The training run, in five chapters: check, build, restore, step, finish. :func:`train` calls them in this order.
+"""The training run: prepare, restore, step, finish. :func:`train` calls them in this order.
 
-The first two are in snlp_jax/train/setup.py. ``Setup`` is what was checked, ``Programs`` what was built, ``Loop`` a run
-on its way.
+``Setup`` (snlp_jax/train/setup.py) is what was checked and the programs, ``Loop`` a run on its way.
 """
 
 import contextlib
@@ -11,9 +10,8 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
 import jax
 from rich.console import Console
@@ -30,18 +28,10 @@ from snlp_jax.train.flops import train_flops_per_token
 from snlp_jax.train.loss import make_plan
 from snlp_jax.train.observe import Meter, Profiler, RunRecord, memory
 from snlp_jax.train.report import REPORT_NAME, write_html
-from snlp_jax.train.setup import Programs, Setup, build, check
+from snlp_jax.train.setup import Setup, prepare
 from snlp_jax.train.start import read_origin
-from snlp_jax.train.step import (
-    TrainState,
-    from_saved,
-    make_init,
-    to_saved,
-)
+from snlp_jax.train.step import TrainState, from_saved, make_init, to_saved
 from snlp_jax.types import Array, Batch, Params
-
-if TYPE_CHECKING:
-    import grain
 
 logger = logging.getLogger(__name__)
 
@@ -66,96 +56,95 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
     """
     started, run_path = started or time.time(), config.run_path
     console = Console(quiet=not is_first())
-    setup = check(config, resume)
-    programs = build(setup, console)
+    setup = prepare(config, resume)
+    console.print(setup.description)
     with contextlib.ExitStack() as stack:
-        loop = restore(setup, programs, console, started, stack, resume=resume)
+        loop = Loop(setup, console, started, stack, resume=resume)
         was_finished = loop.done >= config.train.num_steps
-        if not was_finished and not take_steps(loop):
+        if not was_finished and not loop.run():
             return run_path
     # Finish. A run may have been killed after its last checkpoint and before its report.
     if is_first() and not (was_finished and (run_path / REPORT_NAME).exists()):
         write_html(run_path)
-    how = f"is finished ({loop.done} steps)" if was_finished else f"finished in {time.time() - started:.0f} s"
-    console.print(f"{run_path} {how}" if was_finished else f"{how}: {run_path}")
+    if was_finished:
+        console.print(f"{run_path} is finished ({loop.done} steps)")
+    else:
+        console.print(f"finished in {time.time() - started:.0f} s: {run_path}")
     return run_path
 
 
-# -- Restore -----------------------------------------------------------------------------------------------------------
-
-
-def restore(
-    setup: Setup, programs: Programs, console: Console, started: float, stack: contextlib.ExitStack, *, resume: bool
-) -> "Loop":
-    """Open the run's checkpoints and logs, on ``stack``, and go to where it stands: to its newest good checkpoint, to
-    the parameters of ``train.init_from``, or to fresh ones."""
-    config, run_path = setup.config, setup.config.run_path
-    folder = run_path / "checkpoints"
-    checkpoints = stack.enter_context(Checkpointer(folder, config.train.keep_last, config_json=to_json(config)))
-    with all_or_none():
-        writer = MetricsWriter(
-            run_path if is_first() else None,
-            tensorboard=config.train.tensorboard,
-            wandb_project=config.train.wandb_project,
-            name=config.name,
-            config=dataclasses.asdict(config),
-        )
-    stack.enter_context(writer)
-    found = checkpoints.restore(programs.saved, setup.batches) if resume else None
-    if found is None:
-        done, state, batches = 0, _first_state(setup, programs, console), setup.batches
-    else:
-        done, state, batches = found[0], from_saved(found[1]), found[2]
-        console.print(f"resumed from the checkpoint of step {done}")
-    writer.truncate_after(-1 if found is None else done)  # what a killed run recorded beyond it comes again
-    facts = {
-        "num_params": num_params(programs.saved["params"]),
-        "flops_per_token": train_flops_per_token(config.model),
-    }
-    record = RunRecord(run_path if is_first() else None, done, started, facts)
-    num_profiled = config.train.profile_steps if is_first() else 0
-    profiler = Profiler(run_path, config.train.profile_start, num_profiled, done)
-    stack.callback(profiler.close)
-    meter = Meter(config, config.train.batch_size * config.model.seq_len, setup.mesh.size)
-    return Loop(
-        setup, programs, checkpoints, writer, record, profiler, meter, console, started, state, batches, done, done
-    )
-
-
-def _first_state(setup: Setup, programs: Programs, console: Console) -> TrainState:
-    config = setup.config
-    init = make_init(setup.model, setup.optimizer, config.train.seed, setup.mesh, config)
-    if not config.train.init_from:
-        return init(None)
-    step, origin = read_origin(config, programs.saved["params"])
-    console.print(f"starting from step {step} of {config.train.init_from}")
-    return init(origin)
-
-
-# -- Step --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
 class Loop:
     """A run on its way: what takes its steps, where they are recorded, and how far it has come."""
 
-    setup: Setup
-    programs: Programs
-    checkpoints: Checkpointer
-    writer: MetricsWriter
-    record: RunRecord
-    profiler: Profiler
-    meter: Meter
-    console: Console
-    started: float
-    state: TrainState
-    batches: "grain.DatasetIterator"
-    done: int
-    """Steps made."""
-    begun_at: int
-    """Steps made before this process began."""
-    unread: dict[str, Array] | None = None
-    """Metrics of the last step, which the device may still be computing."""
+    def __init__(
+        self, setup: Setup, console: Console, started: float, stack: contextlib.ExitStack, *, resume: bool
+    ) -> None:
+        """Open the run's checkpoints and logs, on ``stack``, and go to where it stands: to its newest good checkpoint,
+        to the parameters of ``train.init_from``, or to fresh ones."""
+        self.setup, self.console, self.started = setup, console, started
+        config, run_path = setup.config, setup.config.run_path
+        folder, num_kept = run_path / "checkpoints", config.train.keep_last
+        self.checkpoints = stack.enter_context(Checkpointer(folder, num_kept, config_json=to_json(config)))
+        with all_or_none():
+            writer = MetricsWriter(
+                run_path if is_first() else None,
+                tensorboard=config.train.tensorboard,
+                wandb_project=config.train.wandb_project,
+                name=config.name,
+                config=dataclasses.asdict(config),
+            )
+        self.writer = stack.enter_context(writer)
+        found = self.checkpoints.restore(setup.saved, setup.batches) if resume else None
+        if found is None:
+            self.done, self.state, self.batches = 0, self._first_state(), setup.batches
+        else:
+            self.done, self.state, self.batches = found[0], from_saved(found[1]), found[2]
+            console.print(f"resumed from the checkpoint of step {self.done}")
+        self.begun_at = self.done
+        self.writer.truncate_after(self.done if found else -1)  # what a killed run recorded beyond it comes again
+        facts = {
+            "num_params": num_params(setup.saved["params"]),
+            "flops_per_token": train_flops_per_token(config.model),
+        }
+        self.record = RunRecord(run_path if is_first() else None, self.done, started, facts)
+        num_profiled = config.train.profile_steps if is_first() else 0
+        self.profiler = Profiler(run_path, config.train.profile_start, num_profiled, self.done)
+        stack.callback(self.profiler.close)
+        self.meter = Meter(config, config.train.batch_size * config.model.seq_len, setup.mesh.size)
+        self.unread: dict[str, Array] | None = None
+        """Metrics of the last step, which the device may still be computing."""
+
+    def _first_state(self) -> TrainState:
+        setup, config = self.setup, self.setup.config
+        init = make_init(setup.model, setup.optimizer, config, setup.mesh)
+        if not config.train.init_from:
+            return init(None)
+        step, origin = read_origin(config, setup.saved["params"])
+        self.console.print(f"starting from step {step} of {config.train.init_from}")
+        return init(origin)
+
+    def run(self) -> bool:
+        """Take the steps that are left. False where a signal ended the run before its last step."""
+        config, vote = self.setup.config.train, Vote()
+        self.record.update(self.done)
+        columns = TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        shown = Progress(
+            *columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.console.is_terminal
+        )
+        with _stop_on_signal() as stop, shown as progress:
+            progress.add_task("train", total=config.num_steps, completed=self.done, note="compiling")
+            if config.init_from and self.done == 0:
+                self.evaluate(self.setup.read(self.state))  # what it starts from
+            while self.done < config.num_steps:
+                self.step(progress)
+                is_last = self.done == config.num_steps
+                # Asked once a step: a signal that comes later waits for the next. The last step ends the run anyway.
+                is_stopping = vote(stop.requested) and not is_last
+                self.after_step(progress, is_last=is_last, is_stopping=is_stopping)
+                if is_stopping:
+                    self.console.print(f"stopped by a signal; step {self.done} is saved, continue with --resume")
+                    return False
+        return True
 
     def step(self, progress: Progress) -> None:
         """Dispatch one step, and read the metrics of the one before, which the device has finished by now."""
@@ -167,7 +156,7 @@ class Loop:
         self.profiler.before(number)
         placed = put_batch(self.setup.mesh, batch)
         with jax.transfer_guard("disallow"):  # nothing moves between host and device but by put_batch and device_get
-            self.state, metrics = self.programs.step(self.state, placed, plan=plan)
+            self.state, metrics = self.setup.step(self.state, placed, plan=plan)
         if notice := self.profiler.after(number, metrics):
             self.console.print(notice, highlight=False, soft_wrap=True)
         self.read_metrics(progress)
@@ -218,19 +207,19 @@ class Loop:
             return
         self.read_metrics(progress)  # no checkpoint before its metrics proved finite, and honest rates
         with self.meter.paused():
-            params = self.programs.read(self.state)
+            params = self.setup.read(self.state)
             val_metrics = self.evaluate(params) if should_evaluate else {}
             if should_observe:
                 self.observe(params)
             if should_sample:
-                self.console.print(self.programs.sample(params), style="dim", highlight=False, markup=False)
+                self.console.print(self.setup.sample(params), style="dim", highlight=False, markup=False)
             if should_save:
                 self.checkpoints.save(self.done, to_saved(self.state, params), self.batches, val_metrics)
                 self.record.update(self.done)
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Record and print the held-out metrics."""
-        val_metrics = self.programs.evaluate(params, self.setup.held_out, max(self.done - 1, 0))
+        val_metrics = self.setup.evaluate(params, self.setup.held_out, max(self.done - 1, 0))
         self.writer.write(self.done, val_metrics)
         text = "  ".join(f"{name} {value:.4f}" for name, value in val_metrics.items())
         self.console.print(f"step {self.done}  {text}", highlight=False)
@@ -245,38 +234,13 @@ class Loop:
         self.console.print(f"step {self.done}  {text}", highlight=False, style="dim")
 
 
-def take_steps(loop: Loop) -> bool:
-    """Take the steps that are left. False where a signal ended the run before its last step."""
-    config, vote = loop.setup.config.train, Vote()
-    loop.record.update(loop.done)
-    with _stop_on_signal() as stop, _progress(loop.console) as progress:
-        progress.add_task("train", total=config.num_steps, completed=loop.done, note="compiling")
-        if config.init_from and loop.done == 0:
-            loop.evaluate(loop.programs.read(loop.state))  # what it starts from
-        while loop.done < config.num_steps:
-            loop.step(progress)
-            is_last = loop.done == config.num_steps
-            # Asked once a step: a signal that comes later waits for the next. The last step ends the run anyway.
-            is_stopping = vote(stop.requested) and not is_last
-            loop.after_step(progress, is_last=is_last, is_stopping=is_stopping)
-            if is_stopping:
-                loop.console.print(f"stopped by a signal; step {loop.done} is saved, continue with --resume")
-                return False
-    return True
-
-
-@dataclass
-class _Stop:
-    requested: bool = False
-
-
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """A flag that SIGTERM or Ctrl-C raises; the loop saves and ends after its step.
+def _stop_on_signal() -> Iterator[SimpleNamespace]:
+    """``requested``, which SIGTERM or Ctrl-C sets; the loop saves and ends after its step.
 
     A second signal ends it at once, unless it follows within a second: launchers often send one twice.
     """
-    stop = _Stop()
+    stop = SimpleNamespace(requested=False)
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     first = math.inf
 
@@ -297,15 +261,3 @@ def _stop_on_signal() -> Iterator[_Stop]:
         yield stop
     finally:
         restore()
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )

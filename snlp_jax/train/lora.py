@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from snlp_jax.config import LoraConfig, OptimConfig
-from snlp_jax.train.optim import learning_rate_schedule
+from snlp_jax.train.optim import clipped, learning_rate_schedule
 from snlp_jax.types import Array, Params
 
 Adapters = dict[str, Any]
@@ -57,4 +57,4 @@ def make_lora_optimizer(lora: LoraConfig, optim: OptimConfig, num_steps: int) ->
     """AdamW without decay at the adapters' rate, with the schedule and the clipping of a whole training."""
     schedule = learning_rate_schedule(optim, num_steps)
     adam = optax.adamw(lambda count: lora.lr * optim.lr_scale * schedule(count), b1=0.9, b2=0.999, weight_decay=0.0)
-    return optax.chain(optax.clip_by_global_norm(optim.max_grad_norm), adam) if optim.max_grad_norm > 0 else adam
+    return clipped(adam, optim.max_grad_norm)

@@ -17,7 +17,7 @@ a term costs nothing before it starts. Training stays sequential in depth: the s
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,93 +78,68 @@ def loss_fn(
             next one begins with, as in plain packing.
         weights: weight of each term of the plan at this step, see :func:`term_weight`.
     """
-    model = passes.model
-    L, mid = model.config.num_layers, model.config.mid_layer
+    L, mid = passes.model.config.num_layers, passes.model.config.mid_layer
     starts = {L - n - 1 for _, sizes in plan.sizes for n in sizes if n < L}
     wants_trace = any(isinstance(config.terms[name], HiddenNormConfig) for name, _ in plan.sizes)
     exact = passes.in_order(tuple(sorted({mid, L - 1, *starts})), with_trace=wants_trace)
-    context = _Context(passes, exact)
-    sequential_ce = context.cross_entropy(exact.h_after[L - 1], exact.h_after[mid])
+    sequential_ce = _ce_of_states(passes, exact.h_after[L - 1], exact.h_after[mid])
     loss = config.sequential_weight * sequential_ce
     metrics = {"sequential_ce": sequential_ce}
     for name, sizes in plan.sizes:
         term = config.terms[name]
-        total = jnp.stack([TERMS[name](context, term, n) for n in sizes]).sum()
+        total = jnp.stack([TERMS[name](passes, exact, term, n) for n in sizes]).sum()
         loss = loss + weights[name] * total
         metrics[name] = total / len(sizes)
     if config.mtp.weight > 0:
-        heads = jnp.stack([_ce_ahead(context, k + 1) for k in range(model.config.num_mtp_heads)])
+        heads = jnp.stack([_ce_ahead(passes, exact, k + 1) for k in range(passes.model.config.num_mtp_heads)])
         loss = loss + config.mtp.weight * heads.sum()
         metrics["mtp"] = heads.mean()
     return loss, {"loss": loss, **metrics}
 
 
-class _Context(NamedTuple):
-    """What the terms of a loss read."""
-
-    passes: Passes
-    exact: Exact
-
-    @property
-    def num_layers(self) -> int:
-        return self.passes.model.config.num_layers
-
-    @property
-    def h_last(self) -> Array:
-        return self.exact.h_after[self.num_layers - 1]
-
-    @property
-    def h_mid(self) -> Array:
-        return self.exact.h_after[self.passes.model.config.mid_layer]
-
-    def h_before(self, n: int) -> Array:
-        """The sequential state that enters the last n layers."""
-        return self.exact.h_after[self.num_layers - n - 1]
-
-    def cross_entropy(self, h_last: Array, h_mid: Array) -> Array:
-        """Of the logits that the head makes of two states."""
-        model = self.passes.model
-        logits_BTV = model.padded_logits(self.passes.params, h_last, h_mid)
-        return cross_entropy(
-            logits_BTV, self.passes.batch.tokens[:, 1:], model.config.vocab_size, self.passes.batch.weight
-        )
+def _ce_of_states(passes: Passes, h_last: Array, h_mid: Array) -> Array:
+    """Cross entropy of the logits that the head makes of two states."""
+    logits_BTV = passes.model.padded_logits(passes.params, h_last, h_mid)
+    targets_BT, weight_BT = passes.batch.tokens[:, 1:], passes.batch.weight
+    return cross_entropy(logits_BTV, targets_BT, passes.model.config.vocab_size, weight_BT)
 
 
-def _hidden_norm(context: _Context, term: HiddenNormConfig, n: int) -> Array:
-    passes, L = context.passes, context.num_layers
+def _hidden_norm(passes: Passes, exact: Exact, term: HiddenNormConfig, n: int) -> Array:
+    L = passes.model.config.num_layers
     region = ParallelSegment(L - n, L, 1, make_correction(term), PrefixState())
     first = passes.first_row(region)
-    assert context.exact.trace is not None
-    target = context.exact.trace[first:]
+    assert exact.trace is not None
+    target = exact.trace[first:]
     target = jax.lax.stop_gradient(target) if term.detach_target else target
     # To pick the compared layers off a spread trace would move it; the others count for nothing instead.
     is_compared = np.zeros(L, np.float32)
     is_compared[L - n + np.asarray(compared_layers(n, term.stride))] = 1.0
-    trace = passes.solve(region, context.h_before(n)).trace
+    trace = passes.solve(region, exact.h_after[L - n - 1]).trace
     return jnp.dot(relative_norm(trace, target), is_compared[first:])
 
 
-def _solver_ce(context: _Context, term: SolverCEConfig, n: int) -> Array:
-    L, mid = context.num_layers, context.passes.model.config.mid_layer
+def _solver_ce(passes: Passes, exact: Exact, term: SolverCEConfig, n: int) -> Array:
+    L, mid = passes.model.config.num_layers, passes.model.config.mid_layer
     region = ParallelSegment(L - n, L, term.num_iters, make_correction(term), INITS[term.init]())
     taps = (mid,) if mid >= region.start else ()
-    solution = context.passes.solve(region, context.h_before(n), taps)
-    return context.cross_entropy(solution.value, solution.tapped[0] if taps else context.h_mid)
+    solution = passes.solve(region, exact.h_after[L - n - 1], taps)
+    return _ce_of_states(passes, solution.value, solution.tapped[0] if taps else exact.h_after[mid])
 
 
-def _layer_skip(context: _Context, term: LayerSkipConfig, n: int) -> Array:
-    L = context.num_layers
-    target = jax.lax.stop_gradient(context.h_last) if term.detach_target else context.h_last
-    alone = context.passes.solve(ParallelSegment(L - 1, L, 1, Jacobi(), PrefixState()), context.h_before(n))
+def _layer_skip(passes: Passes, exact: Exact, term: LayerSkipConfig, n: int) -> Array:
+    L = passes.model.config.num_layers
+    target = exact.h_after[L - 1]
+    target = jax.lax.stop_gradient(target) if term.detach_target else target
+    alone = passes.solve(ParallelSegment(L - 1, L, 1, Jacobi(), PrefixState()), exact.h_after[L - n - 1])
     return relative_norm(alone.value[None], target[None]).sum()
 
 
-def _ce_ahead(context: _Context, k: int) -> Array:
+def _ce_ahead(passes: Passes, exact: Exact, k: int) -> Array:
     """Of head k: position t against token t + 1 + k, of the same document. The mean is over the T - k positions that
     have such a token."""
-    model, params, batch = context.passes.model, context.passes.params, context.passes.batch
-    y_BTD = model.readout(params, context.h_last, context.h_mid)[:, :-k]
-    logits_BTV = model.unembed(params, model.look_ahead(params, y_BTD, k))
+    model, params, batch = passes.model, passes.params, passes.batch
+    h_last, h_mid = exact.h_after[model.config.num_layers - 1], exact.h_after[model.config.mid_layer]
+    logits_BTV = model.unembed(params, model.look_ahead(params, model.readout(params, h_last, h_mid)[:, :-k], k))
     weight_BT = None if batch.weight is None else batch.weight[:, k:]
     if batch.document is not None:
         is_same_BT = (batch.document[:, : -k - 1] == batch.document[:, k + 1 :]).astype(jnp.float32)
@@ -172,7 +147,7 @@ def _ce_ahead(context: _Context, k: int) -> Array:
     return cross_entropy(logits_BTV, batch.tokens[:, k + 1 :], model.config.vocab_size, weight_BT)
 
 
-TERMS: dict[str, Callable[[_Context, Any, int], Array]] = {
+TERMS: dict[str, Callable[[Passes, Exact, Any, int], Array]] = {
     "hidden_norm": _hidden_norm,
     "solver_ce": _solver_ce,
     "layer_skip": _layer_skip,

@@ -7,17 +7,14 @@ to Adam and two-dimensional embeddings to Muon.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from snlp_jax.config import OptimConfig
-
-Params = Any
-"""Nested dict of arrays; the leaves under ``blocks`` are ``[L, ...]``."""
+from snlp_jax.types import Params, map_named
 
 LABELS: tuple[tuple[str, str], ...] = (
     (r"blocks/attn/(query|key|value|out)", "matrix"),
@@ -58,9 +55,8 @@ POLAR_EXPRESS = (
 the values nanochat uses, whose further division by 1.02 guards against bfloat16 and is left out in float32)."""
 
 
-@dataclass(frozen=True)
-class AdamGroup:
-    """How AdamW treats one group, besides its rate."""
+class AdamGroup(NamedTuple):
+    """How AdamW treats one group, besides its rate, which is ``<name>_lr`` of the config."""
 
     betas: tuple[float, float]
     weight_decay: float
@@ -91,11 +87,10 @@ def param_labels(params: Params) -> Any:
 
     Raises ValueError naming the path of a leaf that no row of ``LABELS`` matches.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: _label(path), params)
+    return map_named(lambda name, _: _label(name), params)
 
 
-def _label(path: tuple[Any, ...]) -> str:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+def _label(name: str) -> str:
     for pattern, label in LABELS:
         if re.fullmatch(pattern, name):
             return label
@@ -146,19 +141,8 @@ def make_optimizer(
     Raises ValueError for a leaf without a group.
     """
     schedule = learning_rate_schedule(config, num_steps)
-    embed_dim = params["embed"]["token"].shape[-1]
-    width_factor = (embed_dim / REFERENCE_DIM) ** -0.5
+    width_factor = (params["embed"]["token"].shape[-1] / REFERENCE_DIM) ** -0.5
     batch_factor = (tokens_per_step / config.batch_reference) ** 0.5 if config.batch_reference > 0 else 1.0
-    rates = {
-        "embed": config.embed_lr,
-        "value_embed": config.value_embed_lr,
-        "head": config.head_lr,
-        "resid_scale": config.resid_scale_lr,
-        "x0_scale": config.x0_scale_lr,
-        "scalar": config.scalar_lr,
-        "hyper": config.hyper_lr,
-        "vector": config.vector_lr,
-    }
 
     def scaled(rate: float) -> optax.Schedule:
         return lambda count: rate * config.lr_scale * schedule(count)
@@ -169,15 +153,17 @@ def make_optimizer(
     for label, group in ADAM_GROUPS.items():
         if label in LATER_GROUPS and label not in used:
             continue
-        rate = rates[label]
+        rate = getattr(config, f"{label}_lr")
         rate *= width_factor if group.scales_with_width else 1.0
         rate *= batch_factor if group.scales_with_batch else 1.0
         b1, b2 = group.betas
         transforms[label] = optax.adamw(scaled(rate), b1=b1, b2=b2, eps=ADAM_EPS, weight_decay=group.weight_decay)
-    grouped = optax.multi_transform(transforms, labels)
-    return (
-        optax.chain(optax.clip_by_global_norm(config.max_grad_norm), grouped) if config.max_grad_norm > 0 else grouped
-    )
+    return clipped(optax.multi_transform(transforms, labels), config.max_grad_norm)
+
+
+def clipped(optimizer: optax.GradientTransformation, max_grad_norm: float) -> optax.GradientTransformation:
+    """The optimizer of gradients whose global norm is at most ``max_grad_norm``; 0 clips nothing."""
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer) if max_grad_norm > 0 else optimizer
 
 
 def _muon(
@@ -185,12 +171,8 @@ def _muon(
 ) -> optax.GradientTransformation:
     """Muon for a tree whose leaves are all stacks ``[L, fan_in, fan_out]``, the rest masked out."""
 
-    def dimensions(updates: Params) -> Any:
-        return jax.tree.map(lambda _: MUON_DIMENSIONS, updates)
-
-    def scale_by_shape(updates: Params, _: Params) -> Params:
-        return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
-
+    dimensions = lambda updates: jax.tree.map(lambda _: MUON_DIMENSIONS, updates)  # noqa: E731
+    by_shape = lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5  # noqa: E731
     muon = optax.contrib.scale_by_muon(
         ns_coeffs=POLAR_EXPRESS, beta=MUON_BETA, nesterov=True, weight_dimension_numbers=dimensions
     )
@@ -201,7 +183,7 @@ def _muon(
 
     return optax.chain(
         optax.GradientTransformation(muon.init, update),
-        optax.stateless(scale_by_shape),
+        optax.stateless(lambda updates, _: jax.tree.map(by_shape, updates)),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )

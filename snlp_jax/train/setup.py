@@ -1,16 +1,15 @@
-"""The first two chapters of a run: check everything that can be wrong, and build its programs."""
+"""The first two chapters of a run: check everything that can be wrong, and make its programs."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.console import Console
 
 from snlp_jax.config import Config, SolverTerm, to_json
 from snlp_jax.data.chat import prepare_data
@@ -44,34 +43,35 @@ from snlp_jax.types import Array, Batch, Params
 if TYPE_CHECKING:
     import grain
 
-
 SAMPLE_PROMPT_LEN = 32
 """Tokens of held-out text that a sample continues."""
 
 EvalFn = Callable[[Params, list[Batch], int], dict[str, float]]
 
 
-# -- Check -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Setup:
-    """What a run needs. All of it is checked before anything is compiled."""
+    """What a run needs, all of it checked. The programs are compiled where they are first called."""
 
     config: Config
     mesh: Mesh
     model: LanguageModel
-    data: TokenData
     batches: "grain.DatasetIterator"
     """This process's rows of the training batches, from the first step on."""
     held_out: list[Batch]
     optimizer: optax.GradientTransformation
-    abstract: TrainState
-    """Shapes and shardings of the state."""
+    saved: TrainState
+    """Shapes and shardings of what a checkpoint holds."""
+    read: Callable[[TrainState], Params]
+    step: StepFn
+    evaluate: EvalFn
+    sample: Callable[[Params], str]
     observe: Observe | None
+    description: str
+    """What is about to be trained."""
 
 
-def check(config: Config, resume: bool) -> Setup:
+def prepare(config: Config, resume: bool) -> Setup:
     """Look at everything that can be wrong, on all processes, and claim the run directory.
 
     Raises:
@@ -100,8 +100,8 @@ def check(config: Config, resume: bool) -> Setup:
         held_out = [Batch(**window) for window in windows]
         _check_division(held_out, config, mesh)
         optimizer = optimizer_of(model, config, mesh)
-        abstract = abstract_state(model, optimizer, mesh, config)
-        check_state(abstract, config, mesh)
+        state = abstract_state(model, optimizer, config, mesh)
+        check_state(state, config, mesh)
         observe = make_observe(model, config, mesh) if train_config.frontier_every else None
     check_same("config", to_json(config))
     check_same("corpus", data.content_hash)
@@ -110,7 +110,21 @@ def check(config: Config, resume: bool) -> Setup:
             check_run_dir(config.run_path, to_json(config), resume)
             _check_corpus(config.run_path, data)
             atomic_write(config.run_path / "tokenizer.json", data.tokenizer.to_json())
-    return Setup(config, mesh, model, data, batches, held_out, optimizer, abstract, observe)
+    return Setup(
+        config,
+        mesh,
+        model,
+        batches,
+        held_out,
+        optimizer,
+        saved=abstract_saved(state, model, mesh),
+        read=make_reader(model, config, mesh),
+        step=make_step(model, optimizer, config, mesh),
+        evaluate=_make_eval(model, config, mesh),
+        sample=_make_sample(model, config, held_out, data.tokenizer, mesh),
+        observe=observe,
+        description=_describe(config, model, data, mesh, state),
+    )
 
 
 def _check_corpus(run_path: Path, data: TokenData) -> None:
@@ -124,59 +138,34 @@ def _check_corpus(run_path: Path, data: TokenData) -> None:
 def _check_division(held_out: list[Batch], config: Config, mesh: Mesh) -> None:
     """Training batches are checked with the config; a short held-out split may give smaller ones."""
     rows, parts = held_out[0].tokens.shape[0], mesh.shape["data"] * config.mesh.ring_microbatches
-    if config.train.batch_size // config.train.num_microbatches % parts or rows % parts:
+    train_rows = config.train.batch_size // config.train.num_microbatches
+    if train_rows % parts or rows % parts:
         raise InputError(
-            f"batches of {config.train.batch_size // config.train.num_microbatches} windows to train and {rows} to "
-            f"evaluate do not divide into {parts} parts (data x ring_microbatches); change the mesh or "
-            "train.batch_size, or give a larger corpus."
+            f"batches of {train_rows} windows to train and {rows} to evaluate do not divide into {parts} parts (data x "
+            "ring_microbatches); change the mesh or train.batch_size, or give a larger corpus."
         )
 
 
-# -- Build -------------------------------------------------------------------------------------------------------------
-
-
-class Programs(NamedTuple):
-    """Compiled where they are first called."""
-
-    saved: TrainState
-    """Shapes and shardings of what a checkpoint holds."""
-    read: Callable[[TrainState], Params]
-    step: StepFn
-    evaluate: EvalFn
-    sample: Callable[[Params], str]
-
-
-def build(setup: Setup, console: Console) -> Programs:
-    """The programs of the run; says what is about to be trained."""
-    config, mesh, model = setup.config, setup.mesh, setup.model
-    saved = abstract_saved(setup.abstract, model, mesh)
-    console.print(
-        f"{config.name}: {num_params(saved['params']) / 1e6:.2f} M parameters, {len(setup.data.train) / 1e6:.1f} M "
-        f"training tokens, {config.train.num_steps} steps of {config.train.batch_size * config.model.seq_len} tokens "
-        f"on {_describe_devices(mesh, config, setup.abstract)}"
-    )
-    return Programs(
-        saved,
-        make_reader(model, config, mesh),
-        make_step(model, setup.optimizer, config, mesh),
-        _make_eval(model, config, mesh),
-        _make_sample(model, config, setup.held_out, setup.data.tokenizer, mesh),
-    )
-
-
-def _describe_devices(mesh: Mesh, config: Config, state: TrainState) -> str:
-    kind = jax.devices()[0].device_kind
-    if mesh.size == 1:
-        return kind
-    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    text = f"{mesh.size} x {kind}{processes} ({shape}), {bytes_per_device(state) / 2**20:.1f} MiB of state on each"
+def _describe(config: Config, model: LanguageModel, data: TokenData, mesh: Mesh, state: TrainState) -> str:
+    devices = kind = jax.devices()[0].device_kind
+    if mesh.size > 1:
+        shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        mib = bytes_per_device(state) / 2**20
+        devices = f"{mesh.size} x {kind}{processes} ({shape}), {mib:.1f} MiB of state on each"
     if mesh.shape["layer"] > 1:
-        text += (
+        devices += (
             f"\nlayers over {mesh.shape['layer']} devices: the sequential pass is a ring with "
             f"{config.mesh.ring_microbatches} microbatches"
         )
-    return text
+    return (
+        f"{config.name}: {num_params(model.abstract_params()) / 1e6:.2f} M parameters, {len(data.train) / 1e6:.1f} M "
+        f"training tokens, {config.train.num_steps} steps of {config.train.batch_size * config.model.seq_len} tokens "
+        f"on {devices}"
+    )
+
+
+# -- Programs ----------------------------------------------------------------------------------------------------------
 
 
 def _make_eval(model: LanguageModel, config: Config, mesh: Mesh) -> EvalFn:
@@ -187,11 +176,11 @@ def _make_eval(model: LanguageModel, config: Config, mesh: Mesh) -> EvalFn:
     """
     terms = config.loss.terms
     weights: dict[str, Array | float] = {name: term.weight for name, term in terms.items()}
-    ring = config.mesh.ring_microbatches
 
     @functools.partial(jax.jit, static_argnames="plan")
     def evaluate(params: Params, batch: Batch, *, plan: Plan) -> dict[str, Array]:
-        passes = Passes.of(model, params, balanced(batch), mesh=mesh, ring_microbatches=ring)
+        ring_microbatches = config.mesh.ring_microbatches
+        passes = Passes.of(model, params, balanced(batch), mesh=mesh, ring_microbatches=ring_microbatches)
         return loss_fn(passes, config.loss, plan, weights)[1]
 
     def run(params: Params, batches: list[Batch], step: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from snlp_jax.train.lora import init_adapters, make_lora_optimizer, merge
 from snlp_jax.train.loss import Plan, balanced, loss_fn, term_weight
 from snlp_jax.train.optim import make_optimizer
 from snlp_jax.train.passes import Passes
-from snlp_jax.types import Array, Batch, Params
+from snlp_jax.types import Array, Batch, Params, map_named
 
 TrainState = dict[str, Any]
 """``{'params': what the optimizer moves, 'opt_state': ..., 'step': int32 scalar}``. With adapters 'params' holds them
@@ -27,20 +27,16 @@ StepFn = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def init_state(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    config: Config | None = None,
-    params: Params | None = None,
+    model: Model, optimizer: optax.GradientTransformation, config: Config, params: Params | None = None
 ) -> TrainState:
     """The state of step 0, from fresh parameters or ``params``, with what ``config`` wants carried along. Jit it."""
-    key = jax.random.key(seed)
+    key = jax.random.key(config.train.seed)
     params = model.init(key) if params is None else params
     extras: dict[str, Any] = {}
-    if config is not None and config.lora.rank > 0:
+    if config.lora.rank > 0:
         extras["base"] = params
         params = init_adapters(jax.random.fold_in(key, 1), params, config.lora)
-    if config is not None and config.train.ema_decay > 0:
+    if config.train.ema_decay > 0:
         extras["ema"] = jax.tree.map(jnp.copy, params)  # a step donates both
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32), **extras}
 
@@ -74,34 +70,24 @@ def frozen(params: Params, trainable: str) -> Params:
 
 def _matches(params: Params, pattern: str) -> Any:
     """Of every leaf whether its whole path matches."""
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    matches = lambda path, _: re.fullmatch(pattern, name(path)) is not None  # noqa: E731
-    return jax.tree_util.tree_map_with_path(matches, params)
+    return map_named(lambda name, _: re.fullmatch(pattern, name) is not None, params)
 
 
 def abstract_state(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh | None = None,
-    config: Config | None = None,
+    model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh | None = None
 ) -> TrainState:
     """Shapes of :func:`init_state`'s result; with a mesh each has its sharding, which initialisation, the step and the
     restoring of a checkpoint all read."""
-    state = jax.eval_shape(lambda: init_state(model, optimizer, 0, config))
-    return state if mesh is None else with_shardings(state, shardings_of(state, model.config, mesh, TRAINING))
+    return _placed(jax.eval_shape(lambda: init_state(model, optimizer, config)), model, mesh)
 
 
 def make_init(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    mesh: Mesh | None = None,
-    config: Config | None = None,
+    model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh | None = None
 ) -> Callable[..., TrainState]:
     """``init(params=None)``: :func:`init_state`, jitted; on a mesh the state is born where it belongs, never whole on
     one device."""
-    init = lambda params=None: init_state(model, optimizer, seed, config, params)  # noqa: E731
-    return jax.jit(init, out_shardings=_shardings(abstract_state(model, optimizer, mesh, config)))
+    init = lambda params=None: init_state(model, optimizer, config, params)  # noqa: E731
+    return jax.jit(init, out_shardings=_shardings(abstract_state(model, optimizer, config, mesh)))
 
 
 # -- What is read of a state -------------------------------------------------------------------------------------------
@@ -113,7 +99,7 @@ def make_reader(model: Model, config: Config, mesh: Mesh | None = None) -> Calla
     trained = lambda state: state["ema" if config.train.ema_decay > 0 else "params"]  # noqa: E731
     if config.lora.rank == 0:
         return trained
-    out_shardings = None if mesh is None else shardings_of(model.abstract_params(), model.config, mesh, TRAINING)
+    out_shardings = _shardings(_placed(model.abstract_params(), model, mesh))
     merged = jax.jit(lambda base, adapters: merge(base, adapters, config.lora), out_shardings=out_shardings)
     return lambda state: merged(state["base"], trained(state))
 
@@ -139,10 +125,7 @@ def from_saved(saved: TrainState) -> TrainState:
 
 def abstract_saved(state: TrainState, model: Model, mesh: Mesh | None = None) -> TrainState:
     """:func:`to_saved` of the shapes that :func:`abstract_state` gives."""
-    params = model.abstract_params()
-    if mesh is not None:
-        params = with_shardings(params, shardings_of(params, model.config, mesh, TRAINING))
-    return to_saved(state, params)
+    return to_saved(state, _placed(model.abstract_params(), model, mesh))
 
 
 # -- The step ----------------------------------------------------------------------------------------------------------
@@ -162,15 +145,26 @@ def make_step(
     The batch is split into ``train.num_microbatches`` equal parts (the j-th has rows j, j + M, ..., so that a batch
     that is spread over devices stays where it is) whose gradients are averaged.
     """
-    shardings = _shardings(abstract_state(model, optimizer, mesh, config))
-    gradient = _make_gradient(model, config, mesh, shardings["params"])
+    shardings = _shardings(abstract_state(model, optimizer, config, mesh))
+    terms, num_steps, ring_microbatches = config.loss.terms, config.train.num_steps, config.mesh.ring_microbatches
 
-    @functools.partial(
-        jax.jit,
-        static_argnames="plan",
-        donate_argnames="state",
-        out_shardings=None if mesh is None else (shardings, None),
-    )
+    def gradient(state: TrainState, rows: Batch, plan: Plan) -> tuple[Any, dict[str, Array]]:
+        """Of the loss by ``state["params"]``, and the metrics."""
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
+        weights = {name: term_weight(terms[name], state["step"], num_steps) for name, _ in plan.sizes}
+
+        def loss(trained: Any) -> tuple[Array, dict[str, Array]]:
+            if config.lora.rank > 0:
+                params = merge(state["base"], trained, config.lora)
+            else:
+                params = frozen(trained, config.train.trainable)
+            passes = Passes.of(model, params, rows, key, mesh=mesh, ring_microbatches=ring_microbatches)
+            return loss_fn(passes, config.loss, plan, weights)
+
+        grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
+        return grads if mesh is None else jax.lax.with_sharding_constraint(grads, shardings["params"]), metrics
+
+    @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state", out_shardings=(shardings, None))
     def step(state: TrainState, batch: Batch, *, plan: Plan) -> tuple[TrainState, dict[str, Array]]:
         of_rows = lambda rows: gradient(state, rows, plan)  # noqa: E731
         grads, metrics = _mean_over_parts(of_rows, balanced(batch), config.train.num_microbatches)
@@ -186,31 +180,6 @@ def make_step(
     return step
 
 
-def _make_gradient(
-    model: Model, config: Config, mesh: Mesh | None, shardings: Any
-) -> Callable[[TrainState, Batch, Plan], tuple[Any, dict[str, Array]]]:
-    """``(state, rows, plan) -> (gradient of the loss by the state's params, metrics)``; on a mesh gradients lie as
-    ``shardings`` say."""
-
-    def gradient(state: TrainState, rows: Batch, plan: Plan) -> tuple[Any, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-        terms, num_steps = config.loss.terms, config.train.num_steps
-        weights = {name: term_weight(terms[name], state["step"], num_steps) for name, _ in plan.sizes}
-
-        def loss(trained: Any) -> tuple[Array, dict[str, Array]]:
-            if config.lora.rank > 0:
-                params = merge(state["base"], trained, config.lora)
-            else:
-                params = frozen(trained, config.train.trainable)
-            passes = Passes.of(model, params, rows, key, mesh=mesh, ring_microbatches=config.mesh.ring_microbatches)
-            return loss_fn(passes, config.loss, plan, weights)
-
-        grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
-        return grads if mesh is None else jax.lax.with_sharding_constraint(grads, shardings), metrics
-
-    return gradient
-
-
 def _mean_over_parts(gradient: Callable[[Batch], Any], batch: Batch, num_parts: int) -> Any:
     """Mean of ``gradient`` over equal parts of the batch, one after another."""
     if num_parts == 1:
@@ -222,6 +191,11 @@ def _mean_over_parts(gradient: Callable[[Batch], Any], batch: Batch, num_parts: 
     add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
     total, _ = jax.lax.scan(add, zero, parts)
     return jax.tree.map(lambda leaf: leaf / num_parts, total)
+
+
+def _placed(tree: Any, model: Model, mesh: Mesh | None) -> Any:
+    """Shapes of parameters or of a state, on a mesh with their shardings."""
+    return tree if mesh is None else with_shardings(tree, shardings_of(tree, model.config, mesh, TRAINING))
 
 
 def _shardings(tree: Any) -> Any:
