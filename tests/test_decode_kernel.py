@@ -25,12 +25,9 @@ CLOSE: dict[str, Any] = {"atol": 5e-6, "rtol": 1e-5}
 """Float32 sums over up to 163 keys of values of size one, in another order."""
 CASES = {
     # Tokens of the step; heads, kv heads and slots; tokens before of every row; windows of the layers; cap of scores.
-    "empty": (3, 2, 2, 70, (0, 0), (0, 5), 0.0),
-    "partly filled": (1, 2, 2, 150, (70, 3), (149, 149), 0.0),
-    "wrapped": (1, 2, 2, 150, (300, 151), (20, 149), 0.0),
-    "several queries of a head, several tokens": (3, 6, 2, 150, (307, 149), (5, 147), 0.0),
-    "most tokens at once": (16, 4, 1, 40, (90, 12), (10, 24), 0.0),
-    "capped": (2, 2, 1, 70, (70, 9), (30, 400), 3.0),
+    "several queries of a head, several tokens, capped": (3, 6, 2, 150, (307, 149), (5, 147), 3.0),
+    "empty and partly filled": (1, 2, 2, 70, (0, 3), (0, 69), 0.0),
+    "most tokens at once": (16, 4, 1, 40, (90, 0), (10, 24), 0.0),
 }
 
 
@@ -60,11 +57,8 @@ def over_layers(attend):
 @pytest.mark.parametrize(
     "case, target",
     [
-        ("partly filled", "triton"),
-        ("several queries of a head, several tokens", "triton"),
-        ("capped", "triton"),
-        ("empty", "mosaic"),
-        ("wrapped", "mosaic"),
+        ("several queries of a head, several tokens, capped", "triton"),
+        ("empty and partly filled", "triton"),
         ("most tokens at once", "mosaic"),
     ],
 )
@@ -78,7 +72,7 @@ def test_it_is_xla_attention(case, target):
 
 
 def test_a_tpu_takes_in_a_ring_block_by_block(monkeypatch):
-    """The last block reaches beyond the ring."""
+    """The last block reaches beyond the ring, which has gone round."""
     monkeypatch.setattr("snlp_jax.model.decode_kernel.MOSAIC_BYTES", 1)
     args = operands(2, 2, 2, 150, (400, 140), (5, 148))
     kernel = at_once("mosaic")
@@ -95,15 +89,6 @@ def test_chunks_of_layers_are_one_kernel():
     assert str(jax.make_jaxpr(chunks(kernel))(*args)).count("pallas_call[") == 1
 
 
-def test_what_is_written_after_the_length_is_not_seen():
-    """A rejected draft costs no clearing: slots that it took hold what is out of every window."""
-    *args, key, value, window, lengths = operands(1, 2, 2, 40, (50,), (36, 36))
-    kernel = over_layers(at_once("mosaic"))
-    drafted = [ring.at[:, :, :, 50 % 40 : 50 % 40 + 4].set(1e3) for ring in (key, value)]
-    before, after = kernel(*args, key, value, window, lengths), kernel(*args, *drafted, window, lengths)
-    chex.assert_trees_all_equal(after, before)
-
-
 def test_derivatives_are_those_of_xla_attention():
     q, *rest = (leaf[0] for leaf in operands(2, 2, 2, 20, (30,), (15, 15))[:-1])
     kernel = at_once("mosaic")
@@ -112,21 +97,20 @@ def test_derivatives_are_those_of_xla_attention():
     chex.assert_trees_all_close(slope, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("setting", ["idn:n=2,k=2", pytest.param("idn:n=4,k=1,stage=2xF2", marks=pytest.mark.slow)])
-def test_a_cached_pass_is_that_with_xla_attention(monkeypatch, setting):
-    """Rings of two lengths, a region and layers in order, or layers fused by twos."""
+def test_a_cached_pass_is_that_with_xla_attention(monkeypatch):
+    """Rings of two lengths, a region and a layer in order."""
     interpreted = functools.partial(attend_ring_at_once, interpret=True)
     monkeypatch.setattr("snlp_jax.model.nodes.attend_ring_at_once", interpreted)
     config = ModelConfig(
-        num_layers=4, embed_dim=32, num_heads=2, num_kv_heads=1, vocab_size=32, seq_len=64, short_window=8,
-        window_pattern="SSL", attention_softcap=2.0,
+        num_layers=3, embed_dim=32, num_heads=2, num_kv_heads=1, vocab_size=32, seq_len=64, short_window=8,
+        window_pattern="SL", attention_softcap=2.0,
     )  # fmt: skip
 
     def run(kernel):
         model = LanguageModel(config, MachineConfig(compute_dtype="float32", decode_attention=kernel), backend="gpu")
         wave = lambda leaf: 0.3 * np.cos(np.arange(leaf.size, dtype=np.float32) ** 2).reshape(leaf.shape)  # noqa: E731
         params = jax.tree.map(wave, model.abstract_params())
-        weights = prepare(model, params, parse_schedule(setting, 4), num_tokens=2)
+        weights = prepare(model, params, parse_schedule("idn:n=2,k=2", 3), num_tokens=2)
         programs, state = decoding(model, weights, 1, 20, 2)
         rings = random_state(state, 20).rings
         past = Past(jnp.ones((1, 1), jnp.int32), jnp.asarray([20]), rings)
@@ -139,7 +123,7 @@ def test_a_cached_pass_is_that_with_xla_attention(monkeypatch, setting):
 
     (plain, expected), (fused, logits) = run("xla"), run("pallas")
     assert "pallas_call" in fused and "pallas_call" not in plain
-    # Float32 through four layers; logits are of size one.
+    # Float32 through three layers; logits are of size one.
     chex.assert_trees_all_close(logits, expected, atol=2e-5)
 
 

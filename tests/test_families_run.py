@@ -20,7 +20,6 @@ from snlp_jax.cli.convert import export_run, import_run
 from snlp_jax.config import (
     Config,
     DataConfig,
-    LoraConfig,
     LossConfig,
     MachineConfig,
     MeshConfig,
@@ -34,7 +33,7 @@ from snlp_jax.forward import forward
 from snlp_jax.infer.engine import Engine, Request
 from snlp_jax.layout import abstract_weights, prepare, split
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.attention import attend, choose_implementation
+from snlp_jax.model.attention import choose_implementation
 from snlp_jax.model.layers import rotary_table, rotate
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel.mesh import make_mesh
@@ -78,21 +77,6 @@ def test_rotation_of_a_part_leaves_the_rest():
     assert ModelConfig(rope=dataclasses.replace(ModelConfig().rope, fraction=0.25)).num_rotated == 8
 
 
-def test_splash_attention_caps_scores_as_xla_does(monkeypatch):
-    """The Pallas kernel in the interpreter, with a cap that most scores reach."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-
-    make = splash_attention_kernel.make_splash_mha
-    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", lambda **kw: make(**kw, interpret=True))
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, 128, 2, 128)), jnp.float32) for _ in range(3))
-    run = jax.jit(attend, static_argnums=(3, 4), static_argnames="softcap")
-    capped = run(q, k, v, 40, "splash", softcap=0.5)
-    # Float32 sums over up to 41 keys in blocks, against one sum.
-    np.testing.assert_allclose(capped, run(q, k, v, 40, "xla", softcap=0.5), atol=1e-5)
-    assert np.abs(np.asarray(capped) - np.asarray(run(q, k, v, 40, "xla"))).max() > 0.1
-
-
 def test_cudnn_does_not_cap_scores():
     where = {"backend": "gpu", "dtype": jnp.bfloat16, "seq_len": 256, "head_dim": 128}
     assert choose_implementation("auto", **where) == "cudnn"
@@ -111,8 +95,6 @@ def test_cudnn_does_not_cap_scores():
     (
         ("gemma3", "idn:n=3,k=3"),  # alternating windows and rotary tables of two kinds, evaluated at once
         pytest.param("llama_bias", "sid:n=4,k=4", marks=pytest.mark.slow),
-        pytest.param("gemma2", "diag:n=3,k=3", marks=pytest.mark.slow),
-        pytest.param("qwen3", "exact:n=3,k=3", marks=pytest.mark.slow),
         pytest.param("gemma3", "idn:n=4,k=4,stage=4xF1", marks=pytest.mark.slow),
     ),
 )
@@ -123,8 +105,7 @@ def test_regions_are_exact_after_as_many_iterations_as_layers(name, setting):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("gemma3", "llama_bias"))
-def test_chunks_of_two_layers_are_their_formula(name):
+def test_chunks_of_two_layers_are_their_formula(name="gemma3"):
     two = [logits_of(name, "idn:n=4,k=2,stage=2xF2", layout=layout) for layout in ("stack", "list")]
     np.testing.assert_allclose(two[0], two[1], atol=ROUNDING, rtol=0)
     assert np.abs(two[0] - golden(name).logits).max() > 1e-3
@@ -134,9 +115,8 @@ def test_chunks_of_two_layers_are_their_formula(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, drafter", (("gemma2", ""), ("gemma3", "idn:n=3,k=1"), ("qwen3", "idn:n=3,k=1")))
-def test_cached_decoding_is_greedy_decoding_there(name, drafter):
-    """With drafts by the model's own solver, too. Mistral's windows: see test_import.py."""
+def test_cached_decoding_is_greedy_decoding_there(name="gemma3", drafter="idn:n=3,k=1"):
+    """With drafts by the model's own solver. Mistral's windows: see test_import.py."""
     model, params = imported(name)
     tokens = golden(name).tokens
     draft = parse_schedule(drafter, model.config.num_layers) if drafter else None
@@ -153,8 +133,7 @@ def test_cached_decoding_is_greedy_decoding_there(name, drafter):
     "name, setting, sizes",
     (
         ("gemma3", "idn:n=4,k=4", {"layer": 3}),
-        ("llama_bias", "seq", {"data": 2, "layer": 2, "tensor": 2}),
-        ("llama3", "idn:n=4,k=4", {"layer": 2, "tensor": 2}),
+        ("llama_bias", "idn:n=4,k=4", {"layer": 2, "tensor": 2}),
     ),
 )
 def test_sharded_layers_are_layers(name, setting, sizes):
@@ -180,8 +159,7 @@ def test_norms_and_biases_stay_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, rank", (("gemma3", 0), ("qwen2", 2)))
-def test_an_imported_run_is_evaluated_and_tuned(name, rank, tmp_path):
+def test_an_imported_run_is_evaluated_and_tuned(tmp_path, name="gemma3"):
     """On shorter windows than its context, with the solver's loss; the tuned run exports under its origin's names."""
     origin = tmp_path / "origin"
     import_run(str(write_source(tmp_path / "hf", name)), origin)
@@ -196,13 +174,11 @@ def test_an_imported_run_is_evaluated_and_tuned(name, rank, tmp_path):
     model = dataclasses.replace(config.model, seq_len=16)
     report = evaluate_run(origin, dataclasses.replace(evaluated, model=model, eval=few), "last")
     assert abs(report.results[1].ppl_change) < 1e-4  # as many iterations as layers
-    targets = ("query", "up", "gate", "down")
     tuned = Config(
         run_dir=str(tmp_path / "tuned"),
         model=model,
         data=DataConfig(source=str(text), cache_dir=str(tmp_path / "cache")),
         loss=LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(2,))),
-        lora=LoraConfig(rank=rank, targets=targets),
         optim=dataclasses.replace(config.optim, lr_scale=0.05),
         train=TrainConfig(
             num_steps=4, batch_size=4, init_from=str(origin), eval_every=4, checkpoint_every=4, eval_batches=1
@@ -212,18 +188,13 @@ def test_an_imported_run_is_evaluated_and_tuned(name, rank, tmp_path):
     _, before = read_params(origin, LanguageModel(config.model), "last")
     _, after = read_params(tmp_path / "tuned", LanguageModel(model), "last")
     moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), before, after)
-    if rank == 0:
-        assert all(jax.tree.leaves(moved)), moved
-    else:
-        assert moved["blocks"]["mlp"] == dict.fromkeys(("up", "gate", "down"), True)
-        assert not moved["blocks"]["attn"]["key"]
+    assert all(jax.tree.leaves(moved)), moved
     export_run(tmp_path / "tuned", tmp_path / "out", "last", "float32", 1.0)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("gemma2",))
-def test_an_export_is_read_by_transformers(name, tmp_path):
+def test_an_export_is_read_by_transformers(tmp_path, name="gemma2"):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     import_run(str(write_source(tmp_path / "hf", name)), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out", "last", "float32", 4000 / 2**30)

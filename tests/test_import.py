@@ -83,6 +83,7 @@ def test_bfloat16_comes_back_bit_for_bit(tmp_path):
     assert (tmp_path / "out" / SINGLE_NAME).stat().st_size < 1.2 * (source / SINGLE_NAME).stat().st_size
 
 
+@pytest.mark.slow
 def test_cached_decoding_of_an_imported_run_is_greedy_decoding_there(tmp_path):
     """Window of 6 on every layer, so that a text of 40 goes round each ring several times."""
     import_run(str(write_source(tmp_path / "hf", "mistral", vocab=40)), tmp_path / "run")

@@ -44,7 +44,7 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, window):
     return out
 
 
-@pytest.mark.parametrize("num_queries, num_keys, num_kv_heads", ((9, 9, 4), (9, 9, 2), (3, 11, 1), (1, 7, 2)))
+@pytest.mark.parametrize("num_queries, num_keys, num_kv_heads", ((9, 9, 2), (3, 11, 1)))
 def test_attention_is_its_definition(num_queries, num_keys, num_kv_heads):
     q = draw(0, 2, num_queries, 4, 6)
     k, v = (draw(seed, 2, num_keys, num_kv_heads, 6) for seed in (1, 2))
@@ -52,7 +52,6 @@ def test_attention_is_its_definition(num_queries, num_keys, num_kv_heads):
     for window in (0, 1, 4, num_keys - 1, 100):
         # Float32 sums of at most eleven terms of size one.
         np.testing.assert_allclose(run(window), plain_attention(q, k, v, window), atol=2e-6)
-    np.testing.assert_allclose(attend(q, k, v, 2, "xla"), plain_attention(q, k, v, 2), atol=2e-6)
 
 
 def test_blockwise_attention_is_direct(monkeypatch):
@@ -118,14 +117,18 @@ def test_splash_attention_lowers_for_tpu():
 
 
 def test_splash_attention_is_xla_attention(monkeypatch):
-    """The Pallas kernel in the interpreter."""
+    """The Pallas kernel in the interpreter, with keys before the first query, and with a cap that most scores reach."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
     make = splash_attention_kernel.make_splash_mha
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", lambda **kw: make(**kw, interpret=True))
     q, k, v = draw(0, 1, 128, 2, 128), draw(1, 1, 256, 1, 128), draw(2, 1, 256, 1, 128)
-    # Float32 sums over up to 256 keys in blocks, against one sum.
-    np.testing.assert_allclose(attend(q, k, v, 150, "splash"), attend(q, k, v, 150, "xla"), atol=1e-5)
+    run = jax.jit(attend, static_argnums=(3, 4), static_argnames="softcap")
+    for cap in (0.0, 0.5):
+        splash = run(q, k, v, 150, "splash", softcap=cap)
+        # Float32 sums over up to 151 keys in blocks, against one sum.
+        np.testing.assert_allclose(splash, run(q, k, v, 150, "xla", softcap=cap), atol=1e-5)
+    assert np.abs(np.asarray(splash) - np.asarray(run(q, k, v, 150, "xla"))).max() > 0.1
 
 
 # ---------------------------------------------------------------- small pieces
@@ -134,9 +137,9 @@ def test_splash_attention_is_xla_attention(monkeypatch):
 def test_rms_norm_and_rotary_are_their_formulas():
     x = draw(0, 1, 5, 2, 6)
     expected = x / np.sqrt(np.mean(np.square(np.asarray(x, np.float64)), -1, keepdims=True) + RMS_EPS)
-    np.testing.assert_allclose(rms_norm(x), expected, rtol=2e-6)  # a few float32 operations
-    cos, sin = rotary_table(jnp.arange(5), 6, 100.0)
-    rotated = np.asarray(rotate(x, cos, sin))
+    normed, rotated = jax.jit(lambda x: (rms_norm(x), rotate(x, *rotary_table(jnp.arange(5), 6, 100.0))))(x)
+    np.testing.assert_allclose(normed, expected, rtol=2e-6)  # a few float32 operations
+    rotated = np.asarray(rotated)
     for t, i in np.ndindex(5, 3):
         angle = t * 100.0 ** (-2 * i / 6)
         a, b = np.asarray(x[0, t, :, i]), np.asarray(x[0, t, :, i + 3])
@@ -191,16 +194,14 @@ LINEARIZED = dataclasses.replace(SMALL, linear_attention=(2,), dropped_mlp=(1,),
     "config",
     (
         pytest.param(SMALL, id="nanochat"),
-        pytest.param(VARIANTS["hyper_static"], id="static streams"),
-        pytest.param(VARIANTS["hyper_dynamic"], id="dynamic streams"),
-        pytest.param(QWEN, id="qwen"),
         pytest.param(GEMMA, id="gemma"),
         pytest.param(LINEARIZED, id="linearized"),
     ),
 )
 def test_a_sequential_schedule_is_the_plain_model(config):
-    """Documents included. The same operations in the same order: rounding is all that may differ."""
-    config = dataclasses.replace(config, num_layers=3)
+    """Documents included. The same operations in the same order: rounding is all that may differ. Streams are in
+    test_corners.py."""
+    config = dataclasses.replace(config, num_layers=3 if config is LINEARIZED else 2)
     model = LanguageModel(config)
     tokens, document = random_tokens(config, length=7), jnp.asarray([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 2, 2]])
 
@@ -246,7 +247,7 @@ def test_parameter_count_is_its_formula():
 
 def test_fresh_parameters():
     """Output projections are zero, scalars ramp over depth, matrices have their stated spread; a key decides all."""
-    config = dataclasses.replace(SMALL, vocab_size=500, embed_dim=64, num_layers=4)
+    config = dataclasses.replace(SMALL, vocab_size=500, embed_dim=64, num_layers=2)
     model = LanguageModel(config)
     init = jax.jit(model.init)
     params = init(jax.random.key(0))
@@ -254,8 +255,8 @@ def test_fresh_parameters():
     chex.assert_trees_all_equal(params, init(jax.random.key(0)))
     blocks, embed, head = (params[name] for name in ("blocks", "embed", "head"))
     assert not blocks["attn"]["out"].any() and not blocks["mlp"]["down"].any() and embed["smear_scale"] == 0
-    np.testing.assert_allclose(blocks["resid_scale"], [1.15, 1.15 - 0.1 / 3, 1.15 - 0.2 / 3, 1.05], rtol=1e-6)
-    np.testing.assert_allclose(blocks["x0_scale"], [0.2, 0.15, 0.1, 0.05], rtol=1e-5)  # float32 of differences
+    np.testing.assert_allclose(blocks["resid_scale"], [1.15, 1.05], rtol=1e-6)
+    np.testing.assert_allclose(blocks["x0_scale"], [0.2, 0.05], rtol=1e-5)  # float32 of differences
     assert head["mid_scale"] == np.float32(0.2)
     stated = {
         "query": (blocks["attn"]["query"], 1 / 8),
@@ -267,11 +268,11 @@ def test_fresh_parameters():
         "head": (head["kernel"], 0.001),
     }
     for name, (leaf, spread) in stated.items():
-        assert 0.95 < np.std(leaf) / spread < 1.05, name  # at least 8192 draws: the spread is known to 1 percent
+        assert 0.95 < np.std(leaf) / spread < 1.05, name  # at least 4096 draws: the spread is known to 1.1 percent
         assert np.unique(np.asarray(leaf)).size > 0.9 * leaf.size, f"{name}: layers or tables share their draws"
     for gate in (embed["value_gate"], embed["smear_gate"]):
         assert gate.min() >= 0 and 0.01 < gate.max() <= 0.02
-    logits = jax.jit(model)(params, random_tokens(config))
+    logits = jax.jit(model)(params, random_tokens(config, length=4))
     assert np.isfinite(logits).all()
     # Rows of the normed state against a head of spread 0.001: logits of spread 0.008, a fresh model knows nothing.
     assert 0.004 < np.std(logits) < 0.016
@@ -287,8 +288,8 @@ def test_windows_follow_the_pattern_and_the_last_layer_sees_everything():
         assert windows(short_window=0, seq_len=seq_len)[0] == short
 
 
-@pytest.mark.parametrize("num_layers, owners", ((6, (1, 3, 5)), (5, (0, 2, 4))))
-def test_value_embeddings_alternate_from_the_last_layer(num_layers, owners):
+def test_value_embeddings_alternate_from_the_last_layer():
+    num_layers, owners = 5, (0, 2, 4)
     config = dataclasses.replace(SMALL, num_layers=num_layers)
     assert config.value_embed_layers == owners
     model = LanguageModel(config)
@@ -307,11 +308,8 @@ def test_value_embeddings_alternate_from_the_last_layer(num_layers, owners):
         else:
             assert not rows.any() and not gate.any()
     # A part of the layers gets its part of the context, and none where none of them owns a table.
-    if num_layers > 2:
-        part = context_of(1, 3)
-        chex.assert_trees_all_equal(part, jax.tree.map(lambda leaf: leaf[1:3], context))
-        lone = next(i for i in range(num_layers) if i not in owners)
-        assert context_of(lone, lone + 1).value_embed is None
+    chex.assert_trees_all_equal(context_of(1, 3), jax.tree.map(lambda leaf: leaf[1:3], context))
+    assert context_of(1, 2).value_embed is None
     assert dataclasses.replace(config, use_value_embeds=False).value_embed_layers == ()
 
 
@@ -340,12 +338,12 @@ def test_bfloat16_is_close_to_float32_and_leaves_the_state_in_float32():
     tokens = random_tokens(SMALL, length=8)
     outputs = []
     for dtype in ("float32", "bfloat16"):
-        model = LanguageModel(dataclasses.replace(SMALL, num_layers=3), MachineConfig(compute_dtype=dtype))
+        model = LanguageModel(dataclasses.replace(SMALL, num_layers=2), MachineConfig(compute_dtype=dtype))
         weights = split(model, model.cast(random_params(model)), all_sequential(model.config))
         outputs.append(jax.jit(lambda w, t, model=model: forward(model, w, t))(weights, tokens))
     full, half = outputs
     assert half.logits_BTV.dtype == half.h_last.dtype == half.h_mid.dtype == jnp.float32
-    # bfloat16 keeps 8 bits, 0.4 percent an operand; three layers of four products each add up to a few percent.
+    # bfloat16 keeps 8 bits, 0.4 percent an operand; two layers of four products each add up to a few percent.
     root_mean_square = lambda x: float(np.sqrt(np.mean(np.square(x))))  # noqa: E731
     ratio = root_mean_square(half.h_last - full.h_last) / root_mean_square(full.h_last)
     assert 1e-4 < ratio < 0.03
@@ -360,7 +358,7 @@ def products_in(jaxpr):
             yield from products_in(inner)
 
 
-@pytest.mark.parametrize("variant", ("everything", "hyper_static", "hyper_dynamic", "no_qk_norm"))
+@pytest.mark.parametrize("variant", ("everything", "hyper_dynamic"))
 def test_products_of_a_training_step_in_bfloat16(variant):
     """Forward and backward, a layer at a time and all at once: operands are bfloat16 on both sides, but for maps and
     gates, which are float32 in full precision. What is stored for the MLP's backward pass is bfloat16."""

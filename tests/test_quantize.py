@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,6 @@ from snlp_jax.config import EvalConfig, MachineConfig, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run
 from snlp_jax.forward import forward
-from snlp_jax.infer import Drafting, Engine
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.projections import PARTS
@@ -30,7 +28,7 @@ ROUNDING = 2e-5
 """Relative to the largest entry: float32 sums of ``(x q) s`` against those of ``x (q s)``."""
 GATED = dataclasses.replace(PLAIN, num_layers=2, mlp="swiglu", use_qkv_bias=True, num_kv_heads=2)
 MIXED = dataclasses.replace(
-    SMALL, num_layers=4, linear_attention=(1,), dropped_mlp=(3,), linear_mlp=(2,), linear_rank=4
+    SMALL, num_layers=3, linear_attention=(0,), dropped_mlp=(1,), linear_mlp=(2,), linear_rank=4
 )
 
 
@@ -105,7 +103,7 @@ def test_what_is_no_kernel_stays_and_bytes_shrink():
     saved = sum(3 * leaf.size for leaf in kernels_of(params).values())
     scales = sum(4 * scale.size for _, scale in multiplied(quantised).values())
     assert num_bytes(quantised) == num_bytes(params) - saved + scales
-    model, schedule = LanguageModel(MIXED), parse_schedule("idn:n=3,k=1", 4)
+    model, schedule = LanguageModel(MIXED), parse_schedule("idn:n=2,k=1", 3)
     full, small = (prepare(model, each, schedule, num_tokens=1).num_bytes for each in (params, quantised))
     assert full - small == saved - scales
 
@@ -114,7 +112,7 @@ def test_what_is_no_kernel_stays_and_bytes_shrink():
 def calibrated():
     """``(params, squares)`` of a model of every kind of layer, on random text."""
     model, params = LanguageModel(MIXED), plain("int8")[0]
-    batches = [{"tokens": np.asarray(random_tokens(MIXED, length=21, seed=seed))} for seed in (1, 2)]
+    batches = [{"tokens": np.asarray(random_tokens(MIXED, length=9, seed=seed))} for seed in (1, 2)]
     return model, params, batches, input_squares(model, params, batches)
 
 
@@ -139,7 +137,7 @@ def test_squares_are_those_of_the_inputs(calibrated):
     """By their definition, at the two ends of the model: the first layer's and the head's."""
     model, params, batches, squares = calibrated
     tokens = jnp.concatenate([batch["tokens"] for batch in batches])[:, :-1]
-    weights = prepare(model, params, parse_schedule("seq", 4), num_tokens=1)
+    weights = prepare(model, params, parse_schedule("seq", 3), num_tokens=1)
     output = jax.jit(lambda w, t: forward(model, w, t))(weights, tokens)
     normed = model.head_input(params, model.readout(params, output.h_last, output.h_mid))
     np.testing.assert_allclose(squares["head"], jnp.square(normed).mean((0, 1)), rtol=1e-4)  # sums in another order
@@ -150,18 +148,15 @@ def test_squares_are_those_of_the_inputs(calibrated):
 
 
 CASES = {
-    "mixed": (MIXED, "idn:n=3,k=2", "stack"),
-    "lists": (GATED, "seq", "list"),
+    "mixed": (MIXED, "idn:n=2,k=1", "stack"),
     "chunks": (dataclasses.replace(GATED, num_layers=4), "idn:n=4,k=1,stage=2xF2", "stack"),
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["mixed", *(pytest.param(case, marks=pytest.mark.slow) for case in ("lists", "chunks"))]
-)
+@pytest.mark.parametrize("case", ["mixed", pytest.param("chunks", marks=pytest.mark.slow)])
 def test_logits_are_those_of_the_kernel_q_s(case):
     config, setting, layout = CASES[case]
-    tokens = random_tokens(config)
+    tokens = random_tokens(config, length=6)
     # A GPU joins the scales of projections too.
     model = LanguageModel(config, MachineConfig(compute_dtype="float32", attention="xla"), backend="gpu")
     params = random_params(model)
@@ -174,7 +169,7 @@ def test_logits_are_those_of_the_kernel_q_s(case):
 
 def test_scales_are_spread_over_a_mesh_like_biases():
     mesh = make_mesh(MeshConfig(layer=2, tensor=2), devices=jax.devices()[:4])
-    model, tokens = LanguageModel(GATED), random_tokens(GATED)
+    model, tokens = LanguageModel(GATED), random_tokens(GATED, length=6)
     quantised = quantize(random_params(model), "int8")
     (alone,), (spread,) = (logits_of(model, [quantised], "idn:n=2,k=1", tokens, mesh=on) for on in (None, mesh))
     assert relative_error(spread, alone) < ROUNDING
@@ -182,15 +177,6 @@ def test_scales_are_spread_over_a_mesh_like_biases():
     region = weights.parts[-1].blocks["mlp"]
     assert region["up_scale"].sharding.spec == PartitionSpec("layer", "tensor")
     assert region["up"].sharding.spec == PartitionSpec("layer", None, "tensor")
-
-
-@pytest.mark.slow
-def test_speculation_is_lossless_for_the_quantised_model():
-    """Drafter and verifier read the same kernels."""
-    params = quantize(random_params(LanguageModel(GATED)), "int8")
-    requests = decoding.requests_of(GATED, new=8)
-    done = Engine(LanguageModel(GATED), params, draft=Drafting("exit:1", 2)).generate(requests)
-    decoding.assert_is_the_whole_pass(GATED, "seq", requests, done, params=params)
 
 
 # ---------------------------------------------------------------- the two commands
