@@ -35,6 +35,12 @@ class RecordedEngine(Engine):
         """Draft length -> rounds, where drafting may be switched off; 0 stands for plain steps."""
         self.num_cache_bytes = 0
 
+    @property
+    def num_weight_bytes(self) -> int:
+        """Of all arrays that are held, those of two layouts included."""
+        leaves = jax.tree.leaves((self.weights, self.exact))
+        return sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in leaves}.values())
+
     def _compiled(self, programs: Programs, name: str, arguments: tuple[Any, ...]) -> Any:
         before = self._compile_seconds
         run = super()._compiled(programs, name, arguments)

@@ -64,7 +64,7 @@ MISTAKES = (
     (("--solver", "idn:n=2", "--speculate", "exit:2"), "not both"),
     (("--solver", "idn:n=4,k=1,stage=2xF2"), "last_eval"),
     (("--speculate", "exit:2", "--draft-len", "9", "--max-draft", "8"), "9 exceeds max_draft 8"),
-    (("--temperature", "-1"), "temperature -1.0"),
+    (("--temperature", "-1"), "temperature is -1.0"),
     (("--max-new-tokens", "154"), "161, more than the rotary embedding's 160"),
     (("--stop", ""), "stop strings"),
     (("--mesh.layer", "16"), "mesh"),

@@ -35,6 +35,7 @@ from snlp_jax.layout import in_order, prepare, verifier
 from snlp_jax.model import Model
 from snlp_jax.notation import Drafter, parse_schedule
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
+from snlp_jax.parts import Part
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
@@ -89,9 +90,7 @@ class Engine:
         is_scanned = placement.layout == "auto" and placement.mesh is None and len(set(config.windows)) == 1
         layout, mesh, sequential = "stack" if is_scanned else placement.layout, placement.mesh, placement.sequential
         first = drafter if isinstance(drafter, Schedule) else schedule
-        self.weights = prepare(
-            model, params, first, num_tokens=1, layout=layout, mesh=mesh, sequential=sequential, fits=fits
-        )
+        self.weights = prepare(model, params, first, layout=layout, mesh=mesh, sequential=sequential, fits=fits)
         """Of plain steps, or of the layers that draft."""
         self.exact = self.weights
         """Of plain steps and verification where there is a drafter."""
@@ -102,12 +101,6 @@ class Engine:
         self._switches: dict[int, DraftSwitch] = {}
         self._programs: dict[Any, Any] = {}
         self._compile_seconds = 0.0
-
-    @property
-    def num_weight_bytes(self) -> int:
-        """Of all arrays that are held, those of two layouts included."""
-        leaves = jax.tree.leaves((self.weights, self.exact))
-        return sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in leaves}.values())
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Completion]:
         """Go on from every prompt.
@@ -181,9 +174,10 @@ class Engine:
             stop_BX[row, : len(request.stop_tokens)] = request.stop_tokens
         rows, features = rows_of([request.sampling for request in requests])
         programs = self._programs_for(capacity, features)
-        arguments = self._put((jnp.asarray(prompt_BP), *map(jnp.asarray, (lengths, targets, stop_BX)), rows))
-        weights = self.weights if self.rule == "per_iteration" else in_order(self.weights)
-        weights = self.exact if self.draft else weights
+        arguments = (*map(jnp.asarray, (prompt_BP, lengths, targets, stop_BX)), rows)
+        if self.mesh is not None:
+            arguments = jax.device_put(arguments, jax.tree.map(self._by_row, arguments))
+        weights = self.exact if self.draft or self.rule == "per_iteration" else in_order(self.weights)
         return self._compiled(programs, "prefill", (weights, *arguments))(weights, *arguments), programs
 
     def _advance(self, programs: Programs, state: State, is_watched: bool) -> State:
@@ -191,12 +185,11 @@ class Engine:
         steps = jnp.int32(CHUNK if is_watched or self.may_switch else UNWATCHED)
         if not self.may_switch:
             return self._run_steps(programs, state, steps, is_drafting=self.draft is not None)[0]
-        switch = self._switches.setdefault(len(state.length_B), DraftSwitch())
-        is_drafting, before = switch.next(), _read(state.counts)
+        switch, before = self._switches.setdefault(len(state.length_B), DraftSwitch()), _read(state.counts)
+        is_drafting = switch.next()
         state, seconds = self._run_steps(programs, state, steps, is_drafting=is_drafting)
         made = {name: count - before[name] for name, count in _read(state.counts).items()}
-        seconds_per_step, steps_per_token = seconds / made["steps"], made["rows"] / made["tokens"]
-        switch.report(is_drafting, seconds_per_step * steps_per_token)
+        switch.report(is_drafting, seconds / made["steps"] * made["rows"] / made["tokens"])
         return state
 
     def _run_steps(
@@ -246,11 +239,6 @@ class Engine:
 
     # -- Devices -------------------------------------------------------------------------------------------------------
 
-    def _put(self, tree: Any) -> Any:
-        if self.mesh is None:
-            return tree
-        return jax.device_put(tree, jax.tree.map(self._by_row, tree))
-
     def _by_row(self, leaf: Any) -> NamedSharding:
         assert self.mesh is not None
         is_divisible = leaf.ndim > 0 and leaf.shape[0] % self.mesh.shape["data"] == 0
@@ -261,19 +249,16 @@ class Engine:
         mesh, config = self.mesh, self.model.config
         assert mesh is not None
 
-        def of_segment(tree: Any, is_spread: bool) -> Any:
-            layout = BY_LAYER if is_spread else BY_FEATURE
+        def of_part(part: Part, rings: Any, warm: Any) -> tuple[Any, Any]:
+            layout = BY_LAYER if part.is_spread else BY_FEATURE
             place = lambda leaf: NamedSharding(mesh, spec_of("cache", leaf.shape, config, mesh, layout))  # noqa: E731
-            return jax.tree.map(place, tree)
+            trace = NamedSharding(mesh, PartitionSpec("layer" if part.is_spread else None))
+            return jax.tree.map(place, rings), None if warm is None else trace
 
-        def of_trace(tree: Any, is_spread: bool) -> Any:
-            spec = PartitionSpec("layer" if is_spread else None)
-            return jax.tree.map(lambda _: NamedSharding(mesh, spec), tree)
-
-        spread = [part.is_spread for part in self.exact.parts]  # the drafter may leave layers out
         by_row = jax.tree.map(self._by_row, state._replace(rings=(), warm=()))
-        rings = tuple(map(of_segment, state.rings, spread))
-        return by_row._replace(rings=rings, warm=tuple(map(of_trace, state.warm, spread)))
+        # The exact weights have all parts; the drafter may leave layers out.
+        rings, warm = zip(*map(of_part, self.exact.parts, state.rings, state.warm), strict=True)
+        return by_row._replace(rings=rings, warm=warm)
 
 
 def _read(counts: Counts) -> dict[str, int]:

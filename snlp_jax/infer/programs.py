@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from snlp_jax.cache import Past, RingPlan, append, fill
-from snlp_jax.forward import CacheUpdate, Keep, States, run_parts
+from snlp_jax.forward import Keep, States, run_parts
 from snlp_jax.infer.sampling import Features, Rows, accept, distribution, draw, seen_in, seen_with_drafts
 from snlp_jax.model import Model
 from snlp_jax.model.block import Rings
@@ -65,6 +65,11 @@ class State(NamedTuple):
     """The two states [B, 1, ...] that the head read of the last token in the cache, where drafts begin at them."""
     counts: Counts
 
+    def add(self, **counted: Array) -> "State":
+        """With so much more in ``counts``."""
+        added = {name: getattr(self.counts, name) + count for name, count in counted.items()}
+        return self._replace(counts=self.counts._replace(**added))
+
 
 @dataclass(frozen=True)
 class Programs:
@@ -86,13 +91,7 @@ class Programs:
     """Whether the model's heads that look further ahead draft, and no layer."""
 
     def prefill(
-        self,
-        weights: Weights,
-        prompt_BP: Array,
-        length_B: Array,
-        target_B: Array,
-        stop_BX: Array,
-        rows: Rows,
+        self, weights: Weights, prompt_BP: Array, length_B: Array, target_B: Array, stop_BX: Array, rows: Rows
     ) -> State:
         """Evaluate the prompts, filled up to one length behind their ends, and draw every row's first token."""
         B, P = prompt_BP.shape
@@ -101,18 +100,15 @@ class Programs:
         last_B = length_B - 1
         last = _pick(states.h_last, last_B), _pick(states.h_mid, last_B)
         logits_BV = self._logits(weights, *last)[:, 0]
-        seen_BV = None
-        if self.features.penalizes:
-            is_token_BP = jnp.arange(P)[None] < length_B[:, None]
-            seen_BV = seen_in(prompt_BP, is_token_BP, logits_BV.shape[-1])
-        rings = tuple(
-            None if plan is None or update is None else _fill(plan, update.kv, length_B)
-            for plan, update in zip(self.plans, states.updates, strict=True)
-        )
-        traces = [
-            update.trace if update and index in self.warm_segments else None
-            for index, update in enumerate(states.updates)
-        ]
+        is_token_BP = jnp.arange(P)[None] < length_B[:, None]
+        seen_BV = seen_in(prompt_BP, is_token_BP, logits_BV.shape[-1]) if self.features.penalizes else None
+        rings: list[Any] = [None] * len(self.plans)
+        warm: list[Array | None] = [None] * len(self.plans)
+        for index, (plan, update) in enumerate(zip(self.plans, states.updates, strict=True)):
+            if update is not None and plan is not None:
+                rings[index] = _each(functools.partial(fill, plan, length_B=length_B), update.kv)
+            if update is not None and update.trace is not None and index in self.warm_segments:
+                warm[index] = _pick(update.trace, last_B, axis=2)
         zero = jnp.zeros((), jnp.int32)
         state = State(
             tokens_BS=jnp.zeros((B, self.num_slots), jnp.int32).at[:, :P].set(prompt_BP),
@@ -123,8 +119,8 @@ class Programs:
             stop_BX=stop_BX,
             seen_BV=seen_BV,
             rows=rows,
-            rings=rings,
-            warm=tuple(None if trace is None else _pick(trace, last_B, axis=2) for trace in traces),
+            rings=tuple(rings),
+            warm=tuple(warm),
             last=last if self.by_heads else None,
             counts=Counts(zero - 1, zero, zero, zero, zero, zero),  # the prefill is no step
         )
@@ -137,7 +133,7 @@ class Programs:
             states = self._evaluate(weights, state, state.length_B, 1)
             logits_BV = self._logits(weights, states.h_last, states.h_mid)[:, 0]
             new = self._take(self._count(state, states), logits_BV)
-            return self._remember(new, states, _after(new.tokens_BS, state.length_B))
+            return self._remember(new, states, _after(new.tokens_BS, state.length_B), jnp.zeros_like(state.length_B))
 
         return _repeat(step, state, num_steps)
 
@@ -157,24 +153,22 @@ class Programs:
         # The k-th head says what comes k after the newest token, whatever that and the drafts in between are.
         ahead_BGV = self.model.logits_ahead(drafter.embed_head, *state.last, self.max_draft) if state.last else None
 
-        def propose(state: State, index: Array) -> tuple[Array, States | None]:
-            """The logits of a draft, and what was evaluated for it."""
-            if ahead_BGV is not None:
-                return ahead_BGV[:, index], None
-            states = self._evaluate(drafter, state, state.length_B + index, 1)
-            return self._logits(drafter, states.h_last, states.h_mid)[:, 0], states
-
         def one(index: Array, carry: tuple) -> tuple:
             state, log_probs_BGV, seen_BV = carry
             length_B = state.length_B + index
-            logits_BV, states = propose(state, index)
+            if ahead_BGV is None:
+                states = self._evaluate(drafter, state, length_B, 1)
+                logits_BV = self._logits(drafter, states.h_last, states.h_mid)[:, 0]
+            else:
+                logits_BV = ahead_BGV[:, index]
             log_probs_BV, token_B = self._draw(logits_BV, seen_BV, state.rows, length_B + 1)
             if log_probs_BGV is not None:
                 log_probs_BGV = jax.lax.dynamic_update_index_in_dim(log_probs_BGV, log_probs_BV, index, 1)
             if seen_BV is not None:
                 seen_BV = seen_BV.at[row_B, token_B].set(True)
-            if states is not None:
-                state = self._remember(self._count(state, states), states, _after(token_B[:, None], length_B))
+            if ahead_BGV is None:
+                after_B = _after(token_B[:, None], length_B)
+                state = self._remember(self._count(state, states), states, after_B, jnp.zeros_like(length_B))
             tokens_BS = state.tokens_BS.at[row_B, length_B + 1].set(token_B)
             return state._replace(tokens_BS=tokens_BS), log_probs_BGV, seen_BV
 
@@ -195,14 +189,12 @@ class Programs:
         count_B, next_B = accept(drafts_BG, draft_len, *laws, state.rows, start_B + 1, self.features)
         shifted_BX = jnp.concatenate([drafts_BG, next_B[:, None]], axis=1)
         new_BX = jnp.where(jnp.arange(X)[None] == count_B[:, None], next_B[:, None], shifted_BX)
-        new = self._extend(state, new_BX, count_B + 1, logits_BXV)
         tested_B = jnp.where(is_active_B, jnp.minimum(count_B + 1, draft_len), 0)
         accepted_B = jnp.where(is_active_B, count_B, 0)
-        counts = new.counts._replace(
-            tested=new.counts.tested + tested_B.sum(), accepted=new.counts.accepted + accepted_B.sum()
-        )
+        new = self._extend(state, new_BX, count_B + 1, logits_BXV)
+        new = new.add(tested=tested_B.sum(), accepted=accepted_B.sum())
         last_B = jnp.maximum(new.length_B - start_B - 1, 0)
-        return self._remember(new._replace(counts=counts), states, _after(next_B[:, None], start_B), last_B)
+        return self._remember(new, states, _after(next_B[:, None], start_B), last_B)
 
     # -- Pieces --------------------------------------------------------------------------------------------------------
 
@@ -210,8 +202,7 @@ class Programs:
         """The tokens after the first ``length_B``."""
         tokens_BX = _slices(state.tokens_BS, length_B - 1, num_tokens + 1)
         past = Past(tokens_BX[:, :1], length_B, state.rings, state.warm)
-        traced = tuple(index for index, warm in enumerate(state.warm) if warm is not None)
-        keep = Keep(self.evaluation, traced)
+        keep = Keep(self.evaluation, tuple(index for index, warm in enumerate(state.warm) if warm is not None))
         return run_parts(self.model, weights, tokens_BX[:, 1:], mesh=self.mesh, past=past, keep=keep)
 
     def _logits(self, weights: Weights, h_last: Array, h_mid: Array) -> Array:
@@ -219,38 +210,24 @@ class Programs:
         # Cropping what is split by vocabulary would move pieces of it about.
         return over_data(self.mesh, logits_BTV)[..., : self.model.config.vocab_size]
 
-    def _remember(self, state: State, states: States, length_B: Array, last_B: Array | None = None) -> State:
-        """Write what the evaluated tokens leave behind; ``last_B``: index of the last that stays, where it is not 0."""
-
-        def write(rings: Any, update: CacheUpdate | None) -> Any:
-            if update is None or rings is None:
-                return rings
-            extend = functools.partial(append, length_B=length_B, is_on_mesh=self.mesh is not None)
-            if isinstance(rings, Rings):
-                return extend(rings, update.kv)
-            return tuple(extend(of_evaluation, kv) for of_evaluation, kv in zip(rings, update.kv, strict=True))
-
-        def guess(warm: Array | None, update: CacheUpdate | None) -> Array | None:
-            if warm is None or update is None or update.trace is None:
-                return warm
-            return update.trace if last_B is None else _pick(update.trace, last_B, axis=2)
-
-        def pick(h_BX: Array) -> Array:
-            return h_BX if last_B is None else _pick(h_BX, last_B)
-
-        return state._replace(
-            rings=tuple(map(write, state.rings, states.updates)),
-            warm=tuple(map(guess, state.warm, states.updates)),
-            last=None if state.last is None else (pick(states.h_last), pick(states.h_mid)),
-        )
+    def _remember(self, state: State, states: States, length_B: Array, last_B: Array) -> State:
+        """Write what the evaluated tokens leave behind; ``last_B``: index of the last that stays."""
+        extend = functools.partial(append, length_B=length_B, is_on_mesh=self.mesh is not None)
+        rings, warm = list(state.rings), list(state.warm)
+        for index, update in enumerate(states.updates):
+            if update is not None and rings[index] is not None:
+                rings[index] = _each(extend, rings[index], update.kv)
+            if update is not None and update.trace is not None and warm[index] is not None:
+                warm[index] = _pick(update.trace, last_B, axis=2)
+        last = state.last and (_pick(states.h_last, last_B), _pick(states.h_mid, last_B))
+        return state._replace(rings=tuple(rings), warm=tuple(warm), last=last)
 
     def _count(self, state: State, states: States) -> State:
         """Add the iterations that an evaluation took."""
-        stats = [solution.stats for solution in states.solutions if "sequence_iters" in solution.stats]
-        iterations = state.counts.iterations
-        for of_region in stats:
-            iterations += jnp.where(state.is_active_B, of_region["sequence_iters"], 0).sum()
-        return state._replace(counts=state.counts._replace(iterations=iterations))
+        for solution in states.solutions:
+            if "sequence_iters" in solution.stats:
+                state = state.add(iterations=jnp.where(state.is_active_B, solution.stats["sequence_iters"], 0).sum())
+        return state
 
     def _draw(self, logits_BV: Array, seen_BV: Array | None, rows: Rows, position_B: Array) -> tuple[Array, Array]:
         """The law of the next token and a token drawn from it."""
@@ -275,20 +252,14 @@ class Programs:
         seen_BV = state.seen_BV
         if seen_BV is not None:
             seen_BV = seen_BV | seen_in(new_BX, is_new_BX, logits_BXV.shape[-1])
-        counts = state.counts
-        counts = counts._replace(
-            steps=counts.steps + 1,
-            rows=counts.rows + state.is_active_B.sum(),
-            tokens=counts.tokens + num_new_B.sum(),
-        )
-        return state._replace(
+        new = state._replace(
             tokens_BS=_put(state.tokens_BS, new_BX, is_new_BX, start_B),
             log_probs_BS=_put(state.log_probs_BS, _log_prob_of(logits_BXV, new_BX), is_new_BX, start_B),
             length_B=state.length_B + num_new_B,
             is_active_B=state.is_active_B & (num_new_B < room_B) & (before_stop_B >= num_new_B),
             seen_BV=seen_BV,
-            counts=counts,
         )
+        return new.add(steps=jnp.int32(1), rows=state.is_active_B.sum(), tokens=num_new_B.sum())
 
 
 def _after(tokens_BX: Array, length_B: Array) -> Array:
@@ -305,15 +276,15 @@ def _repeat(step: Callable[[State], State], state: State, num_steps: Array) -> S
     return jax.lax.while_loop(lambda state: state.is_active_B.any() & (state.counts.steps < last), step, state)
 
 
-def _fill(plan: RingPlan, kv: Any, length_B: Array) -> Any:
+def _each(function: Callable[..., Any], first: Any, *rest: Any) -> Any:
     """Of one evaluation, or of several in a tuple."""
-    if type(kv) is tuple:
-        return tuple(fill(plan, of_evaluation, length_B) for of_evaluation in kv)
-    return fill(plan, kv, length_B)
+    return tuple(map(function, first, *rest)) if type(first) is tuple else function(first, *rest)
 
 
 def _pick(x: Array, index_B: Array, axis: int = 1) -> Array:
     """[.., B, 1, ..]: of each row the entry ``index_B`` of ``axis``, which stands behind the batch."""
+    if x.shape[axis] == 1:
+        return x
     one = lambda row, index: jax.lax.dynamic_slice_in_dim(row, index, 1, axis - 1)  # noqa: E731
     return jax.vmap(one, in_axes=(axis - 1, 0), out_axes=axis - 1)(x, index_B)
 

@@ -98,7 +98,8 @@ class Delivery:
     """Hands out the tokens and texts of a batch while they are made, and ends rows whose text holds a stop string."""
 
     def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer | None, on_tokens: OnTokens | None):
-        self._rows = [_Row(request, tokenizer) for request in requests]
+        stream = lambda stops: None if tokenizer is None else TextStream(tokenizer, stops)  # noqa: E731
+        self._rows = [_Row(request, stream(request.stop_strings)) for request in requests]
         self._on_tokens = on_tokens
         self.is_watched = on_tokens is not None or any(request.stop_strings for request in requests)
         """Whether somebody waits for the text before it is finished."""
@@ -113,6 +114,8 @@ class Delivery:
             The rows [B] that go on.
         """
         for index, row in enumerate(self._rows):
+            if row.is_done:
+                continue
             new, text = row.take(tokens_BS[index, : int(length_B[index]) + 1], is_last=not is_active_B[index])
             if self._on_tokens is not None and (new or text):
                 self._on_tokens(index, new, text)
@@ -120,39 +123,37 @@ class Delivery:
 
     def completions(self, log_probs_BS: np.ndarray) -> list[Completion]:
         """Of rows that are all done."""
-        return [row.completion(log_probs_S) for row, log_probs_S in zip(self._rows, log_probs_BS, strict=True)]
+        done = []
+        for row, log_probs_S in zip(self._rows, log_probs_BS, strict=True):
+            start = len(row.request.tokens)
+            log_probs = [float(value) for value in log_probs_S[start : start + len(row.tokens)]]
+            done.append(Completion(row.tokens, log_probs, row.finish, row.stream.text if row.stream else None))
+        return done
 
 
+@dataclass
 class _Row:
     """One request's text so far."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None):
-        self._request = request
-        self._stream = None if tokenizer is None else TextStream(tokenizer, request.stop_strings)
-        self._tokens: list[int] = []
-        self._finish: Finish = "length"
-        self.is_done = False
+    request: Request
+    stream: TextStream | None
+    tokens: list[int] = field(default_factory=list)
+    finish: Finish = "length"
+    is_done: bool = False
 
     def take(self, tokens_S: np.ndarray, *, is_last: bool) -> tuple[list[int], str]:
         """The tokens that were not handed out yet, and their text."""
-        if self.is_done:
-            return [], ""
-        before = len(self._tokens)
-        self._tokens += map(int, tokens_S[len(self._request.tokens) + before :])
-        if len(self._tokens) > before and self._tokens[-1] in self._request.stop_tokens:
-            self._tokens.pop()
-            self._finish = "stop"
+        before = len(self.tokens)
+        self.tokens += map(int, tokens_S[len(self.request.tokens) + before :])
+        if len(self.tokens) > before and self.tokens[-1] in self.request.stop_tokens:
+            self.tokens.pop()
+            self.finish = "stop"
         text, self.is_done = "", is_last
-        if self._stream is not None:
-            text = self._stream.push(self._tokens[before:])
+        if self.stream is not None:
+            text = self.stream.push(self.tokens[before:])
             if is_last:
-                text += self._stream.finish()
-            if self._stream.is_stopped:
-                self._tokens = self._tokens[: self._stream.num_tokens]
-                self._finish, self.is_done = "stop", True
-        return self._tokens[before:], text
-
-    def completion(self, log_probs_S: np.ndarray) -> Completion:
-        start, stop = len(self._request.tokens), len(self._request.tokens) + len(self._tokens)
-        text = None if self._stream is None else self._stream.text
-        return Completion(self._tokens, [float(value) for value in log_probs_S[start:stop]], self._finish, text)
+                text += self.stream.finish()
+            if self.stream.is_stopped:
+                self.tokens = self.tokens[: self.stream.num_tokens]
+                self.finish, self.is_done = "stop", True
+        return self.tokens[before:], text

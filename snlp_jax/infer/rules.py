@@ -5,14 +5,15 @@ The rules, and why the invariants hold: docs/math.md, section 8.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from jax.sharding import Mesh
 
+from snlp_jax.config.check import require
 from snlp_jax.errors import InputError
 from snlp_jax.layout import Layout, Spread
 from snlp_jax.notation import Drafter, parse_drafter
-from snlp_jax.solver import Diagonal, Exact, PerLayer, Schedule, SequentialSegment
+from snlp_jax.solver import Diagonal, Exact, ParallelSegment, PerLayer, Schedule, SequentialSegment
 
 CacheRule = Literal["last_eval", "refreshed", "per_iteration"]
 EVALUATIONS: dict[CacheRule, Literal["last", "refreshed", "every"]] = {
@@ -69,63 +70,58 @@ def check_settings(schedule: Schedule, rule: CacheRule, drafting: Drafting | Non
     Raises:
         InputError: names the setting and what would do.
     """
-    _check_rule(schedule, rule)
+    require(rule in EVALUATIONS, f"unknown cache rule {rule!r}; choose one of {', '.join(EVALUATIONS)}.")
+    for region in schedule.regions:
+        if rule == "per_iteration":
+            _check_each_evaluation(region)
+        elif not isinstance(region.stage, PerLayer):
+            raise InputError(
+                f"cache rule {rule!r} has no exact limit for fused layers, whose iterations end at the fused model; "
+                "use 'per_iteration', or these layers as a drafter."
+            )
     if drafting is not None:
         _check_draft(schedule, rule, drafting)
         if drafting.by == "mtp":
             _check_heads(drafting, num_heads)
 
 
-def _check_rule(schedule: Schedule, rule: CacheRule) -> None:
-    if rule not in get_args(CacheRule):
-        raise InputError(f"unknown cache rule {rule!r}; choose one of {', '.join(get_args(CacheRule))}.")
-    for region in schedule.regions:
-        if rule != "per_iteration":
-            if not isinstance(region.stage, PerLayer):
-                raise InputError(
-                    f"cache rule {rule!r} has no exact limit for fused layers, whose iterations end at the fused "
-                    "model; use 'per_iteration', or these layers as a drafter."
-                )
-            continue
-        if region.tolerance > 0:
-            raise InputError("cache rule 'per_iteration' needs as many evaluations for every token; leave out tol=.")
-        if region.init.is_oracle:
-            raise InputError(
-                "cache rule 'per_iteration' needs a guess that no other token enters; leave out init=warm."
-            )
-        if isinstance(region.correction.innermost, Diagonal | Exact):
-            name = type(region.correction.innermost).__name__
-            raise InputError(
-                f"cache rule 'per_iteration' needs surrogates that are a token's own, and {name} differentiates "
-                "through attention; use another rule."
-            )
+def _check_each_evaluation(region: ParallelSegment) -> None:
+    wants, innermost = "cache rule 'per_iteration' needs", region.correction.innermost
+    require(region.tolerance == 0, f"{wants} as many evaluations for every token; leave out tol=.")
+    require(not region.init.is_oracle, f"{wants} a guess that no other token enters; leave out init=warm.")
+    require(
+        not isinstance(innermost, Diagonal | Exact),
+        f"{wants} surrogates that are a token's own, and {type(innermost).__name__} differentiates through attention; "
+        "use another rule.",
+    )
 
 
 def _check_draft(schedule: Schedule, rule: CacheRule, drafting: Drafting) -> None:
     by, length, most = drafting.by, drafting.length, drafting.most
-    if not schedule.is_sequential:
-        raise InputError("speculation verifies with the sequential pass; give a solver setting or a drafter, not both.")
-    if rule != "last_eval":
-        raise InputError(f"a drafter reads the exact cache, so cache rule {rule!r} means nothing; leave it out.")
+    require(
+        schedule.is_sequential,
+        "speculation verifies with the sequential pass; give a solver setting or a drafter, not both.",
+    )
+    require(
+        rule == "last_eval", f"a drafter reads the exact cache, so cache rule {rule!r} means nothing; leave it out."
+    )
     if isinstance(by, Schedule) and all(isinstance(segment, SequentialSegment) for segment in by.segments):
         raise InputError("a drafter that is the sequential pass itself saves nothing; give another setting.")
-    if most is not None and most < 1:
-        raise InputError(f"max_draft is {most}; it must be at least 1.")
-    if length is not None and length < 1:
-        raise InputError(f"the draft length is {length}; it must be at least 1.")
+    require(most is None or most >= 1, f"max_draft is {most}; it must be at least 1.")
+    require(length is None or length >= 1, f"the draft length is {length}; it must be at least 1.")
     if length is not None and most is not None and length > most:
         raise InputError(f"a draft length of {length} exceeds max_draft {most}; change one.")
 
 
 def _check_heads(drafting: Drafting, num_heads: int) -> None:
-    if num_heads == 0:
-        raise InputError(
-            "this model has no multi-token-prediction heads to draft with; train one with model.num_mtp_heads and "
-            "loss.mtp.weight, or draft with a setting such as idn:n=8,k=1."
-        )
+    require(
+        num_heads > 0,
+        "this model has no multi-token-prediction heads to draft with; train one with model.num_mtp_heads and "
+        "loss.mtp.weight, or draft with a setting such as idn:n=8,k=1.",
+    )
     for name, count in (("a draft length", drafting.length), ("a max_draft", drafting.most)):
-        if count is not None and count > num_heads:
-            raise InputError(
-                f"{name} of {count} exceeds the model's {num_heads} multi-token-prediction heads, each of which drafts "
-                f"one token; ask for at most {num_heads}."
-            )
+        require(
+            (count or 0) <= num_heads,
+            f"{name} of {count} exceeds the model's {num_heads} multi-token-prediction heads, each of which drafts "
+            "one token.",
+        )

@@ -7,14 +7,14 @@ G (drafts of a block) and X = G + 1 (the current token and the drafts).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from snlp_jax.config.check import Checked, require
+from snlp_jax.config.check import Checked, Rule, Share, require
 from snlp_jax.types import Array
 
 _DRAW, _ACCEPT, _RESAMPLE = range(3)
@@ -26,33 +26,19 @@ _ALL = np.iinfo(np.int32).max
 class Sampling(Checked):
     """How one request picks its tokens. The defaults pick the likeliest token and change nothing else."""
 
-    temperature: float = 0.0
+    temperature: Annotated[float, Rule(lambda x: x == 0 or 1e-4 <= x <= 1e4, "give 0, or 0.0001 to 10000")] = 0.0
     """Divides the logits; 0 is greedy, the first of the likeliest tokens."""
-    top_k: int = 0
+    top_k: Annotated[int, Rule(lambda k: 0 <= k <= _ALL, f"give 0 to {_ALL}")] = 0
     """Keeps tokens that fewer than ``top_k`` others beat, so ties stay together; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Rule(lambda p: 0 < p <= 1, "give more than 0, and 1 to keep all tokens")] = 1.0
     """Keeps tokens for which the likelier ones hold less than ``top_p`` of what top-k has left; 1 keeps all."""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """Drops tokens less likely than ``min_p`` times the likeliest; 0 keeps all."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, Rule(lambda x: 0.01 <= x <= 100, "give 0.01 to 100, and 1 for none")] = 1.0
     """CTRL's (Keskar et al. 2019): divides positive and multiplies negative logits of every token of the prompt and
     of the output; 1 changes nothing."""
-    seed: int = 0
+    seed: Annotated[int, Rule(lambda seed: 0 <= seed < 2**32, f"give 0 to {2**32 - 1}")] = 0
     """32 bits, which is what fits into a row of the batch."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fits = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
-        require(fits, f"temperature is {self.temperature!r}; give 0.0001 to 10000, or 0 for the likeliest token.")
-        require(0 < self.top_p <= 1, f"top_p is {self.top_p!r}; give more than 0, and 1 to keep all tokens.")
-        for name, low, high in (
-            ("top_k", 0, _ALL),
-            ("min_p", 0, 1),
-            ("repetition_penalty", 0.01, 100),
-            ("seed", 0, 2**32 - 1),
-        ):
-            value = getattr(self, name)
-            require(low <= value <= high, f"{name} is {value!r}; give {low} to {high}.")
 
 
 class Rows(NamedTuple):

@@ -39,8 +39,7 @@ ASSUMED_MFU = 0.4
 class Budget:
     """Bytes are those of one device."""
 
-    device: str
-    num_devices: int
+    devices: str
     params: dict[str, int]
     """Numbers of parameters by group of the optimizer."""
     flops: dict[str, float]
@@ -71,27 +70,25 @@ def plan_run(config: Config, topology: str = "") -> Budget:
     Raises:
         InputError: the run does not fit, after printing; or it has another mistake that would stop it.
     """
-    chips = None
+    data: TokenData | None = None
     if topology:
         prepare_environment()
         chips = Slice.parse(topology)
-        config = plain_kernels(config)
-    mesh = make_mesh(config.mesh) if chips is None else plan_mesh(config.mesh, chips)
-    model = LanguageModel(config.model, config.machine, backend=None if chips is None else chips.chip.backend)
-    data = None
-    if chips is None:
+        config, chip, device = plain_kernels(config), chips.chip, chips.chip.name
+        mesh, capacity = plan_mesh(config.mesh, chips), int(chip.hbm_bytes)
+        model = LanguageModel(config.model, config.machine, backend=chip.backend)
+    else:
+        mesh, model = make_mesh(config.mesh), LanguageModel(config.model, config.machine)
+        device = jax.devices()[0].device_kind
+        chip, capacity = chip_of(device), capacity_of(mesh)  # type: ignore[assignment]
         data = prepare_data(data_config(config, resume=False))
         check_vocab(data.tokenizer, config.model.vocab_size)
     state = abstract_state(model, optimizer_of(model, config, mesh), config, mesh)
-    device = jax.devices()[0].device_kind if chips is None else chips.chip.name
-    chip = chip_of(device) if chips is None else chips.chip
-    flops, total = flops_of_parts(config), run_flops(config)
-    capacity = capacity_of(mesh) if chips is None else int(chips.chip.hbm_bytes)
+    total = run_flops(config)
     budget = Budget(
-        device=device,
-        num_devices=mesh.size,
+        devices=f"{mesh.size} x {device}",
         params=_params_by_group(model),
-        flops=flops,
+        flops=flops_of_parts(config),
         run_flops=total,
         tokens=config.train.num_steps * config.train.batch_size * config.model.seq_len,
         train_tokens=None if data is None else len(data.train),
@@ -101,9 +98,7 @@ def plan_run(config: Config, topology: str = "") -> Budget:
         capacity=capacity,
     )
     console = Console(highlight=False, quiet=not is_first())
-    if not console.is_terminal:
-        console = Console(highlight=False, quiet=not is_first(), width=TABLE_WIDTH)
-    console.print(make_table(budget, config))
+    console.print(make_table(budget, config), width=None if console.is_terminal else TABLE_WIDTH)
     if budget.step_bytes is None or (capacity is not None and budget.step_bytes > capacity):
         raise InputError(refusal(config, budget.step_bytes, capacity))
     return budget
@@ -111,11 +106,10 @@ def plan_run(config: Config, topology: str = "") -> Budget:
 
 def flops_of_parts(config: Config) -> dict[str, float]:
     """FLOPs of a step by part. A term that draws one of several sizes a step counts with their mean."""
-    plain = dataclasses.replace(config, loss=LossConfig())
-    parts = {"sequential pass, gradient, optimizer": step_flops(plain, Plan())}
-    base = step_flops(config, Plan())
-    if base > parts["sequential pass, gradient, optimizer"]:
-        parts["mtp"] = base - parts["sequential pass, gradient, optimizer"]
+    plain, base = step_flops(dataclasses.replace(config, loss=LossConfig()), Plan()), step_flops(config, Plan())
+    parts = {"sequential pass, gradient, optimizer": plain}
+    if base > plain:
+        parts["mtp"] = base - plain
     for name, term in config.loss.terms.items():
         drawn = [(size,) for size in term.region_sizes] if term.sample_region else [term.region_sizes]
         parts[name] = float(np.mean([step_flops(config, Plan(((name, sizes),))) for sizes in drawn])) - base
@@ -134,12 +128,8 @@ def _measure_step(
     model: LanguageModel, config: Config, mesh: Mesh, state: TrainState, data: TokenData | None
 ) -> int | None:
     """Bytes of the compiled step that computes all terms, those that draw a size with their largest."""
-    plan = Plan(
-        tuple(
-            (name, (max(term.region_sizes),) if term.sample_region else term.region_sizes)
-            for name, term in config.loss.terms.items()
-        )
-    )
+    largest = lambda term: (max(term.region_sizes),) if term.sample_region else term.region_sizes  # noqa: E731
+    plan = Plan(tuple((name, largest(term)) for name, term in config.loss.terms.items()))
     step: Any = make_step(model, optimizer_of(model, config, mesh), config, mesh)
     try:
         memory = step.lower(state, _abstract_batch(config, mesh, data), plan=plan).compile().memory_analysis()
@@ -164,33 +154,28 @@ def _abstract_batch(config: Config, mesh: Mesh, data: TokenData | None) -> Batch
 
 def make_table(budget: Budget, config: Config) -> Table:
     """Everything, one line each."""
-    title = f"{config.name}: the plan"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(overflow="fold")
-    total = sum(budget.params.values())
-    table.add_row("parameters", f"{total:,}", ", ".join(f"{name} {size:,}" for name, size in budget.params.items()))
-    step = sum(budget.flops.values())
+    params, step, num_steps = sum(budget.params.values()), sum(budget.flops.values()), config.train.num_steps
+    rows = [("parameters", f"{params:,}", ", ".join(f"{name} {size:,}" for name, size in budget.params.items()))]
     for name, flops in budget.flops.items():
-        table.add_row("FLOPs a step", f"{flops:.3g}", f"{name} ({flops / step:.0%})")
-    table.add_row("FLOPs", f"{budget.run_flops:.3g}", f"{config.train.num_steps:,} steps; terms count once they begin")
+        rows.append(("FLOPs a step", f"{flops:.3g}", f"{name} ({flops / step:.0%})"))
+    rows.append(("FLOPs", f"{budget.run_flops:.3g}", f"{num_steps:,} steps; terms count once they begin"))
     if budget.seconds is None:
-        table.add_row("time", "?", f"the peak of {budget.device!r} is not known")
+        rows.append(("time", "?", f"the peak of {budget.devices} is not known"))
     else:
-        where = f"{budget.num_devices} x {budget.device}"
-        table.add_row("time", _duration(budget.seconds), f"{where}, assuming {ASSUMED_MFU:.0%} of its peak")
-    epochs = "" if budget.train_tokens is None else (
-        f"{budget.tokens / budget.train_tokens:.2f} epochs of {budget.train_tokens:,}"
-    )  # fmt: skip
-    table.add_row("tokens", f"{budget.tokens:,}", epochs)
-    state = sum(budget.state_bytes.values())
+        rows.append(("time", _duration(budget.seconds), f"{budget.devices}, assuming {ASSUMED_MFU:.0%} of its peak"))
+    held = budget.train_tokens
+    rows.append(("tokens", f"{budget.tokens:,}", f"{budget.tokens / held:.2f} epochs of {held:,}" if held else ""))
     parts = ", ".join(f"{name} {_size(size)}" for name, size in budget.state_bytes.items())
-    table.add_row("state, a device", _size(state), parts)
+    rows.append(("state, a device", _size(sum(budget.state_bytes.values())), parts))
     if budget.step_bytes is not None:
         limit = budget.capacity
-        share = "" if limit is None else f"{budget.step_bytes / limit:.1%} of {_size(limit)}"
-        table.add_row("compiled step, a device", _size(budget.step_bytes), share)
+        share = f"{budget.step_bytes / limit:.1%} of {_size(limit)}" if limit else ""
+        rows.append(("compiled step, a device", _size(budget.step_bytes), share))
+    title = f"{config.name}: the plan"
+    table = Table("", "", "", title=title, title_justify="left", box=SIMPLE_HEAD, show_header=False, pad_edge=False)
+    table.columns[1].justify, table.columns[2].overflow = "right", "fold"
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
