@@ -64,13 +64,21 @@ def read_config(run_dir: Path) -> Config:
     Raises:
         InputError: the directory does not exist or holds no run.
     """
+    config: Config = from_json(read_text(run_dir, CONFIG_NAME))
+    return dataclasses.replace(config, machine=MachineConfig().for_run(config.machine))
+
+
+def read_text(run_dir: Path, name: str) -> str:
+    """A file that every run has.
+
+    Raises:
+        InputError: the directory does not exist or holds no run.
+    """
     if not run_dir.is_dir():
         raise InputError(f"run directory {str(run_dir)!r} does not exist; train first or name another.")
-    path = run_dir / CONFIG_NAME
-    if not path.is_file():
-        raise InputError(f"run directory {str(run_dir)!r} holds no {CONFIG_NAME}; name one that training has written.")
-    config: Config = from_json(path.read_text(encoding="utf-8"))
-    return dataclasses.replace(config, machine=MachineConfig().for_run(config.machine))
+    if not (run_dir / name).is_file():
+        raise InputError(f"run directory {str(run_dir)!r} holds no {name}; name one that training has written.")
+    return (run_dir / name).read_text(encoding="utf-8")
 
 
 def read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int, Params]:
@@ -93,12 +101,7 @@ def read_tokenizer(run_dir: Path) -> Tokenizer:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    path = run_dir / TOKENIZER_NAME
-    if not path.is_file():
-        raise InputError(
-            f"run directory {str(run_dir)!r} holds no {TOKENIZER_NAME}; name one that training has written."
-        )
-    return load_tokenizer_json(path.read_text(encoding="utf-8"))
+    return load_tokenizer_json(read_text(run_dir, TOKENIZER_NAME))
 
 
 def read_data(run_dir: Path, config: Config) -> TokenData:

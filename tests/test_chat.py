@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data import chat
-from snlp_jax.data.chat import ChatData, ChatWindows, Conversations, pack, prepare_chat, render, render_prompt
+from snlp_jax.data.chat import ChatData, ChatWindows, pack, prepare_chat, render, render_prompt
 from snlp_jax.data.pipeline import held_out_batches, train_iterator
 from snlp_jax.data.tokenizer import ByteTokenizer, train_bpe
 from snlp_jax.errors import InputError
@@ -72,7 +72,7 @@ def test_packing_loses_nothing_and_fills_no_window_too_full(sizes: list[int], ca
 
 
 def windows_of(talks: list, seq_len: int, with_document: bool = True) -> ChatWindows:
-    rendered = Conversations([render(talk, BYTES) for talk in talks])
+    rendered = [render(talk, BYTES) for talk in talks]
     return ChatWindows(rendered, seq_len, bos_id=BYTES.bos_id, seed=3, with_document=with_document)
 
 
@@ -103,7 +103,7 @@ def test_every_response_is_a_target_once_and_nothing_else_is() -> None:
 def test_long_conversations_are_cut_and_the_count_is_said(caplog: pytest.LogCaptureFixture) -> None:
     talks = [[("user", "a"), ("assistant", "long " * 20)], [("user", "a"), ("assistant", "b")]]
     rendered = [render(talk, BYTES) for talk in [*talks, [("user", "never " * 20), ("assistant", "b")]]]
-    data = ChatData(BYTES, rendered[0].ids_T, rendered[0].ids_T, "", {"train": Conversations(rendered)}, 0)
+    data = ChatData(BYTES, rendered[0].ids_T, rendered[0].ids_T, "", {"train": rendered}, 0)
     windows = data.windows("train", 40)
     assert "Of 3 conversations (train) 1 are longer than model.seq_len 40" in caplog.text and "1 more" in caplog.text
     assert len(windows) == 2

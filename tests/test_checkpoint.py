@@ -112,7 +112,8 @@ def test_round_trip_with_structure_and_data(tmp_path):
     """NamedTuples, MaskedNodes and EmptyStates come back, and the next batch is the next batch."""
     iterator = save_some(tmp_path, [1.0, 2.0])
     with Checkpointer(tmp_path, 3) as checkpointer:
-        step, state, restored = checkpointer.restore(abstract(make_state()), make_iterator())
+        restored = make_iterator()
+        step, state = checkpointer.restore(abstract(make_state()), restored)
     assert step == 2
     assert_bit_equal(state, make_state(2))
     assert restored.get_state() == {"next_index": 2}, "the same for every number of processes"
@@ -125,10 +126,9 @@ def test_config_and_metrics_are_kept(tmp_path):
     with Checkpointer(tmp_path, 1, config_json=config_json) as checkpointer:
         checkpointer.save(1, make_state(), None, {"val_loss": 1.5, "loss": float("nan")})
         meta = checkpointer.metadata(1)
-        step, _, iterator = checkpointer.restore(make_state(), None)
+        assert checkpointer.restore(make_state(), None)[0] == 1
     assert meta["config"] == json.loads(config_json)
     assert meta["metrics"] == {"val_loss": 1.5, "loss": "nan"}
-    assert (step, iterator) == (1, None)
 
 
 def test_parameters_alone_are_a_state(tmp_path):
@@ -148,11 +148,11 @@ def test_saved_on_eight_devices_restored_on_four_and_one(tmp_path):
         wanted = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings(state, four)
         )
-        _, on_four, _ = checkpointer.restore(wanted, None)
+        _, on_four = checkpointer.restore(wanted, None)
         one = SingleDeviceSharding(jax.devices()[3])
         wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), state)
-        _, on_one, _ = checkpointer.restore(wanted, None)
-        _, by_default, _ = checkpointer.restore(jax.eval_shape(lambda: state), None)
+        _, on_one = checkpointer.restore(wanted, None)
+        _, by_default = checkpointer.restore(jax.eval_shape(lambda: state), None)
     assert on_four["params"]["blocks"]["up"].sharding.spec == PartitionSpec("layer")
     assert len(on_four["params"]["blocks"]["up"].sharding.device_set) == 4
     assert all(leaf.sharding == one for leaf in jax.tree.leaves(on_one))
@@ -167,7 +167,7 @@ def test_donated_buffers_are_saved_as_they_were(tmp_path):
     with Checkpointer(tmp_path, 1) as checkpointer:
         checkpointer.save(1, state, None, {})
         step_fn(state)
-        _, restored, _ = checkpointer.restore(abstract(make_state()), None)
+        _, restored = checkpointer.restore(abstract(make_state()), None)
     assert_bit_equal(restored, expected)
 
 
@@ -259,7 +259,8 @@ def test_broken_newest_is_skipped(tmp_path, how, caplog):
     save_some(tmp_path, [2.0, 1.0, 3.0])
     BREAKS[how](tmp_path / "3")
     with caplog.at_level(logging.WARNING, "snlp_jax"), Checkpointer(tmp_path, 2) as checkpointer:
-        step, state, iterator = checkpointer.restore(abstract(make_state()), make_iterator())
+        iterator = make_iterator()
+        step, state = checkpointer.restore(abstract(make_state()), iterator)
         assert step == 2
         assert_bit_equal(state, make_state(2))
         expected = make_iterator()
@@ -294,7 +295,7 @@ def test_whatever_file_is_damaged_wrong_arrays_never_come_back(tmp_path):
         if damage != "deleted":
             (tmp_path / name).write_bytes(content if damage == "flipped" else content[: len(content) // 2])
         with Checkpointer(tmp_path, 2) as checkpointer:
-            step, state, _ = checkpointer.restore(abstract(make_state()), make_iterator())
+            step, state = checkpointer.restore(abstract(make_state()), make_iterator())
         assert_bit_equal(state, make_state(step))
         assert (tmp_path / "2.corrupt").exists() == (step == 1)
         found.append(step)
@@ -312,7 +313,7 @@ def test_none_is_good(tmp_path):
     with Checkpointer(tmp_path, 2) as checkpointer:
         with pytest.raises(InputError, match="no good checkpoint"):
             checkpointer.restore(abstract(make_state()), make_iterator())
-        with pytest.raises(InputError, match="checkpoint 2 .* is not good"):
+        with pytest.raises(InputError, match="no good checkpoint .2: "):
             checkpointer.restore_params(abstract(make_state()["params"]), "best")
         assert checkpointer.steps() == [1, 2]
 
@@ -379,7 +380,7 @@ def test_full_disk_is_an_input_error(tmp_path, monkeypatch, error):
 
 def test_new_run_dir_gets_its_config(tmp_path):
     for name, resume in (("a/b", False), ("c", True)):
-        check_run_dir(tmp_path / name, to_json(Config()), resume)
+        check_run_dir(tmp_path / name, Config(), resume)
         assert [file.name for file in (tmp_path / name).iterdir()] == ["config.json"]
         assert (tmp_path / name / "config.json").read_text() == to_json(Config())
 
@@ -390,45 +391,45 @@ def test_a_field_that_came_later_had_its_default(tmp_path):
     Path(tmp_path / "config.json").write_text(json.dumps(saved))
     averaged = Config(train=TrainConfig(ema_decay=0.9))
     with pytest.raises(InputError, match="train.ema_decay is 0.0 there and 0.9 here"):
-        check_run_dir(tmp_path, to_json(averaged), True)
-    check_run_dir(tmp_path, to_json(Config()), True)
+        check_run_dir(tmp_path, averaged, True)
+    check_run_dir(tmp_path, Config(), True)
 
 
 def test_used_run_dir_needs_resume(tmp_path):
-    check_run_dir(tmp_path, to_json(Config()), False)
+    check_run_dir(tmp_path, Config(), False)
     with pytest.raises(InputError, match="use --resume or another --run-dir"):
-        check_run_dir(tmp_path, to_json(Config()), False)
-    check_run_dir(tmp_path, to_json(Config()), True)
+        check_run_dir(tmp_path, Config(), False)
+    check_run_dir(tmp_path, Config(), True)
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_other_config_is_refused_by_name(tmp_path, resume):
-    check_run_dir(tmp_path, to_json(Config()), False)
+    check_run_dir(tmp_path, Config(), False)
     with pytest.raises(InputError, match=r"optim\.matrix_lr is 0\.02 there and 0\.03 here"):
-        check_run_dir(tmp_path, to_json(Config(optim=OptimConfig(matrix_lr=0.03))), resume)
+        check_run_dir(tmp_path, Config(optim=OptimConfig(matrix_lr=0.03)), resume)
     with pytest.raises(InputError, match=r"train\.num_steps"):
-        check_run_dir(tmp_path, to_json(Config(train=TrainConfig(num_steps=7), data=DataConfig(seed=0))), resume)
+        check_run_dir(tmp_path, Config(train=TrainConfig(num_steps=7), data=DataConfig(seed=0)), resume)
     assert (tmp_path / "config.json").read_text() == to_json(Config())
 
 
 def test_what_a_resumed_run_may_change(tmp_path):
-    check_run_dir(tmp_path, to_json(Config()), False)
+    check_run_dir(tmp_path, Config(), False)
     train = TrainConfig(log_every=3, eval_every=4, checkpoint_every=5, keep_last=6, sample_every=7, tensorboard=True)
     mesh = MeshConfig(data=2, layer=3, ring_microbatches=4)
-    changed = to_json(Config(run_dir="x", train=train, mesh=mesh, eval=EvalConfig(num_windows=3)))
+    changed = Config(run_dir="x", train=train, mesh=mesh, eval=EvalConfig(num_windows=3))
     check_run_dir(tmp_path, changed, True)
-    assert (tmp_path / "config.json").read_text() == changed
+    assert (tmp_path / "config.json").read_text() == to_json(changed)
 
 
 def test_unusable_run_dirs(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        check_run_dir(tmp_path / "file" / "run", to_json(Config()), False)
+        check_run_dir(tmp_path / "file" / "run", Config(), False)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match=r"holds metrics\.jsonl of a run without config\.json"):
-        check_run_dir(tmp_path / "half", to_json(Config()), True)
+        check_run_dir(tmp_path / "half", Config(), True)
     (tmp_path / "torn").mkdir()
     Path(tmp_path / "torn" / "config.json").write_text('{"a"')
-    with pytest.raises(InputError, match="not a saved config"):
-        check_run_dir(tmp_path / "torn", to_json(Config()), True)
+    with pytest.raises(InputError, match="not valid JSON"):
+        check_run_dir(tmp_path / "torn", Config(), True)

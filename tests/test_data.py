@@ -16,9 +16,9 @@ from snlp_jax.data.pipeline import (
     WindowSource,
     held_out_batches,
     num_windows,
-    prepare_tokens,
     train_iterator,
 )
+from snlp_jax.data.shards import prepare_tokens
 from snlp_jax.errors import InputError
 
 
@@ -132,7 +132,7 @@ def test_windows_of_a_mixture_come_in_its_proportions(mixed: TokenData) -> None:
     rows = np.concatenate([next(iterator)["tokens"] for _ in range(100)])
     for count in (8, 80, 800):
         assert is_capital(rows[:count]).sum() == count / 4
-    starts = [window["tokens"].tobytes() for window in WindowSource(mixed.mixture[1].train, 32)]
+    starts = [window["tokens"].tobytes() for window in WindowSource(mixed.mixture[1].data.train, 32)]
     small = [row.tobytes() for row in rows[~is_capital(rows)]]
     for first in range(0, len(small) - len(starts), len(starts)):  # epochs of its own, each in another order
         assert sorted(small[first : first + len(starts)]) == sorted(starts)
@@ -142,8 +142,8 @@ def test_windows_of_a_mixture_come_in_its_proportions(mixed: TokenData) -> None:
     assert len(held_out) == 24 and is_capital(held_out).sum() == 6
     every = rows_of(999)
     assert len({row.tobytes() for row in every}) == len(every)  # none twice
-    assert len(every) > len(mixed.mixture[1].val) // 32 and abs(is_capital(every).mean() - 0.25) < 0.05
-    assert len(mixed.train) == sum(len(source.train) for source in mixed.mixture)
+    assert len(every) > len(mixed.mixture[1].data.val) // 32 and abs(is_capital(every).mean() - 0.25) < 0.05
+    assert len(mixed.train) == sum(len(source.data.train) for source in mixed.mixture)
 
 
 @pytest.mark.parametrize("before, after", [(4, 1), (2, 4)])
@@ -189,7 +189,7 @@ def test_bad_mixtures() -> None:
 
 def test_a_source_without_a_window(mixed: TokenData) -> None:
     with pytest.raises(InputError, match="train split of .*small.jsonl' has .* tokens, but a window of .* needs"):
-        train_iterator(mixed, seq_len=len(mixed.mixture[1].train), batch_size=1, seed=0)
+        train_iterator(mixed, seq_len=len(mixed.mixture[1].data.train), batch_size=1, seed=0)
 
 
 # Documents in a window

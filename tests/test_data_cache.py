@@ -16,9 +16,10 @@ from corpora import kill_worker, make_documents, split_by_bos, text_config, with
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data import corpus, jobs, pipeline, shards, tokenizer
-from snlp_jax.data.pipeline import prepare_tokens
-from snlp_jax.data.shards import ShardedTokens
+from snlp_jax.data.pipeline import ShardedTokens
+from snlp_jax.data.shards import prepare_tokens
 from snlp_jax.errors import InputError
+from snlp_jax.io.files import cache_folder
 
 
 @pytest.fixture
@@ -133,14 +134,14 @@ def test_concurrent_builders_agree(config: DataConfig, starts_damaged: bool) -> 
 
 
 def test_corpus_that_changes_meanwhile(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = pipeline.find_corpus
+    find = shards.find_corpus
 
-    def find_and_change(config: DataConfig) -> shards.Corpus:
+    def find_and_change(config: DataConfig) -> corpus.Corpus:
         found = find(config)
         write_jsonl(Path(config.source), make_documents(30))
         return found
 
-    monkeypatch.setattr(pipeline, "find_corpus", find_and_change)
+    monkeypatch.setattr(shards, "find_corpus", find_and_change)
     for kind in ("byte", "bpe"):
         write_jsonl(Path(config.source), make_documents(200))
         with pytest.raises(InputError, match="changed while it was read"):
@@ -169,7 +170,7 @@ def test_cache_dir_that_is_a_file(config: DataConfig, tmp_path: Path) -> None:
 
 def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert pipeline._cache_dir(DataConfig()) == tmp_path / "snlp_jax"
+    assert cache_folder() == tmp_path / "snlp_jax"
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ SLOW_BUILDER = """
 import sys, time
 from snlp_jax.config import DataConfig
 from snlp_jax.data import corpus, jobs
-from snlp_jax.data.pipeline import prepare_tokens
+from snlp_jax.data.shards import prepare_tokens
 
 run, corpus.SHARD_BYTES = jobs.run_job, 2000
 jobs.run_job = lambda job: (time.sleep(0.05), run(job))
@@ -276,7 +277,7 @@ def test_workers_import_no_jax() -> None:
 
 
 def test_tokens_of_many_shards_are_one_array(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(pipeline, "OPEN_SHARDS", 2)
     parts = [np.arange(start, stop, dtype=np.uint16) for start, stop in ((0, 7), (7, 7), (7, 8), (8, 20))]
     for number, part in enumerate(parts):
         (tmp_path / str(number)).write_bytes(part.tobytes())

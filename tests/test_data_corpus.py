@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data import corpus, formats
-from snlp_jax.data.pipeline import prepare_tokens
+from snlp_jax.data.shards import prepare_tokens
 from snlp_jax.errors import InputError
 
 

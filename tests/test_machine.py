@@ -62,9 +62,9 @@ def test_older_configs_mean_the_same(old_run, tmp_path):
     assert dataclasses.asdict(saved.machine) == OLD
     assert from_json(to_json(saved)) == saved
     # A resumed run may take other kernels, and no other precision.
-    check_run_dir(old_run, to_json(dataclasses.replace(saved, machine=MachineConfig("float32"))), resume=True)
+    check_run_dir(old_run, dataclasses.replace(saved, machine=MachineConfig("float32")), resume=True)
     with pytest.raises(InputError, match=r"machine\.compute_dtype"):
-        check_run_dir(old_run, to_json(dataclasses.replace(saved, machine=MachineConfig())), resume=True)
+        check_run_dir(old_run, dataclasses.replace(saved, machine=MachineConfig()), resume=True)
     path = tmp_path / "old.py"
     path.write_text("from snlp_jax.config import *\nconfig = Config(model=ModelConfig(attention='xla'))\n")
     with pytest.raises(InputError, match="attention"):

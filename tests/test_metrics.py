@@ -41,15 +41,13 @@ def test_non_finite_numbers_are_valid_json(tmp_path):
 
 def test_truncation_at_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(tmp_path) as writer:
-        writer.truncate_after(-1)
+    with MetricsWriter(tmp_path, last_step=-1) as writer:
         for step in range(5):
             writer.write(step, {"loss": float("nan") if step == 1 else step / 4})
     with open(path, "a") as file:
         file.write('{"step": 5, "lo')
     assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3, 4]
-    with MetricsWriter(tmp_path) as writer:
-        writer.truncate_after(3)
+    with MetricsWriter(tmp_path, last_step=3) as writer:
         writer.write(4, {"loss": 9.0})
     assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3, 4]
     assert read_metrics(path)[-1]["loss"] == 9.0
@@ -60,8 +58,7 @@ def test_truncation_at_resume(tmp_path):
 def test_a_torn_line_alone_is_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": \xff')
-    with MetricsWriter(tmp_path) as writer:
-        writer.truncate_after(10)
+    with MetricsWriter(tmp_path, last_step=10) as writer:
         writer.write(11, {})
     assert [record["step"] for record in read_metrics(path)] == [1, 11]
 
@@ -78,8 +75,7 @@ def test_bad_files_are_input_errors(tmp_path):
 def test_tensorboard(tmp_path):
     """On disk when ``write`` returns, as metrics.jsonl is; a resumed run hides what comes again."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
-        writer.truncate_after(3)
+    with MetricsWriter(tmp_path, last_step=3, tensorboard=True) as writer:
         writer.write(4, {"some_loss": 1.5, "other": 2.0})
         (content,) = (file.read_bytes() for file in tmp_path.glob("events.out.tfevents.*"))
     events = []

@@ -152,7 +152,6 @@ def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for step in (1, 2):
         with MetricsWriter(tmp_path, wandb_project="mine", name="n", config={"a": 1}) as writer:
-            writer.truncate_after(step)
             writer.write(step, {"loss": jnp.float32(0.5)})
     first, second = runs
     assert (
@@ -176,7 +175,6 @@ def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_writer_of_nothing_writes_nothing(tmp_path: Path) -> None:
     with MetricsWriter(None, tensorboard=True, wandb_project="mine") as writer:
-        writer.truncate_after(0)
         writer.write(1, {"loss": 1.0})
     assert not list(tmp_path.iterdir())
 

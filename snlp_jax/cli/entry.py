@@ -5,10 +5,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from snlp_jax.errors import report
+from snlp_jax.io.files import cache_folder
 
 MIN_COMPILE_SECONDS = 0.5
 """Programs that compile faster are not worth a file."""
@@ -58,7 +58,7 @@ def enable_compilation_cache() -> None:
 
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snlp_jax" / "xla"
+    directory = cache_folder() / "xla"
     with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
         if os.access(directory, os.W_OK | os.X_OK):

@@ -24,7 +24,8 @@ import numpy as np
 from snlp_jax.config import DataConfig
 from snlp_jax.data.corpus import corpus_files, digest_of, key_of, val_limit
 from snlp_jax.data.formats import explained
-from snlp_jax.data.pipeline import TokenData, find_tokenizer, prepare_tokens
+from snlp_jax.data.pipeline import TokenData
+from snlp_jax.data.shards import find_tokenizer, prepare_tokens
 from snlp_jax.data.tokenizer import Tokenizer, train_bpe
 from snlp_jax.errors import InputError
 
@@ -32,7 +33,7 @@ ROLES = {"system": "System: ", "user": "User: ", "assistant": "Assistant:"}
 """What opens a turn. A response begins with a space, which most tokenizers join to its first word."""
 
 MAX_TOKENS = 200_000_000
-"""Conversations are held in memory, five bytes a token: a gigabyte."""
+"""Conversations are held in memory, nine bytes a token: two gigabytes."""
 OPEN_WINDOWS = 64
 """Windows that packing looks at for a place; more leave a little less room empty, and take longer."""
 
@@ -125,10 +126,10 @@ class ChatWindows:
     elsewhere, in the padding of separators too. One longer than a window is cut at its end.
     """
 
-    def __init__(self, split: "Conversations", seq_len: int, *, bos_id: int, seed: int, with_document: bool) -> None:
+    def __init__(self, split: Sequence[Rendered], seq_len: int, *, bos_id: int, seed: int, with_document: bool) -> None:
         self._split, self._seq_len, self._bos_id, self._with_document = split, seq_len, bos_id, with_document
-        lengths = split.lengths
-        usable = split.first_response <= seq_len
+        lengths = np.array([len(one.ids_T) for one in split], np.int64)
+        usable = np.array([one.is_response_T.argmax() <= seq_len for one in split], bool)
         order = np.random.default_rng(seed % 2**32).permutation(len(lengths))
         order = order[usable[order]]
         self._windows = [order[window] for window in pack((lengths[order] - 1).tolist(), seq_len)]
@@ -156,24 +157,6 @@ class ChatWindows:
         return window | {"document": document} if self._with_document else window
 
 
-class Conversations:
-    """Rendered conversations of a split, one after another in memory."""
-
-    def __init__(self, rendered: Sequence[Rendered]) -> None:
-        self.lengths = np.array([len(one.ids_T) for one in rendered], np.int64)
-        self.first_response = np.array([int(one.is_response_T.argmax()) for one in rendered], np.int64)
-        self._ends = np.cumsum(self.lengths)
-        self.ids = np.concatenate([np.zeros(0, np.int32), *(one.ids_T for one in rendered)])
-        self._is_response = np.concatenate([np.zeros(0, bool), *(one.is_response_T for one in rendered)])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Rendered:
-        part = slice(int(self._ends[index] - self.lengths[index]), int(self._ends[index]))
-        return Rendered(self.ids[part], self._is_response[part])
-
-
 # -- Reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +165,7 @@ class ChatData(TokenData):
     """A tokenized set of conversations. ``train`` and ``val`` are their tokens one after another, for those who read
     text; :meth:`windows` packs them and says what counts."""
 
-    splits: dict[str, Conversations]
+    splits: dict[str, list[Rendered]]
     seed: int
 
     def windows(self, split: Literal["train", "val"], seq_len: int) -> ChatWindows:
@@ -192,13 +175,8 @@ class ChatData(TokenData):
           InputError: no conversation of the split reaches a response within ``seq_len`` tokens.
         """
         conversations, total = self.splits[split], len(self.splits[split])
-        windows = ChatWindows(
-            conversations,
-            seq_len,
-            bos_id=self.tokenizer.bos_id,
-            seed=self.seed,
-            with_document=self.mask_documents,
-        )
+        bos_id, masks = self.tokenizer.bos_id, self.mask_documents
+        windows = ChatWindows(conversations, seq_len, bos_id=bos_id, seed=self.seed, with_document=masks)
         if windows.num_cut + windows.num_dropped:
             _logger.warning(
                 "Of %d conversations (%s) %d are longer than model.seq_len %d and are cut there, and %d more have no "
@@ -235,7 +213,7 @@ def prepare_chat(config: DataConfig) -> ChatData:
     else:
         learned = (messages for messages, key in zip(conversations, keys, strict=True) if key >= limit)
         tokenizer = train_bpe((text for messages in learned for _, text in messages), config.bpe_vocab_size)
-    parts: dict[str, list[Rendered]] = {"train": [], "val": []}
+    splits: dict[str, list[Rendered]] = {"train": [], "val": []}
     num_tokens = 0
     for messages, key in zip(conversations, keys, strict=True):
         rendered = render(messages, tokenizer)
@@ -245,11 +223,10 @@ def prepare_chat(config: DataConfig) -> ChatData:
                 f"data.source {config.source!r} holds more than {MAX_TOKENS:,} tokens of conversations, which are kept "
                 "in memory; give fewer files, or train on them as text."
             )
-        parts["val" if key < limit else "train"].append(rendered)
-    splits = {name: Conversations(part) for name, part in parts.items()}
+        splits["val" if key < limit else "train"].append(rendered)
     content_hash = blake2b(b"chat" + b"".join(digests), digest_size=16).hexdigest()
-    tokens = splits["train"].ids, splits["val"].ids
-    return ChatData(tokenizer, *tokens, content_hash, splits, config.seed, mask_documents=config.mask_documents)
+    train, val = (np.concatenate([one.ids_T for one in split]) for split in splits.values())
+    return ChatData(tokenizer, train, val, content_hash, splits, config.seed, mask_documents=config.mask_documents)
 
 
 def read_conversations(config: DataConfig) -> Iterator[list[tuple[str, str]]]:
@@ -274,29 +251,29 @@ def _parse(line: str, config: DataConfig, where: str) -> list[tuple[str, str]]:
         raise InputError(f"{where} is not valid JSON ({error}); mend or remove the line.") from error
     if not isinstance(record, dict):
         raise InputError(f"{where} holds {type(record).__name__} and no object; mend or remove the line.")
-    if "messages" not in record:
-        fields = {"data.prompt_field": config.prompt_field, "data.response_field": config.response_field}
-        for option, name in fields.items():
-            if not isinstance(record.get(name), str):
-                raise InputError(
-                    f"{where} has neither messages nor a text in field {name!r}; set {option} to its field."
-                )
-        prompt, response = record[config.prompt_field], record[config.response_field]
-        follows = record.get(config.input_field)
-        if isinstance(follows, str) and follows and config.input_field not in fields.values():
-            prompt = f"{prompt}\n\n{follows}"
-        return [("user", prompt), ("assistant", response)]
-    messages = record["messages"]
+    if "messages" in record:
+        return _parse_messages(record["messages"], where)
+    for option in ("prompt_field", "response_field"):
+        name = getattr(config, option)
+        if not isinstance(record.get(name), str):
+            raise InputError(f"{where} has neither messages nor a text in field {name!r}; set data.{option} to it.")
+    prompt, response = record[config.prompt_field], record[config.response_field]
+    follows = record.get(config.input_field)
+    is_other = config.input_field not in (config.prompt_field, config.response_field)
+    if isinstance(follows, str) and follows and is_other:
+        prompt = f"{prompt}\n\n{follows}"
+    return [("user", prompt), ("assistant", response)]
+
+
+def _parse_messages(messages: Any, where: str) -> list[tuple[str, str]]:
     if not isinstance(messages, list):
         raise InputError(f"{where}: messages must be a list of objects with role and content; mend the line.")
     conversation = []
     for message in messages:
         role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
         if role not in ROLES or not isinstance(content, str):
-            raise InputError(
-                f"{where}: message {json.dumps(message)[:80]} needs a role of {', '.join(ROLES)} and a text as "
-                "content; mend the line."
-            )
+            text = json.dumps(message)[:80]
+            raise InputError(f"{where}: message {text} needs a role of {', '.join(ROLES)} and a text as content.")
         conversation.append((role, content))
     if not any(role == "assistant" for role, _ in conversation):
         raise InputError(f"{where} holds no message of the assistant, so that nothing is to be learned; remove it.")

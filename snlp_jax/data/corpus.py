@@ -1,9 +1,12 @@
 """The files of a corpus, divided into shards, to a stream of documents: always in the same order, a few at a time."""
 
 import glob
+import itertools
+import json
 import os
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -15,10 +18,55 @@ BUILTIN_MAX_BYTES = 12_000_000
 SHARD_BYTES = 1 << 26
 """About as much text is tokenized into one shard, whoever does it."""
 
+_FORMAT = 3  # part of the name of what is made of a corpus: raise it when documents, splits or files change
 _BUILTIN_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
 Shard = list[Part]
 """Consecutive parts of a corpus."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files as they were when first looked at, and how they are divided."""
+
+    config: DataConfig
+    states: list[tuple[str, int, int, int]]
+    shards: list[Shard]
+
+    @property
+    def key(self) -> str:
+        """Tells it from other corpora."""
+        return hash_of(_FORMAT, self.config.source == "builtin", self.config.text_field, self.states, self.shards)
+
+    @property
+    def val_limit(self) -> int:
+        """Documents with a key below it are held out, unless that leaves a side empty."""
+        return int(self.config.val_fraction * 2**64)
+
+    def training_documents(self, max_chars: int) -> Iterator[str]:
+        """Documents that are not held out, thinned evenly to about ``max_chars``."""
+        stride = -(-sum(part.size for shard in self.shards for part in shard) // max(max_chars, 1))
+        for shard in self.shards:
+            documents = documents_of(shard, self.config.text_field)
+            training = (document for document in documents if key_of(digest_of(document)) >= self.val_limit)
+            yield from itertools.islice(training, 0, None, max(stride, 1))
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Raises InputError where a file is not what it was."""
+        if [file_state(path) for path in corpus_files(self.config)] != self.states:
+            raise InputError(
+                f"data.source {self.config.source!r} changed while it was read; run again when it is at rest."
+            )
+
+
+def find_corpus(config: DataConfig) -> Corpus:
+    """Look at the files of ``config.source``.
+
+    Raises:
+      InputError: there are none, or one cannot be read.
+    """
+    return Corpus(config, [file_state(path) for path in corpus_files(config)], plan_shards(config))
 
 
 def documents_of(shard: Shard, text_field: str) -> Iterator[str]:
@@ -28,8 +76,7 @@ def documents_of(shard: Shard, text_field: str) -> Iterator[str]:
     Raises:
       InputError: not UTF-8, or a bad record.
     """
-    for part in shard:
-        yield from read_part(part, text_field)
+    return itertools.chain.from_iterable(read_part(part, text_field) for part in shard)
 
 
 def plan_shards(config: DataConfig) -> list[Shard]:
@@ -80,6 +127,11 @@ def file_state(path: Path) -> tuple[str, int, int, int]:
     except OSError as error:
         raise InputError(f"file {str(path)!r} cannot be read ({error.strerror}); leave it out.") from error
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def hash_of(*parts: object) -> str:
+    """Of anything that JSON can hold."""
+    return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def digest_of(document: str) -> bytes:

@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from snlp_jax.errors import InputError
 
@@ -70,18 +70,13 @@ def parts_of(path: Path, kind: str, part_size: int) -> list[Part]:
         size = path.stat().st_size
         if kind == "parquet":
             return _row_groups(name, part_size)
-        count, step = size, part_size  # of bytes
+        count, step = size, part_size if kind in ("text", "jsonl") else max(size, 1)  # of bytes
         if kind == "arrayrecord":
             with contextlib.closing(_open_records(name)) as reader:
                 count = reader.num_records()
             step = max(1, count * part_size // max(size, 1))
-        elif kind not in ("text", "jsonl"):
-            step = max(size, 1)
-        stops = [min(start + step, count) for start in range(0, max(count, 1), step)]
-        return [
-            Part(name, kind, start, stop, size * (stop - start) // max(count, 1))
-            for start, stop in zip([0, *stops], stops, strict=False)
-        ]
+        spans = ((start, min(start + step, count)) for start in range(0, max(count, 1), step))
+        return [Part(name, kind, start, stop, size * (stop - start) // max(count, 1)) for start, stop in spans]
 
 
 def read_part(part: Part, text_field: str) -> Iterator[str]:
@@ -106,9 +101,7 @@ def explained(path: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"file {path!r} is not UTF-8 text ({error.reason}); convert it to UTF-8 or leave it out."
-        ) from error
+        raise InputError(f"file {path!r} is not UTF-8 text ({error.reason}); convert it or leave it out.") from error
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"file {path!r} cannot be read ({reason}); mend it or leave it out.") from error
@@ -123,52 +116,43 @@ def _package(module: str, path: str, requirement: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(
-            f"file {path!r} needs the package {module.partition('.')[0]}; run `pip install {requirement}`, or leave "
-            "the file out."
-        ) from error
+        name = module.partition(".")[0]
+        raise InputError(f"file {path!r} needs the package {name}; run `pip install {requirement}`.") from error
 
 
 # -- Lines -------------------------------------------------------------------------------------------------------------
 
 
-class _Lines(io.RawIOBase):
-    """The lines of a file that begin at bytes ``start`` to ``stop - 1``."""
+class _Bytes(io.FileIO):
+    """A file up to byte ``stop``, from byte ``start`` on."""
 
-    def __init__(self, part: Part) -> None:
-        self._file = open(part.path, "rb")  # noqa: SIM115
-        stop = self._line_start(part.stop)
-        self.begins_at = self._line_start(part.start)
-        self._left = stop - self.begins_at
-
-    def _line_start(self, place: int) -> int:
-        """Go to the first byte from ``place`` on that begins a line; to the end of the file where none does."""
-        self._file.seek(max(place - 1, 0))
-        chunk = b"\n" if place == 0 else b""
-        while not chunk.endswith(b"\n") and (chunk := self._file.readline(1 << 20)):
-            pass
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        return True
+    def __init__(self, path: str, start: int, stop: int) -> None:
+        super().__init__(path)
+        self.seek(start)
+        self._stop = stop
 
     def readinto(self, buffer: Any) -> int:
-        count = self._file.readinto(memoryview(buffer)[: min(len(buffer), self._left)])
-        self._left -= count
-        return count
+        return super().readinto(memoryview(buffer)[: max(self._stop - self.tell(), 0)])
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+
+def _line_start(file: BinaryIO, place: int) -> int:
+    """The first byte from ``place`` on that begins a line; the end of the file where none does."""
+    file.seek(max(place - 1, 0))
+    chunk = b"\n" if place == 0 else b""
+    while not chunk.endswith(b"\n") and (chunk := file.readline(1 << 20)):
+        pass
+    return file.tell()
 
 
 def _open_text(part: Part) -> tuple[TextIO, int]:
-    """The part as text, and the byte at which it begins."""
+    """The lines that begin in the part, and the byte at which the first does."""
     if part.kind == "jsonl.gz":
         return gzip.open(part.path, "rt", encoding="utf-8-sig"), 0
-    lines = _Lines(part)
+    with open(part.path, "rb") as file:
+        start, stop = _line_start(file, part.start), _line_start(file, part.stop)
     encoding = "utf-8" if part.start else "utf-8-sig"
-    return io.TextIOWrapper(io.BufferedReader(lines, 1 << 16), encoding=encoding, newline=""), lines.begins_at
+    raw = io.BufferedReader(_Bytes(part.path, start, stop), 1 << 16)
+    return io.TextIOWrapper(raw, encoding=encoding, newline=""), start
 
 
 def _read_python(part: Part, _: str) -> Iterator[str]:
@@ -202,9 +186,7 @@ def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise InputError(
-                        f"{where}{number} is not valid JSON ({error}); mend or remove the line."
-                    ) from error
+                    raise InputError(f"{where}{number} is not valid JSON ({error}); mend or remove it.") from error
                 yield text_of(record, text_field, f"{where}{number}")
 
 
@@ -246,9 +228,7 @@ def _row_groups(path: str, part_size: int) -> list[Part]:
 def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
     with _open_parquet(part.path) as file:
         if text_field not in file.schema_arrow.names:
-            raise InputError(
-                f"{part.path} has no column {text_field!r}; set data.text_field to the column that holds the text."
-            )
+            raise InputError(f"{part.path} has no column {text_field!r}; set data.text_field to that of the text.")
         groups = list(range(part.start, part.stop))
         batches = file.iter_batches(_ROWS, row_groups=groups, columns=[text_field], use_threads=False)
         for row, record in enumerate((record for batch in batches for record in batch.to_pylist()), start=1):

@@ -14,6 +14,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import shutil
 import signal
 import tempfile
 import threading
@@ -31,7 +32,7 @@ from snlp_jax.data.corpus import digest_of, documents_of, key_of
 from snlp_jax.data.formats import Part
 from snlp_jax.data.tokenizer import Tokenizer, load_tokenizer_json
 from snlp_jax.errors import InputError
-from snlp_jax.io import files
+from snlp_jax.io import files as io_files
 
 MAX_AUTO_WORKERS = 8
 LOG_SECONDS = 30.0
@@ -93,21 +94,21 @@ def run_job(job: Job) -> None:
 
 
 def _tokenize(job: Job, folder: Path) -> Record:
-    tokenizer, counts, num_documents, keys = _load_tokenizer(job.tokenizer), [0, 0], 0, [2**64, -1]
+    tokenizer = _load_tokenizer(job.tokenizer)
+    record: Record = {"num_documents": 0, "min_key": 2**64, "max_key": -1, "train": 0, "val": 0}
     with contextlib.ExitStack() as stack:
-        train, val, hashes = (stack.enter_context((folder / name).open("wb")) for name in ("train", "val", "digests"))
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in ("train", "val", "digests")}
         for documents in _batches(job):
-            digests = [digest_of(document) for document in documents]
-            hashes.write(b"".join(digests))
-            num_documents += len(documents)
-            for digest, ids in zip(digests, tokenizer.encode_batch(documents), strict=True):
+            for document, ids in zip(documents, tokenizer.encode_batch(documents), strict=True):
+                digest = digest_of(document)
                 key = key_of(digest)
-                keys = [min(keys[0], key), max(keys[1], key)]
-                is_val = key < job.val_limit
-                (val if is_val else train).write(np.concatenate(([tokenizer.bos_id], ids)).astype(job.dtype).tobytes())
-                counts[is_val] += len(ids) + 1
-    names = ("num_documents", "min_key", "max_key", "train", "val")
-    return dict(zip(names, (num_documents, *keys, *counts), strict=True))
+                split = "val" if key < job.val_limit else "train"
+                files["digests"].write(digest)
+                files[split].write(np.concatenate(([tokenizer.bos_id], ids)).astype(job.dtype).tobytes())
+                record["num_documents"] += 1
+                record["min_key"], record["max_key"] = min(record["min_key"], key), max(record["max_key"], key)
+                record[split] += len(ids) + 1
+    return record
 
 
 def _batches(job: Job) -> Iterator[list[str]]:
@@ -146,12 +147,9 @@ def finished(job: Job, *, is_thorough: bool = True) -> Record | None:
 
 def remove_leftovers(folder: Path) -> None:
     """What killed jobs have left. A running one, which loses its folder by it, finds its work done by another."""
-    files.remove_leftovers(folder)
+    io_files.remove_leftovers(folder)
     for path in folder.glob(f"{_WRITING}*"):
-        with contextlib.suppress(OSError):
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _checksum(path: Path) -> int:
@@ -165,14 +163,13 @@ def _checksum(path: Path) -> int:
 # -- Many jobs ---------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs: Sequence[Job], num_workers: int, title: str) -> list[Record]:
+def run_jobs(jobs: Sequence[Job], num_workers: int) -> list[Record]:
     """Records of all jobs in order; those that are done are not done again.
 
     They are taken up from a random place on, so that hosts that share a folder share the work too.
 
     Args:
       num_workers: processes; 0 does the jobs in this one, -1 is :func:`auto_workers`.
-      title: of the progress bar, or of a line every ``LOG_SECONDS`` where there is no terminal.
 
     Raises:
       InputError: a job's, or a worker was killed.
@@ -183,7 +180,7 @@ def run_jobs(jobs: Sequence[Job], num_workers: int, title: str) -> list[Record]:
     missing = missing[first:] + missing[:first]
     num_workers = min(auto_workers(len(missing)) if num_workers < 0 else num_workers, len(missing))
     total = sum(job.size for job in jobs)
-    with _progress(title, total, total - sum(job.size for job in missing)) as advance:
+    with _progress(total, total - sum(job.size for job in missing)) as advance:
         if num_workers:
             _run_in_workers(missing, num_workers, advance)
         else:
@@ -206,22 +203,22 @@ def _num_cores() -> int:
 
 
 @contextlib.contextmanager
-def _progress(title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, lines in the log elsewhere; to be told of every so many bytes."""
+def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line in the log every ``LOG_SECONDS`` elsewhere; to be told of every so many bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     console, last_line = Console(stderr=True), time.monotonic()
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = ("Tokenizing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, completed=done)
+        task = bar.add_task("", total=total, completed=done)
 
         def advance(count: int) -> None:
             nonlocal last_line
             bar.advance(task, count)
             if not console.is_terminal and time.monotonic() > last_line + LOG_SECONDS:
                 last_line = time.monotonic()
-                _logger.info("%s: %.0f of %.0f MB.", title, bar.tasks[0].completed / 1e6, total / 1e6)
+                _logger.info("Tokenizing: %.0f of %.0f MB.", bar.tasks[0].completed / 1e6, total / 1e6)
 
         yield advance
 

@@ -1,37 +1,78 @@
-"""A corpus, or a mixture of several, to batches of windows of its tokens.
+"""Tokens of a corpus, or of a mixture of several, to batches of windows.
 
-Tokens come from a cache that fills itself (``snlp_jax/data/shards.py``). Iterators count batches, so that what one
-number of processes began another may continue.
+Iterators count batches, so that what one number of processes began another may continue.
 """
 
-import os
-from dataclasses import dataclass, field, replace
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from snlp_jax.config import DataConfig
-from snlp_jax.data.shards import ShardedTokens, find_corpus, hash_of, tokenized, trained_tokenizer
-from snlp_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer_json
+from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
 
 if TYPE_CHECKING:
     import grain
 
+OPEN_SHARDS = 256
+"""Files of a split that are mapped at a time: an open map takes a file descriptor."""
+
+
+class ShardedTokens:
+    """Tokens [n] that lie in several files, one after another, read only: ``len``, an item, or a slice of step 1, which
+    is an array. Memory is that of the slice."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], dtype: np.dtype) -> None:
+        self._files = [(path, count) for path, count in files if count]
+        self._ends = np.cumsum([count for _, count in self._files], dtype=np.int64)
+        self.dtype = np.dtype(dtype)
+        self._open: Callable[[int], np.ndarray] = functools.lru_cache(OPEN_SHARDS)(self._map)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if not isinstance(index, slice):
+            place = range(len(self))[index]
+            return self[place : place + 1][0]
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            raise IndexError(f"slices of tokens have step 1, not {step}")
+        pieces = [np.zeros(0, self.dtype)]
+        while start < stop:
+            shard = int(np.searchsorted(self._ends, start, side="right"))
+            end, first = int(self._ends[shard]), int(self._ends[shard]) - self._files[shard][1]
+            pieces.append(self._open(shard)[start - first : min(stop, end) - first])
+            start = end
+        return np.concatenate(pieces)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self[:], dtype=dtype)
+
+    def __add__(self, other: "ShardedTokens") -> "ShardedTokens":
+        return ShardedTokens([*self._files, *other._files], self.dtype)
+
+    def _map(self, shard: int) -> np.ndarray:
+        path, count = self._files[shard]
+        if path.stat().st_size != count * self.dtype.itemsize:
+            raise InputError(f"{str(path)!r} has changed; run again to have it mended.")
+        return np.memmap(path, dtype=self.dtype, mode="r")
+
+
 Tokens = np.ndarray | ShardedTokens
 """uint16, uint32 or int32 [number of tokens], read only."""
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A corpus of a mixture."""
 
     name: str
     weight: float
     """Share of the windows; those of a mixture add up to 1."""
-    train: Tokens
-    val: Tokens
+    data: "TokenData"
 
 
 @dataclass(frozen=True)
@@ -52,55 +93,16 @@ class TokenData:
 
     def windows(self, split: Literal["train", "val"], seq_len: int) -> "Windows":
         """Random access to the windows of a split; items have the fields of ``snlp_jax.types.Batch``, without rows."""
-        bos_id = self.tokenizer.bos_id if self.mask_documents else None
         if not self.mixture:
-            return WindowSource(getattr(self, split), seq_len, bos_id)
-        sources = [WindowSource(getattr(source, split), seq_len, bos_id) for source in self.mixture]
+            return WindowSource(getattr(self, split), seq_len, self.tokenizer.bos_id if self.mask_documents else None)
+        sources = [source.data.windows(split, seq_len) for source in self.mixture]
         for source, windows in zip(self.mixture, sources, strict=True):
             if len(windows) == 0:
                 raise InputError(
-                    f"the {split} split of {source.name!r} has {len(getattr(source, split))} tokens, but a window of "
-                    f"{seq_len} needs {seq_len + 1}; give it more text, or leave it out of data.mixture."
+                    f"the {split} split of {source.name!r} has {len(getattr(source.data, split))} tokens, but a window "
+                    f"of {seq_len} needs {seq_len + 1}; give it more text, or leave it out of data.mixture."
                 )
         return MixedWindows(sources, [source.weight for source in self.mixture])
-
-
-def prepare_tokens(config: DataConfig) -> TokenData:
-    """Tokenize the corpus, or each corpus of the mixture, or open what an earlier call left in the cache.
-
-    Documents are held out by a hash of their content, whatever their order, so equal documents fall on the same side;
-    a corpus so small that this leaves a side empty gives it one document. Memory is bounded for a corpus of any size.
-    All corpora of a mixture share one tokenizer. Which processes tokenize does not change the tokens, and a call that
-    was killed leaves its finished shards to the next.
-
-    Raises:
-      InputError: a bad corpus or tokenizer, fewer than two different documents, or a cache that cannot be written.
-    """
-    cache_dir = _cache_dir(config)
-    found, weights = find_tokenizer(config), list(config.sources.values())
-    try:
-        corpora = [find_corpus(replace(config, source=name, mixture=())) for name in config.sources]
-        if found is None:
-            trained = trained_tokenizer(config, corpora, weights, cache_dir / "tokenizers")
-            found = f"file {hash_of(trained.to_json())}", trained
-        entries = [tokenized(corpus, found[1], found[0], cache_dir / "tokens") for corpus in corpora]
-    except OSError as error:
-        raise InputError(
-            f"the token cache {str(cache_dir)!r} cannot be written ({error.strerror or error}); "
-            "make room there or set data.cache_dir to another folder."
-        ) from error
-    first, *others = entries
-    hashes = [entry.content_hash for entry in entries]
-    named = zip(config.sources, weights, entries, strict=True)
-    mixture = tuple(Source(name, weight, entry.train, entry.val) for name, weight, entry in named)
-    return TokenData(
-        first.tokenizer,
-        sum((entry.train for entry in others), start=first.train),
-        sum((entry.val for entry in others), start=first.val),
-        hash_of(list(zip(hashes, weights, strict=True))) if others else hashes[0],
-        mask_documents=config.mask_documents,
-        mixture=mixture if others else (),
-    )
 
 
 class Windows(Protocol):
@@ -128,9 +130,7 @@ class WindowSource:
     """
 
     def __init__(self, tokens: Tokens, seq_len: int, bos_id: int | None = None) -> None:
-        self._tokens = tokens
-        self._seq_len = seq_len
-        self._bos_id = bos_id
+        self._tokens, self._seq_len, self._bos_id = tokens, seq_len, bos_id
 
     def __len__(self) -> int:
         return num_windows(self._tokens, self._seq_len)
@@ -149,7 +149,7 @@ class MixedWindows:
     """Windows of several sources, one source after another, of each as many as its weight says, spread evenly over it:
     the most windows in these proportions that use none twice, but at least one of each."""
 
-    def __init__(self, sources: "list[WindowSource]", weights: list[float]) -> None:
+    def __init__(self, sources: Sequence[Windows], weights: list[float]) -> None:
         self.sources, self.weights = sources, weights
         total = min(len(source) / weight for source, weight in zip(sources, weights, strict=True))
         counts = [min(max(round(total * weight), 1), len(s)) for s, weight in zip(sources, weights, strict=True)]
@@ -229,31 +229,3 @@ def held_out_batches(
     windows = [source[i * len(source) // picked] for i in range(picked)]
     batches = [windows[start : start + rows] for start in range(0, picked, rows)]
     return [{name: np.stack([window[name] for window in batch]) for name in batch[0]} for batch in batches]
-
-
-def _cache_dir(config: DataConfig) -> Path:
-    if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snlp_jax"
-
-
-def find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer] | None:
-    """What tells the tokenizer from others, and the tokenizer; None if it must be trained.
-
-    Raises:
-      InputError: it cannot be read.
-    """
-    if config.tokenizer == "byte":
-        return "byte", ByteTokenizer()
-    if config.tokenizer == "bpe":
-        return None
-    path = Path(config.tokenizer).expanduser()
-    if not path.is_file():
-        raise InputError(
-            f"data.tokenizer {config.tokenizer!r} is neither 'byte' nor 'bpe' nor the path of a tokenizer.json."
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        return f"file {hash_of(text)}", load_tokenizer_json(text)
-    except (OSError, ValueError, InputError) as error:
-        raise InputError(f"data.tokenizer {config.tokenizer!r}: {error}") from error

@@ -10,9 +10,10 @@ import json
 import logging
 import math
 import shutil
+import textwrap
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -25,7 +26,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.io.checksum import described, with_checksums
 from snlp_jax.io.files import explain_full_disk
 from snlp_jax.io.metrics import to_json_value
-from snlp_jax.parallel.processes import tells_of_lost_peer
+from snlp_jax.parallel.processes import all_or_none, tells_of_lost_peer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,10 +36,6 @@ Tree = Any
 
 CONFIG_NAME = "config.json"
 CHECKPOINT_NAME = "checkpoints"
-
-
-class _CorruptError(Exception):
-    """A checkpoint that reads, but not as what was written."""
 
 
 class Checkpointer:
@@ -108,7 +105,7 @@ class Checkpointer:
         """
         meta = ocp.JsonCheckpointHandler().restore(self._directory / str(step) / "meta")
         if meta.pop("crc32") != _text_crc(meta):
-            raise _CorruptError("the checksum of its metadata is wrong")
+            raise ValueError("the checksum of its metadata is wrong")
         return meta
 
     # -- Writing -------------------------------------------------------------------------------------------------------
@@ -125,19 +122,16 @@ class Checkpointer:
             raise ValueError("this Checkpointer was opened to read only.")
         if step in self.steps():
             return
-        params, rest = _split(state)
         meta = {
             "config": self._config,
             "metrics": {name: to_json_value(value) for name, value in metrics.items()},
             "data": None if data_iterator is None else data_iterator.get_state(),
-            "leaves": with_checksums(dict(state)),
+            "leaves": with_checksums(state),
         }
         items = {
-            "params": ocp.args.StandardSave(params),
             "meta": ocp.args.JsonSave({**meta, "crc32": _text_crc(meta)}),
+            **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()},
         }
-        if rest:
-            items["state"] = ocp.args.StandardSave(rest)
         self._remember_val_loss(step, meta["metrics"])
         with explain_full_disk(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -150,14 +144,12 @@ class Checkpointer:
 
     # -- Reading -------------------------------------------------------------------------------------------------------
 
-    def restore(
-        self, abstract_state: Mapping[str, Tree], data_iterator: Any
-    ) -> tuple[int, dict[str, Tree], Any] | None:
-        """The newest good checkpoint as ``(step, state, data_iterator)``, or None when there is none at all.
+    def restore(self, abstract_state: Mapping[str, Tree], data_iterator: Any) -> tuple[int, dict[str, Tree]] | None:
+        """The newest good checkpoint as ``(step, state)``, or None when there is none at all.
 
         ``abstract_state`` is a tree like the saved one of arrays or ``jax.ShapeDtypeStruct``; each leaf comes back on
         the sharding it carries (the first device if it carries none), whatever it was saved from, bit for bit.
-        ``data_iterator`` is moved to where the checkpoint's stood.
+        ``data_iterator``, unless it is None, is moved to where the checkpoint's stood.
 
         A checkpoint that is incomplete, unreadable or fails its checksums is skipped with one warning, and once a good
         one is found, set aside as ``STEP.corrupt`` so that training may save that step again. Raises InputError when
@@ -165,16 +157,12 @@ class Checkpointer:
         """
 
         def read(step: int) -> dict[str, Tree]:
-            state = self._read(step, dict(abstract_state))
+            state = self._read(step, abstract_state)
             if data_iterator is not None:
-                position = self.metadata(step)["data"]
-                if position is None:
-                    raise _CorruptError("it does not say where the data stood")
-                data_iterator.set_state(position)
+                data_iterator.set_state(self.metadata(step)["data"])
             return state
 
-        found = self._newest_good(read)
-        return None if found is None else (*found, data_iterator)
+        return self._newest_good(self.steps(), read)
 
     def restore_params(self, abstract_params: Tree, which: int | Literal["best", "last"] = "last") -> tuple[int, Tree]:
         """The parameters alone, as ``(step, params)``, checked and placed as in ``restore``.
@@ -182,64 +170,63 @@ class Checkpointer:
         "last" is the newest good checkpoint (others are skipped with a warning). Raises InputError when there is no
         such checkpoint, no good one, or it holds other parameters.
         """
+        steps = self.steps()
+        if which != "last":
+            step = self.best_step if which == "best" else which
+            if step is None:
+                raise InputError(f"no checkpoint in {str(self._directory)!r} has a val_loss; ask for 'last' or a step.")
+            if step not in steps:
+                raise InputError(f"{str(self._directory)!r} holds no checkpoint {step}, only {steps}.")
+            steps = [step]
+        found = self._newest_good(steps, lambda step: self._read(step, {"params": abstract_params})["params"])
+        if found is None:
+            raise InputError(f"{str(self._directory)!r} holds no checkpoint; train first.")
+        return found
 
-        def read(step: int) -> Tree:
-            return self._read(step, {"params": abstract_params})["params"]
-
-        if which == "last":
-            found = self._newest_good(read)
-            if found is None:
-                raise InputError(f"{str(self._directory)!r} holds no checkpoint; train first.")
-            return found
-        step = self.best_step if which == "best" else which
-        if step is None:
-            raise InputError(f"no checkpoint in {str(self._directory)!r} has a val_loss; ask for 'last' or a step.")
-        if step not in self.steps():
-            raise InputError(f"{str(self._directory)!r} holds no checkpoint {step}, only {self.steps()}.")
-        params, fault = _attempt(read, step)
-        if fault:
-            raise InputError(f"checkpoint {step} in {str(self._directory)!r} is not good ({fault}); ask for another.")
-        return step, params
-
-    def _newest_good(self, read: Callable[[int], T]) -> tuple[int, T] | None:
-        """The newest step that ``read`` can read, and what it gave; bad newer ones are told of and set aside."""
+    def _newest_good(self, steps: list[int], read: Callable[[int], T]) -> tuple[int, T] | None:
+        """The newest of the steps that ``read`` can read, and what it gave; bad newer ones are told of and set aside.
+        What is no fault of the checkpoint's passes."""
         reasons: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            value, reason = _attempt(read, step)
-            if not reason:
-                self._set_aside(list(reasons))
+        for step in reversed(steps):
+            try:
+                value = read(step)
+            except InputError:
+                raise
+            except Exception as error:
+                if jax.process_count() > 1 and tells_of_lost_peer(error):
+                    raise
+                reasons[step] = textwrap.shorten(f"{type(error).__name__}: {error}", 160).rstrip(".")
+                logger.warning("skipping checkpoint %d in %s: %s.", step, self._directory, reasons[step])
+            else:
+                self._set_aside(reasons)
                 return step, value
-            reasons[step] = reason
-            logger.warning("skipping checkpoint %d in %s: %s.", step, self._directory, reason)
         if reasons:
             text = "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
-            raise InputError(f"{str(self._directory)!r} holds no good checkpoint ({text}); delete it and start again.")
+            raise InputError(f"{str(self._directory)!r} holds no good checkpoint ({text}); delete it or take another.")
         return None
 
-    def _read(self, step: int, abstract_state: dict[str, Tree]) -> dict[str, Tree]:
+    def _read(self, step: int, abstract_state: Mapping[str, Tree]) -> dict[str, Tree]:
         """One checkpoint's arrays, verified. Raises InputError if the template differs, anything else if it is bad."""
-        abstract_state = jax.tree.map(_placed, abstract_state)
-        params, rest = _split(abstract_state)
-        with _read_by_all():
+        abstract_state = jax.tree.map(_placed, dict(abstract_state))
+        with all_or_none(Exception):
             meta = self.metadata(step)
             if "data" not in meta:
-                raise _CorruptError("an older version of snlp_jax wrote it")
-            leaves = meta["leaves"]
-            _check_template(step, abstract_state, leaves)
-            state = {"params": self._read_item(step, "params", params)}
-            if rest:
-                state |= self._read_item(step, "state", rest)
+                raise ValueError("an older version of snlp_jax wrote it")
+            _check_template(step, abstract_state, meta["leaves"])
+            # Not by the manager, whose barrier a process that cannot read would leave the others waiting at.
+            read = {
+                name: ocp.StandardCheckpointHandler().restore(
+                    self._directory / str(step) / name, args=ocp.args.StandardRestore(template)
+                )
+                for name, template in _items(abstract_state).items()
+            }
+        state = {"params": read["params"], **read.get("state", {})}
         for path, (_, _, checksum) in with_checksums(state).items():
-            if checksum != leaves[path][2]:
-                raise _CorruptError(f"the checksum of {path} is wrong")
+            if checksum != meta["leaves"][path][2]:
+                raise ValueError(f"the checksum of {path} is wrong")
         return state
 
-    def _read_item(self, step: int, name: str, template: Tree) -> Tree:
-        """Not by the manager, whose barrier a process that cannot read would leave the others waiting at."""
-        directory = self._directory / str(step) / name
-        return ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(template))
-
-    def _set_aside(self, bad_steps: Sequence[int]) -> None:
+    def _set_aside(self, bad_steps: Iterable[int]) -> None:
         if self._read_only or not bad_steps:
             return
         if jax.process_index() == 0:
@@ -289,8 +276,10 @@ def _best(steps: Sequence[int], val_losses: Mapping[int, float]) -> int | None:
     return min(known, key=lambda step: (val_losses[step], -step), default=None)
 
 
-def _split(state: Mapping[str, Tree]) -> tuple[Tree, dict[str, Tree]]:
-    return state["params"], {name: tree for name, tree in state.items() if name != "params"}
+def _items(state: Mapping[str, Tree]) -> dict[str, Tree]:
+    """The parts of a checkpoint's state that orbax writes as items of their own."""
+    rest = {name: tree for name, tree in state.items() if name != "params"}
+    return {"params": state["params"], **({"state": rest} if rest else {})}
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -314,33 +303,3 @@ def _check_template(step: int, abstract_state: Mapping[str, Tree], leaves: Mappi
                 f"checkpoint {step} holds {text(saved.get(path))} at {path} where this config has "
                 f"{text(asked.get(path))}; use the config it was trained with."
             )
-
-
-@contextmanager
-def _read_by_all() -> Iterator[None]:
-    """What fails to read on one process fails on all, which would otherwise part ways and wait for one another."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(error is not None)).any():
-        error = error or _CorruptError("another process cannot read it")
-    if error is not None:
-        raise error
-
-
-def _attempt(read: Callable[[int], Any], step: int) -> tuple[Any, str]:
-    """What ``read(step)`` gives, and why it is bad: "" if it is good. What is no fault of the checkpoint's passes."""
-    value, reason = None, ""
-    try:
-        value = read(step)
-    except InputError:
-        raise
-    except Exception as error:
-        if jax.process_count() > 1 and tells_of_lost_peer(error):
-            raise
-        text = " ".join(str(error).split())
-        text = text if isinstance(error, _CorruptError) else f"{type(error).__name__}: {text}"
-        reason = text.rstrip(".") if len(text) <= 160 else text[:157] + "..."
-    return value, reason

@@ -1,7 +1,8 @@
 """Checksums of arrays that may be spread over devices and processes in any way."""
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,32 +15,24 @@ _BLOCK = 1 << 16
 """Elements that are summed at once: their weights stay in the processor's cache."""
 
 
-def checksums(leaves: Iterable[Any]) -> list[int]:
-    """Of each array: sum over all elements of (bits times an odd weight of the position) modulo 2^64.
+def described(state: Any) -> dict[str, list[Any]]:
+    """Of a tree of arrays: path -> [dtype, shape]."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
 
-    Each process adds up what it holds, so all call this together; the result does not depend on who holds what. A
-    single changed element always shows, since an odd weight is invertible.
+
+def with_checksums(state: Any) -> dict[str, list[Any]]:
+    """Of a tree of arrays: path -> [dtype, shape, checksum].
+
+    A checksum is the sum over all elements of (bits times an odd weight of the position) modulo 2^64. Each process adds
+    up what it holds, so all call this together; the result does not depend on who holds what. A single changed element
+    always shows, since an odd weight is invertible.
     """
-    sums = np.asarray([_local_checksum(leaf) for leaf in leaves], np.uint64)
+    sums = np.asarray([_local_checksum(leaf) for leaf in jax.tree.leaves(state)], np.uint64)
     if jax.process_count() > 1:  # as halves: jax would cut 64 bits
         sums = multihost_utils.process_allgather(sums.view(np.uint32)).view(np.uint64).sum(0)
-    return [int(total) for total in sums]
-
-
-def described(state: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Of a tree of arrays: path -> [dtype, shape]."""
-    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in _named(state).items()}
-
-
-def with_checksums(state: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Of a tree of arrays: path -> [dtype, shape, checksum]. All processes call it together."""
-    sums = checksums(_named(state).values())
-    return {path: [*about, total] for (path, about), total in zip(described(state).items(), sums, strict=True)}
-
-
-def _named(state: Mapping[str, Any]) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {path: [*about, int(total)] for (path, about), total in zip(described(state).items(), sums, strict=True)}
 
 
 def _local_checksum(leaf: Any) -> int:

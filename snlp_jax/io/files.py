@@ -13,6 +13,11 @@ from snlp_jax.errors import InputError, full_disk
 _LEFTOVER_SECONDS = 60.0
 
 
+def cache_folder() -> Path:
+    """Where the package keeps what it would otherwise make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snlp_jax"
+
+
 def atomic_write(path: str | Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash, finds the old content or the new, never a part.
 

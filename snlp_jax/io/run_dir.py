@@ -1,11 +1,11 @@
 """The rules of a run directory: who may begin or continue a run in it."""
 
-import json
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from snlp_jax.config import Config, to_json, upgraded
+from snlp_jax.config import Config, from_json, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME
 from snlp_jax.io.files import atomic_write, remove_leftovers
@@ -21,7 +21,7 @@ MAY_CHANGE_SECTIONS = ("eval.", "mesh.")
 """Config fields and whole sections that a resumed run may change: they do not alter what it learns."""
 
 
-def check_run_dir(path: str | Path, config_json: str, resume: bool) -> None:
+def check_run_dir(path: str | Path, config: Config, resume: bool) -> None:
     """Claim a run directory for this config, before anything else is written. One process of a run calls it.
 
     A new or empty one is created and gets ``config.json``; so does it with ``resume``, which then starts fresh. With
@@ -32,8 +32,7 @@ def check_run_dir(path: str | Path, config_json: str, resume: bool) -> None:
     path = Path(path)
     config_path = path / CONFIG_NAME
     if config_path.exists():
-        difference = _first_difference(config_path, json.loads(config_json))
-        if difference is not None:
+        if difference := _first_difference(config_path, config):
             raise InputError(f"run directory {str(path)!r} holds another run: {difference}; use another --run-dir.")
         if not resume:
             raise InputError(f"run directory {str(path)!r} holds a run; use --resume or another --run-dir.")
@@ -44,27 +43,22 @@ def check_run_dir(path: str | Path, config_json: str, resume: bool) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        atomic_write(config_path, config_json)
+        atomic_write(config_path, to_json(config))
     except OSError as error:
-        raise InputError(
-            f"run directory {str(path)!r} cannot be written ({error.strerror}); choose another."
-        ) from error
+        raise InputError(f"run directory {str(path)!r} cannot be written ({error.strerror}).") from error
 
 
-def _first_difference(config_path: Path, config: Mapping[str, Any]) -> str | None:
+def _first_difference(config_path: Path, config: Config) -> str:
+    """Of a field that may not change, in a sentence; "" where there is none."""
     try:
-        saved = flatten(upgraded(json.loads(config_path.read_text(encoding="utf-8"))))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{str(config_path)!r} is not a saved config; use another --run-dir.") from error
-    asked, defaults = flatten(config), flatten(json.loads(to_json(Config())))
-    for name in [*asked, *saved]:
-        if name in MAY_CHANGE or name.startswith(MAY_CHANGE_SECTIONS):
-            continue
-        # A field that came after the run was at its default then.
-        before, now = saved.get(name, defaults.get(name, "nothing")), asked.get(name, "nothing")
-        if before != now:
-            return f"{name} is {before!r} there and {now!r} here"
-    return None
+        saved = from_json(config_path.read_text(encoding="utf-8"))
+    except InputError as error:
+        raise InputError(f"{str(config_path)!r}: {error}") from error
+    before, now = flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(config))
+    for name, value in now.items():
+        if before[name] != value and name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_SECTIONS):
+            return f"{name} is {before[name]!r} there and {value!r} here"
+    return ""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

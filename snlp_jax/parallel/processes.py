@@ -31,17 +31,18 @@ def tells_of_lost_peer(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
-    """An InputError on any process, inside the block, becomes one on all. All processes enter it together."""
-    error = None
+def all_or_none(kind: type[Exception] = InputError) -> Iterator[None]:
+    """An error of a kind on any process, inside the block, becomes one on all, which would otherwise part ways and wait
+    for one another. All processes enter it together."""
+    error: Exception | None = None
     try:
         yield
-    except InputError as caught:
+    except kind as caught:
         error = caught
     if jax.process_count() > 1:
         is_bad = multihost_utils.process_allgather(np.asarray(error is not None)).reshape(-1)
         if error is None and is_bad.any():
-            error = InputError(f"process {int(is_bad.argmax())} of this run cannot go on; it says why.")
+            error = kind(f"process {int(is_bad.argmax())} of this run cannot go on; it says why.")
     if error is not None:
         raise error
 

@@ -85,23 +85,23 @@ class Loop:
         config, run_path = setup.config, setup.config.run_path
         folder, num_kept = run_path / "checkpoints", config.train.keep_last
         self.checkpoints = stack.enter_context(Checkpointer(folder, num_kept, config_json=to_json(config)))
+        found = self.checkpoints.restore(setup.saved, setup.batches) if resume else None
+        if found is None:
+            self.done, self.state = 0, self._first_state()
+        else:
+            self.done, self.state = found[0], from_saved(found[1])
+            console.print(f"resumed from the checkpoint of step {self.done}")
+        self.begun_at = self.done
         with all_or_none():
             writer = MetricsWriter(
                 run_path if is_first() else None,
+                last_step=self.done if found else -1,  # what a killed run recorded beyond it comes again
                 tensorboard=config.train.tensorboard,
                 wandb_project=config.train.wandb_project,
                 name=config.name,
                 config=dataclasses.asdict(config),
             )
         self.writer = stack.enter_context(writer)
-        found = self.checkpoints.restore(setup.saved, setup.batches) if resume else None
-        if found is None:
-            self.done, self.state, self.batches = 0, self._first_state(), setup.batches
-        else:
-            self.done, self.state, self.batches = found[0], from_saved(found[1]), found[2]
-            console.print(f"resumed from the checkpoint of step {self.done}")
-        self.begun_at = self.done
-        self.writer.truncate_after(self.done if found else -1)  # what a killed run recorded beyond it comes again
         facts = {
             "num_params": num_params(setup.saved["params"]),
             "flops_per_token": train_flops_per_token(config.model),
@@ -151,7 +151,7 @@ class Loop:
         config, number = self.setup.config, self.done + 1
         plan = make_plan(config.loss, self.done, config.train.num_steps, config.train.seed)
         with self.meter.waiting():
-            batch = Batch(**next(self.batches))
+            batch = Batch(**next(self.setup.batches))
         self.setup.model.check_tokens(batch.tokens)
         self.profiler.before(number)
         placed = put_batch(self.setup.mesh, batch)
@@ -214,7 +214,7 @@ class Loop:
             if should_sample:
                 self.console.print(self.setup.sample(params), style="dim", highlight=False, markup=False)
             if should_save:
-                self.checkpoints.save(self.done, to_saved(self.state, params), self.batches, val_metrics)
+                self.checkpoints.save(self.done, to_saved(self.state, params), self.setup.batches, val_metrics)
                 self.record.update(self.done)
 
     def evaluate(self, params: Params) -> dict[str, float]:

@@ -107,7 +107,7 @@ def prepare(config: Config, resume: bool) -> Setup:
     check_same("corpus", data.content_hash)
     with all_or_none():
         if is_first():
-            check_run_dir(config.run_path, to_json(config), resume)
+            check_run_dir(config.run_path, config, resume)
             _check_corpus(config.run_path, data)
             atomic_write(config.run_path / "tokenizer.json", data.tokenizer.to_json())
     return Setup(
