@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.speed_cells import Cell, Form, Job, Setup, compiled, machine_of, random_rings, random_tokens
 from snlp_jax.config import Config, HiddenNormConfig, LossConfig, ModelConfig, TrainConfig
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.attention import attend_by_window, choose_implementation
-from snlp_jax.model.block import KeyValue, Rings
+from snlp_jax.model.attention import Kernel, KeyValue, attend_by_window, choose_implementation
+from snlp_jax.model.block import Rings
 from snlp_jax.model.layers import project, rms_norm, rotate
 from snlp_jax.model.nodes import attend_cached
 from snlp_jax.parts import Weights
@@ -56,7 +56,7 @@ def part_jobs(setup: Setup, cell: Cell, setting: str, form: Form) -> list[Job]:
         kernel = choose_implementation(
             model.machine.attention, backend=model.backend, dtype=model.dtype, seq_len=T, head_dim=H
         )
-        return attend_by_window(q, kv.key_BTKH, kv.value_BTKH, windows, kernel)
+        return attend_by_window(q, kv, windows, Kernel(kernel))
 
     parts: dict[str, tuple[Any, tuple, float, float]] = {
         "nothing": (lambda weights, x: x[:1, :1, :1, :1] + 1, (state_LBTD,), 8, 0),

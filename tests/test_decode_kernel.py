@@ -16,8 +16,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.forward import Keep, forward
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.attention import attend_ring, choose_decoding
-from snlp_jax.model.block import KeyValue, Ring
+from snlp_jax.model.attention import KeyValue, Ring, attend_ring, choose_decoding
 from snlp_jax.model.decode_kernel import attend_ring_at_once
 from snlp_jax.notation import parse_schedule
 
@@ -37,21 +36,15 @@ def operands(num_tokens, num_heads, num_kv_heads, num_slots, lengths, windows, n
     shapes = ((*of_step, num_heads), (*of_step, num_kv_heads), (*of_step, num_kv_heads))
     shapes += ((num_layers, batch, num_kv_heads, num_slots),) * 2
     q, *rest = (jax.random.normal(key, (*shape, size)) for key, shape in zip(keys, shapes, strict=True))
-    return (3.0 * q, *rest, jnp.asarray(windows), jnp.asarray(lengths))
+    return 3.0 * q, KeyValue(*rest[:2]), Ring(*rest[2:]), jnp.asarray(windows), jnp.asarray(lengths)
 
 
 def at_once(target, **settings):
-    """The kernel on arrays, as :func:`attend_ring` takes them."""
-
-    def attend(q, key, value, ring_key, ring_value, window, length_B):
-        kv, ring = KeyValue(key, value), Ring(ring_key, ring_value)
-        return attend_ring_at_once(q, kv, ring, window, length_B, target, interpret=True, **settings)
-
-    return attend
+    return functools.partial(attend_ring_at_once, target=target, interpret=True, **settings)
 
 
 def over_layers(attend):
-    return jax.jit(jax.vmap(attend, in_axes=(0, 0, 0, 0, 0, 0, None)))
+    return jax.jit(jax.vmap(attend, in_axes=(0, 0, 0, 0, None)))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +75,7 @@ def test_a_tpu_takes_in_a_ring_block_by_block(monkeypatch):
 def test_chunks_of_layers_are_one_kernel():
     """Two axes that are mapped over, and a window for all."""
     *args, _, lengths = operands(1, 2, 2, 40, (50,), (0,) * 4, num_layers=4)
-    args = [leaf.reshape(2, 2, *leaf.shape[1:]) for leaf in args]
+    args = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), args)
     kernel = at_once("triton")
     chunks = lambda attend: jax.jit(jax.vmap(jax.vmap(lambda *own: attend(*own, 30, lengths))))  # noqa: E731
     chex.assert_trees_all_close(chunks(kernel)(*args), chunks(attend_ring)(*args), **CLOSE)
@@ -90,7 +83,7 @@ def test_chunks_of_layers_are_one_kernel():
 
 
 def test_derivatives_are_those_of_xla_attention():
-    q, *rest = (leaf[0] for leaf in operands(2, 2, 2, 20, (30,), (15, 15))[:-1])
+    q, *rest = jax.tree.map(lambda leaf: leaf[0], operands(2, 2, 2, 20, (30,), (15, 15))[:-1])
     kernel = at_once("mosaic")
     size = lambda attend: lambda q: jnp.sum(attend(q, *rest, jnp.asarray([30])) ** 2)  # noqa: E731
     slope, expected = (jax.jit(jax.grad(size(attend)))(q) for attend in (kernel, attend_ring))
@@ -143,7 +136,7 @@ def test_a_model_refuses_it_where_it_does_not_run():
     machine = MachineConfig(decode_attention="pallas")
 
     def chosen(model, num_tokens, is_cached):
-        return model._choose_kernel(False)(num_tokens, is_cached)
+        return model._choose_kernel(False)(num_tokens, is_cached).name
 
     assert chosen(LanguageModel(config, machine, backend="gpu"), 1, True) == "triton"
     assert chosen(LanguageModel(config, machine, backend="gpu").adapted(kernels=("triton",)), 1, True) == "triton"

@@ -24,7 +24,7 @@ from snlp_jax.eval.diagnose import diagnose
 from snlp_jax.forward import forward
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel, attention
-from snlp_jax.model.attention import attend
+from snlp_jax.model.attention import Kernel, KeyValue, attend
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
 from snlp_jax.parallel.sharding import TRAINING, shardings_of
@@ -199,11 +199,11 @@ def test_the_splash_kernel_knows_documents(monkeypatch) -> None:
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     document = jnp.asarray(np.cumsum(rng.random((1, 256)) < 0.03, axis=1, dtype=np.int32))
     q, k, v = draw(1, 128, 1, 128), draw(1, 256, 1, 128), draw(1, 256, 1, 128)
-    run = jax.jit(lambda q, k, v: attend(q, k, v, 60, "splash", document))
+    run = jax.jit(lambda q, k, v: attend(q, KeyValue(k, v), 60, Kernel("splash"), document))
     assert "tpu_custom_call" in run.trace(q, k, v).lower(lowering_platforms=("tpu",)).as_text()
     make = splash_attention_kernel.make_splash_mha
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", lambda **kw: make(**kw, interpret=True))
-    by = lambda kernel, *more: jax.jit(lambda q, k, v: attend(q, k, v, 60, kernel, *more))(q, k, v)  # noqa: E731
+    by = lambda kernel, *more: jax.jit(lambda q, k, v: attend(q, KeyValue(k, v), 60, Kernel(kernel), *more))(q, k, v)  # noqa: E731
     expected = by("xla", document)
     # Float32 sums over up to 61 keys in blocks, against one sum.
     np.testing.assert_allclose(by("splash", document), expected, atol=1e-5)

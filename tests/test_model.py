@@ -17,7 +17,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel, attention, num_params
-from snlp_jax.model.attention import attend, attend_any, choose_implementation
+from snlp_jax.model.attention import Kernel, KeyValue, attend, attend_any, choose_implementation
 from snlp_jax.model.layers import RMS_EPS, rms_norm, rotary_table, rotate
 from snlp_jax.notation import parse_schedule
 
@@ -48,7 +48,7 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, window):
 def test_attention_is_its_definition(num_queries, num_keys, num_kv_heads):
     q = draw(0, 2, num_queries, 4, 6)
     k, v = (draw(seed, 2, num_keys, num_kv_heads, 6) for seed in (1, 2))
-    run = jax.jit(lambda window: attend_any(q, k, v, window, (), "xla"))
+    run = jax.jit(lambda window: attend_any(q, KeyValue(k, v), window, ()))
     for window in (0, 1, 4, num_keys - 1, 100):
         # Float32 sums of at most eleven terms of size one.
         np.testing.assert_allclose(run(window), plain_attention(q, k, v, window), atol=2e-6)
@@ -63,8 +63,9 @@ def test_blockwise_attention_is_direct(monkeypatch):
     monkeypatch.setattr(attention, "_xla_block", lambda q, *rest: (blocks.append(q.shape[1]), block(q, *rest))[1])
 
     def both(q, k, v, window):
-        loss = lambda *qkv: jnp.sum(jnp.sin(3 * attend(*qkv, window, "xla")) * draw(3, 1, num_queries, 2, 4))  # noqa: E731
-        return attend(q, k, v, window, "xla"), jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+        weights = draw(3, 1, num_queries, 2, 4)
+        loss = lambda q, k, v: jnp.sum(jnp.sin(3 * attend(q, KeyValue(k, v), window)) * weights)  # noqa: E731
+        return attend(q, KeyValue(k, v), window), jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
     windows = (10, 1000)
     run = jax.jit(lambda *args: both(*args))
@@ -104,7 +105,7 @@ def test_choice_of_the_attention_kernel():
 def test_a_kernel_refuses_a_traced_window():
     q, window = draw(0, 1, 4, 2, 8), jnp.asarray(3)
     with pytest.raises(TypeError, match="cudnn attention needs a static window"):
-        attend(q, q, q, window, "cudnn")
+        attend(q, KeyValue(q, q), window, Kernel("cudnn"))
 
 
 def test_splash_attention_lowers_for_tpu():
@@ -112,7 +113,7 @@ def test_splash_attention_lowers_for_tpu():
     for window, num_keys, num_kv_heads in ((64, 512, 2), (1000, 256, 1)):
         q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
         kv = jax.ShapeDtypeStruct((1, num_keys, num_kv_heads, 128), jnp.bfloat16)
-        traced = jax.jit(lambda q, k, v: attend(q, k, v, window, "splash")).trace(q, kv, kv)  # noqa: B023
+        traced = jax.jit(lambda q, k, v: attend(q, KeyValue(k, v), window, Kernel("splash"))).trace(q, kv, kv)  # noqa: B023
         assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
@@ -123,12 +124,12 @@ def test_splash_attention_is_xla_attention(monkeypatch):
     make = splash_attention_kernel.make_splash_mha
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", lambda **kw: make(**kw, interpret=True))
     q, k, v = draw(0, 1, 128, 2, 128), draw(1, 1, 256, 1, 128), draw(2, 1, 256, 1, 128)
-    run = jax.jit(attend, static_argnums=(3, 4), static_argnames="softcap")
+    run = jax.jit(attend, static_argnums=(2, 3))
     for cap in (0.0, 0.5):
-        splash = run(q, k, v, 150, "splash", softcap=cap)
+        splash = run(q, KeyValue(k, v), 150, Kernel("splash", cap))
         # Float32 sums over up to 151 keys in blocks, against one sum.
-        np.testing.assert_allclose(splash, run(q, k, v, 150, "xla", softcap=cap), atol=1e-5)
-    assert np.abs(np.asarray(splash) - np.asarray(run(q, k, v, 150, "xla"))).max() > 0.1
+        np.testing.assert_allclose(splash, run(q, KeyValue(k, v), 150, Kernel("xla", cap)), atol=1e-5)
+    assert np.abs(np.asarray(splash) - np.asarray(run(q, KeyValue(k, v), 150))).max() > 0.1
 
 
 # ---------------------------------------------------------------- small pieces

@@ -230,12 +230,12 @@ def by_hand(changes=(), skip_first=0):
         for l in range(config.num_layers):
             layer, ctx_l = jax.tree.map(lambda leaf: leaf[l], (params["blocks"], ctx))  # noqa: B023
             block = model.block(layer)
-            x, carry = block.path.enter(block, h, ctx_l, shared)
-            q, kv = block.project(x, ctx_l, shared, jnp.float32)
-            out = attend(q, kv.key_BTKH, kv.value_BTKH, config.windows[l], "xla")
-            attn = block.attn_out(out.reshape(*out.shape[:2], -1), jnp.float32)
-            u, carry = block.path.between(block, carry, ctx_l, attn)
-            mlp = block.mlp_out(block.mlp_hidden(rms_norm(u), jnp.float32), jnp.float32)
+            x, carry = block.path.enter(layer, h, ctx_l, shared)
+            q, kv = block.project(x, ctx_l, shared)
+            out = attend(q, kv, config.windows[l])
+            attn = block.attn_out(out.reshape(*out.shape[:2], -1))
+            u, carry = block.path.between(layer, carry, ctx_l, attn)
+            mlp = block.mlp_out(block.mlp_hidden(rms_norm(u)))
             h, _ = block.path.leave(carry, ctx_l, mlp)
             found.append((x, attn, u, mlp))
         return found

@@ -12,7 +12,8 @@ from snlp_jax.eval.fidelity import make_reference_fn
 from snlp_jax.forward import forward
 from snlp_jax.infer import Engine
 from snlp_jax.layout import split
-from snlp_jax.model import LanguageModel, Model
+from snlp_jax.model import LanguageModel
+from snlp_jax.model.protocol import READ_OF_A_MODEL
 from snlp_jax.notation import parse_schedule
 from snlp_jax.train.loss import Plan, loss_fn
 from snlp_jax.train.passes import Passes
@@ -23,14 +24,14 @@ class Half:
     """The layers of the library's model with a head of its own: half the logits of the last layer's state alone.
 
     Of what it does not say itself it hands out the other model's; nothing else is read than what
-    :class:`snlp_jax.model.Model` lists.
+    :mod:`snlp_jax.model.protocol` lists.
     """
 
     def __init__(self, inner: LanguageModel) -> None:
         self._inner = inner
 
     def __getattr__(self, name: str) -> Any:
-        assert name in dir(Model), f"{name} is not in the protocol"
+        assert name in READ_OF_A_MODEL, f"{name} is not in the protocol"
         return getattr(self._inner, name)
 
     def adapted(self, **how: Any) -> "Half":

@@ -132,13 +132,13 @@ class TappedPath:
 
     path: Any
 
-    def enter(self, block: Any, h: Array, ctx: Any, shared: Any) -> tuple[Array, Any]:
-        x_BTD, carry = self.path.enter(block, h, ctx, shared)
+    def enter(self, params: PyTree, h: Array, ctx: Any, shared: Any) -> tuple[Array, Any]:
+        x_BTD, carry = self.path.enter(params, h, ctx, shared)
         return x_BTD, (carry, x_BTD)
 
-    def between(self, block: Any, carry: Any, ctx: Any, attn_BTD: Array) -> tuple[Array, Any]:
+    def between(self, params: PyTree, carry: Any, ctx: Any, attn_BTD: Array) -> tuple[Array, Any]:
         carry, x_BTD = carry
-        u_BTD, carry = self.path.between(block, carry, ctx, attn_BTD)
+        u_BTD, carry = self.path.between(params, carry, ctx, attn_BTD)
         return u_BTD, (carry, x_BTD, attn_BTD, u_BTD)
 
     def leave(self, carry: Any, ctx: Any, mlp_BTD: Array) -> tuple[Array, Taps]:

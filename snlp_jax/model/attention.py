@@ -21,6 +21,31 @@ from snlp_jax.types import Array
 Implementation = Literal["xla", "cudnn", "splash", "triton", "mosaic"]
 """The last two are the kernels of ``snlp_jax/model/decode_kernel.py``, for steps that follow on a cache."""
 
+
+class Kernel(NamedTuple):
+    """What computes attention; its scores z become ``softcap * tanh(z / softcap)`` where that is not 0."""
+
+    name: Implementation = "xla"
+    softcap: float = 0.0
+
+
+XLA = Kernel()
+
+
+class KeyValue(NamedTuple):
+    """Keys (rotated, normed) and values (with value embeddings) of a layer's tokens."""
+
+    key_BTKH: Array
+    value_BTKH: Array
+
+
+class Ring(NamedTuple):
+    """Keys and values of a layer's last S tokens: position p lies in slot p mod S (``snlp_jax/cache.py``)."""
+
+    key_BKSH: Array
+    value_BKSH: Array
+
+
 MAX_SCORES = 2**26
 """Largest score tensor, in elements, that the XLA path holds at once (256 MiB in float32)."""
 MIN_BLOCK = 64
@@ -89,7 +114,7 @@ def choose_kernel(
     allowed: Collection[Implementation],
     num_tokens: int,
     is_cached: bool = False,
-) -> Implementation:
+) -> Kernel:
     """The kernel for ``num_tokens`` tokens, which follow on a cache or do not: what ``machine`` asks for, or under
     ``auto`` XLA's where the choice is not among those that are allowed.
 
@@ -99,73 +124,58 @@ def choose_kernel(
     name = "decode_attention" if is_cached else "attention"
     requested, head_dim, softcap = getattr(machine, name), config.head_dim, config.attention_softcap
     if is_cached:
-        kernel = choose_decoding(requested, backend=backend, num_tokens=num_tokens, head_dim=head_dim)
+        chosen = choose_decoding(requested, backend=backend, num_tokens=num_tokens, head_dim=head_dim)
     else:
-        kernel = choose_implementation(
+        chosen = choose_implementation(
             requested, backend=backend, dtype=dtype, seq_len=num_tokens, head_dim=head_dim, softcap=softcap
         )
-    if kernel in allowed:
-        return kernel
-    if requested != "auto":
+    if chosen not in allowed and requested != "auto":
         raise InputError(f"machine.{name} {requested!r} does not run over this mesh; use 'auto' or 'xla'.")
-    return "xla"
+    return Kernel(chosen if chosen in allowed else "xla", softcap)
 
 
 def attend(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    window: int | Array,
-    implementation: Implementation,
-    document_BS: Array | None = None,
-    softcap: float = 0.0,
+    q_BTNH: Array, kv: KeyValue, window: int | Array, kernel: Kernel = XLA, document_BS: Array | None = None
 ) -> Array:
-    """Attention output [B, T, N, H] in the dtype of ``v``; queries are the last T of the S positions.
+    """Attention output [B, T, N, H] in the dtype of the values; queries are the last T of the S positions.
 
     ``window`` may be a traced scalar on the XLA path only: the kernels compile it in. ``document_BS`` numbers the
-    document of each position. Scores z become ``softcap * tanh(z / softcap)`` where that is not 0.
+    document of each position.
     """
-    if implementation == "xla" or (implementation == "cudnn" and document_BS is not None):
-        return _xla(q_BTNH, k_BSKH, v_BSKH, window, document_BS, softcap)
+    if _is_xla(kernel, document_BS):
+        return _xla(q_BTNH, kv, window, document_BS, kernel.softcap)
     if not isinstance(window, int):
-        raise TypeError(f"{implementation} attention needs a static window, not a traced one.")
-    if implementation == "cudnn":
-        if softcap:
-            raise ValueError("cudnn attention caps no scores; use XLA's.")
-        if q_BTNH.shape[1] != k_BSKH.shape[1]:
-            raise ValueError("cudnn attention counts positions from the first key; give as many queries as keys.")
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=(window, 0), implementation="cudnn"
-        )
-    return _splash(q_BTNH, k_BSKH, v_BSKH, window, document_BS, softcap)
+        raise TypeError(f"{kernel.name} attention needs a static window, not a traced one.")
+    if kernel.name == "splash":
+        return _splash(q_BTNH, kv, window, document_BS, kernel.softcap)
+    if kernel.softcap or q_BTNH.shape[1] != kv.key_BTKH.shape[1]:
+        raise ValueError("cudnn attention caps no scores, and counts positions from the first key; use XLA's.")
+    return jax.nn.dot_product_attention(
+        q_BTNH, *kv, is_causal=True, local_window_size=(window, 0), implementation="cudnn"
+    )
+
+
+def _is_xla(kernel: Kernel, document_BS: Array | None) -> bool:
+    return kernel.name == "xla" or (kernel.name == "cudnn" and document_BS is not None)
 
 
 def attend_any(
     q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
+    kv: KeyValue,
     window: Array,
     windows: tuple[int, ...],
-    implementation: Implementation,
+    kernel: Kernel = XLA,
     document_BS: Array | None = None,
-    softcap: float = 0.0,
 ) -> Array:
     """``attend`` with a traced window that is one of the static ``windows``: a kernel for each, chosen at run time."""
-    if implementation == "xla" or (implementation == "cudnn" and document_BS is not None):
-        return _xla(q_BTNH, k_BSKH, v_BSKH, window, document_BS, softcap)
-    branches = [lambda q, k, v, w=w: attend(q, k, v, w, implementation, document_BS, softcap) for w in windows]
-    index = jnp.searchsorted(jnp.asarray(windows), window)
-    return jax.lax.switch(index, branches, q_BTNH, k_BSKH, v_BSKH)
+    if _is_xla(kernel, document_BS):
+        return attend(q_BTNH, kv, window, kernel, document_BS)
+    branches = [lambda q, kv, w=w: attend(q, kv, w, kernel, document_BS) for w in windows]
+    return jax.lax.switch(jnp.searchsorted(jnp.asarray(windows), window), branches, q_BTNH, kv)
 
 
 def attend_by_window(
-    q_LBTNH: Array,
-    k_LBTKH: Array,
-    v_LBTKH: Array,
-    windows: Sequence[int],
-    implementation: Implementation,
-    document_BT: Array | None = None,
-    softcap: float = 0.0,
+    q_LBTNH: Array, kv_L: KeyValue, windows: Sequence[int], kernel: Kernel, document_BT: Array | None = None
 ) -> Array:
     """Attention of L layers at once, layer l with the static ``windows[l]``: one call for each distinct window, on
     activations gathered by window."""
@@ -178,53 +188,39 @@ def attend_by_window(
         members = [i for i, w in enumerate(effective) if w == window]
         # Layers and batch become one axis; gather only where windows differ.
         rows = slice(None) if len(members) == len(windows) else np.asarray(members)
-        q, k, v = (x[rows].reshape(-1, *x.shape[2:]) for x in (q_LBTNH, k_LBTKH, v_LBTKH))
+        q, kv = jax.tree.map(lambda x, rows=rows: x[rows].reshape(-1, *x.shape[2:]), (q_LBTNH, kv_L))
         document = None if document_BT is None else jnp.tile(document_BT, (len(members), 1))
-        out = attend(q, k, v, window, implementation, document, softcap)
+        out = attend(q, kv, window, kernel, document)
         outs.append(out.reshape(len(members), -1, *out.shape[1:]))
         order += members
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs)[np.argsort(order)]
 
 
-def _xla(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    window: int | Array,
-    document_BS: Array | None = None,
-    softcap: float = 0.0,
-) -> Array:
+def _xla(q_BTNH: Array, kv: KeyValue, window: int | Array, document_BS: Array | None, softcap: float) -> Array:
     """Softmax in float32, in blocks of queries where the score tensor would pass ``MAX_SCORES`` elements."""
-    num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    num_queries, num_keys = q_BTNH.shape[1], kv.key_BTKH.shape[1]
     num_scores = q_BTNH.shape[0] * q_BTNH.shape[2] * num_queries * num_keys
     num_blocks = -(-num_scores // MAX_SCORES)
     block = max(-(-num_queries // num_blocks), min(MIN_BLOCK, num_queries))
     if block == num_queries:
-        return _xla_block(q_BTNH, k_BSKH, v_BSKH, window, num_keys - num_queries, document_BS, softcap)
+        return _xla_block(q_BTNH, kv, window, num_keys - num_queries, document_BS, softcap)
     # Each block sees only the keys up to its last query; its scores are recomputed in the backward pass.
     outputs = []
-    run_block = jax.checkpoint(_xla_block, static_argnums=(4, 6))
+    run_block = jax.checkpoint(_xla_block, static_argnums=(3, 5))
     for start in range(0, num_queries, block):
         q_block = q_BTNH[:, start : start + block]
         offset = num_keys - num_queries + start
-        stop = offset + q_block.shape[1]
-        document = None if document_BS is None else document_BS[:, :stop]
-        outputs.append(run_block(q_block, k_BSKH[:, :stop], v_BSKH[:, :stop], window, offset, document, softcap))
+        seen, document = jax.tree.map(lambda x, stop=offset + q_block.shape[1]: x[:, :stop], (kv, document_BS))
+        outputs.append(run_block(q_block, seen, window, offset, document, softcap))
     return jnp.concatenate(outputs, axis=1)
 
 
 def _xla_block(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    window: int | Array,
-    offset: int,
-    document_BS: Array | None,
-    softcap: float,
+    q_BTNH: Array, kv: KeyValue, window: int | Array, offset: int, document_BS: Array | None, softcap: float
 ) -> Array:
     """Attention of queries at positions ``offset`` and on to keys at positions 0 and on."""
-    queries, keys = offset + jnp.arange(q_BTNH.shape[1]), jnp.arange(k_BSKH.shape[1])
-    piece = Piece(jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2), keys[None], document_BS)
+    queries, keys = offset + jnp.arange(q_BTNH.shape[1]), jnp.arange(kv.key_BTKH.shape[1])
+    piece = Piece(jnp.swapaxes(kv.key_BTKH, 1, 2), jnp.swapaxes(kv.value_BTKH, 1, 2), keys[None], document_BS)
     document_BT = None if document_BS is None else document_BS[:, offset : offset + q_BTNH.shape[1]]
     return attend_pieces(q_BTNH, queries[None], (piece,), window, document_BT, softcap)
 
@@ -276,20 +272,13 @@ def attend_pieces(
 
 
 def attend_ring(
-    q_BTNH: Array,
-    key_BTKH: Array,
-    value_BTKH: Array,
-    ring_key_BKSH: Array,
-    ring_value_BKSH: Array,
-    window: int | Array,
-    length_B: Array,
-    softcap: float = 0.0,
+    q_BTNH: Array, kv: KeyValue, ring: Ring, window: int | Array, length_B: Array, softcap: float = 0.0
 ) -> Array:
     """Attention [B, T, N, H] of T tokens that follow on ``length_B`` others, to these, which lie in a ring, and among
     themselves, on the XLA path; the two sets of keys are read where they lie."""
     position_BT = length_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
-    earlier = Piece(ring_key_BKSH, ring_value_BKSH, slot_positions(length_B, ring_key_BKSH.shape[2]))
-    now = Piece(jnp.swapaxes(key_BTKH, 1, 2), jnp.swapaxes(value_BTKH, 1, 2), position_BT)
+    earlier = Piece(ring.key_BKSH, ring.value_BKSH, slot_positions(length_B, ring.key_BKSH.shape[2]))
+    now = Piece(jnp.swapaxes(kv.key_BTKH, 1, 2), jnp.swapaxes(kv.value_BTKH, 1, 2), position_BT)
     return attend_pieces(q_BTNH, position_BT, (earlier, now), window, softcap=softcap)
 
 
@@ -301,27 +290,19 @@ def slot_positions(length_B: Array, num_slots: int) -> Array:
     return last_B1 - (last_B1 - jnp.arange(num_slots)[None]) % num_slots
 
 
-def _splash(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    window: int,
-    document_BS: Array | None = None,
-    softcap: float = 0.0,
-) -> Array:
+def _splash(q_BTNH: Array, kv: KeyValue, window: int, document_BS: Array | None, softcap: float) -> Array:
     """Pallas splash attention (TPU): heads before positions, scale folded into the queries."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     T, N, H = q_BTNH.shape[1:]
-    S = k_BSKH.shape[1]
+    S = kv.key_BTKH.shape[1]
     mask = splash_attention_mask.LocalMask((T, S), window_size=(window, 0), offset=S - T)
     heads = splash_attention_mask.MultiHeadMask([mask] * N)
     kernel = splash_attention_kernel.make_splash_mha(
         mask=heads, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap or None
     )
-    to_heads = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
     segments = None
     if document_BS is not None:
         segments = splash_attention_kernel.SegmentIds(document_BS[:, S - T :], document_BS)
-    out = jax.vmap(kernel)(to_heads(q_BTNH) * H**-0.5, to_heads(k_BSKH), to_heads(v_BSKH), segments)
-    return to_heads(out).astype(v_BSKH.dtype)
+    out = jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (q_BTNH * H**-0.5, *kv)), segments)
+    return jnp.swapaxes(out, 1, 2).astype(kv.value_BTKH.dtype)

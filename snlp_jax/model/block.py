@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.model.attention import attend
+from snlp_jax.model.attention import Kernel, KeyValue, Ring, attend
 from snlp_jax.model.hyper import LayerMaps
 from snlp_jax.model.layers import GATE_INPUT, QK_SCALE, project, rms_norm, rotate, small_product, weigh
 from snlp_jax.model.projections import JOINED, head_widths
@@ -69,20 +69,6 @@ class Shared(NamedTuple):
     local_sin_TH: Array | None = None
 
 
-class KeyValue(NamedTuple):
-    """Keys (rotated, normed) and values (with value embeddings) of a layer's tokens."""
-
-    key_BTKH: Array
-    value_BTKH: Array
-
-
-class Ring(NamedTuple):
-    """Keys and values of a layer's last S tokens: position p lies in slot p mod S (``snlp_jax/cache.py``)."""
-
-    key_BKSH: Array
-    value_BKSH: Array
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rings:
@@ -124,56 +110,44 @@ class Block:
     params: PyTree
     path: Any
     """Its residual path (``snlp_jax/model/hyper.py``)."""
+    dtype: Any
+    """Of operands of products, queries, keys and values."""
     on_input: OnInput | None = None
 
-    @property
-    def resid_scale(self) -> Array:
-        return self.params["resid_scale"]
-
-    @property
-    def x0_scale(self) -> Array:
-        return self.params["x0_scale"]
-
-    @property
-    def hyper(self) -> PyTree:
-        return self.params["hyper"]
-
-    def __call__(self, h: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> Array:
+    def __call__(self, h: Array, ctx: Context, shared: Shared) -> Array:
         """One layer from h to h', with XLA's attention. Solvers call its three stages one by one."""
-        carry, q_BTNH, kv = self.before(h, ctx, shared, dtype)
+        carry, q_BTNH, kv = self.before(h, ctx, shared)
         out_BTNH = None
         if q_BTNH is not None and kv is not None:
-            out_BTNH = attend(q_BTNH, *kv, ctx.window, "xla", shared.document_BT, self.config.attention_softcap)
-        return self.after(carry, out_BTNH, ctx, dtype)[0]
+            kernel = Kernel("xla", self.config.attention_softcap)
+            out_BTNH = attend(q_BTNH, kv, ctx.window, kernel, shared.document_BT)
+        return self.after(carry, out_BTNH, ctx)[0]
 
-    def before(
-        self, h: Array, ctx: Context, shared: Shared, dtype: jnp.dtype
-    ) -> tuple[Any, Array | None, KeyValue | None]:
-        """``(what after needs, q_BTNH, keys and values)``, the latter in ``dtype`` and None without attention; h is
-        [B, T, D] or [B, T, R, D]."""
-        x_BTD, carry = self.path.enter(self, h, ctx, shared)
+    def before(self, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Array | None, KeyValue | None]:
+        """``(what after needs, q_BTNH, keys and values)``, the latter None without attention; h is [B, T, D] or
+        [B, T, R, D]."""
+        x_BTD, carry = self.path.enter(self.params, h, ctx, shared)
         if "attn" not in self.params:
-            return (carry, self.replaced("attn", x_BTD, dtype)), None, None
-        q_BTNH, kv = self.project(x_BTD, ctx, shared, dtype)
-        return carry, q_BTNH, kv
+            return (carry, self.replaced("attn", x_BTD)), None, None
+        return carry, *self.project(x_BTD, ctx, shared)
 
-    def replaced(self, branch: str, x_BTD: Array, dtype: jnp.dtype) -> Array:
+    def replaced(self, branch: str, x_BTD: Array) -> Array:
         """What a branch that is linear or dropped adds to the stream at its input, which no norm has seen."""
         part = f"linear_{branch}"
         if part not in self.params:
             return jnp.zeros_like(x_BTD)
         if "kernel" in self.params[part]:
-            y_BTD = self.linear(part, "kernel", x_BTD, dtype)
+            y_BTD = self.linear(part, "kernel", x_BTD)
         else:
-            y_BTD = self.linear(part, "up", self.linear(part, "down", x_BTD, dtype, dtype), dtype)
+            y_BTD = self.linear(part, "up", self.linear(part, "down", x_BTD, self.dtype))
         return y_BTD + self.params[part]["bias"].reshape(1, 1, -1)
 
-    def project(self, x_BTD: Array, ctx: Context, shared: Shared, dtype: jnp.dtype) -> tuple[Array, KeyValue]:
+    def project(self, x_BTD: Array, ctx: Context, shared: Shared) -> tuple[Array, KeyValue]:
         """Queries, keys and values of the normed attention input."""
         config = self.config
         B, T, _ = x_BTD.shape
         normed = self.weigh(rms_norm(x_BTD, config.norm.eps), "attn")
-        each = self.linear_of_each("attn", head_widths(config), normed, dtype)
+        each = self.linear_of_each("attn", head_widths(config), normed)
         q, k, v = (x_BTX.reshape(B, T, -1, config.head_dim) for x_BTX in each)
         table, is_weighted = _table_of(ctx, shared), config.norm.weight != "none"
 
@@ -191,37 +165,35 @@ class Block:
         if ctx.value_embed is not None:
             gate_BTK = 3.0 * jax.nn.sigmoid(small_product(normed[..., :GATE_INPUT], ctx.value_embed.gate))
             v = v + gate_BTK[..., None] * ctx.value_embed.rows_BTKH
-        return q.astype(dtype), KeyValue(k.astype(dtype), v.astype(dtype))
+        return q.astype(self.dtype), KeyValue(k.astype(self.dtype), v.astype(self.dtype))
 
-    def after(
-        self, carry: Any, attended_BTNH: Array | None, ctx: Context, dtype: jnp.dtype
-    ) -> tuple[Array, Array | None]:
+    def after(self, carry: Any, attended_BTNH: Array | None, ctx: Context) -> tuple[Array, Array | None]:
         """Output projection and MLP: ``(h', skip_BTRR of the aux)``."""
         if attended_BTNH is None:
             carry, attn_BTD = carry
         else:
-            attn_BTD = self.attn_out(attended_BTNH.reshape(*attended_BTNH.shape[:2], -1), dtype)
-        u_BTD, carry = self.path.between(self, carry, ctx, attn_BTD)
+            attn_BTD = self.attn_out(attended_BTNH.reshape(*attended_BTNH.shape[:2], -1))
+        u_BTD, carry = self.path.between(self.params, carry, ctx, attn_BTD)
         if "mlp" not in self.params:
-            return self.path.leave(carry, ctx, self.replaced("mlp", u_BTD, dtype))
-        hidden_BTF = self.mlp_hidden(rms_norm(u_BTD, self.config.norm.eps), dtype)
-        return self.path.leave(carry, ctx, self.mlp_out(hidden_BTF, dtype))
+            return self.path.leave(carry, ctx, self.replaced("mlp", u_BTD))
+        hidden_BTF = self.mlp_hidden(rms_norm(u_BTD, self.config.norm.eps))
+        return self.path.leave(carry, ctx, self.mlp_out(hidden_BTF))
 
-    def attn_out(self, attended_BTX: Array, dtype: jnp.dtype) -> Array:
+    def attn_out(self, attended_BTX: Array) -> Array:
         """What the attention branch adds to the stream."""
-        return self._post(self.linear("attn", "out", attended_BTX, dtype), "attn_post")
+        return self._post(self.linear("attn", "out", attended_BTX), "attn_post")
 
-    def mlp_hidden(self, normed_BTD: Array, dtype: jnp.dtype) -> Array:
+    def mlp_hidden(self, normed_BTD: Array) -> Array:
         """Between the MLP's projections, [B, T, F] in ``dtype``, from its normed input without weights."""
         config, normed_BTD = self.config, self.weigh(normed_BTD, "mlp")
         if config.mlp == "relu2":
-            return jnp.square(jax.nn.relu(self.linear("mlp", "up", normed_BTD, dtype, dtype)))
-        up_BTF, gate_BTF = self.linear_of_each("mlp", (config.mlp_width,) * 2, normed_BTD, dtype)
+            return jnp.square(jax.nn.relu(self.linear("mlp", "up", normed_BTD, self.dtype)))
+        up_BTF, gate_BTF = self.linear_of_each("mlp", (config.mlp_width,) * 2, normed_BTD)
         return (jax.nn.silu(gate_BTF) if config.mlp == "swiglu" else jax.nn.gelu(gate_BTF)) * up_BTF
 
-    def mlp_out(self, hidden_BTF: Array, dtype: jnp.dtype) -> Array:
+    def mlp_out(self, hidden_BTF: Array) -> Array:
         """What the MLP adds to the stream."""
-        return self._post(self.linear("mlp", "down", hidden_BTF, dtype), "mlp_post")
+        return self._post(self.linear("mlp", "down", hidden_BTF), "mlp_post")
 
     def weigh(self, normed_BTD: Array, name: str) -> Array:
         """The weights of the named norm applied, where norms have weights."""
@@ -229,21 +201,21 @@ class Block:
             return normed_BTD
         return weigh(normed_BTD, self.params["norms"][name], self.config.norm)
 
-    def linear(self, part: str, name: str, x: Array, dtype: Any, out_dtype: Any = jnp.float32) -> Array:
-        """``(x W) s + b`` with kernel ``name`` of a part, and its scales and bias where it has them; dtypes are those
-        of :func:`snlp_jax.model.layers.project`."""
+    def linear(self, part: str, name: str, x: Array, out_dtype: Any = jnp.float32) -> Array:
+        """``(x W) s + b`` with kernel ``name`` of a part, and its scales and bias where it has them, in
+        ``out_dtype``, see :func:`snlp_jax.model.layers.project`."""
         if self.on_input is not None:
             self.on_input(part, name, x)
         tree = self.params[part]
-        return project(x, tree[name], dtype, tree.get(f"{name}_bias"), tree.get(f"{name}_scale"), out_dtype)
+        return project(x, tree[name], self.dtype, tree.get(f"{name}_bias"), tree.get(f"{name}_scale"), out_dtype)
 
-    def linear_of_each(self, part: str, widths: Sequence[int], x: Array, dtype: Any) -> Sequence[Array]:
+    def linear_of_each(self, part: str, widths: Sequence[int], x: Array) -> Sequence[Array]:
         """The products, in ``dtype``, of one input with the kernels that :data:`JOINED` names, in whichever form the
         layer has them."""
         joined, names = JOINED[part]
         if joined not in self.params[part]:
-            return [self.linear(part, name, x, dtype, dtype) for name in names]
-        return jnp.split(self.linear(part, joined, x, dtype, dtype), list(accumulate(widths))[:-1], axis=-1)
+            return [self.linear(part, name, x, self.dtype) for name in names]
+        return jnp.split(self.linear(part, joined, x, self.dtype), list(accumulate(widths))[:-1], axis=-1)
 
     def _post(self, branch_BTD: Array, name: str) -> Array:
         norm = self.config.norm

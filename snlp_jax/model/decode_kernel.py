@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from snlp_jax.model.attention import attend_ring
-from snlp_jax.model.block import KeyValue, Ring
+from snlp_jax.model.attention import KeyValue, Ring, attend_ring
 from snlp_jax.types import Array
 
 Target = Literal["triton", "mosaic"]
@@ -48,18 +47,13 @@ def attend_ring_at_once(
     Keys and values of the ring are read once, in place, by all queries of their head. A ``vmap`` adds an axis to the
     grid, so that layers with windows of their own are one kernel too; a GPU's grid has room for two.
     """
-
     run = functools.partial(_at_once, target=target, softcap=softcap, interpret=interpret)
     fused: Any = jax.custom_jvp(run)
 
     @fused.defjvp
     def _(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-        _, _, (ring_key_BKSH, ring_value_BKSH), window, length_B = args
-
-        def plain(q_BTNH: Array, kv: KeyValue) -> Array:
-            key, value = kv
-            return attend_ring(q_BTNH, key, value, ring_key_BKSH, ring_value_BKSH, window, length_B, softcap)
-
+        _, _, ring, window, length_B = args
+        plain = lambda q_BTNH, kv: attend_ring(q_BTNH, kv, ring, window, length_B, softcap)  # noqa: E731
         return fused(*args), jax.jvp(plain, args[:2], tangents[:2])[1]
 
     return fused(q_BTNH, kv, ring, jnp.asarray(window), length_B)
@@ -126,15 +120,11 @@ class _Settings:
 
 
 class _Sums(NamedTuple):
-    """Of the keys taken in so far."""
+    """Of the keys taken in so far: m, z and o."""
 
     most_X1: Array
     total_X1: Array
     out_XH: Array
-
-    @property
-    def mean_XH(self) -> Array:
-        return self.out_XH / self.total_X1
 
 
 def _start(num_rows: int, head_dim: int) -> _Sums:
@@ -183,7 +173,7 @@ def _triton(settings: _Settings, interpret: bool, *args: Array) -> Array:
 
         sums = jax.lax.fori_loop(0, pl.cdiv(jnp.minimum(length, S), TRITON_BLOCK), one, sums)
         inside = jnp.arange(num_rows) < X
-        triton.store(out_ref, sums.mean_XH.astype(out_ref.dtype), mask=inside[:, None])
+        triton.store(out_ref, (sums.out_XH / sums.total_X1).astype(out_ref.dtype), mask=inside[:, None])
 
     def head(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, size, H), lambda i: (jax.lax.div(i, K), jax.lax.rem(i, K), 0, 0))
@@ -235,7 +225,7 @@ def _mosaic(settings: _Settings, interpret: bool, *args: Array) -> Array:
 
         @pl.when(index == pl.num_programs(1) - 1)
         def _() -> None:
-            out_ref[...] = sums.mean_XH.astype(out_ref.dtype)
+            out_ref[...] = (sums.out_XH / sums.total_X1).astype(out_ref.dtype)
 
     length = pl.BlockSpec((None, 1, 1), lambda b, i: (b, 0, 0), memory_space=tpu.SMEM)
     window = pl.BlockSpec((1, 1), lambda b, i: (0, 0), memory_space=tpu.SMEM)

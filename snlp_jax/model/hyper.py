@@ -150,12 +150,12 @@ class OneStream:
 
     use_x0_resid: bool
 
-    def enter(self, block: Any, h_BTD: Array, ctx: Any, shared: Any) -> tuple[Array, Array]:
+    def enter(self, params: PyTree, h_BTD: Array, ctx: Any, shared: Any) -> tuple[Array, Array]:
         if self.use_x0_resid:
-            h_BTD = block.resid_scale * h_BTD + block.x0_scale * shared.x0_BTD
+            h_BTD = params["resid_scale"] * h_BTD + params["x0_scale"] * shared.x0_BTD
         return h_BTD, h_BTD
 
-    def between(self, block: Any, x_BTD: Array, ctx: Any, attn_BTD: Array) -> tuple[Array, Array]:
+    def between(self, params: PyTree, x_BTD: Array, ctx: Any, attn_BTD: Array) -> tuple[Array, Array]:
         u_BTD = x_BTD + attn_BTD
         return u_BTD, u_BTD
 
@@ -167,10 +167,10 @@ class OneStream:
 class StaticStreams:
     """Maps from ``ctx.hyper``, both branches written in one pass over the streams: the state between is never made."""
 
-    def enter(self, block: Any, h_BTRD: Array, ctx: Any, shared: Any) -> tuple[Array, Array]:
+    def enter(self, params: PyTree, h_BTRD: Array, ctx: Any, shared: Any) -> tuple[Array, Array]:
         return read(ctx.hyper.attn.pre_R, h_BTRD), h_BTRD
 
-    def between(self, block: Any, h_BTRD: Array, ctx: Any, attn_BTD: Array) -> tuple[Array, tuple[Array, Array]]:
+    def between(self, params: PyTree, h_BTRD: Array, ctx: Any, attn_BTD: Array) -> tuple[Array, tuple[Array, Array]]:
         maps = ctx.hyper
         return read(maps.mlp_read_R, h_BTRD) + maps.mlp_read_attn * attn_BTD, (h_BTRD, attn_BTD)
 
@@ -186,16 +186,16 @@ class DynamicStreams:
 
     config: ModelConfig
 
-    def enter(self, block: Any, h_BTRD: Array, ctx: Any, shared: Any) -> tuple[Array, tuple[Array, BranchMaps]]:
-        maps = dynamic_maps(block.hyper["attn"], h_BTRD, self.config)
+    def enter(self, params: PyTree, h_BTRD: Array, ctx: Any, shared: Any) -> tuple[Array, tuple[Array, BranchMaps]]:
+        maps = dynamic_maps(params["hyper"]["attn"], h_BTRD, self.config)
         return read(maps.pre_R, h_BTRD), (h_BTRD, maps)
 
     def between(
-        self, block: Any, carry: tuple[Array, BranchMaps], ctx: Any, attn_BTD: Array
+        self, params: PyTree, carry: tuple[Array, BranchMaps], ctx: Any, attn_BTD: Array
     ) -> tuple[Array, tuple[Array, BranchMaps, Array]]:
         h_BTRD, attn = carry
         h_BTRD = mix(attn.res_RR, h_BTRD) + write(attn.post_R, attn_BTD)
-        mlp = dynamic_maps(block.hyper["mlp"], h_BTRD, self.config)
+        mlp = dynamic_maps(params["hyper"]["mlp"], h_BTRD, self.config)
         return read(mlp.pre_R, h_BTRD), (h_BTRD, mlp, compose(mlp.res_RR, attn.res_RR))
 
     def leave(self, carry: tuple[Array, BranchMaps, Array], ctx: Any, mlp_BTD: Array) -> tuple[Array, Array]:

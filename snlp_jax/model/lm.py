@@ -15,22 +15,12 @@ import jax.numpy as jnp
 
 from snlp_jax.config import Kind, MachineConfig, ModelConfig, RopeScaling
 from snlp_jax.errors import InputError
-from snlp_jax.model.attention import Implementation, choose_kernel
-from snlp_jax.model.block import Block, BlockAux, Context, OnInput, Ring, Shared, ValueEmbed
+from snlp_jax.model.attention import Implementation, Kernel, Ring, choose_kernel
+from snlp_jax.model.block import Block, BlockAux, Context, OnInput, Shared, ValueEmbed
 from snlp_jax.model.hyper import has_static_maps, maps_of_layers, residual_path, static_maps
 from snlp_jax.model.kinds import join, kinds_in, take
 from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, small_product, weigh
-from snlp_jax.model.nodes import (
-    LARGE_STATE,
-    ChooseKernel,
-    ChunkNode,
-    LayerNode,
-    Node,
-    NodeFn,
-    NodeFns,
-    node_fns,
-    split_sweep,
-)
+from snlp_jax.model.nodes import LARGE_STATE, ChooseKernel, ChunkNode, LayerNode, NodeFn, NodeFns, node_fns, split_sweep
 from snlp_jax.model.parameters import Embedding, Head, Layer, fresh
 from snlp_jax.model.projections import head_widths, separate_projections
 from snlp_jax.model.value_embed import gather
@@ -74,7 +64,7 @@ class LanguageModel:
                 value_embed = ValueEmbed(rows_BTKH, embed["value_gate"][table])
             maps = static_maps(block["hyper"], config) if has_static_maps(config) else None
             is_local = jnp.asarray(config.letters[layer] == "S") if config.rope.local_base else None
-            h = self.block(block)(h, Context(window, value_embed, maps, None, is_local), shared, self.dtype)
+            h = self.block(block)(h, Context(window, value_embed, maps, None, is_local), shared)
             if layer == config.mid_layer:
                 h_mid = h
         return self.logits(params, h, h_mid)
@@ -343,7 +333,7 @@ class LanguageModel:
         windows, M = config.windows[start:stop], num_layers // num_chunks
         patterns = {windows[i : i + M] for i in range(0, num_layers, M)}
         alike = patterns.pop() if len(patterns) == 1 else None
-        node = ChunkNode(config, self.block, self.dtype, scales, branches, alike)
+        node = ChunkNode(config, self.block, scales, branches, alike)
         return self._node_fns(node, windows, forward_mode)
 
     def split_sweep_fn(self, start: int, stop: int, *, forward_mode: bool = False) -> NodeFn:
@@ -354,8 +344,7 @@ class LanguageModel:
         """
         if self.config.num_streams:
             raise InputError("a split stage is for a single residual stream, and this model mixes several.")
-        windows, remat = self.config.windows[start:stop], self.config.remat
-        return split_sweep(self._layer_node(), windows, self._choose_kernel(forward_mode), remat=remat)
+        return split_sweep(self._layer_node(), self.config.windows[start:stop], self._choose_kernel(forward_mode))
 
     def check_tokens(self, tokens_BT: Any) -> None:
         """Refuse concrete token ids outside the vocabulary, which a device would silently read as others.
@@ -372,24 +361,19 @@ class LanguageModel:
 
     def block(self, params: PyTree) -> Block:
         """The layer that these are the parameters of."""
-        return Block(self.config, self._fetch(params), self._wrap_path(residual_path(self.config)), self._on_input)
+        path = self._wrap_path(residual_path(self.config))
+        return Block(self.config, self._fetch(params), path, self.dtype, self._on_input)
 
     def _layer_node(self) -> LayerNode:
-        return LayerNode(self.config, self.block, self.dtype)
+        return LayerNode(self.config, self.block)
 
-    def _node_fns(self, node: Node, windows: Sequence[int], forward_mode: bool) -> NodeFns:
-        return node_fns(
-            node,
-            windows,
-            self._choose_kernel(forward_mode),
-            remat=self.config.remat,
-            one_by_one_from=self._one_by_one_from if self.backend == "cpu" else None,
-            softcap=self.config.attention_softcap,
-        )
+    def _node_fns(self, node: LayerNode, windows: Sequence[int], forward_mode: bool) -> NodeFns:
+        one_by_one_from = self._one_by_one_from if self.backend == "cpu" else None
+        return node_fns(node, windows, self._choose_kernel(forward_mode), one_by_one_from)
 
     def _choose_kernel(self, forward_mode: bool) -> ChooseKernel:
         if forward_mode:
-            return lambda num_tokens, is_cached: "xla"
+            return lambda num_tokens, is_cached: Kernel("xla", self.config.attention_softcap)
         return functools.partial(choose_kernel, self.machine, self.config, self.backend, self.dtype, self._kernels)
 
 

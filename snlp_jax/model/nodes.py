@@ -18,27 +18,22 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.model.attention import (
-    Implementation,
-    attend_any,
-    attend_by_window,
-    attend_ring,
-)
-from snlp_jax.model.block import Block, BlockAux, Context, KeyValue, Ring, Shared
+from snlp_jax.model.attention import XLA, Kernel, KeyValue, Ring, attend_any, attend_by_window, attend_ring
+from snlp_jax.model.block import Block, BlockAux, Context, Shared
 from snlp_jax.model.decode_kernel import attend_ring_at_once
 from snlp_jax.model.hyper import BranchMaps, LayerMaps, join, residual_path
 from snlp_jax.model.layers import project, rms_norm
 from snlp_jax.types import Array, PyTree
 
 NodeFn = Callable[[PyTree, Array, Context, Shared], tuple[Array, BlockAux]]
-ChooseKernel = Callable[[int, bool], Implementation]
+ChooseKernel = Callable[[int, bool], Kernel]
 """Attention kernel for a number of tokens, and whether these follow on a cache."""
 
 LARGE_STATE = 2**8
@@ -60,48 +55,32 @@ class NodeFns(NamedTuple):
     """All nodes' keys and values at inputs h_L, as what they leave behind; nothing else is computed."""
 
 
-class Node(Protocol):
-    """A layer or a chunk of layers."""
-
-    def before(
-        self, params: PyTree, h: Array, ctx: Context, shared: Shared
-    ) -> tuple[Any, Array | None, KeyValue | None]:
-        """``(what after needs, queries, keys and values)``, the latter None of a node without attention."""
-
-    def attend(self, q: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
-        """Attention output of this node alone."""
-
-    def after(self, params: PyTree, carry: Any, out: Array | None, ctx: Context) -> tuple[Array, Array | None]:
-        """``(h', skip_BTRR of the aux)``."""
-
-    def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
-        """Derivative of the skip path: a scalar, or [R, R] on the streams, or [B, T, R, R] for each token."""
-
-
 @dataclass(frozen=True)
 class LayerNode:
     """One layer. ``merge`` turns its parameters into a :class:`Block`."""
 
     config: ModelConfig
     merge: Callable[[PyTree], Block]
-    dtype: Any
 
-    def before(
-        self, params: PyTree, h: Array, ctx: Context, shared: Shared
-    ) -> tuple[Any, Array | None, KeyValue | None]:
-        return self.merge(params).before(h, ctx, shared, self.dtype)
+    def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Any, Any]:
+        """``(what after needs, queries, keys and values)``, the latter None of a node without attention."""
+        return self.merge(params).before(h, ctx, shared)
 
-    def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
+    def attend(self, q_BTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Kernel) -> Array:
+        """Attention output of this node alone."""
         if shared.first_B is not None:
-            return attend_cached(q_BTNH, kv, _ring_of(ctx), ctx.window, shared, kernel, self.config.attention_softcap)
-        windows, softcap = tuple(sorted(set(self.config.windows))), self.config.attention_softcap
-        return attend_any(q_BTNH, kv.key_BTKH, kv.value_BTKH, ctx.window, windows, kernel, shared.document_BT, softcap)
+            assert ctx.past is not None, "a layer that is evaluated alone needs its earlier tokens in its context"
+            return attend_cached(q_BTNH, kv, ctx.past, ctx.window, shared, kernel)
+        windows = tuple(sorted(set(self.config.windows)))
+        return attend_any(q_BTNH, kv, ctx.window, windows, kernel, shared.document_BT)
 
     def after(self, params: PyTree, carry: Any, out_BTNH: Array | None, ctx: Context) -> tuple[Array, Array | None]:
-        return self.merge(params).after(carry, out_BTNH, ctx, self.dtype)
+        """``(h', skip_BTRR of the aux)``."""
+        return self.merge(params).after(carry, out_BTNH, ctx)
 
     def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
-        """Dynamic maps depend on the state; theirs is the derivative with the maps held fixed."""
+        """Derivative of the skip path: a scalar, or [R, R] on the streams, or [B, T, R, R] for each token. Dynamic maps
+        depend on the state; theirs is the derivative with the maps held fixed."""
         if ctx.hyper is not None:
             return ctx.hyper.skip_RR
         if aux.skip_BTRR is not None:
@@ -109,100 +88,77 @@ class LayerNode:
         return params["resid_scale"] if self.config.use_x0_resid else jnp.ones(())
 
 
-class Scales(NamedTuple):
-    """Residual scales, under the names a :class:`Block` gives them."""
-
-    resid_scale: Array
-    x0_scale: Array
-
-
 @dataclass(frozen=True)
-class ChunkNode:
+class ChunkNode(LayerNode):
     """M layers as one; parameters and context lead with them. Formulas: see the module.
 
     No weight is copied: queries, keys, values and the MLP's first product are batched over M, its second product and
     the output projection contract over (M, features).
     """
 
-    config: ModelConfig
-    merge: Callable[[PyTree], Block]
-    dtype: Any
     scales: Literal["mean", "own"]
     branches: Literal["sum", "mean"]
     windows: tuple[int, ...] | None
     """Of the M layers, where all chunks have the same."""
 
-    def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Array, KeyValue]:
+    def before(self, params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Any, Any, Any]:
         path, scales = residual_path(self.config), self._scales(params)
         x_BTD, carry = path.enter(scales, h, self._wide(ctx), shared)
-        if scales is not None and self.scales == "own":
-            scales_M = Scales(params["resid_scale"], params["x0_scale"])
-            x_MBTD = jax.vmap(lambda one: path.enter(one, h, None, shared)[0])(scales_M)
+        if scales and self.scales == "own":
+            each_M = {name: params[name] for name in scales}
+            x_MBTD = jax.vmap(lambda each: path.enter(each, h, None, shared)[0])(each_M)
         else:
             x_MBTD = jnp.broadcast_to(x_BTD[None], (ctx.window.shape[0], *x_BTD.shape))
-        q_MBTNH, kv = jax.vmap(lambda p, x, c: self.merge(p).project(x, c, shared, self.dtype))(params, x_MBTD, ctx)
-        return carry, q_MBTNH, kv
+        return carry, *jax.vmap(lambda p, x, c: self.merge(p).project(x, c, shared))(params, x_MBTD, ctx)
 
-    def attend(self, q_MBTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Implementation) -> Array:
-        rest = (shared.document_BT, self.config.attention_softcap)
-        if shared.first_B is not None:
-            cached = functools.partial(attend_cached, kernel=kernel, softcap=self.config.attention_softcap)
-            return jax.vmap(cached, in_axes=(0, 0, 0, 0, None))(q_MBTNH, kv, _ring_of(ctx), ctx.window, shared)
-        if self.windows is not None:
-            return attend_by_window(q_MBTNH, kv.key_BTKH, kv.value_BTKH, self.windows, kernel, *rest)
-        choices = tuple(sorted(set(self.config.windows)))
-        one = lambda q, k, v, window: attend_any(q, k, v, window, choices, kernel, *rest)  # noqa: E731
-        rows = (q_MBTNH, kv.key_BTKH, kv.value_BTKH, ctx.window)
-        if kernel == "xla":
-            return jax.vmap(one)(*rows)
-        return jnp.stack([one(*(leaf[j] for leaf in rows)) for j in range(len(q_MBTNH))])  # a vmap would run them all
+    def attend(self, q_MBTNH: Array, kv: KeyValue, ctx: Context, shared: Shared, kernel: Kernel) -> Array:
+        one = functools.partial(super().attend, shared=shared, kernel=kernel)
+        is_cached = shared.first_B is not None
+        if not is_cached and self.windows is not None:
+            return attend_by_window(q_MBTNH, kv, self.windows, kernel, shared.document_BT)
+        if is_cached or kernel.name == "xla":
+            return jax.vmap(one)(q_MBTNH, kv, ctx)
+        rows = [jax.tree.map(lambda leaf: leaf[j], (q_MBTNH, kv, ctx)) for j in range(len(q_MBTNH))]  # noqa: B023
+        return jnp.stack([one(*row) for row in rows])  # a vmap would run the kernels of all windows
 
     def after(self, params: PyTree, carry: Any, out_MBTNH: Array | None, ctx: Context) -> tuple[Array, Array | None]:
         assert out_MBTNH is not None, "layers that are fused have attention"
-        path, wide, weights_M = residual_path(self.config), self._wide(ctx), self._branch_weights(params)
+        path, wide = residual_path(self.config), self._wide(ctx)
         attended_MBTX = out_MBTNH.reshape(*out_MBTNH.shape[:3], -1)
-        # The layers of a chunk have scales of their own, which are applied before the sum.
-        if self.config.norm.use_post or self.config.use_out_bias or "out_scale" in params["attn"]:
-            attn_BTD = self._add_up(Block.attn_out, params, attended_MBTX, weights_M)
-        else:
-            attn_BTD = self._contract(attended_MBTX, params["attn"]["out"], weights_M)
+        attn_BTD = self._add_up("attn", "out", Block.attn_out, params, attended_MBTX)
         u_BTD, carry = path.between(None, carry, wide, attn_BTD)
         normed_MBTD = jnp.broadcast_to(rms_norm(u_BTD, self.config.norm.eps)[None], (len(out_MBTNH), *u_BTD.shape))
-        hidden_MBTF = jax.vmap(lambda p, x: self.merge(p).mlp_hidden(x, self.dtype))(params, normed_MBTD)
-        if self.config.norm.use_post or self.config.use_mlp_bias or "down_scale" in params["mlp"]:
-            return path.leave(carry, wide, self._add_up(Block.mlp_out, params, hidden_MBTF, weights_M))
-        return path.leave(carry, wide, self._contract(hidden_MBTF, params["mlp"]["down"], weights_M))
+        hidden_MBTF = jax.vmap(lambda p, x: self.merge(p).mlp_hidden(x))(params, normed_MBTD)
+        return path.leave(carry, wide, self._add_up("mlp", "down", Block.mlp_out, params, hidden_MBTF))
 
     def residual_map(self, params: PyTree, ctx: Context, aux: BlockAux) -> Array:
         if ctx.hyper is not None:
             return self._maps(ctx.hyper).skip_RR
-        scales = self._scales(params)
-        return jnp.ones(()) if scales is None else scales.resid_scale
-
-    def _contract(self, x_MBTX: Array, kernel_MXD: Array, weights_M: Array | None) -> Array:
-        """``sum_j w_j x_j kernel_j`` as one product."""
-        if weights_M is not None:
-            x_MBTX = x_MBTX * weights_M[:, None, None, None]
-        x_BTMX = jnp.moveaxis(x_MBTX.astype(self.dtype), 0, 2)
-        return project(x_BTMX.reshape(*x_BTMX.shape[:2], -1), kernel_MXD.reshape(-1, kernel_MXD.shape[-1]), self.dtype)
+        return self._scales(params).get("resid_scale", jnp.ones(()))
 
     def _add_up(
-        self, branch: Callable[[Block, Array, Any], Array], params: PyTree, x_MBTX: Array, weights_M: Array | None
+        self, part: str, name: str, branch: Callable[[Block, Array], Array], params: PyTree, x_MBTX: Array
     ) -> Array:
-        """``sum_j w_j branch_j(x_j)`` of branches that are more than a product."""
-        out_MBTD = jax.vmap(lambda p, x: branch(self.merge(p), x, self.dtype))(params, x_MBTX)
+        """``sum_j w_j branch_j(x_j)``: one product, unless each layer has a norm, a bias or scales of its own."""
+        weights_M = self._branch_weights(params)
+        is_product = not self.config.norm.use_post and not {f"{name}_bias", f"{name}_scale"} & params[part].keys()
+        out = x_MBTX if is_product else jax.vmap(lambda p, x: branch(self.merge(p), x))(params, x_MBTX)
         if weights_M is not None:
-            out_MBTD = out_MBTD * weights_M[:, None, None, None]
-        return out_MBTD.sum(0)
+            out = out * weights_M[:, None, None, None]
+        if not is_product:
+            return out.sum(0)
+        kernel_MXD, dtype = params[part][name], self.merge(params).dtype
+        x_BTMX = jnp.moveaxis(out.astype(dtype), 0, 2)
+        return project(x_BTMX.reshape(*x_BTMX.shape[:2], -1), kernel_MXD.reshape(-1, kernel_MXD.shape[-1]), dtype)
 
-    def _scales(self, params: PyTree) -> Scales | None:
-        """s and m of the chunk."""
+    def _scales(self, params: PyTree) -> dict[str, Array]:
+        """s and m of the chunk, where the model has them."""
         if not self.config.use_x0_resid:
-            return None
+            return {}
         resid_M, x0_M = params["resid_scale"], params["x0_scale"]
         if self.scales == "mean":
-            return Scales(resid_M.mean(), x0_M.mean())
-        return Scales(jnp.prod(resid_M), jnp.sum(_products_after(resid_M) * x0_M))
+            return {"resid_scale": resid_M.mean(), "x0_scale": x0_M.mean()}
+        return {"resid_scale": jnp.prod(resid_M), "x0_scale": jnp.sum(_products_after(resid_M) * x0_M)}
 
     def _branch_weights(self, params: PyTree) -> Array | None:
         """w_j; None where all are 1."""
@@ -222,26 +178,14 @@ class ChunkNode:
         return join(mean(hyper.attn), mean(hyper.mlp))
 
 
-def _ring_of(ctx: Context) -> Ring:
-    if ctx.past is None:
-        raise ValueError("a layer that is evaluated alone needs its earlier tokens in its context.")
-    return ctx.past
-
-
 def attend_cached(
-    q_BTNH: Array,
-    kv: KeyValue,
-    past: Ring,
-    window: Array | int,
-    shared: Shared,
-    kernel: Implementation = "xla",
-    softcap: float = 0.0,
+    q_BTNH: Array, kv: KeyValue, past: Ring, window: Array | int, shared: Shared, kernel: Kernel = XLA
 ) -> Array:
     """Attention to the tokens before and to those at hand."""
     assert shared.first_B is not None
-    if kernel == "triton" or kernel == "mosaic":
-        return attend_ring_at_once(q_BTNH, kv, past, window, shared.first_B, kernel, softcap)
-    return attend_ring(q_BTNH, *kv, *past, window, shared.first_B, softcap)
+    if kernel.name == "triton" or kernel.name == "mosaic":
+        return attend_ring_at_once(q_BTNH, kv, past, window, shared.first_B, kernel.name, kernel.softcap)
+    return attend_ring(q_BTNH, kv, past, window, shared.first_B, kernel.softcap)
 
 
 def _products_after(scale_M: Array) -> Array:
@@ -251,13 +195,7 @@ def _products_after(scale_M: Array) -> Array:
 
 
 def node_fns(
-    node: Node,
-    windows: Sequence[int],
-    choose_kernel: ChooseKernel,
-    *,
-    remat: bool,
-    one_by_one_from: int | None = None,
-    softcap: float = 0.0,
+    node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKernel, one_by_one_from: int | None = None
 ) -> NodeFns:
     """The functions of a chain of equal nodes whose layers, in order, have these windows.
 
@@ -266,24 +204,21 @@ def node_fns(
     through the nodes one after another instead: batched, every operation would pass all states through a CPU's memory.
     Rings of several lengths have no common loop.
     """
-    maybe_remat = jax.checkpoint if remat else lambda fn: fn
+    maybe_remat = jax.checkpoint if node.config.remat else lambda fn: fn
 
     @maybe_remat
     def block(params: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry, q, kv = node.before(params, h, ctx, shared)
-        out = None
-        if q is not None and kv is not None:
-            out = node.attend(q, kv, ctx, shared, choose_kernel(h.shape[1], shared.first_B is not None))
+        kernel = choose_kernel(h.shape[1], shared.first_B is not None)
+        out = None if kv is None else node.attend(q, kv, ctx, shared, kernel)
         new, skip_BTRR = node.after(params, carry, out, ctx)
         return new, BlockAux(kv, skip_BTRR)
 
     @maybe_remat
     def batched(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry_L, q, kv = jax.vmap(node.before, in_axes=(0, 0, 0, None))(params, h_L, ctx, shared)
-        out = None
-        if q is not None and kv is not None:
-            kernel = choose_kernel(h_L.shape[2], shared.first_B is not None)
-            out = _attend_all(q, kv, ctx, shared, windows, kernel, softcap)
+        kernel = choose_kernel(h_L.shape[2], shared.first_B is not None)
+        out = None if kv is None else _attend_all(q, kv, ctx, shared, windows, kernel)
         new_L, skip_LBTRR = jax.vmap(node.after)(params, carry_L, out, ctx)
         return new_L, BlockAux(kv, skip_LBTRR)
 
@@ -309,35 +244,27 @@ def _num_held(h_L: Array, ctx: Context) -> float:
     return num_tokens * min(max(num_keys / 64, 1), 4)
 
 
-def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKernel, *, remat: bool) -> NodeFn:
+def split_sweep(node: LayerNode, windows: Sequence[int], choose_kernel: ChooseKernel) -> NodeFn:
     """All layers on the x of one chunk, ``s h + m x0`` with mean scales at the first node's input h; not summed:
     ``u_l = x + Attention_l(rms(x))``, ``y_l = u_l + MLP_l(rms(u_l))`` (published as fused split).
 
     Without residual scales it equals the sweep at equal inputs; q, k and v of all layers are one batched product.
     """
-    chunk = ChunkNode(node.config, node.merge, node.dtype, "mean", "sum", None)
+    chunk = ChunkNode(node.config, node.merge, "mean", "sum", None)
 
     def sweep(params: PyTree, h_L: Array, ctx: Context, shared: Shared) -> tuple[Array, BlockAux]:
         carry, q, kv = chunk.before(params, h_L[0], ctx, shared)
         kernel = choose_kernel(h_L.shape[2], shared.first_B is not None)
-        out = _attend_all(q, kv, ctx, shared, windows, kernel, node.config.attention_softcap)
+        out = _attend_all(q, kv, ctx, shared, windows, kernel)
         new_L, _ = jax.vmap(node.after, in_axes=(0, None, 0, 0))(params, carry, out, ctx)
         return new_L, BlockAux(kv, None)
 
-    return jax.checkpoint(sweep) if remat else sweep
+    return jax.checkpoint(sweep) if node.config.remat else sweep
 
 
-def _attend_all(
-    q: Array,
-    kv: KeyValue,
-    ctx: Context,
-    shared: Shared,
-    windows: Sequence[int],
-    kernel: Implementation,
-    softcap: float,
-) -> Array:
+def _attend_all(q: Array, kv: KeyValue, ctx: Context, shared: Shared, windows: Sequence[int], kernel: Kernel) -> Array:
     """Attention of all layers; the axes before [B, T, heads, H] are layers, or chunks and their layers."""
-    cached = functools.partial(attend_cached, kernel=kernel, softcap=softcap)
+    cached = functools.partial(attend_cached, kernel=kernel)
     if ctx.past is not None:
         window, axis = _common(windows, ctx.window)
         attend = cached
@@ -345,7 +272,7 @@ def _attend_all(
             attend = jax.vmap(attend, in_axes=(0, 0, 0, axis, None))
         return attend(q, kv, ctx.past, window, shared)
     flat = lambda x: x.reshape(-1, *x.shape[-4:])  # noqa: E731
-    q_LBTNH, kv_L = flat(q), KeyValue(flat(kv.key_BTKH), flat(kv.value_BTKH))
+    q_LBTNH, kv_L = jax.tree.map(flat, (q, kv))
     if shared.past is not None:
         order = [index for members in shared.past.members for index in members]
         outs = []
@@ -358,7 +285,7 @@ def _attend_all(
             outs.append(attend_group(group_q, group_kv, ring, window, shared))
         out_LBTNH = jnp.concatenate(outs)[np.argsort(order)]
     else:
-        out_LBTNH = attend_by_window(q_LBTNH, *kv_L, windows, kernel, shared.document_BT, softcap)
+        out_LBTNH = attend_by_window(q_LBTNH, kv_L, windows, kernel, shared.document_BT)
     return out_LBTNH.reshape(*q.shape[:-4], *out_LBTNH.shape[1:])
 
 

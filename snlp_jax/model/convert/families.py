@@ -267,24 +267,18 @@ def _scaling(parameters: Mapping[str, Any], context: int) -> RopeScaling:
         raise InputError(f"the rotary scaling {kind!r} of the config lacks the field 'factor'.")
     factor, usual = float(parameters["factor"]), RopeScaling()
     original = int(parameters.get("original_max_position_embeddings") or context)
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            factor,
-            original,
-            low_freq_factor=float(parameters.get("low_freq_factor") or usual.low_freq_factor),
-            high_freq_factor=float(parameters.get("high_freq_factor") or usual.high_freq_factor),
-        )
+    number = lambda name: float(parameters.get(name) or getattr(usual, name))  # noqa: E731
+    is_yarn = kind == "yarn"
     return RopeScaling(
-        "yarn",
+        kind,
         factor,
-        original,
-        beta_fast=float(parameters.get("beta_fast") or usual.beta_fast),
-        beta_slow=float(parameters.get("beta_slow") or usual.beta_slow),
-        attention_factor=float(parameters.get("attention_factor") or _yarn_factor(factor, parameters)),
-        truncate=bool(parameters.get("truncate", True)),
+        usual.original_context if kind == "linear" else original,
+        low_freq_factor=number("low_freq_factor"),
+        high_freq_factor=number("high_freq_factor"),
+        beta_fast=number("beta_fast"),
+        beta_slow=number("beta_slow"),
+        attention_factor=number("attention_factor") or _yarn_factor(factor, parameters) if is_yarn else 0.0,
+        truncate=bool(parameters.get("truncate", True)) if is_yarn else True,
     )
 
 

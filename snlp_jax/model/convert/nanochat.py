@@ -4,17 +4,15 @@ One table pairs every tensor name of a nanochat state dict with a path in ``para
 parameters, so :func:`to_nanochat` also brings gradients back to the names and layouts of the authors' code.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.model.convert.table import Row, check_whole, get_leaf, set_leaf
-from snlp_jax.model.lm import LanguageModel
+from snlp_jax.model.convert.table import Row, check_whole, get_leaf, read_params
+from snlp_jax.model.convert.tensor_files import StateDict
 from snlp_jax.types import Params
 
 REQUIRED_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -22,8 +20,17 @@ HYPER_DEFAULTS = {"mhc_num_streams": 4, "mhc_sinkhorn_iters": 10, "mhc_sinkhorn_
 """Details of hyper-connections, which have no meaning unless ``use_mhc``."""
 OPTIONAL_FIELDS = ("no_x0_resid", "no_ve", "use_mhc", "window_pattern", "num_mtp_steps", "mtp_loss_weight")
 """The last is of the training loss (``loss.mtp.weight``), not of the model."""
-UNUSED_TENSORS = re.compile(r"value_embeds\.\d+\.weight|resid_lambdas|x0_lambdas")
+UNUSED_TENSORS = r"value_embeds\.\d+\.weight|resid_lambdas|x0_lambdas"
 """nanochat saves these even for models that do not read them."""
+MATRICES = {
+    "attn/query": "attn.c_q",
+    "attn/key": "attn.c_k",
+    "attn/value": "attn.c_v",
+    "attn/out": "attn.c_proj",
+    "mlp/up": "mlp.c_fc",
+    "mlp/down": "mlp.c_proj",
+}
+"""Of a layer, ours and theirs."""
 
 
 def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -64,26 +71,7 @@ def from_nanochat(state_dict: Mapping[str, np.ndarray], config: ModelConfig) -> 
     Raises:
         InputError: names a tensor that is missing, has the wrong shape, or has no place in the model.
     """
-    shapes = LanguageModel(config).abstract_params()
-    params: Params = {}
-    used: set[str] = set()
-    for row in nanochat_rows(config):
-        leaf_shape = get_leaf(shapes, row.path).shape[row.is_stacked :]
-        tensors = []
-        for name in row.names:
-            if name not in state_dict:
-                raise InputError(f"the state dict lacks the tensor {name!r}.")
-            tensor = np.asarray(state_dict[name], np.float32)
-            expected = row.shape_in_torch(leaf_shape)
-            if tensor.shape != expected:
-                raise InputError(f"the tensor {name!r} has the shape {tensor.shape}; the model needs {expected}.")
-            tensors.append(row.from_torch(tensor))
-        set_leaf(params, row.path, jnp.asarray(np.stack(tensors) if row.is_stacked else tensors[0]))
-        used.update(row.names)
-    for name in state_dict:
-        if name not in used and not UNUSED_TENSORS.fullmatch(name):
-            raise InputError(f"the state dict holds the tensor {name!r}, which the model has no place for.")
-    return params
+    return read_params(StateDict(state_dict), config, nanochat_rows(config), UNUSED_TENSORS)
 
 
 def to_nanochat(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -99,45 +87,23 @@ def to_nanochat(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
 def nanochat_rows(config: ModelConfig) -> list[Row]:
     """Where every tensor of a state dict goes."""
     check_whole(config)
-    all_layers = tuple(range(config.num_layers))
-    rows = [
-        Row("embed/token", "transformer.wte.weight", "same"),
-        Row("head/kernel", "lm_head.weight", "transposed"),
-        Row("blocks/attn/query", "transformer.h.{}.attn.c_q.weight", "transposed", all_layers),
-        Row("blocks/attn/key", "transformer.h.{}.attn.c_k.weight", "transposed", all_layers),
-        Row("blocks/attn/value", "transformer.h.{}.attn.c_v.weight", "transposed", all_layers),
-        Row("blocks/attn/out", "transformer.h.{}.attn.c_proj.weight", "transposed", all_layers),
-        Row("blocks/mlp/up", "transformer.h.{}.mlp.c_fc.weight", "transposed", all_layers),
-        Row("blocks/mlp/down", "transformer.h.{}.mlp.c_proj.weight", "transposed", all_layers),
-    ]
+    layers, with_values = tuple(range(config.num_layers)), config.value_embed_layers
+    of_layer = "transformer.h.{}."
+    rows = [Row("embed/token", "transformer.wte.weight", "same"), Row("head/kernel", "lm_head.weight", "transposed")]
+    rows += [Row(f"blocks/{ours}", f"{of_layer}{name}.weight", "transposed", layers) for ours, name in MATRICES.items()]
     if config.use_x0_resid:
-        rows += [
-            Row("blocks/resid_scale", "resid_lambdas", "same"),
-            Row("blocks/x0_scale", "x0_lambdas", "same"),
-        ]
+        rows += [Row("blocks/resid_scale", "resid_lambdas", "same"), Row("blocks/x0_scale", "x0_lambdas", "same")]
     if config.num_streams:
         if config.hyper_maps == "dynamic":
             raise InputError("nanochat has no hyper-connections with dynamic maps; set model.hyper_maps to 'static'.")
-        rows += [
-            Row(
-                f"blocks/hyper/{branch}/{name}_logits",
-                f"transformer.h.{{}}.hc_{branch}.H_{name}_logits",
-                "same",
-                all_layers,
-            )
-            for branch in ("attn", "mlp")
-            for name in ("res", "pre", "post")
-        ]
+        for branch in ("attn", "mlp"):
+            for name in ("res_logits", "pre_logits", "post_logits"):
+                rows.append(Row(f"blocks/hyper/{branch}/{name}", f"{of_layer}hc_{branch}.H_{name}", "same", layers))
     if config.use_smear:
-        rows += [
-            Row("embed/smear_gate", "smear_gate.weight", "unit"),
-            Row("embed/smear_scale", "smear_lambda", "unit"),
-        ]
-    if config.value_embed_layers:
-        rows += [
-            Row("embed/value", "value_embeds.{}.weight", "same", config.value_embed_layers),
-            Row("embed/value_gate", "transformer.h.{}.attn.ve_gate.weight", "transposed", config.value_embed_layers),
-        ]
+        rows += [Row("embed/smear_gate", "smear_gate.weight", "unit"), Row("embed/smear_scale", "smear_lambda", "unit")]
+    if with_values:
+        rows.append(Row("embed/value", "value_embeds.{}.weight", "same", with_values))
+        rows.append(Row("embed/value_gate", f"{of_layer}attn.ve_gate.weight", "transposed", with_values))
     if config.use_mid_subtract:
         rows.append(Row("head/mid_scale", "backout_lambda", "unit"))
     if config.num_mtp_heads:

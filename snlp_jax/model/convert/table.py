@@ -3,7 +3,6 @@
 torch keeps a Linear weight as [out, in] and the layers apart; here a kernel is [in, out] and the layers are stacked.
 """
 
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,9 +40,6 @@ class Row:
 
     def shape_in_torch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return {"same": shape, "transposed": shape[::-1], "unit": (1, *shape)}[self.layout]
-
-    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
-        return {"same": tensor, "transposed": tensor.T, "unit": tensor[0] if tensor.ndim else tensor}[self.layout]
 
     def to_torch(self, tensor: np.ndarray) -> np.ndarray:
         """A view."""
@@ -91,16 +87,15 @@ def _read_leaf(files: TensorFiles, row: Row, shape: tuple[int, ...], sharding: A
         bounds = [where.indices(size)[:2] for where, size in zip(index, shape, strict=True)]
         leaf = np.empty([stop - start for start, stop in bounds], np.float32)
         inner = row.index_in_torch(index[row.is_stacked :])
-        if not row.is_stacked:
-            files.read_into(row.template, inner, row.to_torch(leaf))
-            return leaf
-        for place, layer in enumerate(range(*bounds[0])):
-            files.read_into(row.names[layer], inner, row.to_torch(leaf[place]))
+        names, parts = (row.names[slice(*bounds[0])], leaf) if row.is_stacked else (row.names, leaf[None])
+        for place, name in enumerate(names):
+            files.read_into(name, inner, row.to_torch(parts[place, ...]))  # a view, of a single number too
         return leaf
 
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    leaf = jax.make_array_from_callback(shape, sharding, part)
-    return jax.block_until_ready(leaf)  # the next one may then take the room of its copy
+    return jax.block_until_ready(
+        jax.make_array_from_callback(shape, sharding, part)
+    )  # the next one may then take the room of its copy
 
 
 def write_params(
@@ -112,14 +107,11 @@ def write_params(
     def of_row(row: Row) -> Iterator[Tensor]:
         leaf = get_leaf(params, row.path)
         shape = row.shape_in_torch(leaf.shape[row.is_stacked :])
+        tensor = lambda index: lambda: row.to_torch(np.asarray(leaf[index]))  # noqa: E731
         for place, name in enumerate(row.names):
-            yield Tensor(name, shape, functools.partial(_tensor_of, row, leaf, place if row.is_stacked else None))
+            yield Tensor(name, shape, tensor(place if row.is_stacked else ...))
 
     return write_files(folder, [tensor for row in rows for tensor in of_row(row)], dtype, max_shard_bytes)
-
-
-def _tensor_of(row: Row, leaf: Any, place: int | None) -> np.ndarray:
-    return row.to_torch(np.asarray(leaf if place is None else leaf[place]))
 
 
 def check_rows(rows: Sequence[Row], shapes: Params) -> None:

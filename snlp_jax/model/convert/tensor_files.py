@@ -6,7 +6,7 @@ tensor that is read: the library maps it, and what was read would stay in memory
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,9 +66,6 @@ class TensorFiles:
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
     def __str__(self) -> str:
         return repr(str(self._source))
 
@@ -105,6 +102,20 @@ class TensorFiles:
                 target[row - first : stop - first] = rows[(slice(row, stop), *index[1:])]
 
 
+class StateDict(TensorFiles):
+    """Arrays in memory, read as files are."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = arrays
+        self._tensors = {name: _Entry(Path(), "F32", np.shape(array)) for name, array in arrays.items()}
+
+    def __str__(self) -> str:
+        return "the state dict"
+
+    def read_into(self, name: str, index: Index, target: np.ndarray) -> None:
+        target[...] = self._arrays[name][index]
+
+
 def write_files(folder: Path, tensors: Sequence[Tensor], dtype: str, max_shard_bytes: int) -> list[Path]:
     """Write tensors into as few files as ``max_shard_bytes`` allows; memory holds one file's."""
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
@@ -135,11 +146,11 @@ def write_files(folder: Path, tensors: Sequence[Tensor], dtype: str, max_shard_b
 def _paths(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    if (source / INDEX_NAME).is_file():
+    if (index := source / INDEX_NAME).is_file():
         try:
-            names = sorted(set(json.loads((source / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{str(source / INDEX_NAME)!r} is not an index of tensors; download it again.") from error
+            raise InputError(f"{str(index)!r} is not an index of tensors; download it again.") from error
         for name in names:
             if "/" in name or "\\" in name or not (source / name).is_file():
                 raise InputError(f"{str(source)!r} lacks the file {name!r}, which its index names; download it again.")
