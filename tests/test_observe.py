@@ -98,9 +98,9 @@ def test_meter_tells_waiting_from_training(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     meter = Meter(Config(), tokens_per_step=7, num_devices=1)
     assert meter.rates(1) == {}
-    with meter.waiting():
+    with meter.spending("wait"):
         pass
-    with meter.paused():
+    with meter.spending("pause"):
         pass
     rates = meter.rates(5)
     assert rates["tokens_per_s"] == 4 * 7 / 28 and rates["data_wait"] == 1 / 28

@@ -12,6 +12,7 @@ prompt each line that is typed (or piped in) is one. Several prompts are one bat
 snlp_jax/notation.py.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -168,21 +169,6 @@ def sampling_of(args: Args, row: int = 0) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, penalty, seed)
 
 
-def requests_of(engine: Engine, args: Args, prompts: tuple[str, ...]) -> list[Request]:
-    tokenizer = engine.tokenizer
-    assert tokenizer is not None
-    return [
-        Request(
-            prompt_tokens(tokenizer, prompt, is_chat=args.chat),
-            args.max_new_tokens,
-            sampling_of(args, row),
-            stop_tokens=(tokenizer.bos_id,),
-            stop_strings=args.stop,
-        )
-        for row, prompt in enumerate(prompts)
-    ]
-
-
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, is_chat: bool) -> list[int]:
     """Tokens as training has shown them: a text begins with the separator, a question stands in the chat template."""
     if is_chat:
@@ -192,7 +178,18 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, is_chat: bool) -> list[i
 
 def generate(engine: Engine, args: Args, prompts: tuple[str, ...]) -> None:
     """Print the continuations; one prompt's as it comes, several one after another when all are done."""
-    requests = requests_of(engine, args, prompts)
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    requests = [
+        Request(
+            prompt_tokens(tokenizer, prompt, is_chat=args.chat),
+            args.max_new_tokens,
+            sampling_of(args, row),
+            stop_tokens=(tokenizer.bos_id,),
+            stop_strings=args.stop,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
     engine.check(requests)  # before anything is printed
     if len(prompts) == 1:
         print(prompts[0], end="\n" * args.chat, flush=True)
@@ -220,12 +217,7 @@ def closing_line(engine: Engine) -> str:
 
 def _lines() -> Iterator[str]:
     """Prompts from the terminal until Ctrl-D, or from a pipe; empty lines are passed over."""
-    is_terminal = sys.stdin.isatty()
-    while True:
-        if is_terminal:
-            print("> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if text := line.rstrip("\n"):
-            yield text
+    with contextlib.suppress(EOFError):
+        while True:
+            if line := input("> " if sys.stdin.isatty() else ""):
+                yield line

@@ -6,7 +6,7 @@ no corpus to be evaluated.
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,57 +21,37 @@ BOS_NAMES = (BOS, "<s>", "<|endoftext|>", "<bos>", "<|begin_of_text|>")
 """Special tokens of other people's files that can stand before a document, best first."""
 
 
-class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer."""
-
-    @property
-    def name(self) -> str:
-        """Short and stable across ``to_json``, for example 'byte' or 'bpe-4096'."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-
-    @property
-    def bos_id(self) -> int:
-        """Id of the document separator. ``encode`` never gives it, whatever the text says."""
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [T], without the separator."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """``encode`` of each text, on several threads where there are any."""
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the ids [T]; special tokens are left out and broken UTF-8 becomes U+FFFD."""
-
-    def to_json(self) -> str:
-        """What ``load_tokenizer_json`` reads."""
-
-
 class ByteTokenizer:
     """One token a byte of UTF-8, ids 0 to 255, and the document separator 256."""
 
     name = "byte"
+    """Short and stable across ``to_json``, for example 'byte' or 'bpe-4096'."""
     vocab_size = 257
+    """One more than the largest id."""
     bos_id = 256
+    """Id of the document separator. ``encode`` never gives it, whatever the text says."""
 
     def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32 [T], without the separator."""
         return np.frombuffer(_to_utf8(text), dtype=np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """``encode`` of each text, on several threads where there are any."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of the ids [T]; special tokens are left out and broken UTF-8 becomes U+FFFD."""
         ids = np.asarray(ids, dtype=np.int64)
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
+        """What ``load_tokenizer_json`` reads."""
         return json.dumps({"type": "byte"})
 
 
 class FileTokenizer:
-    """A Hugging Face tokenizer. Its own truncation, padding and templates are not used.
+    """A Hugging Face tokenizer, which does what :class:`ByteTokenizer` does. Its own truncation, padding and templates
+    are not used.
 
     Args:
       backend: a ``tokenizers.Tokenizer``; it is changed: a ``<|bos|>`` is added where it has no token of ``BOS_NAMES``.
@@ -103,6 +83,9 @@ class FileTokenizer:
 
     def to_json(self) -> str:
         return self._backend.to_str()
+
+
+Tokenizer = ByteTokenizer | FileTokenizer
 
 
 def load_tokenizer_json(text: str) -> Tokenizer:

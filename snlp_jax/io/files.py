@@ -1,12 +1,14 @@
 """Files that are either whole or not there."""
 
 import contextlib
+import json
 import os
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from snlp_jax.errors import InputError, full_disk
 
@@ -34,6 +36,14 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """None where there is no such file, or none that reads."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def remove_leftovers(directory: str | Path) -> None:

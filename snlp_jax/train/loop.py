@@ -150,7 +150,7 @@ class Loop:
         """Dispatch one step, and read the metrics of the one before, which the device has finished by now."""
         config, number = self.setup.config, self.done + 1
         plan = make_plan(config.loss, self.done, config.train.num_steps, config.train.seed)
-        with self.meter.waiting():
+        with self.meter.spending("wait"):
             batch = Batch(**next(self.setup.batches))
         self.setup.model.check_tokens(batch.tokens)
         self.profiler.before(number)
@@ -206,7 +206,7 @@ class Loop:
         if not (should_evaluate or should_observe or should_sample or should_save):
             return
         self.read_metrics(progress)  # no checkpoint before its metrics proved finite, and honest rates
-        with self.meter.paused():
+        with self.meter.spending("pause"):
             params = self.setup.read(self.state)
             val_metrics = self.evaluate(params) if should_evaluate else {}
             if should_observe:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from snlp_jax.config import Config
 from snlp_jax.eval.evaluate import parse_settings
 from snlp_jax.eval.solver_file import with_settings
 from snlp_jax.forward import forward
-from snlp_jax.io.files import atomic_write
+from snlp_jax.io.files import atomic_write, read_json
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import arrange, split, weights_shardings
 from snlp_jax.model import Model
@@ -129,33 +129,24 @@ class Meter:
         self._flops_per_token = train_flops_per_token(config.model) / num_devices
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._last: tuple[int, float] | None = None
-        self._pause = 0.0
-        self._wait = 0.0
+        self._spent = {"wait": 0.0, "pause": 0.0}
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """For data."""
+    def spending(self, on: Literal["wait", "pause"]) -> Iterator[None]:
+        """Time on waiting for data, or on what is not training and is left out."""
         begin = time.perf_counter()
         yield
-        self._wait += time.perf_counter() - begin
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what is not training."""
-        begin = time.perf_counter()
-        yield
-        self._pause += time.perf_counter() - begin
+        self._spent[on] += time.perf_counter() - begin
 
     def rates(self, step: int) -> dict[str, float]:
         """Since the last call; empty at the first, which includes compilation."""
-        now, last = time.perf_counter(), self._last
-        seconds = now - last[1] - self._pause if last else 0.0
-        wait = self._wait
-        self._last, self._pause, self._wait = (step, now), 0.0, 0.0
+        now, last, spent = time.perf_counter(), self._last, self._spent
+        self._last, self._spent = (step, now), {"wait": 0.0, "pause": 0.0}
+        seconds = now - last[1] - spent["pause"] if last else 0.0
         if last is None or seconds <= 0:
             return {}
         tokens_per_second = (step - last[0]) * self._tokens_per_step / seconds
-        rates = {"tokens_per_s": tokens_per_second, "data_wait": wait / seconds}
+        rates = {"tokens_per_s": tokens_per_second, "data_wait": spent["wait"] / seconds}
         if self._peak is not None:
             rates["mfu"] = tokens_per_second * self._flops_per_token / self._peak
         return rates
@@ -222,20 +213,14 @@ class RunRecord:
 
 def read_record(run_path: Path) -> dict[str, Any]:
     """A run's ``run.json``, empty where there is none or none that reads: runs are older than it."""
-    try:
-        record = json.loads((run_path / RUN_NAME).read_text(encoding="utf-8"))
-        return record if isinstance(record.get("sessions"), list) else {"sessions": []}
-    except (OSError, ValueError, AttributeError):
-        return {"sessions": []}
+    record = read_json(run_path / RUN_NAME)
+    return record if isinstance(record, dict) and isinstance(record.get("sessions"), list) else {"sessions": []}
 
 
 def memory() -> dict[str, float]:
     """MiB that the process holds in the host's memory now, and its first device's at most so far, where they tell."""
     found: dict[str, float] = {}
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found["host_mib"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except (OSError, ValueError, IndexError):
-        pass
+    with contextlib.suppress(OSError):
+        found["host_mib"] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return found if peak is None else found | {"device_mib": peak / 2**20}

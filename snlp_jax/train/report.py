@@ -9,7 +9,6 @@ import base64
 import dataclasses
 import html
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from snlp_jax.config import Config, from_json
-from snlp_jax.errors import InputError
-from snlp_jax.io.files import atomic_write
+from snlp_jax.io.files import atomic_write, read_json
 from snlp_jax.io.metrics import FILE_NAME, read_metrics
 from snlp_jax.io.run_dir import flatten
+from snlp_jax.run import read_text
 from snlp_jax.train.observe import read_record
 
 REPORT_NAME = "report.html"
@@ -57,13 +56,11 @@ def write_html(run_dir: str | Path) -> Path:
         InputError: the directory holds no run, or its metrics cannot be read.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "config.json").is_file():
-        raise InputError(f"{str(run_dir)!r} holds no config.json; name a directory that training has written.")
-    config: Config = from_json((run_dir / "config.json").read_text(encoding="utf-8"))
-    records = read_metrics(run_dir / FILE_NAME)
-    path = run_dir / REPORT_NAME
-    atomic_write(path, make_html(config, records, read_record(run_dir), _read_json(run_dir / "eval" / "eval.json")))
-    return path
+    config: Config = from_json(read_text(run_dir, "config.json"))
+    evaluation = read_json(run_dir / "eval" / "eval.json")
+    page = make_html(config, read_metrics(run_dir / FILE_NAME), read_record(run_dir), evaluation)
+    atomic_write(run_dir / REPORT_NAME, page)
+    return run_dir / REPORT_NAME
 
 
 def make_html(config: Config, records: Records, record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
@@ -123,16 +120,16 @@ def summary(config: Config, curves: Curves, record: dict[str, Any]) -> list[tupl
     """What the run was, in a few lines. ``record`` is its run.json, which older runs have not."""
     done = max((int(steps[-1]) for steps, _ in curves.values()), default=0)
     tokens = done * config.train.batch_size * config.model.seq_len
-    rows = [("steps", f"{done} of {config.train.num_steps}"), ("tokens", f"{tokens:,}")]
-    if "num_params" in record:
-        rows.append(("parameters", f"{record['num_params']:,}"))
-    if "flops_per_token" in record:
-        text = f"{tokens * record['flops_per_token']:.3g}, of the sequential pass and its gradient alone"
-        rows.append(("FLOPs", text))
-    if record["sessions"]:
-        seconds = sum(session.get("seconds", 0.0) for session in record["sessions"])
-        rows.append(("wall time", f"{seconds:,.0f} s in {len(record['sessions'])} session(s)"))
-    return rows
+    seconds = sum(session.get("seconds", 0.0) for session in record["sessions"])
+    flops = tokens * record.get("flops_per_token", 0)
+    rows = [
+        ("steps", f"{done} of {config.train.num_steps}"),
+        ("tokens", f"{tokens:,}"),
+        ("parameters", f"{record.get('num_params', 0):,}"),
+        ("FLOPs", f"{flops:.3g}, of the sequential pass and its gradient alone"),
+        ("wall time", f"{seconds:,.0f} s in {len(record['sessions'])} session(s)"),
+    ]
+    return rows if "num_params" in record else rows[:2]
 
 
 def changed_fields(config: Config) -> list[tuple[str, str, str]]:
@@ -154,14 +151,20 @@ def thinned(curve: Curve, num_points: int = MAX_POINTS) -> Curve:
 
 
 def _evaluation_table(evaluation: dict[str, Any]) -> str:
-    info, rows = evaluation.get("info", {}), []
-    number = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
-    forms = {"depth": "g", "ppl": ".4g", "ppl_change": "+.2%", "top1": ".2%"}
-    for result in evaluation.get("results", ()):
-        interval = " to ".join(number(bound, "+.2%") for bound in result.get("ppl_interval") or ())
-        milliseconds = number((result.get("timing") or {}).get("median_ms"), ".3g")
-        numbers = (number(result.get(name), form) for name, form in forms.items())
-        rows.append((result.get("setting"), *numbers, interval, milliseconds))
+    form = lambda value, spec: "" if value is None else format(value, spec)  # noqa: E731
+    rows = [
+        (
+            result.get("setting"),
+            form(result.get("depth"), "g"),
+            form(result.get("ppl"), ".4g"),
+            form(result.get("ppl_change"), "+.2%"),
+            form(result.get("top1"), ".2%"),
+            " to ".join(form(bound, "+.2%") for bound in result.get("ppl_interval") or ()),
+            form((result.get("timing") or {}).get("median_ms"), ".3g"),
+        )
+        for result in evaluation.get("results", ())
+    ]
+    info = evaluation.get("info", {})
     title = (
         f"Checkpoint of step {info.get('step')}, {info.get('num_windows')} held-out windows of "
         f"{info.get('window_len')} tokens; ms a forward of {info.get('timing_batch')} x {info.get('timing_len')} "
@@ -207,13 +210,6 @@ def _plot(panels: dict[str, Curves], *, log: bool = False) -> str:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f'<img alt="" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def main() -> None:
