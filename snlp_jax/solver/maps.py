@@ -30,8 +30,8 @@ class LinearMap:
         raise NotImplementedError
 
     def damp(self, amount: float, num_layers: int) -> "LinearMap":
-        """(1 - amount) A, for ``num_layers`` layers."""
-        raise NotImplementedError
+        """(1 - amount) A, for ``num_layers`` layers: every family is linear in its leaves."""
+        return jax.tree.map(lambda leaf: (1.0 - amount) * leaf, self) if amount else self
 
     def identity_where(self, is_identity_L: jax.Array) -> "LinearMap":
         """I for the layers marked by the bool array [N], A for the others."""
@@ -47,9 +47,6 @@ class ZeroMap(LinearMap):
         return jax.tree.map(jnp.zeros_like, d)
 
     def compose(self, earlier: Self) -> Self:
-        return self
-
-    def damp(self, amount: float, num_layers: int) -> LinearMap:
         return self
 
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
@@ -87,9 +84,6 @@ class ScalarMap(LinearMap):
     def compose(self, earlier: Self) -> Self:
         return type(self)(self.a_L * earlier.a_L)
 
-    def damp(self, amount: float, num_layers: int) -> LinearMap:
-        return ScalarMap((1.0 - amount) * self.a_L) if amount else self
-
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         return ScalarMap(jnp.where(is_identity_L, 1.0, self.a_L))
 
@@ -106,9 +100,6 @@ class DiagonalMap(LinearMap):
 
     def compose(self, earlier: Self) -> Self:
         return type(self)(jax.tree.map(jnp.multiply, self.a_L, earlier.a_L))
-
-    def damp(self, amount: float, num_layers: int) -> LinearMap:
-        return DiagonalMap(jax.tree.map(lambda a: (1.0 - amount) * a, self.a_L)) if amount else self
 
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         one = lambda a: jnp.where(trailing(is_identity_L, a.ndim), 1.0, a)  # noqa: E731
@@ -131,9 +122,6 @@ class MatrixMap(LinearMap):
 
     def compose(self, earlier: Self) -> Self:
         return type(self)(mix_streams(self.a_L, earlier.a_L))
-
-    def damp(self, amount: float, num_layers: int) -> LinearMap:
-        return MatrixMap((1.0 - amount) * self.a_L) if amount else self
 
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         eye = jnp.eye(self.a_L.shape[-1]).reshape((1,) * (self.a_L.ndim - 2) + self.a_L.shape[-2:])
@@ -178,9 +166,6 @@ class SharedBasisMap(LinearMap):
         c2, c1 = trailing(self.c_L, self.m_LXX.ndim), trailing(earlier.c_L, self.m_LXX.ndim)
         m_LXX = c2 * earlier.m_LXX + c1 * self.m_LXX + matmul(matmul(self.m_LXX, gram_XX), earlier.m_LXX)
         return type(self)(self.c_L * earlier.c_L, m_LXX, self.basis)
-
-    def damp(self, amount: float, num_layers: int) -> LinearMap:
-        return SharedBasisMap((1.0 - amount) * self.c_L, (1.0 - amount) * self.m_LXX, self.basis) if amount else self
 
     def identity_where(self, is_identity_L: jax.Array) -> LinearMap:
         c_L = jnp.where(is_identity_L, 1.0, self.c_L)
