@@ -27,7 +27,7 @@ from snlp_jax.cache import Past, RingPlan, append, plan_rings
 from snlp_jax.chains import chains_of
 from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.eval.weights import prepare_all
-from snlp_jax.forward import CacheUpdate, Keep, forward, kv_by_layer, run_in_order
+from snlp_jax.forward import CacheUpdate, Keep, forward, kv_by_layer
 from snlp_jax.infer.programs import Programs, State
 from snlp_jax.infer.sampling import Sampling, rows_of
 from snlp_jax.layout import in_order
@@ -35,7 +35,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.model.block import Ring, Rings
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parts import Weights
-from snlp_jax.solver import ParallelSegment, PerLayer, Schedule, SequentialSegment, solve
+from snlp_jax.solver import ParallelSegment, PerLayer, Schedule, SequentialSegment, sequential, solve
 
 Kind = Literal["forward", "cached", "region", "parts", "train"]
 Layout = Literal["stack", "list", "mixed"]
@@ -260,7 +260,7 @@ def iterate(
         if isinstance(segment, ParallelSegment):
             solution = solve(chain, segment.correction, segment.init, num_iters=1)
         else:
-            solution = run_in_order(chain, None, with_aux=rings is not None)
+            solution = sequential(chain, with_aux=rings is not None)
         if rings is not None:
             # Not known before the layers are evaluated, so that the ring is written in place, after it was read.
             is_huge_B = solution.value.reshape(len(length_B), -1)[:, -1] > 1e30

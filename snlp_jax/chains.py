@@ -27,7 +27,6 @@ from snlp_jax.solver import (
     Place,
     Segment,
     Stage,
-    sequential,
     with_affine,
 )
 from snlp_jax.solver.linear import layer
@@ -133,10 +132,7 @@ def method_data(
     """
     segment = part.segment
     if isinstance(segment, ParallelSegment) and segment.init.is_oracle and warm_L is None:
-        if mesh is None:
-            trace = sequential(chain, with_trace=True).trace
-        else:
-            trace = sequential_sharded(chain, mesh=mesh, with_trace=True).trace
+        trace = sequential_sharded(chain, mesh=mesh, with_trace=True).trace
         first = jnp.broadcast_to(chain.h_in[None, :, :1], (chain.num_nodes, *chain.h_in[:, :1].shape))
         warm_L = jnp.concatenate([first, trace[:, :, :-1]], axis=2)
     return MethodData(part.fit, warm_L, shared.x0_BTD, key)

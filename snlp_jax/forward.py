@@ -20,10 +20,6 @@ from snlp_jax.solver import (
     SkippedSegment,
     Solution,
     Wanted,
-    sequential,
-    solve,
-    solve_each,
-    solve_until,
 )
 from snlp_jax.types import Array, PyTree, is_list
 
@@ -143,29 +139,18 @@ def run_parts(
         else:
             taps = () if mid is None else (mid,)
             wants_trace = keep is not None and index in keep.traces
-            ring = weights.ring_microbatches
-            solution = run_in_order(chains[0], part_mesh, taps, ring, with_trace=wants_trace, with_aux=keep is not None)
+            solution = sequential_sharded(
+                chains[0],
+                mesh=part_mesh,
+                with_trace=wants_trace,
+                with_aux=keep is not None,
+                taps=taps,
+                num_microbatches=weights.ring_microbatches,
+            )
             tapped = solution.tapped[0] if taps else h
         updates.append(None if keep is None else CacheUpdate(kv_by_layer(solution.aux), solution.trace))
         h, h_mid = solution.value, h_mid if mid is None else tapped
     return States(shared, h, h_mid, tuple(solutions), tuple(updates))
-
-
-def run_in_order(
-    chain: Chain,
-    mesh: Mesh | None,
-    taps: tuple[int, ...] = (),
-    num_microbatches: int = 1,
-    *,
-    with_trace: bool = False,
-    with_aux: bool = False,
-) -> Solution:
-    """The exact pass over nodes of one place, or round the devices of a mesh that share them."""
-    if mesh is None:
-        return sequential(chain, taps=taps, with_trace=with_trace, with_aux=with_aux)
-    return sequential_sharded(
-        chain, mesh=mesh, taps=taps, with_trace=with_trace, with_aux=with_aux, num_microbatches=num_microbatches
-    )
 
 
 def _mid_of(model: Model, part: Part) -> int | None:
@@ -226,18 +211,11 @@ def solve_segment(
     is_each: bool = False,
 ) -> Solution:
     """Solve a region as its segment says; ``is_each``: every evaluation reads one of ``chains``, or the only one."""
-    chain, correction, init = chains[0], segment.correction, segment.init
+    correction, init = segment.correction, segment.init
     if is_each:
-        num_evals = init.num_evals + segment.num_iters
-        chains = chains if len(chains) > 1 else chains * num_evals
-        if mesh is not None:
-            return solve_each_sharded(chains, correction, init, data, mesh=mesh, want=want)
-        return solve_each(chains, correction, init, data, want=want)
+        each = chains if len(chains) > 1 else chains * (init.num_evals + segment.num_iters)
+        return solve_each_sharded(each, correction, init, data, mesh=mesh, want=want)
     num_iters, tolerance = segment.num_iters, segment.tolerance
-    if mesh is not None:
-        return solve_sharded(
-            chain, correction, init, data, mesh=mesh, num_iters=num_iters, tolerance=tolerance, want=want
-        )
-    if tolerance > 0:
-        return solve_until(chain, correction, init, data, tolerance=tolerance, max_iters=num_iters, want=want)
-    return solve(chain, correction, init, data, num_iters=num_iters, want=want)
+    return solve_sharded(
+        chains[0], correction, init, data, mesh=mesh, num_iters=num_iters, tolerance=tolerance, want=want
+    )

@@ -80,11 +80,8 @@ def prepare(
             raise InputError(f"layout {layout!r} means nothing on a mesh, where weights are stacks; leave it out.")
         weights = arrange(model, model.cast(params), schedule, mesh, sequential, fits)
         return jax.device_put(weights, weights_shardings(model, weights, mesh))
-    params = canonical(model, params)
     segments = _cut_further(model.config, _checked(model.config, schedule))
-    form = _form_of(model, num_tokens, layout)
-    parts = tuple(_lay_out(model, params, segment, form, fits) for segment in segments)
-    return Weights({"embed": params["embed"], "head": params["head"]}, parts)
+    return _laid_out(model, canonical(model, params), segments, _form_of(model, num_tokens, layout), fits)
 
 
 def canonical(model: Model, params: Params) -> Params:
@@ -105,9 +102,7 @@ def split(model: Model, params: Params, schedule: Schedule, fits: Mapping[str, C
     Raises:
         InputError: see :func:`prepare`.
     """
-    segments = _cut_further(model.config, _checked(model.config, schedule))
-    parts = tuple(_lay_out(model, params, segment, "stack", fits) for segment in segments)
-    return Weights({"embed": params["embed"], "head": params["head"]}, parts)
+    return _laid_out(model, params, _cut_further(model.config, _checked(model.config, schedule)), "stack", fits)
 
 
 def with_schedule(
@@ -133,6 +128,13 @@ def _form_of(model: Model, num_tokens: int, layout: Layout) -> Layout:
     width, tokens = LOOPED
     is_looped = model.backend != "cpu" or (model.config.embed_dim <= width and num_tokens >= tokens)
     return "stack" if layout == "auto" and is_looped else layout
+
+
+def _laid_out(
+    model: Model, params: Params, segments: Sequence[Segment], form: Layout, fits: Mapping[str, Calibration] | None
+) -> Weights:
+    parts = tuple(_lay_out(model, params, segment, form, fits) for segment in segments)
+    return Weights({"embed": params["embed"], "head": params["head"]}, parts)
 
 
 def _lay_out(
@@ -194,9 +196,8 @@ def verifier(
     """
     segments = [SequentialSegment(*part.span) for part in weights.parts]
     if mesh is None:
-        form, params = _form_of(model, 1, layout), canonical(model, params)
-        parts = tuple(_lay_out(model, params, segment, form, None) for segment in segments)
-        return dataclasses.replace(weights, parts=parts)
+        exact = _laid_out(model, canonical(model, params), segments, _form_of(model, 1, layout), None)
+        return dataclasses.replace(weights, parts=exact.parts)
     params = model.cast(params)
     exact = in_order(weights)
     parts = tuple(

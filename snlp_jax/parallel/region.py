@@ -61,17 +61,12 @@ def solve_sharded(
     init: Init,
     data: MethodData = NO_DATA,
     *,
-    mesh: Mesh,
+    mesh: Mesh | None,
     num_iters: int,
     tolerance: float = 0.0,
     want: Wanted = VALUE,
 ) -> Solution:
-    """:func:`snlp_jax.solver.solve`, or with a tolerance ``solve_until``, of spread nodes.
-
-    Nodes lie over the mesh's ``layer`` axis, weights and contexts as stacks. A stack that the devices do not divide is
-    filled up, and only its own nodes come back. A chain whose ``place`` has indices comes back whole, with the rows
-    that do not count: to cut them off a spread trace would be an exchange. ``fns.sweep``, where there is one, is that
-    of one device's nodes. Trace and aux of the solution stay spread; its value and tapped states are on every device.
+    """:func:`snlp_jax.solver.solve`, or with a tolerance ``solve_until``, see :func:`on_devices`.
 
     The program holds ``num_iters`` all_gathers, one more for an initial trace other than h0, and no other collective.
     Corrections that run down the depth (Exact, a trust region) go round the devices in every iteration besides.
@@ -82,38 +77,36 @@ def solve_sharded(
             return solve_until(chains[0], correction, init, data, tolerance=tolerance, max_iters=num_iters, want=want)
         return solve(chains[0], correction, init, data, num_iters=num_iters, want=want)
 
-    return _on_each_device(run, [chain], data, mesh, want, is_adaptive=tolerance > 0)
+    return on_devices(run, [chain], data, mesh, want, is_adaptive=tolerance > 0)
 
 
 def solve_each_sharded(
-    chains: Sequence[Chain], correction: Correction, init: Init, data: MethodData, *, mesh: Mesh, want: Wanted
+    chains: Sequence[Chain], correction: Correction, init: Init, data: MethodData, *, mesh: Mesh | None, want: Wanted
 ) -> Solution:
-    """:func:`snlp_jax.solver.solve_each` of nodes spread over the mesh's ``layer`` axis; see :func:`solve_sharded`."""
+    """:func:`snlp_jax.solver.solve_each`, see :func:`on_devices`."""
     run = lambda chains, data: solve_each(chains, correction, init, data, want=want)  # noqa: E731
-    return _on_each_device(run, chains, data, mesh, want)
+    return on_devices(run, chains, data, mesh, want)
 
 
 def sequential_sharded(
     chain: Chain,
     *,
-    mesh: Mesh,
+    mesh: Mesh | None,
     with_trace: bool = False,
     with_aux: bool = False,
     taps: tuple[int, ...] = (),
     num_microbatches: int = 1,
 ) -> Solution:
-    """:func:`snlp_jax.solver.sequential` over spread nodes, as :func:`solve_sharded` reads and returns them.
+    """:func:`snlp_jax.solver.sequential`, see :func:`on_devices`; without a mesh there are no microbatches.
 
     The program holds ``num_microbatches + n - 2`` collective-permutes of a microbatch's state and one all-reduce of the
     value and the taps, and no other collective.
     """
-
-    def run(chains: Sequence[Chain], data: MethodData) -> Solution:
-        return sequential(
-            chains[0], with_trace=with_trace, with_aux=with_aux, taps=taps, num_microbatches=num_microbatches
-        )
-
-    return _on_each_device(run, [chain], NO_DATA, mesh, Wanted(taps))
+    parts = 1 if mesh is None else num_microbatches
+    run = lambda chains, _: sequential(  # noqa: E731
+        chains[0], with_trace=with_trace, with_aux=with_aux, taps=taps, num_microbatches=parts
+    )
+    return on_devices(run, [chain], NO_DATA, mesh, Wanted(taps))
 
 
 def first_nodes(solution: Solution, num_nodes: int) -> Solution:
@@ -125,16 +118,25 @@ def first_nodes(solution: Solution, num_nodes: int) -> Solution:
     return solution._replace(trace=pick(solution.trace), aux=pick(solution.aux), stats=stats)
 
 
-def _on_each_device(
+def on_devices(
     run: Callable[[Sequence[Chain], MethodData], Solution],
     chains: Sequence[Chain],
     data: MethodData,
-    mesh: Mesh,
+    mesh: Mesh | None,
     want: Wanted,
     *,
     is_adaptive: bool = False,
 ) -> Solution:
-    """``run`` on the nodes, and the rows of the batch, of every device. Other axes of the mesh stay automatic."""
+    """``run`` on the nodes, and the rows of the batch, of every device; without a mesh on those of one.
+
+    Nodes lie over the mesh's ``layer`` axis, weights and contexts as stacks. A stack that the devices do not divide is
+    filled up, and only its own nodes come back. A chain whose ``place`` has indices comes back whole, with the rows
+    that do not count: to cut them off a spread trace would be an exchange. ``fns.sweep``, where there is one, is that
+    of one device's nodes. Trace and aux of the solution stay spread; its value and tapped states are on every device.
+    Other axes of the mesh stay automatic.
+    """
+    if mesh is None:
+        return run(chains, data)
     chain, num_devices = chains[0], mesh.shape[LAYER]
     num_nodes, rows = num_padded(chain.num_nodes, num_devices), _rows_axis(chain, mesh)
     index_L = jnp.arange(num_nodes) if chain.place.index_L is None else chain.place.index_L

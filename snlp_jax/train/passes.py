@@ -9,11 +9,12 @@ from jax.sharding import Mesh
 
 from snlp_jax.chains import chains_of, correction_of, method_data
 from snlp_jax.checks import check_alike
-from snlp_jax.forward import run_in_order, solve_segment
+from snlp_jax.forward import solve_segment
 from snlp_jax.model import Model
 from snlp_jax.model.block import Shared
 from snlp_jax.model.kinds import cut
 from snlp_jax.parallel.mesh import kernels_on, over_data
+from snlp_jax.parallel.region import sequential_sharded
 from snlp_jax.parallel.sharding import gather_channels
 from snlp_jax.parts import Part
 from snlp_jax.solver import ParallelSegment, Segment, SequentialSegment, Solution, Wanted
@@ -82,7 +83,9 @@ class Passes:
         model = self.model.adapted(fetch=fetch, kernels=kernels_on(self.mesh, is_spread=ring is not None))
         part = self._part(SequentialSegment(0, config.num_layers), is_spread=ring is not None)
         (chain,) = chains_of(model, self.params, part, self.batch.tokens[:, :-1], self.shared, self.h_in, mesh=ring)
-        solution = run_in_order(chain, ring, layers, self.ring_microbatches, with_trace=with_trace)
+        solution = sequential_sharded(
+            chain, mesh=ring, with_trace=with_trace, taps=layers, num_microbatches=self.ring_microbatches
+        )
         return Exact(dict(zip(layers, solution.tapped, strict=True)) | {-1: self.h_in}, solution.trace)
 
     def solve(self, region: ParallelSegment, h_start: Array, taps: tuple[int, ...] = ()) -> Solution:
