@@ -94,14 +94,17 @@ def fit_calibration(
         if kind == "basis":
             u_DX, v_DX = _shared_bases(reduce(_true_updates), index, rank, intercept, ridge)
             common["u"][index], common["v"][index] = u_DX, v_DX
-            moments = reduce(_projected_residuals)
-            c_L, m_LXX, b_LD = _solve_basis(moments, u_DX, v_DX, index, intercept, ridge)
+            channels, projected = reduce(_projected_residuals)
+            c_L, m_LXX = _solve_basis(channels, projected, u_DX, v_DX, index, intercept, ridge)
             layers["scale"][:, index], layers["core"][:, index] = c_L, m_LXX
+            move = lambda l, d_D: c_L[l] * d_D + u_DX @ (m_LXX[l] @ (v_DX.T @ d_D))  # noqa: B023, E731
         else:
-            a_LD, b_LD = _solve_channels(reduce(_residuals), index, intercept, ridge, pooled=kind == "scalar")
+            channels = reduce(_residuals)
+            a_LD = _solve_channels(channels, index, intercept, ridge, pooled=kind == "scalar")
             layers["channel" if kind == "channel" else "scale"][:, index] = a_LD if kind == "channel" else a_LD[:, 0]
+            move = lambda l, d_D: a_LD[l] * d_D  # noqa: B023, E731
         if intercept:
-            layers["intercept"][:, index] = b_LD
+            layers["intercept"][:, index] = _intercepts(channels, index, move)
     return _calibration(layers, common)
 
 
@@ -156,14 +159,14 @@ class _Chains:
         if measure not in self._compiled:
             run = lambda chain, index, data: measure(chain, init, index, data)  # noqa: E731
             self._compiled[measure] = jax.jit(run)
+        is_moments = lambda node: isinstance(node, Moments)  # noqa: E731
         total: Any = None
         for chain, data in self._stream():
             chain = dataclasses.replace(chain, fns=self._fns)  # equal functions compile once
             part = self._compiled[measure](chain, jnp.asarray(index), data._replace(fit=calibration))
-            is_moments = lambda node: isinstance(node, Moments)  # noqa: E731
-            part = jax.tree.map(Moments.on_host, part, is_leaf=is_moments)
+            part = jax.device_get(part)
             total = part if total is None else jax.tree.map(Moments.merge, total, part, is_leaf=is_moments)
-        return total
+        return jax.tree.map(Moments.on_host, total, is_leaf=is_moments)
 
 
 # ---------------------------------------------------------------- statistics of a batch, compiled
@@ -238,15 +241,11 @@ def _layers_last(rows_L: PyTree) -> jax.Array:
 # ---------------------------------------------------------------- regressions on the host
 
 
-def _solve_channels(
-    moments: Moments, index: int, intercept: bool, ridge: float, *, pooled: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """``a_LD, b_LD`` layer after layer; ``pooled`` makes all channels of a layer one."""
-    s_DLL, t_DLL = moments.covariance(centred=intercept)
-    mean_r_DL, mean_t_DL = moments.mean_x, moments.mean_y
-    width, num_layers = mean_r_DL.shape
-    a_LD, b_LD = np.ones((num_layers, width)), np.zeros((num_layers, width))
-    w_LD, beta_D = np.zeros((num_layers, width)), np.zeros(width)  # d_{l-1} = sum_j w_j r_j + beta
+def _solve_channels(moments: Moments, index: int, centred: bool, ridge: float, *, pooled: bool) -> np.ndarray:
+    """``a_LD`` layer after layer; ``pooled`` makes all channels of a layer one."""
+    s_DLL, t_DLL = moments.covariance(centred=centred)
+    width, num_layers = moments.mean_x.shape
+    a_LD, w_LD = np.ones((num_layers, width)), np.zeros((num_layers, width))  # d_{l-1} = sum_j w_j r_j
     for l in range(num_layers):
         if l > index:
             variance_D = np.einsum("LD,DLM,MD->D", w_LD, s_DLL, w_LD)
@@ -254,23 +253,21 @@ def _solve_channels(
             scale = _ratio(covariance_D.sum(), variance_D.sum())
             pull = ridge * variance_D.mean()
             a_LD[l] = scale if pooled else _ratio(covariance_D + pull * scale, variance_D + pull)
-            if intercept:
-                mean_d_D = np.einsum("LD,DL->D", w_LD, mean_r_DL) + beta_D
-                b_LD[l] = mean_t_DL[:, l] - a_LD[l] * mean_d_D
-        w_LD, beta_D = a_LD[l] * w_LD, a_LD[l] * beta_D + b_LD[l]
+        w_LD = a_LD[l] * w_LD
         w_LD[l] = 1.0
-    return a_LD, b_LD
+    return a_LD
 
 
 def _solve_basis(
-    moments: tuple[Moments, Moments],
+    channels: Moments,
+    projected: Moments,
     u_DX: np.ndarray,
     v_DX: np.ndarray,
     index: int,
-    intercept: bool,
+    centred: bool,
     ridge: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``c_L, m_LXX, b_LD`` layer after layer, for given bases (U orthonormal).
+) -> tuple[np.ndarray, np.ndarray]:
+    """``c_L, m_LXX`` layer after layer, for given bases (U orthonormal).
 
     With p_j = V^T r_j, g_j = U^T r_j, tau_l = U^T t_l, G = V^T U the update is
     ``d = sum_j w_j r_j + U Q_j p_j + beta``, so ``v = V^T d = sum_j P_j p_j`` with ``P_j = w_j I + G Q_j`` and
@@ -278,16 +275,14 @@ def _solve_basis(
     regression of t on (d, U v) has ``M(c) = (C_tau,v - c C_e,v) R`` with ``R = (C_vv + ridge)^-1`` and, with M put in,
     ``c = (tr C_t,d - tr C_tau,v R C_v,e) / (tr C_d,d - tr C_e,v R C_v,e)``.
     """
-    channels, projected = moments
-    s_LL, t_LL = (moment.sum(0) for moment in channels.covariance(centred=intercept))
+    s_LL, t_LL = (moment.sum(0) for moment in channels.covariance(centred=centred))
     num_layers, rank = len(s_LL), u_DX.shape[1]
-    c_xx, c_yx = projected.covariance(centred=intercept)
+    c_xx, c_yx = projected.covariance(centred=centred)
     pp_LXLX = c_xx.reshape(num_layers, rank, num_layers, rank)
     gp_LXLX, taup_LXLX = c_yx.reshape(2, num_layers, rank, num_layers, rank)
     gram_XX = v_DX.T @ u_DX
     c_L, m_LXX = np.ones(num_layers), np.zeros((num_layers, rank, rank))
-    b_LD = np.zeros((num_layers, len(u_DX)))
-    w_L, q_LXX, mean_d_D = np.zeros(num_layers), np.zeros((num_layers, rank, rank)), np.zeros(len(u_DX))
+    w_L, q_LXX = np.zeros(num_layers), np.zeros((num_layers, rank, rank))
     for l in range(num_layers):
         p_LXX = w_L[:, None, None] * np.eye(rank) + gram_XX @ q_LXX
         if l > index:
@@ -300,13 +295,20 @@ def _solve_basis(
             dd += np.einsum("XMZ,MXZ->", qpp_XLX, q_LXX)
             td = t_LL[l] @ w_L + np.einsum("XLY,LXY->", taup_LXLX[l], q_LXX)
             c_L[l], m_LXX[l] = _scale_and_core(td, dd, tauv_XX, ev_XX, vv_XX, ridge)
-        moved_D = c_L[l] * mean_d_D + u_DX @ (m_LXX[l] @ (v_DX.T @ mean_d_D))
-        if intercept and l > index:
-            b_LD[l] = channels.mean_y[:, l] - moved_D
         w_L, q_LXX = c_L[l] * w_L, c_L[l] * q_LXX + m_LXX[l] @ p_LXX
         w_L[l], q_LXX[l] = 1.0, 0.0
-        mean_d_D = moved_D + channels.mean_x[:, l] + b_LD[l]
-    return c_L, m_LXX, b_LD
+    return c_L, m_LXX
+
+
+def _intercepts(moments: Moments, index: int, move: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+    """``b_LD``, which make up for the means: ``b_l = E[t_l] - A_l E[d_{l-1}]``; ``move`` is ``(l, d) -> A_l d``."""
+    b_LD, mean_d_D = np.zeros(moments.mean_x.shape[::-1]), np.zeros(len(moments.mean_x))
+    for l in range(len(b_LD)):
+        moved_D = move(l, mean_d_D)
+        if l > index:
+            b_LD[l] = moments.mean_y[:, l] - moved_D
+        mean_d_D = moved_D + moments.mean_x[:, l] + b_LD[l]
+    return b_LD
 
 
 def _scale_and_core(
@@ -323,14 +325,14 @@ BASIS_ROUNDS = 20
 
 
 def _shared_bases(
-    moments: Moments, index: int, rank: int, intercept: bool, ridge: float
+    moments: Moments, index: int, rank: int, centred: bool, ridge: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """``u_DX`` (orthonormal) and ``v_DX``: a reduced-rank regression of t_l - c_l x on the true update x, pooled.
 
     U spans the directions that explain most of all layers' targets; V those of the update that predict them, of unit
     covariance over all layers. The scalars c_l and the bases are found in turns.
     """
-    xx_LDD, tx_LDD = (moment[index + 1 :] for moment in moments.covariance(centred=intercept))
+    xx_LDD, tx_LDD = (moment[index + 1 :] for moment in moments.covariance(centred=centred))
     width, num_layers = moments.mean_x.shape[-1], len(xx_LDD)
     if not num_layers:  # all layers are exact by now
         return np.eye(width, rank), np.eye(width, rank)
@@ -350,9 +352,8 @@ def _shared_bases(
         rows_LXD = u_DX.T @ b_LDD @ root_DD
         v_DX = whiten_DD @ top_eigenvectors((rows_LXD.swapaxes(1, 2) @ rows_LXD).sum(0), rank)
         tauv_LXX, ev_LXX, vv_LXX = u_DX.T @ tx_LDD @ v_DX, u_DX.T @ xx_LDD @ v_DX, v_DX.T @ xx_LDD @ v_DX
-        c_L = np.stack(
-            [_scale_and_core(td_L[l], dd_L[l], tauv_LXX[l], ev_LXX[l], vv_LXX[l], ridge)[0] for l in range(num_layers)]
-        )
+        rows = zip(td_L, dd_L, tauv_LXX, ev_LXX, vv_LXX, strict=True)
+        c_L = np.stack([_scale_and_core(*row, ridge)[0] for row in rows])
     return u_DX, v_DX
 
 

@@ -12,7 +12,6 @@ residual (the authors' convention, Y = y + x) by tr Cov(y + x), which is what th
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -34,8 +33,6 @@ class BranchMap:
 
     weight_YX: np.ndarray
     bias_Y: np.ndarray
-    basis_YR: np.ndarray | None
-    """Of low rank: orthonormal columns U with ``W = U U^T W``; else None."""
     ridge: float
     """Relative to the mean eigenvalue of C_xx."""
     condition: float
@@ -44,55 +41,7 @@ class BranchMap:
     @property
     def affine(self) -> AffineMap:
         """As the model reads it."""
-        kernel_DD: Any = self.weight_YX.T if self.basis_YR is None else self.factors
-        return AffineMap(kernel_DD, self.bias_Y)  # type: ignore[arg-type]  # becomes jax arrays there
-
-    @property
-    def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """``(down [X, R], up [R, Y])`` with ``x down up = W x``, of a map of low rank."""
-        assert self.basis_YR is not None
-        return self.weight_YX.T @ self.basis_YR, self.basis_YR.T
-
-
-@dataclass(frozen=True)
-class Regression:
-    """The regressions of y on x from their moments, for any ridge: C_xx is decomposed once."""
-
-    moments: Moments
-    values_X: np.ndarray
-    vectors_XX: np.ndarray
-
-    @classmethod
-    def of(cls, moments: Moments, shrinkage: float = 0.0) -> "Regression":
-        """``C_xx`` is replaced by ``(1 - shrinkage) C_xx + shrinkage tr(C_xx) / X I``."""
-        c_xx = moments.covariance()[0]
-        values_X, vectors_XX = np.linalg.eigh(c_xx)
-        return cls(moments, (1.0 - shrinkage) * values_X + shrinkage * np.trace(c_xx) / len(c_xx), vectors_XX)
-
-    @property
-    def condition(self) -> float:
-        """Of C_xx; infinite where it is singular."""
-        low, high = self.values_X[0], self.values_X[-1]
-        return float(high / low) if low > 0 else math.inf
-
-    def fit(self, ridge: float = 0.0, rank: int = 0) -> BranchMap:
-        """``W = C_yx (C_xx + ridge tr(C_xx) / X I)^-1``; of least norm where that is singular.
-
-        With ``rank`` r > 0 the best map of that rank: by the theorem of Eckart and Young, in the metric of C_xx,
-        ``U U^T W`` with U the r leading left singular vectors of ``W C_xx^{1/2}``.
-        """
-        loaded_X = self.values_X + ridge * self.values_X.mean()
-        kept_X = loaded_X > 1e-12 * loaded_X[-1]
-        inverse_X = np.where(kept_X, 1.0 / np.where(kept_X, loaded_X, 1.0), 0.0)
-        c_yx = self.moments.covariance()[1]
-        weight_YX = c_yx @ (self.vectors_XX * inverse_X) @ self.vectors_XX.T
-        basis_YR = None
-        if rank:
-            moved_YX = weight_YX @ (self.vectors_XX * np.sqrt(np.maximum(loaded_X, 0.0)))
-            basis_YR = top_eigenvectors(moved_YX @ moved_YX.T, rank)
-            weight_YX = basis_YR @ (basis_YR.T @ weight_YX)
-        host = self.moments.on_host()
-        return BranchMap(weight_YX, host.mean_y - weight_YX @ host.mean_x, basis_YR, ridge, self.condition)
+        return AffineMap(self.weight_YX.T, self.bias_Y)  # type: ignore[arg-type]  # becomes jax arrays there
 
 
 def fit_map(
@@ -103,21 +52,35 @@ def fit_map(
     shrinkage: float = 0.0,
     rank: int = 0,
 ) -> BranchMap:
-    """The LMMSE map of y on x.
+    """The LMMSE map of y on x, ``W = C_yx (C_xx + ridge tr(C_xx) / X I)^-1``; of least norm where that is singular.
 
     Args:
         held_out: of other text, by whose NMSE a ridge is chosen.
         ridge: relative to tr(C_xx) / X. None takes 0 where the condition of C_xx is at most ``MAX_CONDITION``, and
             otherwise the best of ``RIDGES`` on ``held_out``, of equals the smallest, or the smallest of all without it.
+        shrinkage: ``C_xx`` is replaced by ``(1 - shrinkage) C_xx + shrinkage tr(C_xx) / X I``.
+        rank: with r > 0 the best map of that rank: by the theorem of Eckart and Young, in the metric of C_xx,
+            ``U U^T W`` with U the r leading left singular vectors of ``W C_xx^{1/2}``.
     """
-    regression = Regression.of(moments, shrinkage)
-    if ridge is not None:
-        return regression.fit(ridge, rank)
-    if regression.condition <= MAX_CONDITION:
-        return regression.fit(0.0, rank)
-    if held_out is None:
-        return regression.fit(RIDGES[0], rank)
-    return min((regression.fit(each, rank) for each in RIDGES), key=lambda fit: squared_error(fit, held_out))
+    host, (c_xx, c_yx) = moments.on_host(), moments.covariance()
+    values_X, vectors_XX = np.linalg.eigh(c_xx)
+    values_X = (1.0 - shrinkage) * values_X + shrinkage * np.trace(c_xx) / len(c_xx)
+    condition = float(values_X[-1] / values_X[0]) if values_X[0] > 0 else math.inf
+
+    def fit(ridge: float) -> BranchMap:
+        loaded_X = values_X + ridge * values_X.mean()
+        kept_X = loaded_X > 1e-12 * loaded_X[-1]
+        inverse_X = np.where(kept_X, 1.0 / np.where(kept_X, loaded_X, 1.0), 0.0)
+        weight_YX = c_yx @ (vectors_XX * inverse_X) @ vectors_XX.T
+        if rank:
+            moved_YX = weight_YX @ (vectors_XX * np.sqrt(np.maximum(loaded_X, 0.0)))
+            basis_YR = top_eigenvectors(moved_YX @ moved_YX.T, rank)
+            weight_YX = basis_YR @ (basis_YR.T @ weight_YX)
+        return BranchMap(weight_YX, host.mean_y - weight_YX @ host.mean_x, ridge, condition)
+
+    if ridge is None and condition > MAX_CONDITION and held_out is not None:
+        return min(map(fit, RIDGES), key=lambda fit: squared_error(fit, held_out))
+    return fit(ridge if ridge is not None else 0.0 if condition <= MAX_CONDITION else RIDGES[0])
 
 
 def squared_error(fit: BranchMap, moments: Moments) -> float:

@@ -8,9 +8,8 @@ cca              the authors' bound (:func:`snlp_jax.linearize.maps.cca_bound`)
 random           a control
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,8 +50,9 @@ class Candidate:
 
     def row(self) -> dict[str, Any]:
         """For a report: all but the map, an infinite condition as None."""
-        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fit"}
-        return row | {"condition": self.condition if math.isfinite(self.condition) else None}
+        row = dict(vars(self), condition=self.condition if math.isfinite(self.condition) else None)
+        del row["fit"]
+        return row
 
     def score(self, rank_by: str) -> float:
         names = {"heldout": "held_out", "cca": "cca_bound"}
@@ -100,16 +100,8 @@ def linearize(
     check_linearize(model, config)
     rounds = []
     for number, counts in enumerate(_rounds(config)):
-        candidates = measure(
-            model,
-            params,
-            fit,
-            held_out,
-            {branch: whole_layers(model, branch) for branch in counts},
-            config,
-            mesh=mesh,
-            on_batch=on_batch,
-        )
+        places = {branch: whole_layers(model, branch) for branch in counts}
+        candidates = measure(model, params, fit, held_out, places, config, mesh=mesh, on_batch=on_batch)
         chosen = choose(candidates, counts, config, seed=config.seed + number)
         model, params = apply(model, params, candidates, chosen, drop=config.drop, rank=config.rank)
         rounds.append(Round(tuple(sorted(candidates, key=lambda each: each.layer)), chosen))
@@ -145,7 +137,7 @@ def measure(
     params: Params,
     fit: Batches,
     held_out: Batches,
-    places: dict[Branch, Sequence[int]],
+    places: Mapping[Branch, Sequence[int]],
     config: LinearizeConfig,
     *,
     mesh: Mesh | None = None,
@@ -166,19 +158,8 @@ def measure(
             check_samples(int(moments.count), model.config.embed_dim)
             unseen = other.pop((branch, layer))
             best = fit_map(moments, unseen, ridge=config.ridge, shrinkage=config.shrinkage, rank=config.rank)
-            found.append(
-                Candidate(
-                    layer,
-                    branch,
-                    best.ridge,
-                    best.condition,
-                    nmse=nmse(best, moments),
-                    nmse_residual=nmse(best, moments, residual=True),
-                    held_out=nmse(best, unseen, residual=True),
-                    cca_bound=cca_bound(moments),
-                    fit=best,
-                )
-            )
+            errors = nmse(best, moments), nmse(best, moments, residual=True), nmse(best, unseen, residual=True)
+            found.append(Candidate(layer, branch, best.ridge, best.condition, *errors, cca_bound(moments), best))
     return found
 
 
@@ -235,12 +216,9 @@ def num_passes(model: LanguageModel, config: LinearizeConfig) -> int:
 
 def _rounds(config: LinearizeConfig) -> list[dict[Branch, int]]:
     """How many of each branch are chosen at once, time after time."""
-    counts: dict[Branch, int] = {"block": config.blocks, "attention": config.attention, "mlp": config.mlp}
-    counts = {branch: count for branch, count in counts.items() if count}
+    asked: dict[Branch, int] = {"block": config.blocks, "attention": config.attention, "mlp": config.mlp}
+    counts = {branch: count for branch, count in asked.items() if count}
     if not config.greedy:
         return [counts]
-    return [
-        {branch: min(config.every, count - start)}
-        for branch, count in counts.items()
-        for start in range(0, count, config.every)
-    ]
+    starts = [(branch, start) for branch, count in counts.items() for start in range(0, count, config.every)]
+    return [{branch: min(config.every, counts[branch] - start)} for branch, start in starts]

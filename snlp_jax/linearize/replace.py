@@ -8,7 +8,7 @@ map of its MLP to ``h' - x``.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,14 @@ import numpy as np
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.model.kinds import owners
+from snlp_jax.model.kinds import map_present, owners
 from snlp_jax.types import Array, Params
 
 
 class AffineMap(NamedTuple):
     """``x W + b``."""
 
-    kernel_DD: Array | tuple[Array, Array]
-    """W, or its factors [D, r] and [r, D]."""
+    kernel_DD: Array
     bias_D: Array
 
 
@@ -63,12 +62,16 @@ def replace(
         dropped_mlp=layers("dropped", "mlp"),
         linear_rank=rank if adds_maps else config.linear_rank,
     )
-    blocks: dict[str, Any] = {}
     rows = {"linear_attn": given["attention"], "linear_mlp": given["mlp"]}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"]):
-        keys = tuple(key.key for key in path)
-        if keys[0] not in rows:
-            _put(blocks, keys, _kept(config, new_config, "/".join(keys), leaf))
+
+    def kept(path: str, leaf: Array) -> Array | None:
+        before, after = owners(config, path), owners(new_config, path)
+        places = [row for row, layer in enumerate(before) if layer in after]
+        if path.split("/")[0] in rows or not places:
+            return None
+        return leaf if len(places) == len(before) else leaf[np.asarray(places)]
+
+    blocks = map_present(kept, params["blocks"])
     for name, maps in rows.items():
         leaves = {layer: _leaves(new, rank) for layer, new in maps.items() if new is not None}
         for row, layer in enumerate(owners(config, name)):
@@ -86,19 +89,16 @@ def _check(config: ModelConfig, given: Mapping[str, Mapping[int, AffineMap | Non
                 raise InputError(f"there is no layer {layer}; layers are 0 to {config.num_layers - 1}.")
             if layer in replaced:
                 raise InputError(f"the {branch} of layer {layer} is replaced already; leave it out.")
-            _check_width(new, config.embed_dim, f"the map for the {branch} of layer {layer}")
+            shape, width = () if new is None else (*new.kernel_DD.shape, *new.bias_D.shape), config.embed_dim
+            if new is not None and shape != (width,) * 3:
+                raise InputError(
+                    f"the map for the {branch} of layer {layer} is of width {shape[0]} to {shape[1]} with a bias of "
+                    f"{shape[2]}; it must be {width}."
+                )
     has_maps = bool(config.linear_attention + config.linear_mlp)
     adds_maps = any(new is not None for maps in given.values() for new in maps.values())
     if has_maps and adds_maps and rank != config.linear_rank:
         raise InputError(f"rank {rank} is not that of the model's maps, which is {config.linear_rank}; give that one.")
-
-
-def _kept(config: ModelConfig, new: ModelConfig, path: str, leaf: Array) -> Array | None:
-    before, after = owners(config, path), owners(new, path)
-    rows = [row for row, layer in enumerate(before) if layer in after]
-    if not rows:
-        return None
-    return leaf if len(rows) == len(before) else leaf[np.asarray(rows)]
 
 
 def _embed(config: ModelConfig, new: ModelConfig, embed: Params) -> Params:
@@ -112,39 +112,11 @@ def _embed(config: ModelConfig, new: ModelConfig, embed: Params) -> Params:
 
 
 def _leaves(new: AffineMap, rank: int) -> dict[str, Array]:
+    """The map, or of a rank the nearest product of [D, r] and [r, D], singular values split evenly between the two."""
     bias_D = jnp.asarray(new.bias_D, jnp.float32)
     if not rank:
-        kernel = new.kernel_DD
-        whole = kernel[0] @ kernel[1] if isinstance(kernel, tuple) else kernel
-        return {"kernel": jnp.asarray(whole, jnp.float32), "bias": bias_D}
-    down_DX, up_XD = new.kernel_DD if isinstance(new.kernel_DD, tuple) else _factors(new.kernel_DD, rank)
-    missing = rank - down_DX.shape[1]
-    if missing < 0:
-        down_DX, up_XD = _factors(down_DX @ up_XD, rank)
-    elif missing:
-        down_DX, up_XD = jnp.pad(down_DX, [(0, 0), (0, missing)]), jnp.pad(up_XD, [(0, missing), (0, 0)])
-    return {"down": jnp.asarray(down_DX, jnp.float32), "up": jnp.asarray(up_XD, jnp.float32), "bias": bias_D}
-
-
-def _factors(kernel_DD: Any, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest product of [D, r] and [r, D], singular values split evenly between the two."""
-    u_DX, s_X, v_XD = np.linalg.svd(np.asarray(kernel_DD, np.float64), full_matrices=False)
+        return {"kernel": jnp.asarray(new.kernel_DD, jnp.float32), "bias": bias_D}
+    u_DX, s_X, v_XD = np.linalg.svd(np.asarray(new.kernel_DD, np.float64), full_matrices=False)
     root_X = np.sqrt(s_X[:rank])
-    return u_DX[:, :rank] * root_X, root_X[:, None] * v_XD[:rank]
-
-
-def _check_width(new: AffineMap | None, width: int, what: str) -> None:
-    if new is None:
-        return
-    factors = new.kernel_DD if isinstance(new.kernel_DD, tuple) else (new.kernel_DD, new.kernel_DD)
-    shape = (*factors[0].shape[:1], *factors[1].shape[1:], *new.bias_D.shape)
-    if shape != (width,) * 3:
-        raise InputError(f"{what} is of width {shape[0]} to {shape[1]} with a bias of {shape[2]}; it must be {width}.")
-
-
-def _put(tree: dict[str, Any], keys: tuple[str, ...], leaf: Array | None) -> None:
-    if leaf is None:
-        return
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[keys[-1]] = leaf
+    down_DX, up_XD = u_DX[:, :rank] * root_X, root_X[:, None] * v_XD[:rank]
+    return {"down": jnp.asarray(down_DX, jnp.float32), "up": jnp.asarray(up_XD, jnp.float32), "bias": bias_D}

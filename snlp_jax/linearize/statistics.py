@@ -79,11 +79,11 @@ def branch_moments(
             f"batches of {rows} windows over a mesh of {dict(mesh.shape)}: statistics are spread over its data axis "
             "alone, which must divide the batch."
         )
-    run = _Pass(model, params, wanted, skip_first, mesh)
-    shifts = {place: (part.mean_x, part.mean_y) for place, part in run.moments(first, {}).items()}
+    run = _pass(model, params, wanted, skip_first, mesh)
+    shifts = {place: (part.mean_x, part.mean_y) for place, part in run(first, {}).items()}
     total: dict[Place, Moments] = {}
     for batch in batches():
-        parts = run.moments(batch, shifts)
+        parts = run(batch, shifts)
         total = {place: total[place].merge(part) for place, part in parts.items()} if total else parts
         on_batch()
     return {place: part.moved(*shifts[place]) for place, part in total.items()}
@@ -146,24 +146,16 @@ class TappedPath:
         return self.path.leave(carry, ctx, mlp_BTD)[0], Taps(x_BTD, attn_BTD, u_BTD, mlp_BTD)
 
 
-class _Programs(NamedTuple):
-    """Compiled when first called, once for every kind of layer."""
-
-    enter: Callable[[PyTree, Mapping[str, Array]], tuple[Shared, Array]]
-    """Of the embedding and the inputs: what all layers read, and what enters the first."""
-    step: Callable[..., tuple[Array, list[Moments]]]
-    """Of a layer: its output, and moments with an axis of devices before the others."""
-
-
 @functools.lru_cache(maxsize=8)
-def _programs(
-    config: ModelConfig, machine: MachineConfig, backend: str, skip_first: int, mesh: Mesh | None
-) -> _Programs:
-    """Of all models of a config, whichever of their branches have been replaced: ``config`` has none."""
+def _programs(config: ModelConfig, machine: MachineConfig, backend: str, skip_first: int, mesh: Mesh | None) -> Any:
+    """``enter``: from the embedding and the inputs what all layers read, and the state that enters the first; ``step``:
+    from a layer its output, and moments with an axis of devices before the others. Compiled when first called, once for
+    every kind of layer, for all models of a config, whichever of their branches are replaced: ``config`` has none."""
     kernels = kernels_on(mesh, is_spread=False)
     model = LanguageModel(config, machine, backend=backend).adapted(kernels=kernels, wrap_path=TappedPath)
     num_devices = 1 if mesh is None else mesh.shape["data"]
 
+    @jax.jit
     def enter(ends: PyTree, inputs: Mapping[str, Array]) -> tuple[Shared, Array]:
         document_BT = inputs.get("document")
         x0_BTD = over_data(mesh, model.embed(ends, inputs["tokens"], None, document_BT))
@@ -173,8 +165,9 @@ def _programs(
         x_BTD = x_BTD[:, skip_first:].astype(jnp.float32) - shift_D[None, None]
         return over_data(mesh, x_BTD.reshape(num_devices, -1, x_BTD.shape[-1]))
 
+    @functools.partial(jax.jit, static_argnames="names")
     def step(
-        block: PyTree, h: Array, ctx: Context, shared: Shared, shifts: list[tuple[Array, Array]], *, names: Any
+        block: PyTree, h: Array, ctx: Context, shared: Shared, shifts: list[Shift], *, names: tuple[Branch, ...]
     ) -> tuple[Array, list[Moments]]:
         new, aux = model.block_fn()(block, h, ctx, shared)
         taps = aux.skip_BTRR
@@ -185,54 +178,40 @@ def _programs(
             "block": (taps.x, taps.attn + taps.mlp),  # not h' - x, which would round
         }
         reduce = jax.vmap(lambda x, y: Moments.of(x, y, with_yy=True))
-        found = [
-            reduce(*(samples(each, by) for each, by in zip(pairs[name], shift, strict=True)))
-            for name, shift in zip(names, shifts, strict=True)
-        ]
+        found = [reduce(*map(samples, pairs[name], shift)) for name, shift in zip(names, shifts, strict=True)]
         return over_data(mesh, new), jax.tree.map(lambda leaf: over_data(mesh, leaf), found)
 
-    return _Programs(jax.jit(enter), jax.jit(step, static_argnames="names"))
+    return enter, step
 
 
-class _Pass:
-    """The programs, and the weights that they read."""
+def _pass(
+    model: LanguageModel, params: Params, wanted: Mapping[Branch, Sequence[int]], skip_first: int, mesh: Mesh | None
+) -> Callable[[Mapping[str, np.ndarray], Mapping[Place, Shift]], dict[Place, Moments]]:
+    """From a batch and shifts the moments of the samples minus their shifts (0 where there is none)."""
+    num_layers = model.config.num_layers
+    whole = dataclasses.replace(model.config, linear_attention=(), linear_mlp=(), dropped_attention=(), dropped_mlp=())
+    enter, step = _programs(whole, model.machine, model.backend, skip_first, mesh)
+    names_L = [tuple(name for name in BRANCHES if l in wanted.get(name, ())) for l in range(num_layers)]
+    stop = max((l + 1 for l, names in enumerate(names_L) if names), default=0)
+    weights = prepare(model, params, Schedule.of(num_layers), num_tokens=1, layout="list")
+    ends, blocks = weights.embed_head, [tree for part in weights.parts for tree in part.blocks][:stop]
+    if mesh is not None:
+        ends, blocks = jax.device_put((ends, blocks), NamedSharding(mesh, PartitionSpec()))
+    zero_D = np.zeros(model.config.embed_dim, np.float32)
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        params: Params,
-        wanted: Mapping[Branch, Sequence[int]],
-        skip_first: int,
-        mesh: Mesh | None,
-    ):
-        num_layers = model.config.num_layers
-        whole = dataclasses.replace(
-            model.config, linear_attention=(), linear_mlp=(), dropped_attention=(), dropped_mlp=()
-        )
-        self._model, self._mesh = model, mesh
-        self._programs = _programs(whole, model.machine, model.backend, skip_first, mesh)
-        self._wanted = [tuple(name for name in BRANCHES if l in wanted.get(name, ())) for l in range(num_layers)]
-        self._num_layers = max((l + 1 for l, names in enumerate(self._wanted) if names), default=0)
-        weights = prepare(model, params, Schedule.of(num_layers), num_tokens=1, layout="list")
-        self._ends, self._blocks = weights.embed_head, [tree for part in weights.parts for tree in part.blocks]
-        if mesh is not None:
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            self._ends, self._blocks = jax.device_put((self._ends, self._blocks), everywhere)
-
-    def moments(self, batch: Mapping[str, np.ndarray], shifts: Mapping[Place, Shift]) -> dict[Place, Moments]:
-        """Of the samples minus their shifts (0 where there is none)."""
+    def moments(batch: Mapping[str, np.ndarray], shifts: Mapping[Place, Shift]) -> dict[Place, Moments]:
         inputs = {name: batch[name][:, :-1] for name in ("tokens", "document") if name in batch}
-        inputs = put_batch(self._mesh, inputs, is_whole=True)
-        shared, h = self._programs.enter(self._ends, inputs)
+        inputs = put_batch(mesh, inputs, is_whole=True)
+        shared, h = enter(ends, inputs)
         found: dict[Place, Moments] = {}
-        zero = np.zeros(self._model.config.embed_dim, np.float32)
-        for l, block in enumerate(self._blocks[: self._num_layers]):
-            ctx = self._model.context(self._ends, [block], inputs["tokens"], l, l + 1)
-            ctx, names = jax.tree.map(lambda leaf: leaf[0], ctx), self._wanted[l]
-            shift = [shifts.get((name, l), (zero, zero)) for name in names]
+        for l, (block, names) in enumerate(zip(blocks, names_L, strict=False)):
+            ctx = jax.tree.map(lambda leaf: leaf[0], model.context(ends, [block], inputs["tokens"], l, l + 1))
+            shift = [shifts.get((name, l), (zero_D, zero_D)) for name in names]
             shift = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), shift)
-            h, by_device = self._programs.step(block, h, ctx, shared, shift, names=names)
+            h, by_device = step(block, h, ctx, shared, shift, names=names)
             for name, stacked in zip(names, jax.device_get(by_device), strict=True):
                 parts = [Moments(*(leaf[i] for leaf in stacked)) for i in range(len(stacked.count))]
                 found[name, l] = functools.reduce(Moments.merge, parts[1:], parts[0].on_host())
         return found
+
+    return moments

@@ -79,7 +79,7 @@ def take(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
         place = {layer: row for row, layer in enumerate(owners(config, path))}
         return rows_of(leaf, place[start], place[start] + stop - start) if start in place else None
 
-    return _map_present(one, blocks)
+    return map_present(one, blocks)
 
 
 def rows_of(leaf: Array, start: int, stop: int) -> Array:
@@ -127,12 +127,12 @@ def join(groups: Sequence[PyTree], members: Sequence[Sequence[int]]) -> PyTree:
     return joined
 
 
-def _map_present(fn: Callable[[str, Array], Array | None], tree: PyTree, prefix: str = "") -> PyTree:
+def map_present(fn: Callable[[str, Array], Array | None], tree: PyTree, prefix: str = "") -> PyTree:
     """``fn(path, leaf)`` of a nested dict, without what it gives None for."""
     made: dict[str, Any] = {}
     for name, node in tree.items():
         path = f"{prefix}{name}"
-        new = (_map_present(fn, node, path + "/") or None) if isinstance(node, dict) else fn(path, node)
+        new = (map_present(fn, node, path + "/") or None) if isinstance(node, dict) else fn(path, node)
         if new is not None:
             made[name] = new
     return made
