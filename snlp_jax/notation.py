@@ -104,7 +104,7 @@ def registered() -> tuple[str, ...]:
 CORRECTION_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "damp": ("damping", lambda text: parse_number(float, text, "damp")),
     "probes": ("num_probes", lambda text: parse_number(int, text, "probes")),
-    "mode": ("mode", lambda text: _look_up(DIAGONAL_MODES, text, "mode")),
+    "mode": ("mode", lambda text: look_up(DIAGONAL_MODES, text, "mode")),
     "reuse": ("reuse", lambda text: bool(parse_number(int, text, "reuse"))),
 }
 """Key -> field of the correction, and how its value is read."""
@@ -175,7 +175,7 @@ def _parse_region(part: str, num_layers: int) -> ParallelSegment:
     stage = parse_stage(fields, stop - start)
     tolerance = parse_number(float, fields.get("tol", "0"), "tol")
     all_iters = stage.num_nodes(stop - start) if tolerance else 1
-    init = _look_up(INITS, fields.get("init", "h0"), "init")()
+    init = look_up(INITS, fields.get("init", "h0"), "init")()
     reads_fit = name == "cal" or isinstance(init, CalibratedInit | Preheat)
     if reads_fit != ("fit" in fields):
         verb = "needs" if reads_fit else "has no use for"
@@ -259,7 +259,8 @@ def parse_stage(fields: dict[str, str], num_layers: int) -> Stage:
     return PerLayer()
 
 
-def _look_up(table: dict[str, T], name: str, what: str) -> T:
+def look_up(table: dict[str, T], name: str, what: str) -> T:
+    """The entry of ``table`` that the key ``what`` names."""
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; choose one of {', '.join(table)}.")
     return table[name]

@@ -24,7 +24,7 @@ from snlp_jax.data.pipeline import TokenData
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run, write_report
-from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibration
+from snlp_jax.eval.calibrations import fit_spec, load_fits, parse_calibration
 from snlp_jax.eval.evaluate import default_solvers, evaluate, parse_settings
 from snlp_jax.eval.fidelity import greedy_matches
 from snlp_jax.eval.frontier import pareto_front
@@ -203,7 +203,7 @@ def test_every_field_is_a_flag_of_the_script() -> None:
 SCRIPT_SOLVERS = ["idn:n=2,k=1", "cal:n=2,k=1,init=cal,fit=mine", "idn:n=3,tol=0.5", "idn:n=2,k=1,init=warm"]
 
 
-def test_bad_calibrations(tmp_path: Path, model: LanguageModel, params: dict) -> None:
+def test_bad_calibrations(model: LanguageModel, params: dict) -> None:
     data = TokenData(ByteTokenizer(), np.zeros(1000, np.uint16), np.zeros(0, np.uint16), "hash")
     for text, keyword in (
         ("mine:n=2,kind=cubic", "kind=cubic"),
@@ -215,7 +215,7 @@ def test_bad_calibrations(tmp_path: Path, model: LanguageModel, params: dict) ->
         ("../mine:n=2,k=1,kind=scalar,init=h0,tokens=64", "letters, digits"),
     ):
         with pytest.raises(InputError, match=re.escape(keyword)):
-            fit_to_run(tmp_path, model, params, data, parse_calibration(text, 3))
+            fit_spec(model, params, data, parse_calibration(text, 3))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ Keys: a region as in solver settings (n= or a span, stage=), ``k`` iterations, `
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -30,12 +31,10 @@ from snlp_jax.layout import split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
 from snlp_jax.linearize.tune import TUNE_BATCH, tune_calibration
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.block import Shared
-from snlp_jax.notation import INITS, parse_fields, parse_number, parse_span, parse_stage
-from snlp_jax.parts import Weights
-from snlp_jax.run import BATCH_SIZE, SEED, training_windows
+from snlp_jax.notation import INITS, look_up, parse_fields, parse_number, parse_span, parse_stage
+from snlp_jax.run import BATCH_SIZE, SEED, num_training_windows, training_windows
 from snlp_jax.solver import Calibration, Chain, Chunkwise, Identity, MethodData, ParallelSegment, Schedule
-from snlp_jax.types import Array, Params
+from snlp_jax.types import Params
 
 KEYS = ("n", "k", "kind", "rank", "intercept", "init", "init_rank", "tokens", "tune", "stage", "scales", "branches")
 
@@ -46,18 +45,15 @@ class CalibrationSpec:
 
     name: str
     region: ParallelSegment
-    kind: Kind = "basis"
-    rank: int = 32
+    init_name: str
+    kind: Kind
+    rank: int
     """At most the model's width."""
-    intercept: bool = False
-    init_rank: int = 128
+    intercept: bool
+    init_rank: int
     """At most the model's width."""
-    num_tokens: int = 65536
-    tune_steps: int = 0
-
-    @property
-    def init_name(self) -> str:
-        return next(name for name, init in INITS.items() if init is type(self.region.init))
+    num_tokens: int
+    tune_steps: int
 
 
 def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
@@ -68,35 +64,31 @@ def parse_calibration(text: str, num_layers: int) -> CalibrationSpec:
     """
     name, _, rest = "".join(text.split()).partition(":")
     check_name(name)
+
+    def number(key: str, default: int, least: int) -> int:
+        value = parse_number(int, fields.get(key, str(default)), key)
+        if value < least:
+            raise ValueError(f"{key}={value} is less than {least}.")
+        return value
+
     try:
         fields = parse_fields(rest, KEYS)
         start, stop = parse_span(fields, num_layers)
-        number = lambda key, default: parse_number(int, fields.get(key, str(default)), key)  # noqa: E731
         init_name = fields.get("init", "cal")
-        if init_name not in INITS or INITS[init_name]().is_oracle:
-            raise ValueError(f"init={init_name} is not one of h0, batch_forward, cal, preheat.")
-        kinds: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
-        kind = fields.get("kind", CalibrationSpec.kind)
-        if kind not in kinds:
-            raise ValueError(f"kind={kind} is not one of {', '.join(kinds)}.")
-        region = ParallelSegment(
-            start, stop, number("k", 2), Identity(), INITS[init_name](), parse_stage(fields, stop - start), fit=name
-        )
+        init = look_up({key: init for key, init in INITS.items() if not init().is_oracle}, init_name, "init")()
+        stage = parse_stage(fields, stop - start)
+        region = ParallelSegment(start, stop, number("k", 2, 1), Identity(), init, stage, fit=name)
         Schedule.of(num_layers, region)
-        for key in ("rank", "init_rank"):
-            if number(key, 1) < 1:
-                raise ValueError(f"{key}={fields[key]} is less than 1.")
-        if number("tune", 0) < 0:
-            raise ValueError(f"tune={fields['tune']} is negative.")
         return CalibrationSpec(
             name,
             region,
-            kinds[kind],
-            number("rank", CalibrationSpec.rank),
-            bool(number("intercept", 0)),
-            number("init_rank", CalibrationSpec.init_rank),
-            number("tokens", CalibrationSpec.num_tokens),
-            number("tune", CalibrationSpec.tune_steps),
+            init_name,
+            kind=look_up({kind: kind for kind in get_args(Kind)}, fields.get("kind", "basis"), "kind"),
+            rank=number("rank", 32, 1),
+            intercept=bool(number("intercept", 0, 0)),
+            init_rank=number("init_rank", 128, 1),
+            num_tokens=number("tokens", 65536, 1),
+            tune_steps=number("tune", 0, 0),
         )
     except ValueError as error:
         raise InputError(f"calibration {text.strip()!r}: {error}") from error
@@ -110,18 +102,6 @@ def parse_calibrations(texts: Sequence[str], num_layers: int) -> tuple[Calibrati
         if names.count(name) > 1:
             raise InputError(f"calibration {name!r} is given {names.count(name)} times; give each a name of its own.")
     return specs
-
-
-def fit_to_run(
-    run_dir: Path, model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec
-) -> tuple[Calibration, Path]:
-    """Fit to training windows and save beside the checkpoint.
-
-    Raises:
-        InputError: a kind or rank that the model cannot have, or too little text for one batch.
-    """
-    calibration, num_tokens = fit_spec(model, params, data, spec)
-    return calibration, save_fit(run_dir, params, spec, calibration, num_tokens)
 
 
 def save_fit(run_dir: Path, params: Params, spec: CalibrationSpec, calibration: Calibration, num_tokens: int) -> Path:
@@ -142,25 +122,28 @@ def save_fit(run_dir: Path, params: Params, spec: CalibrationSpec, calibration: 
 
 
 def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec) -> tuple[Calibration, int]:
-    """The calibration, and the number of tokens of training text that it is fitted to, before any tuning. For errors
-    see :func:`fit_to_run`."""
-    windows = training_windows(data, model.config.seq_len, spec.num_tokens)
+    """The calibration, and the number of tokens of training text that it is fitted to, before any tuning.
+
+    Raises:
+        InputError: a kind or rank that the model cannot have, or too little text for one batch.
+    """
+    config, steps = model.config, spec.tune_steps
+    num_windows = num_training_windows(data, config.seq_len, spec.num_tokens)
+    # More text is tuned to than is fitted to; it begins with the same windows.
+    drawn = training_windows(data, config.seq_len, max(spec.num_tokens, steps * TUNE_BATCH * config.seq_len))
+    windows, documents = drawn["tokens"], drawn.get("document")
     calibration = fit_calibration(
-        region_chains(model, params, spec.region, windows["tokens"], windows.get("document")),
+        region_chains(model, params, spec.region, windows[:num_windows], documents),
         num_iters=spec.region.num_iters,
         kind=spec.kind,
-        rank=min(spec.rank, model.config.embed_dim),
+        rank=min(spec.rank, config.embed_dim),
         intercept=spec.intercept,
         init=spec.region.init,
-        init_rank=min(spec.init_rank, model.config.embed_dim),
+        init_rank=min(spec.init_rank, config.embed_dim),
     )
-    num_tokens = windows["tokens"][:, 1:].size
-    if spec.tune_steps:
-        seq_len = model.config.seq_len
-        windows = training_windows(data, seq_len, max(spec.tune_steps * TUNE_BATCH * seq_len, spec.num_tokens))
-        given = (windows["tokens"], windows.get("document"))
-        calibration = tune_calibration(model, params, spec.region, calibration, *given, num_steps=spec.tune_steps)
-    return calibration, num_tokens
+    if steps:
+        calibration = tune_calibration(model, params, spec.region, calibration, windows, documents, num_steps=steps)
+    return calibration, num_windows * (windows.shape[1] - 1)
 
 
 def load_fits(run_dir: Path, params: Params, schedules: Sequence[Schedule]) -> dict[str, Calibration]:
@@ -203,18 +186,15 @@ def region_chains(
     weights = split(model, model.cast(params), Schedule.of(model.config.num_layers, alone))
     position = weights.segments.index(alone)
     part, before = weights.parts[position], weights.before(position)
-
-    @jax.jit
-    def enter(weights: Weights, tokens_BT: Array, document_BT: Array | None) -> tuple[Shared, Array]:
-        states = run_parts(model, weights, tokens_BT, document_BT=document_BT)
-        return states.shared, states.h_last
+    enter = jax.jit(partial(run_parts, model))
 
     def stream() -> Iterator[tuple[Chain, MethodData]]:
         for start in range(0, len(windows) - BATCH_SIZE + 1, BATCH_SIZE):
             rows = slice(start, start + BATCH_SIZE)
             tokens_BT = jnp.asarray(windows[rows, :-1])
-            shared, h_in = enter(before, tokens_BT, None if documents is None else jnp.asarray(documents[rows, :-1]))
-            (chain,) = chains_of(model, weights.embed_head, part, tokens_BT, shared, h_in)
-            yield chain, MethodData(anchor=shared.x0_BTD)
+            document_BT = None if documents is None else jnp.asarray(documents[rows, :-1])
+            states = enter(before, tokens_BT, document_BT=document_BT)
+            (chain,) = chains_of(model, weights.embed_head, part, tokens_BT, states.shared, states.h_last)
+            yield chain, MethodData(anchor=states.shared.x0_BTD)
 
     return stream

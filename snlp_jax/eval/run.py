@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from snlp_jax.config import Config
 from snlp_jax.data.pipeline import TokenData, held_out_batches
-from snlp_jax.eval.calibrations import fit_to_run, load_fits, parse_calibrations
+from snlp_jax.eval.calibrations import fit_spec, load_fits, parse_calibrations, save_fit
 from snlp_jax.eval.evaluate import evaluate, parse_settings
 from snlp_jax.eval.report import Report
 from snlp_jax.model import LanguageModel
@@ -52,7 +52,8 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     step, params = read_params(run_dir, model, which)
     data = read_data(run_dir, config)
     for spec in specs:
-        note(f"fitted calibration {spec.name!r} in {fit_to_run(run_dir, model, params, data, spec)[1]}.")
+        path = save_fit(run_dir, params, spec, *fit_spec(model, params, data, spec))
+        note(f"fitted calibration {spec.name!r} in {path}.")
     fits = load_fits(run_dir, params, list(settings.values()))
     params = quantized_params(model, params, config.eval.weights, config.eval.weight_calibration, data)
     about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
