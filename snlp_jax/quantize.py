@@ -116,39 +116,29 @@ def input_squares(model: LanguageModel, params: Params, batches: Iterable[Mappin
     mean_square = lambda x: jnp.square(x.astype(jnp.float32)).mean((0, 1))  # noqa: E731
 
     @jax.jit
-    def enter(ends: Params, tokens_BT: Array, document_BT: Array | None) -> tuple[Shared, Array]:
-        x0_BTD = model.embed(ends, tokens_BT, None, document_BT)
-        return model.shared(x0_BTD, None, document_BT), model.expand(x0_BTD)
-
-    @jax.jit
     def step(layer: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Array, dict[str, dict[str, Array]]]:
         found: dict[str, dict[str, Array]] = {}
         note = lambda part, name, x: found.setdefault(part, {}).update({name: mean_square(x)})  # noqa: E731
         h, _ = model.adapted(on_input=note).block_fn()(layer, h, ctx, shared)
         return h, found
 
-    @jax.jit
-    def leave(ends: Params, h_last: Array, h_mid: Array) -> Array:
-        return mean_square(model.head_input(ends, model.readout(ends, h_last, h_mid)))
-
     total, count = None, 0
     for batch in batches:
-        inputs = {name: jnp.asarray(batch[name][:, :-1]) for name in ("tokens", "document") if name in batch}
-        shared, h = enter(weights.embed_head, inputs["tokens"], inputs.get("document"))
-        h_mid, by_layer = h, []
+        ends, tokens_BT = weights.embed_head, jnp.asarray(batch["tokens"][:, :-1])
+        document_BT = jnp.asarray(batch["document"][:, :-1]) if "document" in batch else None
+        x0_BTD = model.embed(ends, tokens_BT, None, document_BT)
+        shared, h, by_layer = model.shared(x0_BTD, None, document_BT), model.expand(x0_BTD), []
+        h_mid = h
         for index, layer in enumerate(layers):
-            ctx = model.context(weights.embed_head, [layer], inputs["tokens"], index, index + 1)
+            ctx = model.context(ends, [layer], tokens_BT, index, index + 1)
             h, found = step(layer, h, jax.tree.map(lambda leaf: leaf[0], ctx), shared)
             by_layer.append(found)
             h_mid = h if index == config.mid_layer else h_mid
-        made = (by_layer, leave(weights.embed_head, h, h_mid))
+        made = (by_layer, mean_square(model.head_input(ends, model.readout(ends, h, h_mid))))
         total = made if total is None else jax.tree.map(jnp.add, total, made)
         count += 1
     assert total is not None, "there is no text to calibrate on"
     by_layer, head_D = jax.tree.map(lambda leaf: leaf / count, total)
-    squares: dict[str, Any] = {"head": head_D}
-    for part in PARTS:
-        of_part = [found[part] for found in by_layer if part in found]
-        if of_part:
-            squares[part] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_part)
-    return squares
+    of_parts = {part: [found[part] for found in by_layer if part in found] for part in PARTS}
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+    return {"head": head_D} | {part: stack(trees) for part, trees in of_parts.items() if trees}

@@ -21,7 +21,7 @@ CONTEXT = 24
 
 
 @functools.cache
-def decode_program(num_layers: int, setting: str, layout: str = "auto", pattern: str = "L", batch: int = 1):
+def decode_program(num_layers: int, setting: str, pattern: str, batch: int = 1, layout: str = "auto"):
     """The engine's loop over plain steps with a cache, one step of it."""
     config = dataclasses.replace(CONFIG, num_layers=num_layers, window_pattern=pattern)
     model = LanguageModel(config)
@@ -45,7 +45,7 @@ MATRIX = 4 * 64 * 64
 )
 def test_a_decoding_step_copies_no_weight(setting, pattern):
     """Regions are stacks, layers in order are lists; rings are updated in place."""
-    program = decode_program(4, setting, "auto", pattern)
+    program = decode_program(4, setting, pattern)
     assert [(op.name, op.bytes_written) for op in program.moves(MATRIX)] == []
     # And every weight is read, once an evaluation.
     evals = parse_schedule(setting, 4).num_block_evals
@@ -55,24 +55,24 @@ def test_a_decoding_step_copies_no_weight(setting, pattern):
 def test_a_step_of_many_rows_copies_no_ring():
     """More rows than are written one by one; the smallest array of rings holds two layers' 16 slots."""
     batch = 2 * FEW_WRITES
-    program = decode_program(4, "idn:n=4,k=1", "auto", "SL", batch)
+    program = decode_program(4, "idn:n=4,k=1", "SL", batch)
     ring = 2 * batch * 2 * 16 * 32 * 4
     assert [(op.name, op.bytes_written) for op in program.moves(ring)] == []
 
 
 def test_what_a_scan_on_a_cpu_copies_is_found():
     """The control: a scan slices every layer out of the stack, 12 D^2 numbers a layer."""
-    copied = decode_program(8, "seq", "stack").moves(MATRIX)
+    copied = decode_program(8, "seq", "L", layout="stack").moves(MATRIX)
     assert sum(op.count * op.bytes_written for op in copied) >= 8 * 12 * MATRIX
 
 
 def test_a_region_costs_equally_many_kernels_at_any_size():
     """But for the prefix sum of the correction, which takes log2 of the layers. A step is one iteration over all layers
     and the ends; in order every layer costs its own."""
-    of_region = {n: decode_program(n, f"idn:n={n},k=1") for n in (4, 8)}
+    of_region = {n: decode_program(n, f"idn:n={n},k=1", "L") for n in (4, 8)}
     products = {n: sum(op.flops > 0 for op in program.ops) for n, program in of_region.items()}
     assert products[4] == products[8]
     kernels = {n: program.num_kernels for n, program in of_region.items()}
     assert kernels[8] - kernels[4] <= 3  # one more step: a sum, and its even and odd rows put together
-    in_order = [decode_program(n, "seq").num_kernels for n in (2, 4)]
+    in_order = [decode_program(n, "seq", "L").num_kernels for n in (2, 4)]
     assert in_order[1] - in_order[0] >= 2 * 6  # at least a layer's six products

@@ -11,7 +11,6 @@ lie the chat template (chat_template.jinja) and the files that an export gives b
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,12 @@ import jax
 import numpy as np
 import tyro
 
-from snlp_jax.config import Config, MeshConfig, ModelConfig, to_json
+from snlp_jax.cli.made import check_free, write_files, write_run
+from snlp_jax.config import Config, MeshConfig, ModelConfig
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
-from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
-from snlp_jax.io.files import atomic_write, explain_full_disk
+from snlp_jax.io.checkpoint import CONFIG_NAME
+from snlp_jax.io.files import explain_full_disk
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import families, table
 from snlp_jax.model.convert.nanochat import from_nanochat, nanochat_config, nanochat_rows
@@ -78,8 +78,7 @@ def import_run(source: str, target: Path, tokenizer_path: str = "", mesh: MeshCo
     Raises:
         InputError: ``target`` holds something already, or the source cannot be read; each with the reason.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{str(target)!r} exists and is not empty; name another directory.")
+    check_free(target)
     path = _find(source)
     if path.suffix == ".pt":
         config, params, tokenizer = _read_nanochat(path, tokenizer_path)
@@ -87,24 +86,16 @@ def import_run(source: str, target: Path, tokenizer_path: str = "", mesh: MeshCo
     else:
         source_config = _read_json(path / CONFIG_NAME)
         config, params, tokenizer = _read_family(path, source_config, tokenizer_path, mesh or MeshConfig())
-    text = to_json(
-        Config(
-            name=target.absolute().name,
-            run_dir=str(target),
-            model=config,
-            data=dataclasses.replace(Config().data, tokenizer=str(target.absolute() / TOKENIZER_NAME)),
-        )
-    )
-    with explain_full_disk(target):
-        target.mkdir(parents=True, exist_ok=True)
-        atomic_write(target / TOKENIZER_NAME, tokenizer.to_json())
-        if source_config is not None:
-            _keep_source(path, source_config, target)
+    files: dict[str, str | bytes] = {TOKENIZER_NAME: tokenizer.to_json()}
+    if source_config is not None:
+        files |= {f"{SOURCE_NAME}/{name}": content for name, content in _kept(path, source_config).items()}
+        if template := _chat_template(path):
+            files[TEMPLATE_NAME] = template
+    data = dataclasses.replace(Config().data, tokenizer=str(target.absolute() / TOKENIZER_NAME))
+    run = Config(name=target.absolute().name, run_dir=str(target), model=config, data=data)
     # Beside the parameters no more than one leaf, of which reading has held a copy too.
     largest = -(-max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9)
-    with Checkpointer(target / CHECKPOINT_NAME, config_json=text, concurrent_gb=largest) as checkpoints:
-        checkpoints.save(0, {"params": params}, None, {})
-    atomic_write(target / CONFIG_NAME, text)  # last: a directory with it is a run
+    write_run(target, run, params, files, {}, concurrent_gb=largest)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"imported {count:,} parameters in {config.num_layers} layers, {tokenizer.name}; wrote {target}")
 
@@ -205,15 +196,10 @@ def _find(source: str) -> Path:
         ) from error
 
 
-def _keep_source(path: Path, source_config: Mapping[str, Any], target: Path) -> None:
-    (target / SOURCE_NAME).mkdir()
-    atomic_write(target / SOURCE_NAME / CONFIG_NAME, json.dumps(source_config, indent=2) + "\n")
-    for name in KEPT:
-        if (path / name).is_file():
-            shutil.copyfile(path / name, target / SOURCE_NAME / name)
-    template = _chat_template(path)
-    if template:
-        atomic_write(target / TEMPLATE_NAME, template)
+def _kept(path: Path, source_config: Mapping[str, Any]) -> dict[str, str | bytes]:
+    """The files of a Hugging Face folder that are kept and given back, by name."""
+    kept = {name: (path / name).read_bytes() for name in KEPT if (path / name).is_file()}
+    return {CONFIG_NAME: json.dumps(source_config, indent=2) + "\n"} | kept
 
 
 def _chat_template(path: Path) -> str:
@@ -251,18 +237,16 @@ def export_run(run_dir: Path, target: Path, which: Literal["best", "last"], dtyp
     Raises:
         InputError: ``target`` holds something already, or the model has a part that the format lacks.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{str(target)!r} exists and is not empty; name another directory.")
+    check_free(target)
     if not max_shard_gb > 0:
         raise InputError(f"--max-shard-gb is {max_shard_gb}; it must be positive.")
     config = read_config(run_dir)
     source = _source_of(run_dir)
     source_config = _read_json(source / CONFIG_NAME) if source else None
-    rows = (
-        nanochat_rows(config.model)
-        if source_config is None
-        else families.family_rows(config.model, families.family_of(source_config))
-    )
+    if source_config is None:
+        rows = nanochat_rows(config.model)
+    else:
+        rows = families.family_rows(config.model, families.family_of(source_config))
     model = LanguageModel(config.model)
     table.check_rows(rows, model.abstract_params())
     step, params = read_params(run_dir, model, which)
@@ -270,14 +254,13 @@ def export_run(run_dir: Path, target: Path, which: Literal["best", "last"], dtyp
         target.mkdir(parents=True, exist_ok=True)
         paths = table.write_params(params, config.model, rows, target, dtype, int(max_shard_gb * 2**30))
         if source is None or source_config is None:
-            shutil.copyfile(run_dir / TOKENIZER_NAME, target / TOKENIZER_NAME)
-            atomic_write(target / CONFIG_NAME, (run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+            files: dict[str, str | bytes] = {
+                name: (run_dir / name).read_bytes() for name in (TOKENIZER_NAME, CONFIG_NAME)
+            }
         else:
-            for name in KEPT:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, target / name)
             key = "torch_dtype" if "torch_dtype" in source_config else "dtype"
-            atomic_write(target / CONFIG_NAME, json.dumps(source_config | {key: dtype}, indent=2) + "\n")
+            files = _kept(source, source_config | {key: dtype})
+        write_files(target, files)
     print(f"exported step {step} in {dtype}: {', '.join(path.name for path in paths)}; wrote {target}")
 
 

@@ -17,7 +17,6 @@ passes of their own (docs/math.md, section 4).
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +30,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from snlp_jax.config import Config, LinearizeConfig, MeshConfig, to_json
+from snlp_jax.cli.made import check_free, write_run
+from snlp_jax.config import Config, LinearizeConfig, MeshConfig
 from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import CalibrationSpec, fit_spec, parse_calibrations, save_fit
 from snlp_jax.eval.fidelity import make_reference_fn
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
-from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
-from snlp_jax.io.files import atomic_write, explain_full_disk
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import prepare
 from snlp_jax.linearize.maps import check_samples
@@ -49,7 +47,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
 from snlp_jax.run import TEMPLATE_NAME, TOKENIZER_NAME, num_training_windows, read_config, read_data, read_params
-from snlp_jax.solver import Calibration, PerLayer, Schedule
+from snlp_jax.solver import PerLayer, Schedule
 from snlp_jax.types import Params
 
 TABLE_NAME = "linearize.json"
@@ -93,8 +91,7 @@ def linearize_run(args: Args) -> Path:
     """
     run_dir, options, config = args.run_dir, args.linearize, read_config(args.run_dir)
     target = Path(args.out) if args.out else _default_target(run_dir, options)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{str(target)!r} exists and is not empty; name another directory with --out.")
+    check_free(target, " with --out")
     model = LanguageModel(config.model, config.machine)
     check_linearize(model, options)
     specs = _specs_of(args.calibrations, config.model.num_layers)
@@ -113,15 +110,27 @@ def linearize_run(args: Args) -> Path:
     windows = held_out_batches(tokens, seq_len=config.model.seq_len, batch_size=size, num_batches=num_batches)
     step, params = read_params(run_dir, model, args.checkpoint)
     before = held_out_nll(model, params, windows)
-    made = _with_progress(model, params, fit, held_out, options, mesh, about["batches"])
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("statistics", total=num_passes(model, options) * about["batches"])
+        advance = lambda: progress.advance(task)  # noqa: E731
+        tell = lambda each: progress.console.print(_choice(each, options), highlight=False)  # noqa: E731
+        made = linearize(model, params, fit, held_out, options, mesh=mesh, on_batch=advance, on_round=tell)
     after = held_out_nll(made.model, made.params, windows)
     fits = [(spec, *fit_spec(made.model, made.params, tokens, spec)) for spec in specs]
-    record = _summary(config, options, made, before, after, windows)
+    ppl = _perplexities(before, after, windows, config)
+    rounds = [{"chosen": [list(place) for place in each.chosen], "table": _rows(each)} for each in made.rounds]
+    record: dict[str, Any] = {"options": dataclasses.asdict(options), "ppl": ppl, "rounds": rounds}
     record |= {"run_dir": str(run_dir), "checkpoint": args.checkpoint, "step": step, "fingerprint": fingerprint(params)}
     record |= {"calibrations": {spec.name: {"setting": _setting(spec), "tokens": count} for spec, _, count in fits}}
     record |= {"corpus_hash": tokens.content_hash, "text": about, **circumstances()}
-    _write(target, run_dir, _config_of(config, target, made, bool(args.data)), made.params, fits, record)
-    _print(made, record["ppl"])
+    names = [name for name in (TOKENIZER_NAME, TEMPLATE_NAME) if (run_dir / name).is_file()]
+    files: dict[str, str | bytes] = {name: (run_dir / name).read_bytes() for name in names}
+    files[TABLE_NAME] = json.dumps(record, indent=1) + "\n"
+    for each in fits:
+        save_fit(target, made.params, *each)
+    config = _config_of(config, target, made, bool(args.data))
+    write_run(target, config, made.params, files, {"val_loss": math.log(ppl["after"])})
+    _print(made, ppl)
     for name, each in record["calibrations"].items():
         print(f"calibrated {name} on {each['tokens']} tokens of training text: --solvers {each['setting']}")
     print(f"wrote {target}")
@@ -240,20 +249,15 @@ def _config_of(config: Config, target: Path, made: Linearized, is_elsewhere: boo
     )
 
 
-def _summary(
-    config: Config,
-    options: LinearizeConfig,
-    made: Linearized,
-    before: np.ndarray,
-    after: np.ndarray,
-    batches: list[dict[str, np.ndarray]],
-) -> dict[str, Any]:
+def _perplexities(before: np.ndarray, after: np.ndarray, batches: list[dict[str, np.ndarray]], config: Config) -> Any:
     weight = np.concatenate([batch["weight"] for batch in batches]) if "weight" in batches[0] else None
     interval = paired_interval(after, before, num_bootstrap=config.eval.num_bootstrap, weight_WT=weight)
     ppl: dict[str, Any] = {"before": perplexity(before, weight), "after": perplexity(after, weight)}
-    ppl |= {"change": relative_change(after, before, weight), "interval": interval, "num_windows": len(before)}
-    rounds = [{"chosen": [list(place) for place in each.chosen], "table": _rows(each)} for each in made.rounds]
-    return {"options": dataclasses.asdict(options), "ppl": ppl, "rounds": rounds}
+    return ppl | {
+        "change": relative_change(after, before, weight),
+        "interval": interval,
+        "num_windows": len(before),
+    }
 
 
 def _rows(round: Round) -> list[dict[str, Any]]:
@@ -261,47 +265,9 @@ def _rows(round: Round) -> list[dict[str, Any]]:
     return [each.row() | {"chosen": ranks.get(each.place, 0)} for each in round.candidates]
 
 
-def _write(
-    target: Path,
-    run_dir: Path,
-    config: Config,
-    params: Params,
-    fits: list[tuple[CalibrationSpec, Calibration, int]],
-    record: dict[str, Any],
-) -> None:
-    text = to_json(config)
-    with explain_full_disk(target):
-        target.mkdir(parents=True, exist_ok=True)
-        for name in (TOKENIZER_NAME, TEMPLATE_NAME):
-            if (run_dir / name).is_file():
-                shutil.copyfile(run_dir / name, target / name)
-        atomic_write(target / TABLE_NAME, json.dumps(record, indent=1) + "\n")
-        with Checkpointer(target / CHECKPOINT_NAME, config_json=text) as checkpoints:
-            checkpoints.save(0, {"params": params}, None, {"val_loss": math.log(record["ppl"]["after"])})
-        for each in fits:
-            save_fit(target, params, *each)
-        atomic_write(target / CONFIG_NAME, text)  # last: a directory with it is a run
-
-
-def _with_progress(
-    model: LanguageModel,
-    params: Params,
-    fit: Batches,
-    held_out: Batches,
-    options: LinearizeConfig,
-    mesh: Mesh | None,
-    num_batches: int,
-) -> Linearized:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        total = num_passes(model, options) * num_batches
-        task = progress.add_task("statistics", total=total)
-
-        def on_round(each: Round) -> None:
-            names = ", ".join(f"{branch} {layer}" for branch, layer in each.chosen)
-            progress.console.print(f"{'dropped' if options.drop else 'replaced'} {names}", highlight=False)
-
-        step = lambda: progress.advance(task)  # noqa: E731
-        return linearize(model, params, fit, held_out, options, mesh=mesh, on_batch=step, on_round=on_round)
+def _choice(round: Round, options: LinearizeConfig) -> str:
+    names = ", ".join(f"{branch} {layer}" for branch, layer in round.chosen)
+    return f"{'dropped' if options.drop else 'replaced'} {names}"
 
 
 def _print(made: Linearized, ppl: dict[str, Any]) -> None:

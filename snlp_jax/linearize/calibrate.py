@@ -78,22 +78,19 @@ def fit_calibration(
     chains, init = _Chains(text), init or PrefixState()
     layers, common = fit_init(chains, init, rank=init_rank, ridge=ridge), {}
     shape = (chains.num_nodes, num_iters)
-    if kind == "channel":
-        layers["channel"] = np.ones((*shape, chains.width))
-    else:
-        layers["scale"] = np.ones(shape)
+    name = "channel" if kind == "channel" else "scale"
+    layers[name] = np.ones((*shape, chains.width) if kind == "channel" else shape)
     if kind == "basis":
         rank = _check_rank(rank, chains.width)
         layers["core"] = np.zeros((*shape, rank, rank))
-        common = {name: np.zeros((num_iters, chains.width, rank)) for name in "uv"}
+        common = {basis: np.zeros((num_iters, chains.width, rank)) for basis in "uv"}
     if intercept:
         layers["intercept"] = np.zeros((*shape, chains.width))
-
     for index in range(num_iters):
         reduce = lambda measure: chains.reduce(measure, init, index, _calibration(layers, common))  # noqa: B023, E731
         if kind == "basis":
-            u_DX, v_DX = _shared_bases(reduce(_true_updates), index, rank, intercept, ridge)
-            common["u"][index], common["v"][index] = u_DX, v_DX
+            u_DX, v_DX = common["u"][index], common["v"][index]
+            u_DX[:], v_DX[:] = _shared_bases(reduce(_true_updates), index, rank, intercept, ridge)
             channels, projected = reduce(_projected_residuals)
             c_L, m_LXX = _solve_basis(channels, projected, u_DX, v_DX, index, intercept, ridge)
             layers["scale"][:, index], layers["core"][:, index] = c_L, m_LXX
@@ -101,7 +98,7 @@ def fit_calibration(
         else:
             channels = reduce(_residuals)
             a_LD = _solve_channels(channels, index, intercept, ridge, pooled=kind == "scalar")
-            layers["channel" if kind == "channel" else "scale"][:, index] = a_LD if kind == "channel" else a_LD[:, 0]
+            layers[name][:, index] = a_LD if kind == "channel" else a_LD[:, 0]
             move = lambda l, d_D: a_LD[l] * d_D  # noqa: B023, E731
         if intercept:
             layers["intercept"][:, index] = _intercepts(channels, index, move)

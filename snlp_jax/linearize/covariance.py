@@ -48,14 +48,13 @@ class Moments(NamedTuple):
         a, b = self.on_host(), other.on_host()
         count = a.count + b.count
         dx, dy, weight = b.mean_x - a.mean_x, b.mean_y - a.mean_y, a.count * b.count / count
-        outer = lambda p, q: weight * p[..., :, None] * q[..., None, :]  # noqa: E731
         return Moments(
             count,
             a.mean_x + dx * (b.count / count),
             a.mean_y + dy * (b.count / count),
-            a.xx + b.xx + outer(dx, dx),
-            a.yx + b.yx + outer(dy, dx),
-            None if a.yy is None or b.yy is None else a.yy + b.yy + outer(dy, dy),
+            a.xx + b.xx + weight * _outer(dx, dx),
+            a.yx + b.yx + weight * _outer(dy, dx),
+            None if a.yy is None or b.yy is None else a.yy + b.yy + weight * _outer(dy, dy),
         )
 
     def covariance(self, *, centred: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -64,8 +63,7 @@ class Moments(NamedTuple):
         xx, yx = host.xx / host.count, host.yx / host.count
         if centred:
             return xx, yx
-        outer = lambda p, q: p[..., :, None] * q[..., None, :]  # noqa: E731
-        return xx + outer(host.mean_x, host.mean_x), yx + outer(host.mean_y, host.mean_x)
+        return xx + _outer(host.mean_x, host.mean_x), yx + _outer(host.mean_y, host.mean_x)
 
     def moved(self, x: Array, y: Array) -> "Moments":
         """Of the samples (x_s + x, y_s + y): covariances do not change. In float64 on the host."""
@@ -77,3 +75,7 @@ class Moments(NamedTuple):
     def on_host(self) -> "Moments":
         """In float64."""
         return Moments(*(None if part is None else np.asarray(part, np.float64) for part in self))
+
+
+def _outer(p: Array, q: Array) -> Array:
+    return p[..., :, None] * q[..., None, :]

@@ -6,14 +6,13 @@ one. Splash attention knows segments; cuDNN's would need the whole mask as a bia
 
 import functools
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model.layers import einsum
 from snlp_jax.types import Array
@@ -104,34 +103,6 @@ def choose_decoding(requested: str, *, backend: str, num_tokens: int, head_dim: 
     if num_tokens > MAX_QUERIES:
         return "xla"
     return "triton" if backend == "gpu" else "mosaic"
-
-
-def choose_kernel(
-    machine: MachineConfig,
-    config: ModelConfig,
-    backend: str,
-    dtype: Any,
-    allowed: Collection[Implementation],
-    num_tokens: int,
-    is_cached: bool = False,
-) -> Kernel:
-    """The kernel for ``num_tokens`` tokens, which follow on a cache or do not: what ``machine`` asks for, or under
-    ``auto`` XLA's where the choice is not among those that are allowed.
-
-    Raises:
-        InputError: ``machine`` asks for a kernel that does not run here.
-    """
-    name = "decode_attention" if is_cached else "attention"
-    requested, head_dim, softcap = getattr(machine, name), config.head_dim, config.attention_softcap
-    if is_cached:
-        chosen = choose_decoding(requested, backend=backend, num_tokens=num_tokens, head_dim=head_dim)
-    else:
-        chosen = choose_implementation(
-            requested, backend=backend, dtype=dtype, seq_len=num_tokens, head_dim=head_dim, softcap=softcap
-        )
-    if chosen not in allowed and requested != "auto":
-        raise InputError(f"machine.{name} {requested!r} does not run over this mesh; use 'auto' or 'xla'.")
-    return Kernel(chosen if chosen in allowed else "xla", softcap)
 
 
 def attend(

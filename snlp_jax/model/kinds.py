@@ -84,28 +84,21 @@ def take(config: ModelConfig, blocks: PyTree, start: int, stop: int) -> PyTree:
 
 def rows_of(leaf: Array, start: int, stop: int) -> Array:
     """``leaf[start:stop]``. Of an array in a CPU's memory a view, where its rows are aligned to 64 bytes."""
-    if (start, stop) == (0, leaf.shape[0]):
-        return leaf
-    if _is_viewable(leaf):
-        return jax.device_put(np.asarray(leaf)[start:stop], may_alias=True)
-    return leaf[start:stop]
+    return leaf if (start, stop) == (0, leaf.shape[0]) else _at(leaf, slice(start, stop))
 
 
 def layer_of(tree: PyTree, row: int) -> PyTree:
     """One row of every leaf, as :func:`rows_of` cuts it."""
-
-    def one(leaf: Array) -> Array:
-        return jax.device_put(np.asarray(leaf)[row], may_alias=True) if _is_viewable(leaf) else leaf[row]
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda leaf: _at(leaf, row), tree)
 
 
-def _is_viewable(leaf: Array) -> bool:
-    """Whether numpy can look into the array without a copy."""
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.is_fully_addressable:
-        return False
-    default = jax.devices()[0]
-    return default.platform == "cpu" and leaf.devices() == {default}
+def _at(leaf: Array, index: int | slice) -> Array:
+    """``leaf[index]``, of which numpy makes a view where it can look into the array without a copy."""
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_fully_addressable:
+        default = jax.devices()[0]
+        if default.platform == "cpu" and leaf.devices() == {default}:
+            return jax.device_put(np.asarray(leaf)[index], may_alias=True)
+    return leaf[index]
 
 
 def join(groups: Sequence[PyTree], members: Sequence[Sequence[int]]) -> PyTree:
@@ -117,13 +110,12 @@ def join(groups: Sequence[PyTree], members: Sequence[Sequence[int]]) -> PyTree:
         for path, leaf in jax.tree_util.tree_leaves_with_path(group):
             parts.setdefault(tuple(key.key for key in path), []).append((layers, leaf))
     joined: dict[str, Any] = {}
-    for keys, held in parts.items():
+    for (*parents, last), held in parts.items():
         node = joined
-        for key in keys[:-1]:
+        for key in parents:
             node = node.setdefault(key, {})
-        order = np.argsort(np.concatenate([np.asarray(layers) for layers, _ in held]))
-        leaf = held[0][1] if len(held) == 1 else jnp.concatenate([leaf for _, leaf in held])[order]
-        node[keys[-1]] = leaf
+        order = np.argsort(np.concatenate([layers for layers, _ in held]))
+        node[last] = held[0][1] if len(held) == 1 else jnp.concatenate([leaf for _, leaf in held])[order]
     return joined
 
 

@@ -6,16 +6,16 @@
 """
 
 import copy
-import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snlp_jax.config import Kind, MachineConfig, ModelConfig, RopeScaling
 from snlp_jax.errors import InputError
-from snlp_jax.model.attention import Implementation, Kernel, Ring, choose_kernel
+from snlp_jax.model.attention import Implementation, Kernel, Ring, choose_decoding, choose_implementation
 from snlp_jax.model.block import Block, BlockAux, Context, OnInput, Shared, ValueEmbed
 from snlp_jax.model.hyper import has_static_maps, maps_of_layers, residual_path, static_maps
 from snlp_jax.model.kinds import join, kinds_in, take
@@ -140,11 +140,7 @@ class LanguageModel:
         return jax.tree_util.tree_map_with_path(one, params)
 
     def embed(
-        self,
-        params: Params,
-        tokens_BT: Array,
-        previous_B1: Array | None = None,
-        document_BT: Array | None = None,
+        self, params: Params, tokens_BT: Array, previous_B1: Array | None = None, document_BT: Array | None = None
     ) -> Array:
         """``x0_BTD`` float32: token embeddings, normed or scaled where the family does so, each mixed with a gated
         share of its predecessor's.
@@ -170,10 +166,9 @@ class LanguageModel:
 
     def expand(self, x0_BTD: Array) -> Array:
         """The state that enters the first layer: x0 itself, or R streams [B, T, R, D] that are copies of it."""
+        *lead, D = x0_BTD.shape
         R = self.config.num_streams
-        if not R:
-            return x0_BTD
-        return jnp.broadcast_to(x0_BTD[..., None, :], (*x0_BTD.shape[:-1], R, x0_BTD.shape[-1]))
+        return jnp.broadcast_to(x0_BTD[..., None, :], (*lead, R, D)) if R else x0_BTD
 
     def shared(self, x0_BTD: Array, first_B: Array | None = None, document_BT: Array | None = None) -> Shared:
         """What all layers read, for tokens at positions 0 and on, or in row b at positions ``first_B[b]`` and on.
@@ -191,16 +186,15 @@ class LanguageModel:
             )
         position_T = jnp.arange(x0_BTD.shape[1])
         positions = position_T if first_B is None else first_B[:, None] + position_T[None]
-        config = self.config
-        sign = 1 if config.rope.direction == "backward" else -1
+        rope = self.config.rope
+        sign = 1 if rope.direction == "backward" else -1
 
         def table(base: float, scaling: RopeScaling | None) -> tuple[Array, Array]:
-            cos_TH, sin_TH = rotary_table(positions, config.num_rotated, base, scaling)
+            cos_TH, sin_TH = rotary_table(positions, self.config.num_rotated, base, scaling)
             return cos_TH, sin_TH if sign == 1 else -sin_TH
 
-        local = table(config.rope.local_base, None) if config.rope.local_base else (None, None)
-        usual = table(config.rope_base, config.rope.scaling)
-        return Shared(x0_BTD, *usual, first_B, None, document_BT, *local)
+        local = table(rope.local_base, None) if rope.local_base else (None, None)
+        return Shared(x0_BTD, *table(self.config.rope_base, rope.scaling), first_B, None, document_BT, *local)
 
     def context(
         self,
@@ -226,23 +220,21 @@ class LanguageModel:
             num_shards: equal parts of the stack that lie on different devices: each part's rows are gathered from its
                 own tables.
         """
-        num_rows = num_rows or stop - start
-        windows = jnp.asarray(self.config.windows[start:stop], jnp.int32)
-        value_embed = gather(self.config, embed_head["embed"], tables, tokens_BT, start, stop, num_shards, num_rows)
-        is_local = None
-        if self.config.rope.local_base:
-            is_local = jnp.asarray([letter == "S" for letter in self.config.letters[start:stop]])
-        return Context(windows, value_embed, maps_of_layers(self.config, blocks, stop - start), None, is_local)
+        config, num_rows = self.config, num_rows or stop - start
+        windows = jnp.asarray(config.windows[start:stop], jnp.int32)
+        value_embed = gather(config, embed_head["embed"], tables, tokens_BT, start, stop, num_shards, num_rows)
+        letters = np.asarray(list(config.letters[start:stop]))
+        is_local = jnp.asarray(letters == "S") if config.rope.local_base else None
+        return Context(windows, value_embed, maps_of_layers(config, blocks, stop - start), None, is_local)
 
     def batch_axes(self, ctx: Context, shared: Shared, before: int = 0) -> tuple[Context, Shared, int]:
         """Batch axis of every leaf of one node's context, of what all share, and of what a node leaves behind; a node
         that is a chunk of layers has ``before=1`` axis of them."""
-        value_embed: Any = None if ctx.value_embed is None else ValueEmbed(before, None)  # type: ignore[arg-type]
-        past: Any = None if ctx.past is None else Ring(before, before)  # type: ignore[arg-type]
-        position: Any = None if shared.first_B is None else 0
-        document: Any = None if shared.document_BT is None else 0
-        local: Any = None if shared.local_cos_TH is None else position
-        rings: Any = None if shared.past is None else 1
+        axis = lambda leaf, axes: None if leaf is None else axes  # noqa: E731
+        value_embed = axis(ctx.value_embed, ValueEmbed(before, None))  # type: ignore[arg-type]
+        past = axis(ctx.past, Ring(before, before))  # type: ignore[arg-type]
+        position, document = axis(shared.first_B, 0), axis(shared.document_BT, 0)
+        local, rings = axis(shared.local_cos_TH, position), axis(shared.past, 1)
         shared_axes = Shared(0, position, position, position, rings, document, local, local)  # type: ignore[arg-type]
         return Context(None, value_embed, None, past), shared_axes, before  # type: ignore[arg-type]
 
@@ -356,8 +348,9 @@ class LanguageModel:
             raise InputError("there are no tokens; give at least one.")
         low, high = int(tokens_BT.min()), int(tokens_BT.max())
         if low < 0 or high >= self.config.vocab_size:
-            bad = low if low < 0 else high
-            raise InputError(f"token id {bad} lies outside the vocabulary of {self.config.vocab_size} entries.")
+            raise InputError(
+                f"token id {low if low < 0 else high} lies outside the vocabulary of {self.config.vocab_size} entries."
+            )
 
     def block(self, params: PyTree) -> Block:
         """The layer that these are the parameters of."""
@@ -372,9 +365,27 @@ class LanguageModel:
         return node_fns(node, windows, self._choose_kernel(forward_mode), one_by_one_from)
 
     def _choose_kernel(self, forward_mode: bool) -> ChooseKernel:
-        if forward_mode:
-            return lambda num_tokens, is_cached: Kernel("xla", self.config.attention_softcap)
-        return functools.partial(choose_kernel, self.machine, self.config, self.backend, self.dtype, self._kernels)
+        """What ``machine`` asks for, or under ``auto`` XLA's where the choice is not among those that are allowed.
+
+        Raises:
+            InputError: ``machine`` asks for a kernel that does not run here.
+        """
+        backend, head_dim, softcap = self.backend, self.config.head_dim, self.config.attention_softcap
+
+        def choose(num_tokens: int, is_cached: bool) -> Kernel:
+            name = "decode_attention" if is_cached else "attention"
+            requested = "xla" if forward_mode else getattr(self.machine, name)
+            if is_cached:
+                chosen = choose_decoding(requested, backend=backend, num_tokens=num_tokens, head_dim=head_dim)
+            else:
+                chosen = choose_implementation(
+                    requested, backend=backend, dtype=self.dtype, seq_len=num_tokens, head_dim=head_dim, softcap=softcap
+                )
+            if chosen not in self._kernels and requested != "auto":
+                raise InputError(f"machine.{name} {requested!r} does not run over this mesh; use 'auto' or 'xla'.")
+            return Kernel(chosen if chosen in self._kernels else "xla", softcap)
+
+        return choose
 
 
 def num_params(params: Params) -> int:

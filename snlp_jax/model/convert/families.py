@@ -39,6 +39,10 @@ GEMMA_NORMS = {
 ACTIVATIONS: dict[str, Literal["swiglu", "geglu"]] = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
 
 
+REQUIRED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
+SWITCHES = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+
+
 @dataclass(frozen=True)
 class Family:
     """What the models of one architecture have in common."""
@@ -125,33 +129,33 @@ def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> M
         InputError: see :func:`family_of`; or a field is missing, or says what this library does not have.
     """
     family = family_of(config)
-    read = _Fields({**family.defaults, **{name: value for name, value in config.items() if value is not None}})
-    # A null switches off what the class has by default.
-    off = {name for name, value in config.items() if value is None}
-    _check_supported(config)
-    hidden_size, num_heads = read("hidden_size"), read("num_attention_heads")
-    context, eps = read("max_position_embeddings"), float(read("rms_norm_eps"))
+    # A null means the class's default, but for those that it switches off.
+    given = {name: value for name, value in config.items() if value is not None or name in SWITCHES}
+    values = {**family.defaults, **{name: 0 if value is None else value for name, value in given.items()}}
+    _check_supported(values)
+    hidden_size, num_heads = values["hidden_size"], values["num_attention_heads"]
+    context, eps = values["max_position_embeddings"], float(values["rms_norm_eps"])
     weight: Literal["plain", "plus_one"] = "plus_one" if family.is_gemma else "plain"
     biases = family.biases
     if biases is None:
-        biases = ("qkv", "out") if read("attention_bias", False) else ()
-    activation = read("hidden_activation", read("hidden_act"))
+        biases = ("qkv", "out") if values.get("attention_bias", False) else ()
+    activation = values.get("hidden_activation", values["hidden_act"])
     if activation not in ACTIVATIONS:
         raise InputError(f"the config's activation {activation!r} is not known; known are {', '.join(ACTIVATIONS)}.")
-    letters, window = _windows(read, off)
-    rope_base, rope = _rope(read, context, uses_local="S" in letters and "rope_local_base_freq" in family.defaults)
-    entries = read("vocab_size")
-    scalar = read("query_pre_attn_scalar", 0)
+    letters, window = _windows(values)
+    rope_base, rope = _rope(values, context, uses_local="S" in letters and "rope_local_base_freq" in family.defaults)
+    entries = values["vocab_size"]
+    scalar = values.get("query_pre_attn_scalar", 0)
     return ModelConfig(
         vocab_size=vocab_size or entries,
         vocab_multiple=entries,
-        num_layers=read("num_hidden_layers"),
+        num_layers=values["num_hidden_layers"],
         embed_dim=hidden_size,
         num_heads=num_heads,
-        num_kv_heads=read("num_key_value_heads", num_heads),
-        head_size=read("head_dim", hidden_size // num_heads),
+        num_kv_heads=values.get("num_key_value_heads", num_heads),
+        head_size=values.get("head_dim", hidden_size // num_heads),
         mlp=ACTIVATIONS[activation],
-        mlp_dim=read("intermediate_size"),
+        mlp_dim=values["intermediate_size"],
         seq_len=min(context, TRAINING_LEN),
         context=context,
         window_pattern=_shortest_period(letters),
@@ -164,13 +168,13 @@ def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> M
         norm=NormConfig(weight=weight, eps=eps, use_post=family.is_gemma, use_embed=False),
         use_qkv_bias="qkv" in biases,
         use_out_bias="out" in biases,
-        use_mlp_bias=bool(read("mlp_bias", False)),
-        use_tied_head=bool(read("tie_word_embeddings")),
+        use_mlp_bias=bool(values.get("mlp_bias", False)),
+        use_tied_head=bool(values["tie_word_embeddings"]),
         embed_scale=math.sqrt(hidden_size) if family.is_gemma else 1.0,
         use_qk_norm=family.has_qk_norm,
         attention_scale=float(scalar) ** -0.5 if scalar else 0.0,
-        attention_softcap=0.0 if "attn_logit_softcapping" in off else float(read("attn_logit_softcapping", 0.0)),
-        logit_softcap=0.0 if "final_logit_softcapping" in off else float(read("final_logit_softcapping", 0.0)),
+        attention_softcap=float(values.get("attn_logit_softcapping", 0.0)),
+        logit_softcap=float(values.get("final_logit_softcapping", 0.0)),
         rope_base=rope_base,
         rope=rope,
     )
@@ -195,33 +199,26 @@ def family_rows(config: ModelConfig, family: Family) -> list[Row]:
     return rows
 
 
-@dataclass(frozen=True)
-class _Fields:
-    values: Mapping[str, Any]
-
-    def __call__(self, name: str, *default: Any) -> Any:
-        if name not in self.values and not default:
-            raise InputError(f"the config lacks the field {name!r}.")
-        return self.values.get(name, *default)
-
-
 def _check_supported(config: Mapping[str, Any]) -> None:
+    for name in REQUIRED:
+        if name not in config:
+            raise InputError(f"the config lacks the field {name!r}.")
     if config.get("quantization_config"):
         raise InputError("the config has a 'quantization_config'; give the weights before quantization.")
     if config.get("use_bidirectional_attention"):
         raise InputError("the config's 'use_bidirectional_attention' is on; only causal models can be imported.")
 
 
-def _windows(read: _Fields, off: set[str]) -> tuple[str, int]:
+def _windows(values: Mapping[str, Any]) -> tuple[str, int]:
     """A letter for every layer, and the window of S: theirs counts the token itself, ours those before it."""
-    num_layers = read("num_hidden_layers")
-    window = 0 if "sliding_window" in off else read("sliding_window", 0)
-    is_qwen = "use_sliding_window" in read.values
-    if not window or (is_qwen and not read("use_sliding_window")):
+    num_layers = values["num_hidden_layers"]
+    window = values.get("sliding_window", 0)
+    is_qwen = "use_sliding_window" in values
+    if not window or (is_qwen and not values["use_sliding_window"]):
         return "L" * num_layers, 0
-    if "layer_types" in read.values:
+    if "layer_types" in values:
         kinds = {"full_attention": "L", "sliding_attention": "S"}
-        types = read("layer_types")
+        types = values["layer_types"]
         unknown = [kind for kind in types if kind not in kinds]
         if unknown or len(types) != num_layers:
             raise InputError(
@@ -229,29 +226,29 @@ def _windows(read: _Fields, off: set[str]) -> tuple[str, int]:
                 f"of kinds {', '.join(sorted(set(types)))}; known are {', '.join(kinds)}."
             )
         letters = "".join(kinds[kind] for kind in types)
-    elif "sliding_window_pattern" in read.values:
-        letters = "".join("SL"[(i + 1) % read("sliding_window_pattern") == 0] for i in range(num_layers))
+    elif "sliding_window_pattern" in values:
+        letters = "".join("SL"[(i + 1) % values["sliding_window_pattern"] == 0] for i in range(num_layers))
     else:
-        first = read("max_window_layers", 0)
+        first = values.get("max_window_layers", 0)
         letters = "".join("LS"[i >= first] for i in range(num_layers))
     if "S" in letters and window < 2:
         raise InputError(f"the config's sliding_window is {window}; it must be at least 2.")
     return letters, window - 1 if "S" in letters else 0
 
 
-def _rope(read: _Fields, context: int, uses_local: bool) -> tuple[float, RopeConfig]:
+def _rope(values: Mapping[str, Any], context: int, uses_local: bool) -> tuple[float, RopeConfig]:
     """Base and the rest, from either form: ``rope_parameters`` (one, or one a kind of layer), or ``rope_theta`` and
     ``rope_scaling``."""
-    parameters = read("rope_parameters", None) or {}
-    local_base = read("rope_local_base_freq", 0.0)
+    parameters = values.get("rope_parameters") or {}
+    local_base = values.get("rope_local_base_freq", 0.0)
     if "full_attention" in parameters or "sliding_attention" in parameters:
         local = parameters.get("sliding_attention", {})
         if local.get("rope_type", "default") != "default":
             raise InputError(f"the rotary scaling {local['rope_type']!r} of sliding layers is not known.")
         local_base, parameters = local.get("rope_theta", local_base), parameters.get("full_attention", {})
-    parameters = {**(read("rope_scaling", None) or {}), **parameters}
-    base = float(parameters.get("rope_theta", read("rope_theta")))
-    fraction = float(parameters.get("partial_rotary_factor", read("partial_rotary_factor", 1.0)))
+    parameters = {**(values.get("rope_scaling") or {}), **parameters}
+    base = float(parameters.get("rope_theta", values["rope_theta"]))
+    fraction = float(parameters.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)))
     return base, RopeConfig(
         "forward", fraction, float(local_base) if uses_local else 0.0, _scaling(parameters, context)
     )

@@ -90,7 +90,7 @@ def nanochat_rows(config: ModelConfig) -> list[Row]:
     layers, with_values = tuple(range(config.num_layers)), config.value_embed_layers
     of_layer = "transformer.h.{}."
     rows = [Row("embed/token", "transformer.wte.weight", "same"), Row("head/kernel", "lm_head.weight", "transposed")]
-    rows += [Row(f"blocks/{ours}", f"{of_layer}{name}.weight", "transposed", layers) for ours, name in MATRICES.items()]
+    rows += [Row(f"blocks/{leaf}", f"{of_layer}{name}.weight", "transposed", layers) for leaf, name in MATRICES.items()]
     if config.use_x0_resid:
         rows += [Row("blocks/resid_scale", "resid_lambdas", "same"), Row("blocks/x0_scale", "x0_lambdas", "same")]
     if config.num_streams:

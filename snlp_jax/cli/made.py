@@ -1,0 +1,40 @@
+"""What commands that make a run of something else share: a free place, and a run written as training leaves one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from snlp_jax.config import Config, to_json
+from snlp_jax.errors import InputError
+from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
+from snlp_jax.io.files import atomic_write, explain_full_disk
+from snlp_jax.types import Params
+
+
+def check_free(target: Path, flag: str = "") -> None:
+    """Refuse a place that holds something already. Raises InputError."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{str(target)!r} exists and is not empty; name another directory{flag}.")
+
+
+def write_files(target: Path, files: Mapping[str, str | bytes]) -> None:
+    """Files by their names in ``target``, which may lie in folders there."""
+    for name, content in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target / name, content)
+
+
+def write_run(
+    target: Path,
+    config: Config,
+    params: Params,
+    files: Mapping[str, str | bytes],
+    metrics: Mapping[str, float],
+    concurrent_gb: int | None = None,
+) -> None:
+    """A run directory at step 0. Its config comes last: a directory with it is a run."""
+    text = to_json(config)
+    with explain_full_disk(target):
+        write_files(target, files)
+        with Checkpointer(target / CHECKPOINT_NAME, config_json=text, concurrent_gb=concurrent_gb) as checkpoints:
+            checkpoints.save(0, {"params": params}, None, metrics)
+        atomic_write(target / CONFIG_NAME, text)
