@@ -39,22 +39,17 @@ from snlp_jax.solver import (
 )
 
 NUM_SAMPLES, RANK = 64, 2
-KINDS = ("scalar", "channel", "basis")
 
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def affine_chain(kind, seed=0):
-    """``h -> A_l h + c_l + noise``: maps that ``kind`` can express, and the part of y that no input explains."""
-    scale = np.linspace(0.6, 1.3, NUM_LAYERS)
-    a_LDD = np.stack([c * np.eye(WIDTH) for c in scale])
-    if kind == "channel":
-        a_LDD = np.stack([np.diag(row) for row in normal(1, NUM_LAYERS, WIDTH)])
-    if kind == "basis":
-        u, v = normal(2, WIDTH, RANK), normal(3, WIDTH, RANK)
-        a_LDD = a_LDD + np.einsum("DX,LXY,EY->LDE", u, 0.1 * normal(4, NUM_LAYERS, RANK, RANK), v)
+def affine_chain(seed=0):
+    """``h -> A_l h + c_l + noise``: maps of the kind ``basis``, and the part of y that no input explains."""
+    a_LDD = np.stack([c * np.eye(WIDTH) for c in np.linspace(0.6, 1.3, NUM_LAYERS)])
+    u, v = normal(2, WIDTH, RANK), normal(3, WIDTH, RANK)
+    a_LDD = a_LDD + np.einsum("DX,LXY,EY->LDE", u, 0.1 * normal(4, NUM_LAYERS, RANK, RANK), v)
 
     def block(params, h, ctx, shared):
         return h @ params["a"].T + params["c"][None] + ctx, ()
@@ -113,12 +108,11 @@ def squared_errors(chain, fit, methods, num_iters):
 # ---------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_step_is_exact_on_the_maps_of_its_kind(kind):
+def test_one_step_is_exact_on_the_maps_of_its_kind():
     """Fitted on some text, exact on other, with the coefficients of the chain."""
-    chain = affine_chain(kind)
-    fitted = fit_calibration(batches(chain), num_iters=1, kind=kind, rank=RANK, intercept=True, ridge=0.0)
-    fresh = dataclasses.replace(affine_chain(kind, seed=100), params=chain.params)
+    chain = affine_chain()
+    fitted = fit_calibration(batches(chain), num_iters=1, kind="basis", rank=RANK, intercept=True, ridge=0.0)
+    fresh = dataclasses.replace(affine_chain(seed=100), params=chain.params)
 
     @jax.jit
     def run(chain, fit):
@@ -129,7 +123,7 @@ def test_one_step_is_exact_on_the_maps_of_its_kind(kind):
 
     trace, fixed, exact, moved_L = run(fresh, fitted)
     # Moments of 64 samples in float32, through five layers; bases are found in turns, which end before the limit.
-    assert relative_error(trace, exact) < (2e-4 if kind == "basis" else 2e-5)
+    assert relative_error(trace, exact) < 2e-4
     assert relative_error(fixed, exact) > 1e-2
     np.testing.assert_allclose(fitted.layers["intercept"], 0.0, atol=1e-3)  # the same errors times means of size one
     expected = np.einsum("TD,LED->LTE", fresh.h_in, fresh.params["a"])
@@ -137,19 +131,17 @@ def test_one_step_is_exact_on_the_maps_of_its_kind(kind):
     np.testing.assert_allclose(moved_L[1:], expected[1:], rtol=1e-3, atol=1e-3)  # as above
 
 
-@pytest.mark.parametrize(
-    "kind, init", (("scalar", Preheat()), ("channel", PrefixState()), ("basis", CalibratedInit())), ids=KINDS
-)
-def test_n_iterations_are_exact_whatever_the_numbers_are(kind, init):
+def test_n_iterations_are_exact_whatever_the_numbers_are():
     """Iteration k + 1 finds nothing to correct in the first k layers: a residual of exactly 0.0."""
 
     @jax.jit
     def run(chain, fit):
         data = MethodData(fit, anchor=jnp.flip(chain.h_in))
         want = Wanted(stats=True)
-        return solve(chain, Calibrated(), init, data, num_iters=NUM_LAYERS + 1, want=want), true_trace(chain, jnp)
+        found = solve(chain, Calibrated(), CalibratedInit(), data, num_iters=NUM_LAYERS + 1, want=want)
+        return found, true_trace(chain, jnp)
 
-    solution, exact = run(nonlinear_chain(), garbage(kind))
+    solution, exact = run(nonlinear_chain(), garbage("basis"))
     settled = np.tril(np.ones((NUM_LAYERS + 1, NUM_LAYERS), bool), -1)
     residual_norm = np.asarray(solution.stats["residual_norm"])
     np.testing.assert_array_equal(residual_norm[settled], 0.0)
@@ -157,11 +149,10 @@ def test_n_iterations_are_exact_whatever_the_numbers_are(kind, init):
     assert relative_error(solution.trace, exact) < 3e-6  # rounding of batched against single calls
 
 
-@pytest.mark.parametrize("kind", (pytest.param("channel", marks=pytest.mark.slow), "basis"))
-def test_sharded_calibrations_are_unsharded(kind):
-    """Five layers on four devices, filled up to eight: surrogates, intercepts and initial traces lie with their layers;
+def test_sharded_calibrations_are_unsharded():
+    """Five layers on two devices, filled up to six: surrogates, intercepts and initial traces lie with their layers;
     the shared bases are everywhere."""
-    want, mesh = Wanted(taps=(2,)), make_mesh(MeshConfig(layer=4))
+    want, mesh = Wanted(taps=(2,)), make_mesh(MeshConfig(layer=2))
 
     @jax.jit
     def run(chain, fit):
@@ -171,7 +162,7 @@ def test_sharded_calibrations_are_unsharded(kind):
         parts = [(solution.trace, solution.value, solution.tapped[0]) for solution in (whole, sharded)]
         return *parts, true_trace(chain, jnp)
 
-    whole, sharded, exact = run(nonlinear_chain(), garbage(kind))
+    whole, sharded, exact = run(nonlinear_chain(), garbage("basis"))
     for one, other in zip(sharded, whole, strict=True):
         assert relative_error(one, other) < 1e-4  # rounding of products in another order, grown by such numbers
     assert relative_error(whole[0], exact) > 1e-3
@@ -193,7 +184,7 @@ def test_preheat_of_streams_starts_all_of_them_from_the_anchor():
 
 
 def test_an_initial_trace_of_full_rank_is_exact_on_affine_chains():
-    chain = dataclasses.replace(affine_chain("basis"), ctx=jnp.zeros((NUM_LAYERS, NUM_SAMPLES, WIDTH)))
+    chain = dataclasses.replace(affine_chain(), ctx=jnp.zeros((NUM_LAYERS, NUM_SAMPLES, WIDTH)))
     fits = {rank: fit_of(fit_init(batches(chain), CalibratedInit(), rank=rank, ridge=0.0)) for rank in (1, WIDTH)}
 
     @jax.jit
@@ -271,7 +262,7 @@ def direct_fit(chain, fitted, kind, index, intercept):
     return [np.stack(part) for part in zip(*rows, strict=True)]
 
 
-@pytest.mark.parametrize("kind, intercept", (("scalar", False), ("channel", True), ("basis", True)))
+@pytest.mark.parametrize("kind, intercept", (("scalar", False), ("basis", True)))
 def test_moments_give_the_regression_on_the_solvers_own_updates(kind, intercept):
     """In both iterations, from four batches in a stream that is opened anew for each pass."""
     chain = curved_chain()
@@ -293,10 +284,9 @@ def test_fitted_surrogates_and_a_fitted_start_beat_the_fixed_ones_on_other_text(
     text, held_out = [(curved_chain(0, 256), MethodData())], curved_chain(1, 64)
     h0, init = PrefixState(), CalibratedInit()
     fitted = fit_calibration(text, num_iters=2, kind="channel")
-    methods = ((Calibrated(), h0), (Calibrated(damping=0.5), h0), (Identity(), h0), (ScaledIdentity(), h0))
-    for num_iters in (1, 2):
-        calibrated, damped, *fixed = squared_errors(held_out, fitted, methods, num_iters)
-        assert calibrated < 0.8 * min(fixed) and calibrated < damped
+    methods = ((Calibrated(), h0), (Identity(), h0), (ScaledIdentity(), h0))
+    calibrated, *fixed = squared_errors(held_out, fitted, methods, 2)
+    assert calibrated < 0.8 * min(fixed)
     fitted = fit_calibration(text, num_iters=1, kind="channel", init=init, init_rank=WIDTH)
     methods = ((Calibrated(), init), (Identity(), init), (Identity(), h0))
     calibrated, *fixed = squared_errors(held_out, fitted, methods, 1)

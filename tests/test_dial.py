@@ -105,18 +105,20 @@ def test_other_settings_of_the_dial() -> None:
 
 def test_flops_add_up_to_those_of_the_run() -> None:
     """Parts of a step, with one term from half of the steps on."""
-    loss = LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(3,), start_fraction=0.5))
-    config = Config(model=MODEL, loss=loss, train=TrainConfig(num_steps=8, batch_size=4))
+    loss = LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(2,), start_fraction=0.5))
+    config = Config(
+        model=dataclasses.replace(MODEL, num_layers=2), loss=loss, train=TrainConfig(num_steps=8, batch_size=4)
+    )
     parts = flops_of_parts(config)
     plain, term = parts.values()
     assert list(parts)[1:] == ["solver_ce"] and term > 0
-    assert plain + term == step_flops(config, Plan((("solver_ce", (3,)),)))
+    assert plain + term == step_flops(config, Plan((("solver_ce", (2,)),)))
     assert run_flops(config) == pytest.approx(8 * plain + 4 * term)
 
 
 def plain(run_dir: Path) -> Config:
-    """A run of two layers without added losses: little to compile."""
-    model = dataclasses.replace(MODEL, num_layers=2, use_smear=False, use_value_embeds=False, use_mid_subtract=False)
+    """A run of one layer without added losses: little to compile."""
+    model = dataclasses.replace(MODEL, num_layers=1, use_smear=False, use_value_embeds=False, use_mid_subtract=False)
     return dataclasses.replace(tiny(run_dir), model=model, loss=LossConfig())
 
 

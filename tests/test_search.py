@@ -57,7 +57,7 @@ def test_space_holds_what_can_gain_and_no_other():
     assert {"idn:n=8,k=2", "sid:n=2,k=1", "idn:n=12,k=4", "idn:n=8,k=1,init=batch_forward", "pairs:n=8"} <= {*names}
     assert {"idn:4-8,k=1+idn:8-12,k=1", "idn:n=8,k=1,stage=4xF2", "idn:n=8,k=4,tol=0.2"} <= {*names}
     assert "idn:n=3,k=3" not in names, "K = N is exact, as deep as the sequential pass, and evaluates more"
-    assert all(each.least_depth < 12 and parse_schedule(each.setting, 12) == each.schedule for each in candidates[1:])
+    assert all(each.least_cost[0] < 12 and parse_schedule(each.setting, 12) == each.schedule for each in candidates[1:])
     for line in lines_of(TWELVE, DEPTH, {}):
         sizes = [candidate.num_layers for candidate in line.candidates]
         assert sizes == sorted(set(sizes)), "the fewest layers first"
@@ -181,7 +181,7 @@ def test_fresh_windows_refute_and_the_line_falls_back():
 
 def test_time_decides_among_what_may_be_fastest(monkeypatch):
     """The clock knows better than depth: sweeps of two iterations are dearer here than layers in order."""
-    monkeypatch.setattr("snlp_jax.eval.search.clock.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("snlp_jax.eval.search.search.LEAST_SECONDS", 0.0)
 
     def ms(candidate):
         return 10.0 + sum(region.num_layers * (region.num_iters - 1.5) for region in candidate.schedule.regions)

@@ -15,11 +15,11 @@ from tiny_run import MODEL, random_run, tiny
 from snlp_jax.cli.infer import Args, open_engine
 from snlp_jax.config import EvalConfig, SearchConfig
 from snlp_jax.errors import InputError
-from snlp_jax.eval.search import clock, print_found, search, search_run, write_found
-from snlp_jax.eval.search.clock import interleave
+from snlp_jax.eval.search import clock, search, search_run
 from snlp_jax.eval.search.quality import Measured, Quality, Sums
 from snlp_jax.eval.search.space import lines_of, lossless_of
 from snlp_jax.eval.solver_file import SolverFile, read_solver_file, setting_of, with_settings, write_solver_file
+from snlp_jax.eval.timing import interleave
 from snlp_jax.linearize import About, fingerprint, save_calibration, stored_calibrations
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
@@ -103,14 +103,13 @@ def test_quality_is_paired_and_weighted():
     assert 1 <= part.iterations[0][0] == whole.iterations[0][1] < 3
 
 
-def test_readings_are_interleaved(monkeypatch):
+def test_readings_are_interleaved():
     seen = []
     readers = [lambda number, name=name: seen.append((name, number)) or ord(name) for name in "abc"]
-    times = interleave(readers, 5)
+    times = interleave(readers, 5, num_warmup=2, least_seconds=1.0)
     assert times.tolist() == [[97, 98, 99]] * 50  # readings of no time at all, ten times as often
     rounds = [[name for name, _ in seen[start : start + 3]] for start in range(6, len(seen), 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len({*map(tuple, rounds)}) > 1
-    monkeypatch.setattr(clock, "LEAST_SECONDS", 0.0)
     assert len(interleave(readers, 5)) == 5
 
 
@@ -146,11 +145,11 @@ def test_search_of_a_run_writes_what_it_finds(run_dir, monkeypatch):
     assert found.winner.depth == 2 and found.solver.measured["sequential_depth"] == 4
     low, high = found.solver.measured["ppl_interval"]
     assert low < math.expm1(0.04) < high < 0.05 and found.solver.fingerprint
-    paths, _ = write_found(found, run_dir)
+    paths, _ = found.write(run_dir)
     assert {path.name for path in paths} >= {"search.json", "search.csv", "solver.json"}
     assert read_solver_file("auto", 4, run_dir) == found.solver
     (run_dir / "solver.json").unlink()
-    print_found(found)
+    found.print()
 
 
 @pytest.mark.slow

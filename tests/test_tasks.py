@@ -66,14 +66,17 @@ def text_model(model: LanguageModel, params: dict, setting: str, **settings) -> 
     return TextModel(model, params, ByteTokenizer(), parse_schedule(setting, MODEL.num_layers), **settings)
 
 
-@pytest.mark.parametrize("setting", ("seq", pytest.param("idn:n=4,tol=0.3", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("setting", ("seq", pytest.param("idn:n=2,tol=0.3", marks=pytest.mark.slow)))
 def test_log_likelihoods_are_those_of_each_text_alone(model: LanguageModel, params: dict, setting: str) -> None:
+    """Of ``seq`` the reference reads texts padded to one length, which changes nothing, see below."""
     found = text_model(model, params, setting, batch_size=2).log_likelihoods(PAIRS)
+    longest = max(len("".join(pair)) for pair in PAIRS)
     weights = split(model, params, parse_schedule(setting, MODEL.num_layers))
     run = jax.jit(lambda weights, tokens: forward(model, weights, tokens).logits_BTV)
     for (context, continuation), score in zip(PAIRS, found, strict=True):
         tokens = np.asarray([ByteTokenizer.bos_id, *(context + continuation).encode()])
-        log_p = np.asarray(jax.nn.log_softmax(run(weights, tokens[None, :-1])[0]), np.float64)
+        padded = tokens[:-1] if needs_solitude(parse_schedule(setting, 4)) else np.resize(tokens[:-1], longest)
+        log_p = np.asarray(jax.nn.log_softmax(run(weights, padded[None])[0, : len(tokens) - 1]), np.float64)
         positions = np.arange(len(context), len(tokens) - 1)
         expected = log_p[positions, tokens[1:][positions]]
         assert score.num_tokens == len(continuation)
@@ -81,13 +84,11 @@ def test_log_likelihoods_are_those_of_each_text_alone(model: LanguageModel, para
         assert score.is_greedy == (log_p.argmax(-1) == tokens[1:])[positions].all()
 
 
-@pytest.mark.parametrize(
-    "setting", ("sid:n=3,k=1,init=batch_forward", pytest.param("idn:n=4,k=1,stage=2xF2", marks=pytest.mark.slow))
-)
-def test_padding_and_batches_change_nothing(model: LanguageModel, params: dict, setting: str) -> None:
-    schedule = parse_schedule(setting, MODEL.num_layers)
+def test_padding_and_batches_change_nothing() -> None:
+    model = LanguageModel(dataclasses.replace(MODEL, num_layers=2))
+    schedule = parse_schedule("sid:n=2,k=1,init=batch_forward", 2)
     assert not needs_solitude(schedule)
-    token_fn = make_token_fn(model, split(model, params, schedule))
+    token_fn = make_token_fn(model, split(model, random_params(model), schedule))
     rng = np.random.default_rng(0)
     spans = [Span(rng.integers(1, 257, n).astype(np.int32), min(n - 1, 4)) for n in (3, 9, 12, 5)]
 
@@ -100,8 +101,7 @@ def test_padding_and_batches_change_nothing(model: LanguageModel, params: dict, 
     together = score_spans(token_fn, spans, max_context=32, batch_tokens=64)
     others = {
         "noise": score_spans(with_noise, spans, max_context=32, batch_tokens=64),
-        "more": score_spans(with_more, spans, max_context=32, batch_tokens=64),
-        "alone": score_spans(token_fn, spans, max_context=32, batch_tokens=1),
+        "more, alone": score_spans(with_more, spans, max_context=32, batch_tokens=1),
         "reversed": score_spans(token_fn, spans[::-1], max_context=32, batch_tokens=64)[::-1],
     }
     for name, scores in others.items():
@@ -368,14 +368,14 @@ def test_bytes_of_windows() -> None:
     assert window_bytes(cut, tokenizer).tolist() == [2, 2]
 
 
-CHOICES = ["a layer", "the depth of it", "trace"]
+CHOICES = ["layer", "the depth", "trace"]
 
 
 @pytest.fixture(scope="module")
 def task_paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("files")
     rng = np.random.default_rng(0)
-    choice = [{"question": f"Which {i}?", "choices": CHOICES, "answer": int(rng.integers(3))} for i in range(8)]
+    choice = [{"question": f"Q{i}?", "choices": CHOICES, "answer": int(rng.integers(3))} for i in range(8)]
     number = [{"question": f"How many {i}?", "answer": f"#### {i}"} for i in range(3)]
     paths = []
     for name, records in (("choice", choice), ("number", number)):
@@ -390,7 +390,7 @@ def test_script_writes_every_setting_beside_the_sequential_pass(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    flags = "--solvers idn:n=4,k=4 --num-windows 4 --batch-size 4 --num-examples 6 --max-new-tokens 4"
+    flags = "--solvers idn:n=2,k=2 --num-windows 4 --batch-size 4 --num-examples 6 --max-new-tokens 4"
     flags += " --prompt-template {question} --num-bootstrap 50 --tasks"
     monkeypatch.setattr("snlp_jax.cli.entry.enable_compilation_cache", lambda: None)
 
@@ -425,9 +425,9 @@ def test_script_writes_every_setting_beside_the_sequential_pass(
 @pytest.mark.slow
 def test_a_mesh_changes_nothing(run_dir: Path, task_paths: list[str]) -> None:
     config = dataclasses.replace(
-        read_config(run_dir), eval=EvalConfig(solvers=("idn:n=4,k=1",), num_windows=4, batch_size=2)
+        read_config(run_dir), eval=EvalConfig(solvers=("idn:n=2,k=1",), num_windows=4, batch_size=2)
     )
-    tasks = TaskConfig(tasks=tuple(task_paths), max_new_tokens=4, rule="per_iteration")
+    tasks = TaskConfig(tasks=tuple(task_paths[:1]), prompt_template=("{question}",))
     alone = tasks_of_run(run_dir, config, tasks)
     spread = dataclasses.replace(config, eval=dataclasses.replace(config.eval, mesh=MeshConfig(data=2, layer=2)))
     for ours, theirs in zip(tasks_of_run(run_dir, spread, tasks).results, alone.results, strict=True):

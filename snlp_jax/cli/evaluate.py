@@ -13,12 +13,15 @@ that are not given come from the run's saved config.
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from snlp_jax.config import Config, EvalConfig, MachineConfig, SearchConfig, TaskConfig
 from snlp_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from snlp_jax.eval.report import Record
 
 
 @dataclass(frozen=True)
@@ -51,44 +54,30 @@ def main() -> None:
     if not args.search.search:
         settings = with_settings(args.eval, config.model.num_layers, args.run_dir)
         config = dataclasses.replace(config, eval=settings)
-    evaluate = search if args.search.search else tasks if args.task.tasks else diagnose if args.diagnose else compare
-    paths, notice = evaluate(args, config)
-    print("\n".join(filter(None, ["wrote " + ", ".join(map(str, paths)), notice])))
-
-
-def search(args: Args, config: Config) -> tuple[list[Path], str]:
-    from snlp_jax.eval.search import print_found, search_run, write_found
-
-    found = search_run(args.run_dir, config, args.search, args.checkpoint)
-    print_found(found)
-    return write_found(found, args.run_dir)
-
-
-def tasks(args: Args, config: Config) -> tuple[list[Path], str]:
-    from snlp_jax.eval.task_report import print_tasks, write_tasks
-    from snlp_jax.eval.tasks import tasks_of_run
-
-    found = tasks_of_run(args.run_dir, config, args.task, args.checkpoint)
-    print_tasks(found)
-    return write_tasks(found, args.run_dir), ""
-
-
-def diagnose(args: Args, config: Config) -> tuple[list[Path], str]:
-    from snlp_jax.eval.diagnose import diagnose_run, print_diagnosis, write_diagnosis
-
-    diagnosis = diagnose_run(args.run_dir, config, args.checkpoint)
-    print_diagnosis(diagnosis)
-    return write_diagnosis(diagnosis, args.run_dir)
-
-
-def compare(args: Args, config: Config) -> tuple[list[Path], str]:
-    from snlp_jax.eval import evaluate_run, print_report, write_report
-
-    report = evaluate_run(args.run_dir, config, args.checkpoint)
-    print_report(report)
-    paths, notice = write_report(report, args.run_dir)
-    if (args.run_dir / "report.html").exists():  # of the training; it shows the evaluation too
+    record = measure(args, config)
+    record.print()
+    paths, notice = record.write(args.run_dir)
+    if record.stem == "eval" and (args.run_dir / "report.html").exists():  # of the training; it shows this too
         from snlp_jax.train.report import write_html
 
         paths.append(write_html(args.run_dir))
-    return paths, notice
+    print("\n".join(filter(None, ["wrote " + ", ".join(map(str, paths)), notice])))
+
+
+def measure(args: Args, config: Config) -> "Record":
+    """The evaluation that was asked for."""
+    if args.search.search:
+        from snlp_jax.eval.search import search_run
+
+        return search_run(args.run_dir, config, args.search, args.checkpoint)
+    if args.task.tasks:
+        from snlp_jax.eval.tasks import tasks_of_run
+
+        return tasks_of_run(args.run_dir, config, args.task, args.checkpoint)
+    if args.diagnose:
+        from snlp_jax.eval.diagnose import diagnose_run
+
+        return diagnose_run(args.run_dir, config, args.checkpoint)
+    from snlp_jax.eval import evaluate_run
+
+    return evaluate_run(args.run_dir, config, args.checkpoint)

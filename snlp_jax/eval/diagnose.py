@@ -2,11 +2,9 @@
 Jacobians and of what each correction leaves of them, at the states of held-out text."""
 
 import dataclasses
-import io
-import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,7 +21,8 @@ from snlp_jax.config import Config
 from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.evaluate import parse_settings
-from snlp_jax.eval.report import TABLE_WIDTH, finite_or_none, write_files
+from snlp_jax.eval.frontier import to_png
+from snlp_jax.eval.report import Record, make_table
 from snlp_jax.eval.run import open_run
 from snlp_jax.forward import run_parts
 from snlp_jax.io.provenance import circumstances
@@ -75,19 +73,29 @@ class RegionDiagnosis:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Record):
     """All regions, and under what circumstances they were measured."""
 
+    stem = "diagnose"
     regions: tuple[RegionDiagnosis, ...]
     info: dict[str, Any]
 
-    def to_json(self) -> str:
-        """Numbers that are not finite, which JSON has not, become null."""
-        return json.dumps(finite_or_none(dataclasses.asdict(self)), indent=2) + "\n"
-
     def to_png(self) -> bytes:
-        """A heat map of errors a region, and the norms by layer. Raises ImportError without matplotlib."""
+        """A heat map of errors a region, and the norms by layer."""
         return _draw(self)
+
+    def tables(self) -> Iterator[Table]:
+        """The error that leaves each region after some iterations, and the norms."""
+        title = (
+            f"Relative error of each region's output after k iterations, and norms of its Jacobians (median, largest): "
+            f"{self.info['num_windows']} held-out windows of {self.info['window_len']} tokens"
+        )
+        rows = []
+        for region in self.regions:
+            errors = [f"{region.errors[k][-1]:.2g}" if k < len(region.errors) else "-" for k in SHOWN_ITERS]
+            norms = (region.spectral_norms, region.contractions)
+            rows.append([region.setting, *errors, *(f"{np.median(each):.3g}, {max(each):.3g}" for each in norms)])
+        yield make_table(title, [*(f"k={k}" for k in SHOWN_ITERS), "||J||", "||J - A||"], rows, first="region")
 
 
 class _Measured(NamedTuple):
@@ -217,98 +225,55 @@ def _words(method: Any) -> str:
     return type(method).__name__ + (f"({', '.join(fields)})" if fields else "")
 
 
-def write_diagnosis(diagnosis: Diagnosis, run_dir: Path) -> tuple[list[Path], str]:
-    """Write ``diagnose.json`` and ``diagnose.png`` into ``run_dir/eval``.
-
-    Returns:
-        The files, and a notice about what could not be made, or "".
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    return write_files(run_dir, {"diagnose.json": diagnosis.to_json()}, "diagnose.png", diagnosis.to_png)
-
-
-def print_diagnosis(diagnosis: Diagnosis) -> None:
-    """A table on stdout: the error that leaves each region after some iterations, and the norms."""
-    info = diagnosis.info
-    title = (
-        f"Relative error of each region's output after k iterations, and norms of its Jacobians (median, largest): "
-        f"{info['num_windows']} held-out windows of {info['window_len']} tokens"
-    )
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("region", overflow="fold", min_width=24)
-    for column in (*(f"k={k}" for k in SHOWN_ITERS), "||J||", "||J - A||"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for region in diagnosis.regions:
-        errors = [f"{region.errors[k][-1]:.2g}" if k < len(region.errors) else "-" for k in SHOWN_ITERS]
-        norms = [f"{np.median(norms):.3g}, {max(norms):.3g}" for norms in (region.spectral_norms, region.contractions)]
-        table.add_row(region.setting, *errors, *norms)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
-    console.print(table)
-
-
 def _draw(diagnosis: Diagnosis) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    regions = diagnosis.regions
+    regions, info = diagnosis.regions, diagnosis.info
     num_columns = min(4, len(regions))
     num_rows = math.ceil(len(regions) / num_columns)
     figure = Figure(figsize=(max(3.0 * num_columns + 0.8, 6.4), 2.7 * num_rows + 3.6), layout="constrained", dpi=140)
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(num_rows + 1, num_columns, height_ratios=[1.0] * num_rows + [1.2])
     maps = [figure.add_subplot(grid[divmod(index, num_columns)]) for index in range(len(regions))]
     for axis, region in zip(maps, regions, strict=True):
         errors_NK = np.nan_to_num(np.asarray(region.errors), nan=np.inf).T.clip(*COLOUR_RANGE)
-        num_nodes, num_rows_of_error = errors_NK.shape
+        num_nodes, num_iters = errors_NK.shape
         image = axis.pcolormesh(
-            np.arange(num_rows_of_error), np.arange(num_nodes), errors_NK, norm=LogNorm(*COLOUR_RANGE), cmap="magma"
+            range(num_iters), range(num_nodes), errors_NK, norm=LogNorm(*COLOUR_RANGE), cmap="magma"
         )
-        axis.set_title(region.setting, fontsize=8)
         places = sorted({0, num_nodes // 2, num_nodes - 1})
         axis.set_yticks(places, [str(region.layers[place]) for place in places], fontsize=7)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axis.locator_params(axis="x", integer=True, nbins=6)
         axis.tick_params(labelsize=7)
+        axis.set_title(region.setting, fontsize=8)
         axis.set_xlabel("iterations", fontsize=8)
         axis.set_ylabel("layer", fontsize=8)
     bar = figure.colorbar(image, ax=maps, shrink=0.8, extend="both")
     bar.ax.tick_params(labelsize=7)
     bar.set_label("||h - h*|| / ||h*||, mean over tokens", fontsize=8)
     _draw_norms(figure.add_subplot(grid[-1, :]), regions)
-    info = diagnosis.info
-    figure.suptitle(
-        f"Error of every layer, and why: {info['num_windows']} windows of {info['window_len']} tokens; "
-        f"{info['device']}, {info['dtype']}",
-        fontsize=10,
-    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    text = f"{info['num_windows']} windows of {info['window_len']} tokens; {info['device']}, {info['dtype']}"
+    figure.suptitle(f"Error of every layer, and why: {text}", fontsize=10)
+    return to_png(figure)
 
 
 def _draw_norms(axis: Any, regions: Sequence[RegionDiagnosis]) -> None:
     """Norms by layer. Regions of one surrogate, which agree where they overlap, share a colour."""
     surrogates = list(dict.fromkeys(region.surrogate for region in regions))
-    drawn = set()
-
-    def draw(label: str, region: RegionDiagnosis, norms: Sequence[float], style: dict[str, Any]) -> None:
-        floored = np.maximum(norms, COLOUR_RANGE[0])
-        axis.plot(region.layers, floored, marker="o", markersize=3, **style, label=None if label in drawn else label)
-        drawn.add(label)
-
+    lines = []
     for region in regions:
-        nodes = region.surrogate.partition(", Chunkwise")
-        of_what = "||J||" + (f" of {nodes[1][2:]}{nodes[2]}" if nodes[1] else "")
-        draw(of_what, region, region.spectral_norms, {"color": "#333d43", "linewidth": 1.6})
+        _, chunks, options = region.surrogate.partition(", Chunkwise")
+        label = f"||J|| of {chunks[2:]}{options}" if chunks else "||J||"
+        lines.append((label, region.layers, region.spectral_norms, "#333d43", "-"))
     for region in regions:
         colour = f"C{surrogates.index(region.surrogate)}"
-        style = {"color": colour, "linewidth": 1.1, "linestyle": "--"}
-        draw(f"||J - A||, {region.surrogate}", region, region.contractions, style)
+        lines.append((f"||J - A||, {region.surrogate}", region.layers, region.contractions, colour, "--"))
+    labels = [line[0] for line in lines]
+    for index, (label, layers, norms, colour, style) in enumerate(lines):
+        shown = None if label in labels[:index] else label
+        width = 1.6 if style == "-" else 1.1
+        floored = np.maximum(norms, COLOUR_RANGE[0])
+        axis.plot(layers, floored, style, marker="o", markersize=3, color=colour, linewidth=width, label=shown)
     axis.axhline(1.0, color="#9aa5ad", linewidth=0.8, linestyle=":")
     axis.set_yscale("log")
     axis.set_xlabel("layer", fontsize=8)

@@ -1,6 +1,7 @@
 """The evaluation of a model: every solver setting against the sequential pass, on the same windows and machine."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,15 +21,10 @@ from snlp_jax.eval.fidelity import (
     join_comparisons,
     make_compare_fn,
     make_reference_fn,
+    mean_norms,
 )
-from snlp_jax.eval.perplexity import (
-    BOOTSTRAP_SEED,
-    change_by_position,
-    paired_interval,
-    perplexity,
-    relative_change,
-    token_mean,
-)
+from snlp_jax.eval.intervals import BOOTSTRAP_SEED
+from snlp_jax.eval.perplexity import change_by_position, paired_interval, perplexity, relative_change, token_mean
 from snlp_jax.eval.report import Report, SettingResult
 from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
@@ -61,10 +57,7 @@ def parse_settings(model: ModelConfig, config: EvalConfig) -> dict[str, Schedule
     """
     greedy_len = config.greedy_prompt_len + config.greedy_tokens if _has_greedy(config) else 0
     for what, length in (("eval.timing_len", config.timing_len), ("the greedy comparison", greedy_len)):
-        if length > model.max_context:
-            raise InputError(
-                f"{what} takes {length} tokens, but the model reads {model.max_context} at most; lower it."
-            )
+        check_length(what, length, model)
     if _has_greedy(config) and config.greedy_prompt_len == 0:
         raise InputError("eval.greedy_prompt_len is 0; give at least 1, or set eval.greedy_tokens to 0.")
     texts = [" ".join(text.split()) for text in config.solvers] or default_solvers(model)
@@ -75,6 +68,31 @@ def parse_settings(model: ModelConfig, config: EvalConfig) -> dict[str, Schedule
         except InputError as error:
             raise InputError(f"solver setting {text!r}: {error}") from error
     return schedules
+
+
+def check_length(what: str, num_tokens: int, model: ModelConfig) -> None:
+    """Refuse what takes more tokens than the model reads."""
+    longest = model.max_context
+    if num_tokens > longest:
+        raise InputError(f"{what} takes {num_tokens} tokens, but the model reads {longest} at most; lower it.")
+
+
+def mesh_of(config: EvalConfig, schedules: Iterable[Schedule], num_rows: Mapping[str, int]) -> Mesh | None:
+    """The mesh that ``config`` asks for, if it does.
+
+    Raises:
+        InputError: too few devices, a schedule that cannot lie on them, or a number of rows, by its name, that they do
+            not divide.
+    """
+    if config.mesh == MeshConfig():
+        return None
+    mesh = make_mesh(config.mesh)
+    for name, count in num_rows.items():
+        if count % mesh.shape["data"]:
+            raise InputError(f"{name} {count} is not a multiple of mesh.data {mesh.shape['data']}; change one.")
+    for schedule in schedules:
+        check_mesh(schedule, mesh)
+    return mesh
 
 
 def evaluate(
@@ -100,18 +118,17 @@ def evaluate(
     """
     settings = parse_settings(model.config, config)
     schedules = list(settings.values())
-    mesh = None if config.mesh == MeshConfig() else make_mesh(config.mesh)
-    if mesh is not None:
-        _check_batches(batches[0].shape[0], config, mesh)
-        for schedule in schedules:
-            check_mesh(schedule, mesh)
+    num_rows = {"eval.batch_size": len(batches[0])}
+    num_rows |= {"eval.greedy_prompts": config.greedy_prompts} if _has_greedy(config) else {}
+    num_rows |= {"eval.timing_batch": config.timing_batch} if config.timing_repeats else {}
+    mesh = mesh_of(config, schedules, num_rows)
     windows = np.concatenate(batches)
     model.check_tokens(windows)
     timings: Sequence[Timing | None] = [None] * len(schedules)
-    timing_steps = len(LAYOUTS) * len(schedules) + config.timing_repeats if config.timing_repeats else 0
+    num_steps = len(schedules) * (len(batches) + _has_greedy(config))
+    num_steps += len(LAYOUTS) * len(schedules) + config.timing_repeats if config.timing_repeats else 0
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        total = len(schedules) * (len(batches) + _has_greedy(config)) + timing_steps
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=num_steps)
         advance = lambda text: progress.update(task, description=text, advance=1)  # noqa: E731
         weights = prepare_all(
             model,
@@ -130,11 +147,10 @@ def evaluate(
             timings = time_schedules(model, params, schedules, config, mesh=mesh, fits=fits, on_progress=advance)
     weight_WT = None if target_weights is None else np.concatenate(target_weights)
     results = [
-        _result(text, schedule, (comparison, comparisons[0]), matches, (timing, timings[0]), config, weight_WT)
-        for (text, schedule), comparison, matches, timing in zip(
-            settings.items(), comparisons, greedy, timings, strict=True
-        )
+        _quality(text, schedule, comparison, comparisons[0].nll_BT, config.num_bootstrap, weight_WT)
+        for (text, schedule), comparison in zip(settings.items(), comparisons, strict=True)
     ]
+    results = [_with_cost(*each, timings[0]) for each in zip(results, greedy, timings, strict=True)]
     return Report(tuple(results), _circumstances(model, windows, config, mesh, weight_WT))
 
 
@@ -158,16 +174,6 @@ def _circumstances(
     }
 
 
-def _check_batches(num_rows: int, config: EvalConfig, mesh: Mesh) -> None:
-    """Refuse batches that the mesh's data axis does not divide."""
-    counts = {"eval.batch_size": num_rows}
-    counts |= {"eval.greedy_prompts": config.greedy_prompts} if _has_greedy(config) else {}
-    counts |= {"eval.timing_batch": config.timing_batch} if config.timing_repeats else {}
-    for name, count in counts.items():
-        if count % mesh.shape["data"]:
-            raise InputError(f"{name} {count} is not a multiple of mesh.data {mesh.shape['data']}; change one.")
-
-
 def _compare(
     model: Model,
     weights: Sequence[Weights],
@@ -178,16 +184,16 @@ def _compare(
 ) -> list[Comparison]:
     """Every setting over all batches; the first one is the reference, run once a batch."""
     reference_fn, compare_fn = make_reference_fn(model, mesh), make_compare_fn(model, mesh)
-    parts: list[list[Comparison]] = [[] for _ in weights]
+    rounds: list[list[Comparison]] = []
     for index, rows in enumerate(batches):
         step("comparing")
         batch, document = put_batch(mesh, (rows, documents[index] if documents else None), is_whole=True)
         reference, exact = reference_fn(weights[0], batch, document)
-        parts[0].append(jax.device_get(exact))
-        for setting, laid_out in enumerate(weights[1:], start=1):
+        rounds.append([jax.device_get(exact)])
+        for laid_out in weights[1:]:
             step("comparing")
-            parts[setting].append(jax.device_get(compare_fn(laid_out, batch, reference, document)))
-    return [join_comparisons(part) for part in parts]
+            rounds[-1].append(jax.device_get(compare_fn(laid_out, batch, reference, document)))
+    return [join_comparisons(parts) for parts in zip(*rounds, strict=True)]
 
 
 def _decode(
@@ -222,43 +228,43 @@ def _prompt_len(windows: np.ndarray, config: EvalConfig) -> int:
     return min(config.greedy_prompt_len, windows.shape[1] - 1)
 
 
-def _result(
+def _quality(
     text: str,
     schedule: Schedule,
-    compared: tuple[Comparison, Comparison],
-    greedy: tuple[GreedyMatch, ...],
-    timed: tuple[Timing | None, Timing | None],
-    config: EvalConfig,
+    found: Comparison,
+    reference_WT: np.ndarray,
+    num_bootstrap: int,
     weight_WT: np.ndarray | None,
 ) -> SettingResult:
-    """One row; the second of each pair is the sequential pass's."""
-    (comparison, reference), (timing, twin) = compared, timed
-    iterations = tuple(
-        (float(made.mean()), float(made.max(1).mean()))
-        for made, region in zip(comparison.iterations, schedule.regions, strict=True)
-        if region.tolerance
-    )
-    nlls = np.asarray(comparison.nll_BT), np.asarray(reference.nll_BT)
+    """One row without its costs; ``reference_WT`` are the sequential pass's negative log-likelihoods."""
+    nll_WT, of_regions = found.nll_BT, list(zip(found.iterations, schedule.regions, strict=True))
     return SettingResult(
         setting=text,
         is_oracle=schedule.is_oracle,
         depth=schedule.depth,
-        mean_depth=mean_depth(schedule, comparison.iterations),
+        mean_depth=mean_depth(schedule, found.iterations),
         num_block_evals=schedule.num_block_evals,
-        ppl=perplexity(nlls[0], weight_WT),
-        ppl_change=relative_change(*nlls, weight_WT),
-        ppl_interval=paired_interval(*nlls, num_bootstrap=config.num_bootstrap, weight_WT=weight_WT),
-        kl=token_mean(np.asarray(comparison.kl_BT), weight_WT),
-        top1=token_mean(np.asarray(comparison.agrees_BT), weight_WT),
-        cosine=token_mean(np.asarray(comparison.cosine_BT), weight_WT),
-        state_error=token_mean(np.asarray(comparison.error_BT), weight_WT),
-        nll_change_by_position=change_by_position(*nlls, weight_WT=weight_WT),
-        iterations=iterations,
-        residual_norms=tuple(tuple(map(float, region)) for region in comparison.residual_norms),
-        greedy=greedy,
-        timing=timing,
-        speedup=twin.median_ms / timing.median_ms if timing and twin else None,
+        ppl=perplexity(nll_WT, weight_WT),
+        ppl_change=relative_change(nll_WT, reference_WT, weight_WT),
+        ppl_interval=paired_interval(nll_WT, reference_WT, num_bootstrap=num_bootstrap, weight_WT=weight_WT),
+        kl=token_mean(found.kl_BT, weight_WT),
+        top1=token_mean(found.agrees_BT, weight_WT),
+        cosine=token_mean(found.cosine_BT, weight_WT),
+        state_error=token_mean(found.error_BT, weight_WT),
+        nll_change_by_position=change_by_position(nll_WT, reference_WT, weight_WT=weight_WT),
+        residual_norms=tuple(
+            tuple(map(float, mean_norms(*region)))
+            for region in zip(found.residual_norms, found.iterations, strict=True)
+        ),
+        iterations=tuple((float(n.mean()), float(n.max(1).mean())) for n, region in of_regions if region.tolerance),
     )
+
+
+def _with_cost(
+    result: SettingResult, greedy: tuple[GreedyMatch, ...], timing: Timing | None, twin: Timing | None
+) -> SettingResult:
+    speedup = twin.median_ms / timing.median_ms if timing and twin else None
+    return dataclasses.replace(result, greedy=greedy, timing=timing, speedup=speedup)
 
 
 def mean_depth(schedule: Schedule, iterations: Sequence[Any]) -> float:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snlp_jax.eval.intervals import paired_ratio_interval
 from snlp_jax.types import Array
 
-BOOTSTRAP_SEED = 0
 NUM_POSITION_BINS = 8
 
 
@@ -20,8 +20,7 @@ def token_nll(logits_BTV: Array, targets_BT: Array) -> Array:
 
 def token_mean(values_WT: np.ndarray, weight_WT: np.ndarray | None = None) -> float:
     """Mean over all windows and positions, or over those that count, by their weights."""
-    values_WT = np.asarray(values_WT, np.float64)
-    return float(values_WT.mean() if weight_WT is None else np.average(values_WT, weights=weight_WT))
+    return float(np.average(np.asarray(values_WT, np.float64), weights=weight_WT))
 
 
 def perplexity(nll_WT: np.ndarray, weight_WT: np.ndarray | None = None) -> float:
@@ -35,30 +34,18 @@ def relative_change(nll_WT: np.ndarray, reference_WT: np.ndarray, weight_WT: np.
 
 
 def paired_interval(
-    nll_WT: np.ndarray,
-    reference_WT: np.ndarray,
-    *,
-    num_bootstrap: int,
-    seed: int = BOOTSTRAP_SEED,
-    weight_WT: np.ndarray | None = None,
+    nll_WT: np.ndarray, reference_WT: np.ndarray, *, num_bootstrap: int, weight_WT: np.ndarray | None = None
 ) -> tuple[float, float] | None:
     """95 % interval of :func:`relative_change` by a paired bootstrap over windows; None with fewer than two.
 
-    Each of the ``num_bootstrap`` resamples draws windows with replacement and uses the same ones for both passes. How
-    hard the windows are then cancels, and only how much the passes differ on them remains: the log of the ratio is the
-    mean of the windows' differences, each counted by its weight. The same seed draws the same windows for every
-    setting.
+    Every resample takes the same windows of both passes. How hard the windows are then cancels, and only how much the
+    passes differ on them remains: the log of the ratio is the mean of the windows' differences, each counted by its
+    weight.
     """
     weight_WT = np.ones(nll_WT.shape) if weight_WT is None else weight_WT
     total_W = (weight_WT * (nll_WT - reference_WT)).sum(axis=1, dtype=np.float64)
-    weight_W = weight_WT.sum(axis=1, dtype=np.float64)
-    num_windows = len(total_W)
-    if num_windows < 2:
-        return None
-    picks = np.random.default_rng(seed).integers(num_windows, size=(num_bootstrap, num_windows))
-    means = total_W[picks].sum(axis=1) / np.maximum(weight_W[picks].sum(axis=1), 1e-9)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return math.expm1(min(low, 700.0)), math.expm1(min(high, 700.0))
+    interval = paired_ratio_interval(total_W, weight_WT.sum(axis=1, dtype=np.float64), num_bootstrap=num_bootstrap)
+    return interval and (math.expm1(min(interval[0], 700.0)), math.expm1(min(interval[1], 700.0)))
 
 
 def change_by_position(

@@ -1,14 +1,15 @@
-"""The numbers of an evaluation: as tables, JSON, CSV and a picture."""
+"""What an evaluation leaves: tables on stdout, and JSON, CSV and a picture in RUN_DIR/eval; and those of the evaluation
+of settings."""
 
 import csv
 import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,6 +24,72 @@ from snlp_jax.io.files import atomic_write
 FOLDER = "eval"
 TABLE_WIDTH = 120
 """Where the output is no terminal."""
+
+
+class Record:
+    """Base of the dataclasses that an evaluation gives back."""
+
+    stem: ClassVar[str]
+    """Of its files' names."""
+
+    def tables(self) -> Iterable[Table | str]:
+        """What is printed; texts are sentences."""
+        raise NotImplementedError
+
+    def csv_rows(self) -> Sequence[dict[str, Any]]:
+        """Of the CSV file; none makes no file."""
+        return ()
+
+    def to_png(self) -> bytes:
+        """The picture, b"" where there is none. Raises ImportError without matplotlib."""
+        return b""
+
+    def to_json(self) -> str:
+        """All fields; numbers that are not finite, which JSON has not, become null."""
+        return json.dumps(finite_or_none(dataclasses.asdict(self)), indent=2) + "\n"  # type: ignore[call-overload]
+
+    def to_csv(self) -> str:
+        """One line a row; columns are the keys in the order of their first appearance."""
+        text, rows = io.StringIO(), self.csv_rows()
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def print(self) -> None:
+        """The tables on stdout, ``TABLE_WIDTH`` wide where that is no terminal."""
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=TABLE_WIDTH)
+        for table in self.tables():
+            console.print(table, markup=not isinstance(table, str), soft_wrap=isinstance(table, str))
+
+    def write(self, run_dir: Path) -> tuple[list[Path], str]:
+        """Write the files into ``run_dir/eval``.
+
+        Returns:
+            The files, and a notice about what could not be made, or "".
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        folder, notice = run_dir / FOLDER, ""
+        contents: dict[str, str | bytes] = {f"{self.stem}.json": self.to_json()}
+        if self.csv_rows():
+            contents[f"{self.stem}.csv"] = self.to_csv()
+        try:
+            picture = self.to_png()
+            contents |= {f"{self.stem}.png": picture} if picture else {}
+        except ImportError:
+            notice = f'no {self.stem}.png: it needs matplotlib, which `pip install "snlp-jax[plots]"` brings.'
+        try:
+            folder.mkdir(exist_ok=True)
+            for name, content in contents.items():
+                atomic_write(folder / name, content)
+        except OSError as error:
+            raise InputError(f"{str(folder)!r} cannot be written ({error.strerror}); make it writable.") from error
+        return [folder / name for name in contents], notice
 
 
 @dataclass(frozen=True)
@@ -61,127 +128,83 @@ class SettingResult:
     speedup: float | None = None
     """Median time of the sequential pass / median time of this one, each in its faster layout."""
 
+    def row(self) -> dict[str, Any]:
+        """Of the CSV file: the numbers of the tables, fractions as fractions."""
+        names = ["setting", "is_oracle", "depth", "mean_depth", "num_block_evals", "ppl", "ppl_change", "kl", "top1"]
+        row = {name: getattr(self, name) for name in [*names, "cosine", "state_error"]}
+        row |= ends("ppl_change", self.ppl_interval)
+        for match in self.greedy:
+            row[f"greedy_prefix_{match.num_tokens}"] = match.prefix_len
+            row[f"greedy_match_{match.num_tokens}"] = match.match_rate
+        if timing := self.timing:
+            row |= {"ms": timing.median_ms, "ms_q1": timing.quartiles_ms[0], "ms_q3": timing.quartiles_ms[1]}
+            row |= {"layout": timing.layout, "speedup": self.speedup, "memory_bytes": timing.memory_bytes}
+        return row
+
+    def quality_cells(self, is_reference: bool) -> list[str]:
+        """Of the first table; the reference has nothing that it could differ from."""
+        name = f"{self.setting} (oracle)" if self.is_oracle else self.setting
+        depth = str(self.depth) if self.mean_depth == self.depth else f"{self.mean_depth:.1f}"
+        changes = [f"{percent(self.ppl_change)} %", between(self.ppl_interval, percent), f"{self.kl:.2g}"]
+        changes += [f"{100 * self.top1:.1f} %", f"{self.state_error:.2g}"]
+        changes += [f"{match.prefix_len:.1f} of {match.num_tokens}" for match in self.greedy[-1:]]
+        return [name, depth, f"{self.ppl:.3f}", *(["-"] * len(changes) if is_reference else changes)]
+
+    def cost_cells(self, timing: Timing) -> list[str]:
+        """Of the second table."""
+        memory = "-" if timing.memory_bytes is None else f"{timing.memory_bytes / 2**20:.1f}"
+        low, high = timing.quartiles_ms
+        times = [f"{timing.median_ms:.2f}", f"{low:.2f}-{high:.2f}", timing.layout, f"{self.speedup:.2f}x", memory]
+        return [self.setting, str(self.depth), str(self.num_block_evals), *times]
+
 
 @dataclass(frozen=True)
-class Report:
+class Report(Record):
     """All settings, the sequential pass first, and under what circumstances they were measured."""
 
+    stem = "eval"
     results: tuple[SettingResult, ...]
     info: dict[str, Any]
     """Device, versions, date, commit, seeds, shapes, config: whatever JSON can hold."""
 
-    def to_json(self) -> str:
-        """The info and the results; numbers that are not finite, which JSON has not, become null."""
-        return to_json(self)
-
-    def to_csv(self) -> str:
-        """One row a setting: the numbers of the tables, fractions as fractions."""
-        return rows_to_csv([_csv_row(result) for result in self.results])
+    def csv_rows(self) -> list[dict[str, Any]]:
+        return [result.row() for result in self.results]
 
     def to_png(self) -> bytes:
-        """PPL change against depth and, where it was measured, time. Raises ImportError without matplotlib."""
+        """PPL change against depth and, where it was measured, time."""
         info, results = self.info, [result for result in self.results if math.isfinite(result.ppl_change)]
         costs = {"depth, dependent block evaluations": [result.mean_depth for result in results]}
         times = [result.timing.median_ms for result in results if result.timing is not None]
         if times:
             costs[f"ms a forward of {info['timing_batch']} x {info['timing_len']} tokens"] = times
-        return draw_frontier(
-            [result.setting for result in results],
-            [result.ppl_change for result in results],
-            [result.ppl_interval for result in results],
-            costs,
-            title=f"{info['num_layers']} layers, {info['num_params'] / 1e6:.3g} M parameters; "
-            f"{info['device']}, {info['dtype']}",
-        )
+        points = [(result.setting, result.ppl_change, result.ppl_interval) for result in results]
+        size = f"{info['num_layers']} layers, {info['num_params'] / 1e6:.3g} M parameters"
+        return draw_frontier(points, costs, title=f"{size}; {info['device']}, {info['dtype']}")
+
+    def tables(self) -> Iterable[Table]:
+        """What a setting changes, and what it costs."""
+        info, first = self.info, self.results[0]
+        columns = ["depth", "PPL", "change", "95 % interval", "KL", "top-1", "error"]
+        columns += ["greedy in a row"] if first.greedy else []
+        title = f"Quality over {info['num_windows']} held-out windows of {info['window_len']} tokens"
+        yield make_table(title, columns, [result.quality_cells(result is first) for result in self.results])
+        rows = [result.cost_cells(result.timing) for result in self.results if result.timing]
+        if rows:
+            title = f"Cost of a forward of {info['timing_batch']} x {info['timing_len']} tokens: {info['device']}, "
+            title += f"{info['dtype']}, {info['timing_repeats']} runs, interleaved"
+            yield make_table(
+                title, ["depth", "evals", "ms (median)", "quartiles", "layout", "speed-up", "memory, MiB"], rows
+            )
 
 
-def write_report(report: Report, run_dir: Path) -> tuple[list[Path], str]:
-    """Write ``eval.json``, ``eval.csv`` and ``eval.png`` into ``run_dir/eval``.
-
-    Returns:
-        The files, and a notice about what could not be made, or "".
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    contents: dict[str, str | bytes] = {"eval.json": report.to_json(), "eval.csv": report.to_csv()}
-    return write_files(run_dir, contents, "eval.png", report.to_png)
-
-
-def write_files(
-    run_dir: Path, contents: dict[str, str | bytes], picture: str = "", draw: Callable[[], bytes] | None = None
-) -> tuple[list[Path], str]:
-    """Write files, and a picture if there is one, into ``run_dir/eval``; see :func:`write_report`."""
-    folder, notice = run_dir / FOLDER, ""
-    try:
-        contents = contents | ({picture: draw()} if draw else {})
-    except ImportError:
-        notice = f'no {picture}: it needs matplotlib, which `pip install "snlp-jax[plots]"` brings.'
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, content in contents.items():
-            atomic_write(folder / name, content)
-    except OSError as error:
-        raise InputError(f"folder {str(folder)!r} cannot be written ({error.strerror}); make it writable.") from error
-    return [folder / name for name in contents], notice
-
-
-def print_report(report: Report) -> None:
-    """Two tables on stdout: what a setting changes, and what it costs."""
-    console = make_console()
-    console.print(_quality_table(report))
-    if report.results[0].timing is not None:
-        console.print(_cost_table(report))
-
-
-def _quality_table(report: Report) -> Table:
-    info = report.info
-    title = f"Quality over {info['num_windows']} held-out windows of {info['window_len']} tokens"
-    greedy = report.results[0].greedy
-    columns = ["depth", "PPL", "change", "95 % interval", "KL", "top-1", "error"]
-    columns += ["greedy in a row"] if greedy else []
-    table = new_table(title, columns)
-    for result in report.results:
-        interval = result.ppl_interval
-        changes = [
-            f"{percent(result.ppl_change)} %",
-            "-" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}",
-            f"{result.kl:.2g}",
-            f"{100 * result.top1:.1f} %",
-            f"{result.state_error:.2g}",
-        ]
-        matches = [f"{match.prefix_len:.1f} of {match.num_tokens}" for match in result.greedy[-1:]]
-        cells = changes + matches if result is not report.results[0] else ["-"] * len(changes + matches)
-        depth = str(result.depth) if result.mean_depth == result.depth else f"{result.mean_depth:.1f}"
-        name = f"{result.setting} (oracle)" if result.is_oracle else result.setting
-        table.add_row(name, depth, f"{result.ppl:.3f}", *cells)
-    return table
-
-
-def _cost_table(report: Report) -> Table:
-    info = report.info
-    title = (
-        f"Cost of a forward of {info['timing_batch']} x {info['timing_len']} tokens: {info['device']}, "
-        f"{info['dtype']}, {info['timing_repeats']} runs, interleaved"
-    )
-    table = new_table(title, ["depth", "evals", "ms (median)", "quartiles", "layout", "speed-up", "memory, MiB"])
-    for result in report.results:
-        timing = result.timing
-        if timing is None or result.speedup is None:
-            continue
-        low, high = timing.quartiles_ms
-        memory = "-" if timing.memory_bytes is None else f"{timing.memory_bytes / 2**20:.1f}"
-        cells = [f"{timing.median_ms:.2f}", f"{low:.2f}-{high:.2f}", timing.layout, f"{result.speedup:.2f}x", memory]
-        table.add_row(result.setting, str(result.depth), str(result.num_block_evals), *cells)
-    return table
-
-
-def new_table(title: str, columns: list[str]) -> Table:
-    """A row a setting; ``columns`` are those behind its name."""
+def make_table(title: str, columns: list[str], rows: Iterable[Sequence[str]], first: str = "setting") -> Table:
+    """``columns`` are those behind the first, which is folded where it is long."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("setting", overflow="fold", min_width=24)
+    table.add_column(first, overflow="fold", min_width=24)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -191,26 +214,14 @@ def percent(fraction: float) -> str:
     return f"{percent:+.2f}" if abs(percent) < 1000 else f"{percent:+.3g}"
 
 
-def make_console() -> Console:
-    """Of stdout, ``TABLE_WIDTH`` wide where that is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=TABLE_WIDTH)
+def between(interval: tuple[float, float] | None, text: Callable[[float], str]) -> str:
+    """An interval's ends in words."""
+    return "-" if interval is None else " to ".join(map(text, interval))
 
 
-def to_json(report: Any) -> str:
-    """A dataclass of numbers as JSON; those that are not finite, which JSON has not, become null."""
-    return json.dumps(finite_or_none(dataclasses.asdict(report)), indent=2) + "\n"
-
-
-def rows_to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a row; columns are the keys in the order of their first appearance."""
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | None]:
+    """An interval's ends as columns."""
+    return dict(zip((f"{name}_low", f"{name}_high"), interval or (None, None), strict=True))
 
 
 def finite_or_none(value: Any) -> Any:
@@ -220,32 +231,3 @@ def finite_or_none(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite_or_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _csv_row(result: SettingResult) -> dict[str, Any]:
-    low, high = result.ppl_interval or (None, None)
-    row: dict[str, Any] = {
-        "setting": result.setting,
-        "is_oracle": result.is_oracle,
-        "depth": result.depth,
-        "mean_depth": result.mean_depth,
-        "num_block_evals": result.num_block_evals,
-        "ppl": result.ppl,
-        "ppl_change": result.ppl_change,
-        "ppl_change_low": low,
-        "ppl_change_high": high,
-        "kl": result.kl,
-        "top1": result.top1,
-        "cosine": result.cosine,
-        "state_error": result.state_error,
-    }
-    for match in result.greedy:
-        row[f"greedy_prefix_{match.num_tokens}"] = match.prefix_len
-        row[f"greedy_match_{match.num_tokens}"] = match.match_rate
-    if result.timing is not None:
-        row["ms"] = result.timing.median_ms
-        row["ms_q1"], row["ms_q3"] = result.timing.quartiles_ms
-        row["layout"] = result.timing.layout
-        row["speedup"] = result.speedup
-        row["memory_bytes"] = result.timing.memory_bytes
-    return row

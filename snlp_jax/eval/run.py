@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from snlp_jax.config import Config
 from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.eval.calibrations import fit_spec, load_fits, parse_calibrations, save_fit
@@ -61,14 +63,18 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     return OpenRun(model, params, step, data, settings, fits, about)
 
 
+def held_out(data: TokenData, config: Config) -> list[dict[str, np.ndarray]]:
+    """Batches of ``config.eval.num_windows`` held-out windows, or as many as there are."""
+    size = min(config.eval.batch_size, config.eval.num_windows)
+    num_batches = config.eval.num_windows // size
+    return held_out_batches(data, seq_len=config.model.seq_len, batch_size=size, num_batches=num_batches)
+
+
 def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report:
     """:func:`evaluate` of a run's checkpoint on its held-out text. For arguments and errors see :func:`open_run`."""
     run = open_run(run_dir, config, which)
-    batch_size = min(config.eval.batch_size, config.eval.num_windows)
-    num_batches = config.eval.num_windows // batch_size
-    batches = held_out_batches(run.data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=num_batches)
-    weights = [batch["weight"] for batch in batches] if "weight" in batches[0] else None
-    documents = [batch["document"] for batch in batches] if "document" in batches[0] else None
-    windows = [batch["tokens"] for batch in batches]
-    report = evaluate(run.model, run.params, windows, config.eval, run.fits, weights, documents)
+    batches = held_out(run.data, config)
+    columns = {name: [batch[name] for batch in batches] for name in batches[0]}
+    weights, documents = columns.get("weight"), columns.get("document")
+    report = evaluate(run.model, run.params, columns["tokens"], config.eval, run.fits, weights, documents)
     return dataclasses.replace(report, info=run.about | {"config": dataclasses.asdict(config)} | report.info)

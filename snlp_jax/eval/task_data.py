@@ -62,6 +62,11 @@ class Task:
         """Share of right answers of a blind guess; None where it cannot be guessed."""
         return sum(1 / len(each.choices) for each in self.examples) / len(self.examples) if self.is_choice else None
 
+    def about(self) -> dict[str, Any]:
+        """For the record."""
+        numbers = {"num_in_file": self.num_in_file, "num_examples": len(self.examples), "num_shots": len(self.shots)}
+        return {**numbers, "template": self.template}
+
     def prompt(self, example: Example) -> str:
         """The text that the answer is to follow."""
         solved = (self._ask(shot) + self.delimiter + shot.right_text for shot in self.shots)

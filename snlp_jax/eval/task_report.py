@@ -1,13 +1,13 @@
 """The numbers of downstream tasks: as tables, JSON and CSV."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from snlp_jax.eval.intervals import Interval
-from snlp_jax.eval.report import make_console, new_table, rows_to_csv, to_json, write_files
+from snlp_jax.eval.report import Record, between, ends, make_table
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,15 @@ class Bits:
     change_interval: Interval | None
     """95 %, paired bootstrap over examples or windows."""
 
+    def row(self) -> dict[str, float | None]:
+        """Of the CSV file."""
+        return {"bits_per_byte": self.per_byte, "bits_change": self.change, **ends("bits", self.change_interval)}
+
+    def cells(self, is_reference: bool) -> list[str]:
+        """Of a table."""
+        change = [f"{self.change:+.4f}", between(self.change_interval, lambda end: f"{end:+.4f}")]
+        return [f"{self.per_byte:.4f}", *(["-", "-"] if is_reference else change)]
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -67,97 +76,55 @@ class HeldOutResult:
 
 
 @dataclass(frozen=True)
-class TaskReport:
+class TaskReport(Record):
     """All settings on all tasks, the sequential pass first, and under what circumstances."""
 
+    stem = "tasks"
     results: tuple[TaskResult, ...]
     held_out: tuple[HeldOutResult, ...]
     info: dict[str, Any]
 
-    def to_csv(self) -> str:
+    def csv_rows(self) -> list[dict[str, Any]]:
         """One row a task, setting and rule, fractions as fractions; the held-out text has no rule."""
-        rows: list[dict[str, Any]] = [
-            {
-                "task": result.task,
-                "setting": result.setting,
-                "rule": rule,
-                "num_examples": result.num_examples,
-                "chance": result.chance,
-                "share": found.share,
-                "share_low": found.interval[0],
-                "share_high": found.interval[1],
-                "change": found.change,
-                "change_low": found.change_interval[0],
-                "change_high": found.change_interval[1],
-                "p_value": found.p_value,
-                "agreement": found.agreement,
-            }
-            | _bits_row(result.answer_bits)
-            for result in self.results
-            for rule, found in result.accuracy.items()
-        ]
-        rows += [{"task": "held-out text", "setting": each.setting} | _bits_row(each.bits) for each in self.held_out]
-        return rows_to_csv(rows)
+        rows: list[dict[str, Any]] = []
+        for result in self.results:
+            for rule, found in result.accuracy.items():
+                row: dict[str, Any] = {"task": result.task, "setting": result.setting, "rule": rule}
+                row |= {"num_examples": result.num_examples, "chance": result.chance}
+                row |= {"share": found.share, **ends("share", found.interval)}
+                row |= {"change": found.change, **ends("change", found.change_interval)}
+                row |= {"p_value": found.p_value, "agreement": found.agreement}
+                rows.append(row | (result.answer_bits.row() if result.answer_bits else {}))
+        return rows + [{"task": "held-out text", "setting": each.setting} | each.bits.row() for each in self.held_out]
 
-
-def write_tasks(report: TaskReport, run_dir: Path) -> list[Path]:
-    """Write ``tasks.json`` and ``tasks.csv`` into ``run_dir/eval``.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    return write_files(run_dir, {"tasks.json": to_json(report), "tasks.csv": report.to_csv()})[0]
-
-
-def print_tasks(report: TaskReport) -> None:
-    """A table a task on stdout, and one of the held-out text."""
-    console = make_console()
-    for task in dict.fromkeys(result.task for result in report.results):
-        console.print(_task_table([result for result in report.results if result.task == task]))
-    if report.held_out:
-        windows = "{num_windows} windows of {window_len} tokens".format(**report.info["held_out"])
-        table = new_table(f"Held-out text, {windows}", ["bits/byte", "change", "95 % interval"])
-        for found in report.held_out:
-            table.add_row(found.setting, *_bits_cells(found.bits, found is report.held_out[0]))
-        console.print(table)
+    def tables(self) -> Iterator[Table]:
+        """One a task, and one of the held-out text."""
+        for task in dict.fromkeys(result.task for result in self.results):
+            yield _task_table([result for result in self.results if result.task == task])
+        if self.held_out:
+            title = "Held-out text, {num_windows} windows of {window_len} tokens".format(**self.info["held_out"])
+            rows = [[each.setting, *each.bits.cells(each is self.held_out[0])] for each in self.held_out]
+            yield make_table(title, ["bits/byte", "change", "95 % interval"], rows)
 
 
 def _task_table(results: list[TaskResult]) -> Table:
     first = results[0]
     chance = "" if first.chance is None else f", chance {100 * first.chance:.1f} %"
     rules = {"per_byte": "by byte", "sum": "sum", "exact_match": "right"}
-    columns = [f"{rules[rule]}, %" for rule in first.accuracy]
-    columns[1:1] = ["95 % interval", "change", "95 % interval", "p", "same"]
-    columns += ["bits/byte"] if first.answer_bits else []
-    table = new_table(f"{first.task}: {first.num_examples} examples{chance}", columns)
+    main_rule, *other_rules = first.accuracy
+    columns = [f"{rules[main_rule]}, %", "95 % interval", "change", "95 % interval", "p", "same"]
+    columns += [f"{rules[rule]}, %" for rule in other_rules] + (["bits/byte"] if first.answer_bits else [])
+    rows = []
     for result in results:
-        main, *others = result.accuracy.values()
-        cells = [f"{100 * main.share:.1f}", _percents(main.interval, "")]
-        compared = [f"{100 * main.change:+.1f}", _percents(main.change_interval, "+"), f"{main.p_value:.2g}"]
-        compared += [f"{100 * main.agreement:.1f} %"]
-        cells += compared if result is not first else ["-"] * 4
-        cells += [f"{100 * other.share:.1f}" for other in others]
+        main = result.accuracy[main_rule]
+        compared = [f"{100 * main.change:+.1f}", between(main.change_interval, lambda end: f"{100 * end:+.1f}")]
+        compared += [f"{main.p_value:.2g}", f"{100 * main.agreement:.1f} %"]
+        cells = [f"{100 * main.share:.1f}", between(main.interval, lambda end: f"{100 * end:.1f}")]
+        cells += ["-"] * 4 if result is first else compared
+        cells += [f"{100 * result.accuracy[rule].share:.1f}" for rule in other_rules]
         cells += [f"{result.answer_bits.per_byte:.4f}"] if result.answer_bits else []
-        table.add_row(result.setting, *cells)
+        rows.append([result.setting, *cells])
+    table = make_table(f"{first.task}: {first.num_examples} examples{chance}", columns, rows)
     if first.num_cut:
         table.caption = f"{first.num_cut} contexts were too long for the model and lost their beginning."
     return table
-
-
-def _bits_row(bits: Bits | None) -> dict[str, Any]:
-    if bits is None:
-        return {}
-    low, high = bits.change_interval or (None, None)
-    return {"bits_per_byte": bits.per_byte, "bits_change": bits.change, "bits_low": low, "bits_high": high}
-
-
-def _bits_cells(bits: Bits, is_first: bool) -> list[str]:
-    if is_first:
-        return [f"{bits.per_byte:.4f}", "-", "-"]
-    interval = bits.change_interval
-    between = "-" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
-    return [f"{bits.per_byte:.4f}", f"{bits.change:+.4f}", between]
-
-
-def _percents(interval: Interval, sign: str) -> str:
-    return " to ".join(f"{100 * end:{sign}.1f}" for end in interval)

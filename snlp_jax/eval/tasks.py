@@ -1,30 +1,28 @@
 """Downstream tasks of a model: every solver setting against the sequential pass, on the same examples."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from snlp_jax.checks import check_mesh
-from snlp_jax.config import Config, EvalConfig, MeshConfig, TaskConfig
-from snlp_jax.data.pipeline import held_out_batches
+from snlp_jax.config import Config, EvalConfig, TaskConfig
 from snlp_jax.data.tokenizer import Tokenizer
-from snlp_jax.errors import InputError
-from snlp_jax.eval.evaluate import parse_settings
+from snlp_jax.eval.evaluate import mesh_of, parse_settings
 from snlp_jax.eval.intervals import exact_p_value, paired_ratio_interval, paired_share_interval, wilson_interval
-from snlp_jax.eval.run import OpenRun, open_run
+from snlp_jax.eval.run import OpenRun, held_out, open_run
 from snlp_jax.eval.task_data import SEPARATOR, Task, answer_of, load_tasks
 from snlp_jax.eval.task_report import Accuracy, Bits, HeldOutResult, TaskReport, TaskResult
-from snlp_jax.eval.text_model import OnShare, Prompt, Score, Span, TextModel, needs_solitude
+from snlp_jax.eval.text_model import Prompt, Score, Span, TextModel, needs_solitude
 from snlp_jax.infer.rules import Placement, check_settings
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import canonical
-from snlp_jax.parallel import make_mesh
 from snlp_jax.run import Which
 
 LogLikelihoods = Callable[[Sequence[tuple[str, str]]], list[Score]]
@@ -56,10 +54,8 @@ def score_choices(log_likelihoods: LogLikelihoods, task: Task) -> Outcome:
     scores = iter(log_likelihoods(pairs))
     sums = [np.asarray([next(scores).log_prob for _ in each.choices]) for each in examples]
     sizes = [np.asarray([len(choice.encode(errors="replace")) for choice in each.choices]) for each in examples]
-    answers = {
-        "per_byte": np.asarray([(row / size).argmax() for row, size in zip(sums, sizes, strict=True)]),
-        "sum": np.asarray([row.argmax() for row in sums]),
-    }
+    per_byte = [row / size for row, size in zip(sums, sizes, strict=True)]
+    answers = {"per_byte": np.asarray([*map(np.argmax, per_byte)]), "sum": np.asarray([*map(np.argmax, sums)])}
     answer_E = np.asarray([each.answer for each in examples], np.int64)
     bits_E = np.asarray([-row[answer] / math.log(2) for row, answer in zip(sums, answer_E, strict=True)])
     bytes_E = np.asarray([size[answer] for size, answer in zip(sizes, answer_E, strict=True)])
@@ -120,28 +116,24 @@ def tasks_of_run(run_dir: Path, config: Config, task_config: TaskConfig, which: 
         InputError: see :func:`snlp_jax.eval.run.open_run`, :func:`snlp_jax.eval.task_data.load_tasks` and
             :func:`snlp_jax.infer.rules.check_settings`; nothing has been compiled then.
     """
-    if config.eval.mesh.data > 1 and config.eval.batch_size % config.eval.mesh.data:
-        sizes = f"eval.batch_size {config.eval.batch_size} is not a multiple of mesh.data {config.eval.mesh.data}"
-        raise InputError(f"{sizes}; change one.")
     tasks = load_tasks(
         task_config.tasks,
         num_examples=task_config.num_examples,
         num_shots=task_config.num_shots,
         templates=task_config.prompt_template,
     )
-    settings = parse_settings(config.model, config.eval)
+    schedules = parse_settings(config.model, config.eval).values()
     if not all(task.is_choice for task in tasks):
-        for schedule in settings.values():
+        for schedule in schedules:
             check_settings(schedule, task_config.rule)
+    mesh = mesh_of(config.eval, schedules, {"eval.batch_size": config.eval.batch_size})
     run = open_run(run_dir, config, which)
-    batch_size = min(config.eval.batch_size, config.eval.num_windows)
-    num_batches = config.eval.num_windows // batch_size
-    batches = held_out_batches(run.data, seq_len=config.model.seq_len, batch_size=batch_size, num_batches=num_batches)
+    windows = held_out(run.data, config)
     # Of conversations only the responses count, which are no text of their own.
-    windows = None if "weight" in batches[0] else np.concatenate([batch["tokens"] for batch in batches])
-    report = evaluate_tasks(run, tasks, windows, config.eval, task_config)
+    window_WT = None if "weight" in windows[0] else np.concatenate([batch["tokens"] for batch in windows])
+    report = evaluate_tasks(run, tasks, window_WT, config.eval, task_config, mesh)
     about = run.about | {"config": {"model": vars(config.model)}}
-    return TaskReport(report.results, report.held_out, about | report.info)
+    return dataclasses.replace(report, info=about | report.info)
 
 
 class Answers(NamedTuple):
@@ -151,21 +143,23 @@ class Answers(NamedTuple):
     """By task."""
     num_cut: dict[str, int]
     """By task, contexts that lost their beginning."""
-    bits_W: np.ndarray | None
+    bits_W: np.ndarray
     """Of every held-out window."""
 
 
 def evaluate_tasks(
-    run: OpenRun, tasks: Sequence[Task], windows: np.ndarray | None, config: EvalConfig, task_config: TaskConfig
+    run: OpenRun,
+    tasks: Sequence[Task],
+    windows: np.ndarray | None,
+    config: EvalConfig,
+    task_config: TaskConfig,
+    mesh: Mesh | None = None,
 ) -> TaskReport:
     """Every task under every setting of the run.
 
     Args:
         windows: held-out text [W, T + 1], for its bits per byte; None leaves them out.
     """
-    mesh = None if config.mesh == MeshConfig() else make_mesh(config.mesh)
-    for schedule in run.settings.values() if mesh is not None else ():
-        check_mesh(schedule, mesh)  # type: ignore[arg-type]
     params = canonical(run.model, run.params) if mesh is None else run.params
     spans = [] if windows is None else [Span(window, len(window) - 1) for window in windows]
     answers: dict[str, Answers] = {}
@@ -181,56 +175,41 @@ def evaluate_tasks(
                 batch_size=config.batch_size,
                 placement=Placement(mesh, config.sequential),
                 fits=run.fits,
+                on_share=lambda share: progress.update(bar, advance=share),
             )
             progress.update(bar, description=setting)
             if needs_solitude(schedule):
                 progress.console.print(f"note: {setting} scores every text alone, with a program for every length.")
-            advance: OnShare = lambda share: progress.update(bar, advance=share)  # noqa: E731
-            answers[setting] = _answers(text_model, tasks, spans, task_config.max_new_tokens, advance)
-    num_bootstrap = config.num_bootstrap
-    results = [_result(task, setting, answers, num_bootstrap) for task in tasks for setting in answers]
-    held_out = []
+            answers[setting] = _answers(text_model, tasks, spans, task_config.max_new_tokens)
+    results, num_bootstrap = [], config.num_bootstrap
+    for task in tasks:
+        for setting, each in answers.items():
+            compared = compare_outcomes(each.outcomes[task.name], answers["seq"].outcomes[task.name], num_bootstrap)
+            num_cut, num_examples = each.num_cut[task.name], len(task.examples)
+            results.append(TaskResult(task.name, setting, num_examples, task.chance, *compared, num_cut))
+    held_out, about = [], None
     if windows is not None:
+        about = {"num_windows": len(windows), "window_len": windows.shape[1] - 1}
         bytes_W, reference_W = window_bytes(windows, run.data.tokenizer), answers["seq"].bits_W
-        held_out = [
-            HeldOutResult(setting, compare_bits(each.bits_W, reference_W, bytes_W, num_bootstrap))
-            for setting, each in answers.items()
-            if each.bits_W is not None and reference_W is not None
-        ]
+        for setting, each in answers.items():
+            held_out.append(HeldOutResult(setting, compare_bits(each.bits_W, reference_W, bytes_W, num_bootstrap)))
     info = circumstances() | {
-        "held_out": None if windows is None else {"num_windows": len(windows), "window_len": windows.shape[1] - 1},
-        "tasks": {task.name: _about(task) for task in tasks},
+        "held_out": about,
+        "tasks": {task.name: task.about() for task in tasks},
         "rule": task_config.rule,
         "max_new_tokens": task_config.max_new_tokens,
     }
     return TaskReport(tuple(results), tuple(held_out), info)
 
 
-def _answers(
-    text_model: TextModel, tasks: Sequence[Task], spans: Sequence[Span], max_new_tokens: int, advance: OnShare
-) -> Answers:
-    log_likelihoods: LogLikelihoods = lambda pairs: text_model.log_likelihoods(pairs, advance)  # noqa: E731
-    complete: Complete = lambda prompts: text_model.complete(prompts, advance)  # noqa: E731
+def _answers(text_model: TextModel, tasks: Sequence[Task], spans: Sequence[Span], max_new_tokens: int) -> Answers:
     outcomes, num_cut = {}, {}
     for task in tasks:
         before = text_model.num_cut
         if task.is_choice:
-            outcomes[task.name] = score_choices(log_likelihoods, task)
+            outcomes[task.name] = score_choices(text_model.log_likelihoods, task)
         else:
-            outcomes[task.name] = match_answers(complete, task, max_new_tokens)
+            outcomes[task.name] = match_answers(text_model.complete, task, max_new_tokens)
         num_cut[task.name] = text_model.num_cut - before
-    scores = text_model.score(spans, advance) if spans else []
-    bits_W = np.asarray([-score.log_prob / math.log(2) for score in scores]) if spans else None
-    return Answers(outcomes, num_cut, bits_W)
-
-
-def _result(task: Task, setting: str, answers: Mapping[str, Answers], num_bootstrap: int) -> TaskResult:
-    outcome, reference = answers[setting].outcomes[task.name], answers["seq"].outcomes[task.name]
-    accuracy, bits = compare_outcomes(outcome, reference, num_bootstrap)
-    num_cut = answers[setting].num_cut[task.name]
-    return TaskResult(task.name, setting, len(task.examples), task.chance, accuracy, bits, num_cut)
-
-
-def _about(task: Task) -> dict[str, Any]:
-    about: Mapping[str, Any] = {"num_in_file": task.num_in_file, "num_examples": len(task.examples)}
-    return {**about, "num_shots": len(task.shots), "template": task.template}
+    scores = text_model.score(spans) if spans else []
+    return Answers(outcomes, num_cut, np.asarray([-score.log_prob / math.log(2) for score in scores]))

@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
-from snlp_jax.eval.perplexity import token_nll
-from snlp_jax.forward import forward
+from snlp_jax.eval.fidelity import pass_over
 from snlp_jax.infer import Engine, Placement, Request
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
@@ -94,9 +93,8 @@ def make_token_fn(model: Model, weights: Weights, mesh: Mesh | None = None) -> T
 
     @jax.jit
     def score(weights: Weights, window_BT: Array) -> tuple[Array, Array]:
-        logits_BTV = forward(model, weights, window_BT[:, :-1], mesh=mesh).logits_BTV
-        targets_BT = window_BT[:, 1:]
-        return token_nll(logits_BTV, targets_BT), logits_BTV.argmax(-1) == targets_BT
+        output, nll_BT = pass_over(model, weights, window_BT, mesh=mesh)
+        return nll_BT, output.logits_BTV.argmax(-1) == window_BT[:, 1:]
 
     return lambda windows: score(weights, put_batch(mesh, windows, is_whole=True))
 
@@ -126,23 +124,22 @@ def score_spans(
     Raises:
         InputError: the scored tokens alone are more than the model reads.
     """
-    by_length: dict[int, list[int]] = defaultdict(list)
     cut = [span.tokens[-max_context - 1 :] for span in spans]
+    by_length: dict[int, list[int]] = defaultdict(list)
     for index, (tokens, span) in enumerate(zip(cut, spans, strict=True)):
         if span.num_scored >= len(tokens):
             raise InputError(
                 f"a continuation of {span.num_scored} tokens is longer than the {max_context} that the model reads; "
                 "shorten it."
             )
-        length = len(tokens) - 1 if alone else min(_power_of_two(len(tokens) - 1), max_context)
-        by_length[length].append(index)
+        count = len(tokens) - 1
+        by_length[count if alone else min(max(MIN_BUCKET, 1 << (count - 1).bit_length()), max_context)].append(index)
     scores = [Score(0.0, 0, True)] * len(spans)
     for length, members in sorted(by_length.items()):
-        rows = _rounded(1 if alone else min(max(1, batch_tokens // length), len(members)), row_multiple)
-        step = 1 if alone else rows
+        step = 1 if alone else _rounded(min(max(1, batch_tokens // length), len(members)), row_multiple)
         for start in range(0, len(members), step):
             part = members[start : start + step]
-            windows = np.zeros((rows, length + 1), np.int32)
+            windows = np.zeros((_rounded(step, row_multiple), length + 1), np.int32)
             for row, index in enumerate(part):
                 windows[row, : len(cut[index])] = cut[index]
             nll_BT, is_best_BT = jax.device_get(token_fn(windows))
@@ -161,65 +158,56 @@ def needs_solitude(schedule: Schedule) -> bool:
     return any(region.tolerance > 0 or isinstance(region.correction.innermost, Diagonal) for region in schedule.regions)
 
 
+@dataclass
 class TextModel:
-    """One model under one setting; everything is laid out and compiled when first needed.
+    """One model under one setting; everything is laid out and compiled when first needed."""
 
-    Args:
-        rule: what the cache keeps of a parallel region in :meth:`complete`, see :mod:`snlp_jax.infer.engine`.
-        batch_size: rows of generation; scoring takes batches of as many tokens as that many training windows have.
-        placement: where the weights lie; scoring takes stacks.
-        fits: see :func:`snlp_jax.layout.prepare`.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        params: Params,
-        tokenizer: Tokenizer,
-        schedule: Schedule,
-        *,
-        rule: CacheRule = "last_eval",
-        batch_size: int = 8,
-        placement: Placement = Placement(),  # noqa: B008  # frozen
-        fits: Mapping[str, Calibration] | None = None,
-    ) -> None:
-        self.model, self.tokenizer, self.schedule = model, tokenizer, schedule
-        self.max_context = model.config.max_context
-        self.num_cut = 0
-        """Contexts so far that were longer than the model reads and lost their beginning."""
-        self._params, self._rule, self._batch_size = params, rule, batch_size
-        self._placement, self._fits = placement, fits
-        self._row_multiple = 1 if placement.mesh is None else placement.mesh.shape["data"]
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+    schedule: Schedule
+    rule: CacheRule = "last_eval"
+    """What the cache keeps of a parallel region in :meth:`complete`, see :mod:`snlp_jax.infer.engine`."""
+    batch_size: int = 8
+    """Rows of generation; scoring takes batches of as many tokens as that many training windows have."""
+    placement: Placement = Placement()  # noqa: RUF009  # frozen
+    """Where the weights lie; scoring takes stacks."""
+    fits: Mapping[str, Calibration] | None = None
+    """See :func:`snlp_jax.layout.prepare`."""
+    on_share: OnShare = lambda share: None
+    num_cut: int = 0
+    """Contexts so far that were longer than the model reads and lost their beginning."""
 
     @functools.cached_property
     def token_fn(self) -> TokenFn:
         """See :data:`TokenFn`."""
+        mesh = self.placement.mesh
         weights = prepare(
             self.model,
-            self._params,
+            self.params,
             self.schedule,
             num_tokens=self._batch_tokens,
-            layout="stack" if self._placement.mesh is None else "auto",
-            mesh=self._placement.mesh,
-            sequential=self._placement.sequential,
-            fits=self._fits,
+            layout="stack" if mesh is None else "auto",
+            mesh=mesh,
+            sequential=self.placement.sequential,
+            fits=self.fits,
         )
-        return make_token_fn(self.model, weights, self._placement.mesh)
+        return make_token_fn(self.model, weights, mesh)
 
     @functools.cached_property
     def engine(self) -> Engine:
         """The cached decoder."""
         return Engine(
             self.model,
-            self._params,
+            self.params,
             self.schedule,
-            rule=self._rule,
-            placement=self._placement,
-            fits=self._fits,
+            rule=self.rule,
+            placement=self.placement,
+            fits=self.fits,
             tokenizer=self.tokenizer,
         )
 
-    def log_likelihoods(self, pairs: Sequence[tuple[str, str]], on_share: OnShare = lambda share: None) -> list[Score]:
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
         """Of each continuation after its context.
 
         Raises:
@@ -227,7 +215,7 @@ class TextModel:
         """
         spans = encode_pairs(self.tokenizer, pairs)
         self.num_cut += sum(len(span.tokens) - 1 > self.max_context for span in spans)
-        return self.score(spans, on_share)
+        return self.score(spans)
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """Log-likelihood in nats of each whole text, of any length."""
@@ -236,7 +224,7 @@ class TextModel:
         scores = iter(self.score([span for parts in spans for span in parts]))
         return [sum(next(scores).log_prob for _ in parts) for parts in spans]
 
-    def score(self, spans: Sequence[Span], on_share: OnShare = lambda share: None) -> list[Score]:
+    def score(self, spans: Sequence[Span]) -> list[Score]:
         """:func:`score_spans` as this model needs it."""
         return score_spans(
             self.token_fn,
@@ -245,10 +233,10 @@ class TextModel:
             batch_tokens=self._batch_tokens,
             row_multiple=self._row_multiple,
             alone=needs_solitude(self.schedule),
-            on_share=on_share,
+            on_share=self.on_share,
         )
 
-    def complete(self, prompts: Sequence[Prompt], on_share: OnShare = lambda share: None) -> list[str]:
+    def complete(self, prompts: Sequence[Prompt]) -> list[str]:
         """What the cached decoder goes on with, up to the separator or a stop string.
 
         Raises:
@@ -256,7 +244,7 @@ class TextModel:
         """
         requests = [self._request(prompt) for prompt in prompts]
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].tokens), requests[i].max_new_tokens))
-        rows = _rounded(min(self._batch_size, len(requests)), self._row_multiple)
+        rows = _rounded(min(self.batch_size, len(requests)), self._row_multiple)
         texts = [""] * len(requests)
         for start in range(0, len(order), rows):
             members = order[start : start + rows]
@@ -265,12 +253,21 @@ class TextModel:
             done = self.engine.generate(batch + [filler] * (rows - len(batch)))
             for index, completion in zip(members, done, strict=False):
                 texts[index] = completion.text or ""
-            on_share(len(members) / len(requests))
+            self.on_share(len(members) / len(requests))
         return texts
 
     @property
+    def max_context(self) -> int:
+        """Most tokens that the model reads."""
+        return self.model.config.max_context
+
+    @property
     def _batch_tokens(self) -> int:
-        return self._batch_size * self.model.config.seq_len
+        return self.batch_size * self.model.config.seq_len
+
+    @property
+    def _row_multiple(self) -> int:
+        return 1 if self.placement.mesh is None else self.placement.mesh.shape["data"]
 
     def _request(self, prompt: Prompt) -> Request:
         room, bos_id = self.max_context - prompt.max_new_tokens, self.tokenizer.bos_id
@@ -281,17 +278,8 @@ class TextModel:
             )
         tokens = [bos_id, *map(int, self.tokenizer.encode(prompt.text))]
         self.num_cut += len(tokens) > room
-        return Request(
-            tokens[-room:],
-            prompt.max_new_tokens,
-            prompt.sampling,
-            stop_tokens=(bos_id,),
-            stop_strings=prompt.stop_strings,
-        )
-
-
-def _power_of_two(count: int) -> int:
-    return max(MIN_BUCKET, 1 << (count - 1).bit_length())
+        length, sampling, stops = prompt.max_new_tokens, prompt.sampling, prompt.stop_strings
+        return Request(tokens[-room:], length, sampling, stop_tokens=(bos_id,), stop_strings=stops)
 
 
 def _rounded(count: int, multiple: int) -> int:

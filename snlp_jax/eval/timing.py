@@ -1,10 +1,10 @@
-"""Milliseconds of a compiled forward pass, for every schedule and its fair sequential twin."""
+"""Milliseconds: of readers that are interleaved, and of compiled forward passes beside their fair sequential twin."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,72 @@ from snlp_jax.types import Array, Params
 LAYOUTS: tuple[Literal["stack", "list"], ...] = ("stack", "list")
 NUM_WARMUP = 3
 TIMING_SEED = 0
+MOST_REPEATS = 10
+"""Times as many rounds as were asked for, where they are short."""
+
+Reader = Callable[[int], float]
+"""Runs once, with the number of the round, and returns milliseconds."""
+
+
+def interleave(
+    readers: Sequence[Reader],
+    num_repeats: int,
+    *,
+    num_warmup: int = NUM_WARMUP,
+    least_seconds: float = 0.0,
+    on_round: Callable[[str], None] = lambda _: None,
+) -> np.ndarray:
+    """Milliseconds [repeats, readers] after a warm-up; a new order every round, so that a change of the machine's
+    speed meets all alike. Short rounds are repeated up to ``MOST_REPEATS`` times as often, for ``least_seconds``."""
+    rng = np.random.default_rng(TIMING_SEED)
+    for reader in readers:
+        for number in range(num_warmup):
+            reader(number)
+    rounds: list[np.ndarray] = []
+    began = time.perf_counter()
+    while len(rounds) < num_repeats or (
+        len(rounds) < MOST_REPEATS * num_repeats and time.perf_counter() - began < least_seconds
+    ):
+        on_round("timing")
+        rounds.append(np.empty(len(readers)))
+        for index in rng.permutation(len(readers)):
+            rounds[-1][index] = readers[index](len(rounds) - 1)
+    return np.stack(rounds)
+
+
+class CompiledForward(NamedTuple):
+    """All logits of batches of tokens, which are read in turn: as many as there are rounds, or again."""
+
+    compiled: Any
+    weights: Weights
+    texts_BT: list[Array]
+
+    @classmethod
+    def of(
+        cls, model: Model, weights: Weights, texts_BT: Sequence[np.ndarray], mesh: Mesh | None = None
+    ) -> "CompiledForward":
+        def logits(weights: Weights, tokens_BT: Array) -> Array:
+            return forward(model, weights, tokens_BT, mesh=mesh).logits_BTV
+
+        compiled = jax.jit(logits).lower(weights, texts_BT[0]).compile()
+        place = compiled.input_shardings[0][1]
+        return cls(compiled, weights, [jax.device_put(text_BT, place) for text_BT in texts_BT])
+
+    def read(self, number: int) -> float:
+        """A :data:`Reader`."""
+        tokens_BT = self.texts_BT[number % len(self.texts_BT)]
+        began = time.perf_counter()
+        jax.block_until_ready(self.compiled(self.weights, tokens_BT))
+        return 1e3 * (time.perf_counter() - began)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """See :class:`Timing`."""
+        try:
+            stats = self.compiled.memory_analysis()
+            return stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
+        except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -59,10 +125,9 @@ def time_schedules(
         fits: calibrations by the names that schedules give.
         on_progress: called with a word before each compilation (two a schedule) and each round of runs.
     """
-    rng = np.random.default_rng(TIMING_SEED)
     shape = config.timing_batch, config.timing_len or model.config.seq_len
-    tokens_BT = rng.integers(model.config.vocab_size, size=shape, dtype=np.int32)
-    calls: list[tuple[Any, Weights, Array]] = []
+    tokens_BT = np.random.default_rng(TIMING_SEED).integers(model.config.vocab_size, size=shape, dtype=np.int32)
+    passes: list[CompiledForward] = []
     for layout in LAYOUTS:
         lay_out = partial(prepare_all, model, params, num_tokens=tokens_BT.size, layout=layout, fits=fits)
         alone = iter(lay_out([schedule for schedule in schedules if schedule.is_sequential]))
@@ -71,49 +136,14 @@ def time_schedules(
         for schedule in schedules:
             on_progress("compiling")
             weights, devices = (next(alone), None) if schedule.is_sequential else (next(spread), mesh)
-            compiled = _jit_forward(model, devices).lower(weights, tokens_BT).compile()
-            calls.append((compiled, weights, jax.device_put(tokens_BT, compiled.input_shardings[0][1])))
-    for compiled, weights, tokens in calls:
-        for _ in range(NUM_WARMUP):
-            jax.block_until_ready(compiled(weights, tokens))
-    times_ms = np.empty((config.timing_repeats, len(calls)))
-    for row in times_ms:
-        on_progress("timing")
-        for index in rng.permutation(len(calls)):
-            compiled, weights, tokens = calls[index]
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(weights, tokens))
-            row[index] = 1e3 * (time.perf_counter() - start)
-    results = []
-    for i in range(len(schedules)):
-        columns = [layout * len(schedules) + i for layout in range(len(LAYOUTS))]
-        results.append(_faster(times_ms[:, columns], [_memory_bytes(calls[column][0]) for column in columns]))
-    return results
-
-
-def _jit_forward(model: Model, mesh: Mesh | None) -> Any:
-    def logits(weights: Weights, tokens_BT: Array) -> Array:
-        return forward(model, weights, tokens_BT, mesh=mesh).logits_BTV
-
-    return jax.jit(logits)
-
-
-def _faster(times_ms: np.ndarray, memory_bytes: Sequence[int | None]) -> Timing:
-    """Of one schedule's times [repeats, layouts], those of the layout with the lowest median."""
-    low, medians, high = np.quantile(times_ms, [0.25, 0.5, 0.75], axis=0)
-    best = int(medians.argmin())
-    return Timing(
-        median_ms=float(medians[best]),
-        quartiles_ms=(float(low[best]), float(high[best])),
-        layout=LAYOUTS[best],
-        layout_medians_ms=dict(zip(LAYOUTS, map(float, medians), strict=True)),
-        memory_bytes=memory_bytes[best],
-    )
-
-
-def _memory_bytes(compiled: Any) -> int | None:
-    try:
-        stats = compiled.memory_analysis()
-        return stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
-    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return None
+            passes.append(CompiledForward.of(model, weights, [tokens_BT], devices))
+    times_ms = interleave([each.read for each in passes], config.timing_repeats, on_round=on_progress)
+    medians = np.median(times_ms, axis=0).reshape(len(LAYOUTS), -1)
+    timings = []
+    for index, layout in enumerate(medians.argmin(axis=0)):
+        column = layout * len(schedules) + index
+        low, high = map(float, np.quantile(times_ms[:, column], [0.25, 0.75]))
+        by_layout: dict[str, float] = dict(zip(LAYOUTS, map(float, medians[:, index]), strict=True))
+        best = LAYOUTS[layout]
+        timings.append(Timing(by_layout[best], (low, high), best, by_layout, passes[column].memory_bytes))
+    return timings

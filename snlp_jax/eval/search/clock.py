@@ -1,35 +1,24 @@
-"""Milliseconds of candidates: readers of one run each, and readings of many, interleaved."""
+"""Milliseconds of candidates: a forward, or a decoded token."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.config import Config, SearchConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.search.space import Candidate, draft_len, rule_of
-from snlp_jax.forward import forward
+from snlp_jax.eval.timing import CompiledForward, Reader
 from snlp_jax.infer import Drafting, Engine, Placement, Request
 from snlp_jax.layout import Layout, prepare
 from snlp_jax.model import LanguageModel
-from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration
-from snlp_jax.types import Array, Params
+from snlp_jax.types import Params
 
-NUM_WARMUP = 2
-TIMING_SEED = 0
-LEAST_SECONDS = 1.0
-MOST_REPEATS = 10
 NUM_TEXTS = 16
 """Of a timed forward."""
 NEW_TOKENS = 48
 """Decoded in one reading."""
-
-Reader = Callable[[int], float]
-"""Runs once, with the number of the round, and returns milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -85,27 +74,11 @@ class Clock:
 
     def reader(self, candidate: Candidate, layout: Layout) -> Reader:
         """One run of it, compiled."""
-        return (self._decode if self.num_tokens else self._prefill)(candidate, layout)
-
-    def _prefill(self, candidate: Candidate, layout: Layout) -> Reader:
-        def logits(weights: Weights, tokens_BT: Array) -> Array:
-            return forward(self.model, weights, tokens_BT).logits_BTV
-
-        texts_BT, num_tokens = [jnp.asarray(text) for text in self.texts_BT], self.texts_BT[0].size
-        schedule = candidate.schedule
-        weights = prepare(self.model, self.params, schedule, num_tokens=num_tokens, layout=layout, fits=self.fits)
-        compiled = jax.jit(logits).lower(weights, texts_BT[0]).compile()
-
-        def read(number: int) -> float:
-            tokens_BT = texts_BT[number % len(texts_BT)]
-            began = time.perf_counter()
-            jax.block_until_ready(compiled(weights, tokens_BT))
-            return 1e3 * (time.perf_counter() - began)
-
-        return read
-
-    def _decode(self, candidate: Candidate, layout: Layout) -> Reader:
         schedule, drafter = candidate.schedule, candidate.speculate
+        if not self.num_tokens:
+            num_tokens = self.texts_BT[0].size
+            weights = prepare(self.model, self.params, schedule, num_tokens=num_tokens, layout=layout, fits=self.fits)
+            return CompiledForward.of(self.model, weights, self.texts_BT).read
         engine = Engine(
             self.model,
             self.params,
@@ -117,28 +90,9 @@ class Clock:
         )
         requests = [[Request(row.tolist(), self.num_tokens) for row in text] for text in self.texts_BT]
 
-        def read(number: int) -> float:
+        def decode(number: int) -> float:
             engine.generate(requests[number % len(requests)])
             assert engine.statistics is not None
             return 1e3 * engine.statistics.decode_seconds / max(self.num_tokens - 1, 1)
 
-        return read
-
-
-def interleave(readers: Sequence[Reader], num_repeats: int) -> np.ndarray:
-    """Milliseconds [repeats, readers] after a warm-up; a new order every round, so that a change of the machine's
-    speed meets all alike. Short readings are repeated up to ``MOST_REPEATS`` times as often, for ``LEAST_SECONDS``."""
-    rng = np.random.default_rng(TIMING_SEED)
-    for number in range(NUM_WARMUP):
-        for reader in readers:
-            reader(number)
-    times_ms: list[np.ndarray] = []
-    began = time.perf_counter()
-    while len(times_ms) < num_repeats or (
-        len(times_ms) < MOST_REPEATS * num_repeats and time.perf_counter() - began < LEAST_SECONDS
-    ):
-        row = np.empty(len(readers))
-        for index in rng.permutation(len(readers)):
-            row[index] = readers[index](len(times_ms))
-        times_ms.append(row)
-    return np.stack(times_ms)
+        return decode

@@ -6,12 +6,10 @@ from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import stdtrit
 
-from snlp_jax.eval.perplexity import token_nll
-from snlp_jax.forward import forward
+from snlp_jax.eval.fidelity import pass_over
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.parts import Weights
@@ -57,9 +55,7 @@ class Measured(NamedTuple):
     """Of each region, [W]: how many were made."""
 
     def join(self, other: "Measured") -> "Measured":
-        sums = Sums(*map(np.concatenate, zip(self.sums, other.sums, strict=True)))
-        pairs = zip(self.iterations, other.iterations, strict=True)
-        return Measured(sums, [np.concatenate(pair) for pair in pairs])
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), self, other)
 
 
 class Quality:
@@ -81,14 +77,20 @@ class Quality:
         self.model, self.params, self.windows, self.fits = model, params, windows, fits
         self.num_windows, self.num_tokens = windows["tokens"][:, 1:].shape
         self.batch_size = min(batch_size, self.num_windows)
-        self._nll = jax.jit(partial(_nll, model), static_argnames="num_iters")
+        self._nll = jax.jit(partial(_nll, model))
 
     def measure(self, schedule: Schedule, start: int, stop: int) -> Measured:
         """Windows ``start`` to ``stop``."""
-        nll_WT, iterations = self._run(schedule, range(start, stop))
+        nll_WT, made = self._run(schedule, range(start, stop))
         difference_WT = nll_WT - self._sequential_WT[start:stop]
         weight_WT = self.windows.get("weight", np.ones((self.num_windows, self.num_tokens)))[start:stop]
         weight_WT = np.asarray(weight_WT, np.float64)
+        # Where a tolerance is not there to stop them, all iterations are made.
+        stopped = iter(made)
+        iterations = [
+            next(stopped) if region.tolerance else np.full(stop - start, float(region.num_iters))
+            for region in schedule.regions
+        ]
         return Measured(Sums((weight_WT * difference_WT).sum(axis=1), weight_WT.sum(axis=1)), iterations)
 
     @cached_property
@@ -96,29 +98,21 @@ class Quality:
         return self._run(Schedule.of(self.model.config.num_layers), range(self.num_windows))[0]
 
     def _run(self, schedule: Schedule, indices: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Negative log-likelihoods [W, T] and iterations of each region, [W]."""
+        """Negative log-likelihoods [W, T], and [W] iterations of each region with a tolerance."""
         num_tokens = self.batch_size * self.num_tokens
         weights = prepare(self.model, self.params, schedule, num_tokens=num_tokens, layout="stack", fits=self.fits)
-        num_iters = tuple(0 if region.tolerance else region.num_iters for region in schedule.regions)
         documents, parts = self.windows.get("document"), []
         for start in range(0, len(indices), self.batch_size):
             chosen = np.asarray(indices[start : start + self.batch_size])
             rows = np.resize(chosen, self.batch_size)  # one shape for all
             document_BT = None if documents is None else documents[rows]
-            found = self._nll(weights, self.windows["tokens"][rows], document_BT, num_iters=num_iters)
+            found = self._nll(weights, self.windows["tokens"][rows], document_BT)
             parts.append([np.asarray(each, np.float64)[: len(chosen)] for each in found])
-        nll_WT, *iterations = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return nll_WT, iterations
+        nll_WT, *made = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return nll_WT, made
 
 
-def _nll(
-    model: LanguageModel, weights: Weights, window_BT: Array, document_BT: Array | None, *, num_iters: tuple[int, ...]
-) -> list[Array]:
-    """Negative log-likelihoods, then the iterations of each region: ``num_iters``, or where that is 0 those made."""
-    document_BT = None if document_BT is None else document_BT[:, :-1]
-    output = forward(model, weights, window_BT[:, :-1], with_stats=0 in num_iters, document_BT=document_BT)
-    made = [
-        jnp.full(window_BT.shape[:1], count) if count else solution.stats["sequence_iters"]
-        for count, solution in zip(num_iters, output.solutions, strict=True)
-    ]
-    return [token_nll(output.logits_BTV, window_BT[:, 1:]), *made]
+def _nll(model: LanguageModel, weights: Weights, window_BT: Array, document_BT: Array | None) -> list[Array]:
+    """Negative log-likelihoods, then the iterations of each region that a tolerance stops."""
+    output, nll_BT = pass_over(model, weights, window_BT, document_BT)
+    return [nll_BT, *(each.stats["sequence_iters"] for each in output.solutions if "sequence_iters" in each.stats)]

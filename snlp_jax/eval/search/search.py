@@ -31,11 +31,12 @@ from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.evaluate import mean_depth
 from snlp_jax.eval.frontier import pareto_front
 from snlp_jax.eval.run import open_run
-from snlp_jax.eval.search.clock import Clock, Reader, interleave
+from snlp_jax.eval.search.clock import Clock
 from snlp_jax.eval.search.quality import EXACT, Bounds, Measured, Quality
 from snlp_jax.eval.search.record import Found, Row
 from snlp_jax.eval.search.space import Candidate, Line, draft_len, lines_of, lossless_of, rule_of
 from snlp_jax.eval.solver_file import SolverFile
+from snlp_jax.eval.timing import LAYOUTS, Reader, interleave
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import Layout, canonical
 from snlp_jax.linearize import fingerprint, stored_calibrations
@@ -47,6 +48,9 @@ SEED = 0
 FIRST_RUNG = 16
 """Windows of the first look."""
 LEAST_REPEATS = 9
+NUM_WARMUP = 2
+LEAST_SECONDS = 1.0
+"""Of a timing."""
 
 
 class Search:
@@ -120,10 +124,12 @@ class Search:
             sizes = [candidate.num_layers for candidate in line.candidates]
             low, high = sum(size <= most.get(family, 0) for size in sizes) - 1, len(sizes)
             known = low
-            if self.search.objective == "depth":  # what cannot be shallower need not be measured
-                best = min((self.cost(other.candidates[i]) for other, i in found.items()), default=(np.inf, 0))
-                low = max(low, sum(candidate.least_depth > best[0] for candidate in line.candidates) - 1)
-                known = low
+            standing = [self.cost(other.candidates[i]) for other, i in found.items()]
+            for candidate in line.candidates[low + 1 :]:  # what gains nothing over what stands need not be measured
+                if not any(self._is_beaten(candidate, cost) for cost in standing):
+                    break
+                low += 1
+            known = low
             while high - low > 1:
                 middle = high - 1 if low == known and high == len(sizes) else (low + high) // 2  # the last one first
                 low, high = (middle, high) if self._is_within(line.candidates[middle]) else (low, middle)
@@ -131,6 +137,13 @@ class Search:
                 found[line] = low
                 most[family] = max(most.get(family, 0), sizes[low])
         return found
+
+    def _is_beaten(self, candidate: Candidate, cost: tuple[float, float]) -> bool:
+        """Whether it cannot be cheaper than what costs so much, as few iterations as it may make."""
+        depth, num_evals = candidate.least_cost
+        if self.search.objective == "depth":
+            return cost <= (depth, num_evals)
+        return cost[0] <= depth and cost[1] <= num_evals
 
     def _is_within(self, candidate: Candidate) -> bool:
         """Whether it passes on the windows to choose on."""
@@ -181,19 +194,21 @@ class Search:
     @cached_property
     def twin(self) -> Layout:
         """That of the fair sequential pass: the faster one."""
-        layouts: tuple[Layout, ...] = ("stack", "list")
-        times_ms = interleave([self._reader(self.lossless[0], layout) for layout in layouts], LEAST_REPEATS)
-        return layouts[int(np.median(times_ms, axis=0).argmin())]
+        times_ms = self._interleave([self._reader(self.lossless[0], layout) for layout in LAYOUTS], LEAST_REPEATS)
+        return LAYOUTS[int(np.median(times_ms, axis=0).argmin())]
 
     def time(self, candidates: list[Candidate]) -> None:
         """Interleaved, all again, so that they can be compared; the sequential pass is the first."""
         readers = [self._reader(candidates[0], self.twin), *(self._reader(each, "auto") for each in candidates[1:])]
-        times_ms = interleave(readers, max(self.config.eval.timing_repeats, LEAST_REPEATS))
+        times_ms = self._interleave(readers, max(self.config.eval.timing_repeats, LEAST_REPEATS))
         self.times_ms = dict(zip(candidates, times_ms.T, strict=True))
 
     def ratio(self, candidate: Candidate) -> float:
         """Time over that of the sequential pass in the same rounds: the machine may have changed its speed between."""
         return float(np.median(self.times_ms[candidate] / self.times_ms[self.lossless[0]]))
+
+    def _interleave(self, readers: list[Reader], num_repeats: int) -> np.ndarray:
+        return interleave(readers, num_repeats, num_warmup=NUM_WARMUP, least_seconds=LEAST_SECONDS)
 
     def _reader(self, candidate: Candidate, layout: Layout) -> Reader:
         assert self.clock is not None

@@ -39,10 +39,12 @@ class Candidate:
         return self.schedule.is_sequential
 
     @property
-    def least_depth(self) -> int:
-        """Where a tolerance stops every iteration after the first."""
-        saved = (region.num_iters - 1 for region in self.schedule.regions if region.tolerance)
-        return self.schedule.depth - sum(saved)
+    def least_cost(self) -> tuple[int, int]:
+        """Dependent block evaluations and all of them, where a tolerance stops every iteration after the first."""
+        stops = [(each.num_iters - 1, each.num_layers) for each in self.schedule.regions if each.tolerance]
+        saved = sum(num_iters for num_iters, _ in stops)
+        saved_evals = sum(num_iters * num_layers for num_iters, num_layers in stops)
+        return self.schedule.depth - saved, self.schedule.num_block_evals - saved_evals
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def lines_of(model: ModelConfig, search: SearchConfig, calibrations: Mapping[str
             for text, schedule in schedules
             if _can_run(model, schedule, search.objective == "decode")
         ]
-        shallow = tuple(candidate for candidate in candidates if candidate.least_depth < num_layers)
+        shallow = tuple(candidate for candidate in candidates if candidate.least_cost[0] < num_layers)
         lines += [Line(family, shallow)] if shallow else []
     return lines
 
