@@ -283,14 +283,10 @@ def test_fitted_surrogates_and_a_fitted_start_beat_the_fixed_ones_on_other_text(
     """The start is fitted first and the surrogates to it."""
     text, held_out = [(curved_chain(0, 256), MethodData())], curved_chain(1, 64)
     h0, init = PrefixState(), CalibratedInit()
-    fitted = fit_calibration(text, num_iters=2, kind="channel")
-    methods = ((Calibrated(), h0), (Identity(), h0), (ScaledIdentity(), h0))
-    calibrated, *fixed = squared_errors(held_out, fitted, methods, 2)
-    assert calibrated < 0.8 * min(fixed)
     fitted = fit_calibration(text, num_iters=1, kind="channel", init=init, init_rank=WIDTH)
-    methods = ((Calibrated(), init), (Identity(), init), (Identity(), h0))
-    calibrated, *fixed = squared_errors(held_out, fitted, methods, 1)
-    assert calibrated < min(fixed)
+    methods = ((Calibrated(), init), (Identity(), init), (Identity(), h0), (ScaledIdentity(), h0))
+    calibrated, from_init, *fixed = squared_errors(held_out, fitted, methods, 1)
+    assert calibrated < from_init and calibrated < 0.8 * min(fixed)
 
 
 def test_streams_are_samples():
@@ -307,14 +303,6 @@ def test_streams_are_samples():
     assert actual.layers.keys() == expected.layers.keys()
     for name in ("channel", "intercept", "init_scale"):
         np.testing.assert_allclose(actual.layers[name], expected.layers[name], rtol=1e-4, atol=1e-4)  # float32 sums
-
-    @jax.jit
-    def run(fit):
-        method = (Calibrated(), CalibratedInit(), MethodData(fit))
-        return [solve(chain, *method, num_iters=1).value for chain in (chain, streams)]
-
-    one, other = run(actual)
-    np.testing.assert_allclose(other.reshape(one.shape), one, rtol=1e-5, atol=1e-5)  # rounding of batched products
 
 
 # ---------------------------------------------------------------- refusals and files

@@ -55,6 +55,7 @@ def test_other_files_are_refused(tmp_path):
         (json.dumps({"format": 1, "setting": "seq", "num_layers": 4, "rule": "none"}), 4, "format 1"),
         (json.dumps({"format": 1, "setting": "idn:n=9", "num_layers": 4}), 4, "idn:n=9"),
         (json.dumps({"format": 1, "setting": "seq", "num_layers": 4, "speculate": "x"}), 4, "'x'"),
+        (json.dumps({"format": 1, "setting": "seq", "num_layers": 4, "draft_len": -1}), 4, "format 1"),
     ):
         (tmp_path / "solver.json").write_text(content)
         with pytest.raises(InputError, match=keyword):
@@ -106,7 +107,7 @@ def test_quality_is_paired_and_weighted():
 def test_readings_are_interleaved():
     seen = []
     readers = [lambda number, name=name: seen.append((name, number)) or ord(name) for name in "abc"]
-    times = interleave(readers, 5, num_warmup=2, least_seconds=1.0)
+    times = interleave(readers, 5, least_seconds=1.0)
     assert times.tolist() == [[97, 98, 99]] * 50  # readings of no time at all, ten times as often
     rounds = [[name for name, _ in seen[start : start + 3]] for start in range(6, len(seen), 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len({*map(tuple, rounds)}) > 1

@@ -28,7 +28,6 @@ from snlp_jax.eval.text_model import (
     Span,
     TextModel,
     encode_pairs,
-    make_token_fn,
     needs_solitude,
     rolling_spans,
     score_spans,
@@ -41,8 +40,8 @@ from snlp_jax.notation import parse_schedule
 from snlp_jax.run import read_config
 
 ROOT = Path(__file__).parent.parent
-CONTEXT = "Which layer?\nAnswer:"
-PAIRS = [(CONTEXT, " the last"), (CONTEXT[:9], CONTEXT[9:] + " the last"), ("", "token"), ("trace", "")]
+CONTEXT = "Which?\nA:"
+PAIRS = [(CONTEXT, " last"), (CONTEXT[:4], CONTEXT[4:] + " last"), ("", "token"), ("trace", "")]
 ROUNDING = 1e-5
 """Nats a token: float32 logits of up to 15, added up in the order of another program."""
 
@@ -88,7 +87,7 @@ def test_padding_and_batches_change_nothing() -> None:
     model = LanguageModel(dataclasses.replace(MODEL, num_layers=2))
     schedule = parse_schedule("sid:n=2,k=1,init=batch_forward", 2)
     assert not needs_solitude(schedule)
-    token_fn = make_token_fn(model, split(model, random_params(model), schedule))
+    token_fn = TextModel(model, random_params(model), ByteTokenizer(), schedule).token_fn
     rng = np.random.default_rng(0)
     spans = [Span(rng.integers(1, 257, n).astype(np.int32), min(n - 1, 4)) for n in (3, 9, 12, 5)]
 

@@ -146,11 +146,11 @@ def evaluate(
         if config.timing_repeats:
             timings = time_schedules(model, params, schedules, config, mesh=mesh, fits=fits, on_progress=advance)
     weight_WT = None if target_weights is None else np.concatenate(target_weights)
-    results = [
-        _quality(text, schedule, comparison, comparisons[0].nll_BT, config.num_bootstrap, weight_WT)
-        for (text, schedule), comparison in zip(settings.items(), comparisons, strict=True)
-    ]
-    results = [_with_cost(*each, timings[0]) for each in zip(results, greedy, timings, strict=True)]
+    results = []
+    for (text, schedule), found, matches, timing in zip(settings.items(), comparisons, greedy, timings, strict=True):
+        result = _quality(text, schedule, found, comparisons[0].nll_BT, config.num_bootstrap, weight_WT)
+        speedup = timings[0].median_ms / timing.median_ms if timings[0] and timing else None
+        results.append(dataclasses.replace(result, greedy=matches, timing=timing, speedup=speedup))
     return Report(tuple(results), _circumstances(model, windows, config, mesh, weight_WT))
 
 
@@ -258,13 +258,6 @@ def _quality(
         ),
         iterations=tuple((float(n.mean()), float(n.max(1).mean())) for n, region in of_regions if region.tolerance),
     )
-
-
-def _with_cost(
-    result: SettingResult, greedy: tuple[GreedyMatch, ...], timing: Timing | None, twin: Timing | None
-) -> SettingResult:
-    speedup = twin.median_ms / timing.median_ms if timing and twin else None
-    return dataclasses.replace(result, greedy=greedy, timing=timing, speedup=speedup)
 
 
 def mean_depth(schedule: Schedule, iterations: Sequence[Any]) -> float:

@@ -7,9 +7,9 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
 
 from snlp_jax.config import EvalConfig
+from snlp_jax.config.check import Checked, Count
 from snlp_jax.errors import InputError
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.io.files import atomic_write
@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class SolverFile:
+class SolverFile(Checked):
     """A setting for one model. What the search measured is for the reader; programs use the first fields."""
 
     setting: str
@@ -30,11 +30,11 @@ class SolverFile:
     """What the cache keeps of a parallel region."""
     speculate: str = ""
     """The drafter, or mtp; the setting is then seq."""
-    draft_len: int = 0
+    draft_len: Count = 0
     """Drafts a round; 0 adapts the number."""
     fingerprint: str = ""
     """Of the parameters that were searched."""
-    measured: dict[str, Any] = field(default_factory=dict)
+    measured: dict = field(default_factory=dict)
     """Objective, limit, PPL change with its interval, cost and speed-up with their spread, device, checkpoint."""
 
     def to_json(self) -> str:
@@ -74,13 +74,7 @@ def read_solver_file(text: str, num_layers: int, run_dir: Path) -> SolverFile:
         if fields.pop("format") != FORMAT:
             raise ValueError
         solver = SolverFile(**fields)
-        texts = (solver.setting, solver.rule, solver.speculate)
-        if not all(isinstance(each, str) for each in texts) or solver.rule not in get_args(CacheRule):
-            raise ValueError
-        is_length = isinstance(solver.draft_len, int) and solver.draft_len >= 0
-        if not is_length or not isinstance(solver.num_layers, int):
-            raise ValueError
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError) as error:
         raise InputError(
             f"{str(path)!r} is no solver file of format {FORMAT}; make one with eval.py RUN_DIR --search."
         ) from error

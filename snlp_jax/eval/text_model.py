@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
@@ -86,17 +85,6 @@ def rolling_spans(tokens: np.ndarray, max_context: int) -> list[Span]:
         Span(tokens[max(0, stop - max_context - 1) : stop], stop - start)
         for start, stop in itertools.pairwise([1, *stops])
     ]
-
-
-def make_token_fn(model: Model, weights: Weights, mesh: Mesh | None = None) -> TokenFn:
-    """What :func:`score_spans` asks of a model, for one setting; compiles once a shape."""
-
-    @jax.jit
-    def score(weights: Weights, window_BT: Array) -> tuple[Array, Array]:
-        output, nll_BT = pass_over(model, weights, window_BT, mesh=mesh)
-        return nll_BT, output.logits_BTV.argmax(-1) == window_BT[:, 1:]
-
-    return lambda windows: score(weights, put_batch(mesh, windows, is_whole=True))
 
 
 def score_spans(
@@ -180,7 +168,7 @@ class TextModel:
 
     @functools.cached_property
     def token_fn(self) -> TokenFn:
-        """See :data:`TokenFn`."""
+        """See :data:`TokenFn`; compiles once a shape."""
         mesh = self.placement.mesh
         weights = prepare(
             self.model,
@@ -192,7 +180,13 @@ class TextModel:
             sequential=self.placement.sequential,
             fits=self.fits,
         )
-        return make_token_fn(self.model, weights, mesh)
+
+        @jax.jit
+        def score(weights: Weights, window_BT: Array) -> tuple[Array, Array]:
+            output, nll_BT = pass_over(self.model, weights, window_BT, mesh=mesh)
+            return nll_BT, output.logits_BTV.argmax(-1) == window_BT[:, 1:]
+
+        return lambda windows: score(weights, put_batch(mesh, windows, is_whole=True))
 
     @functools.cached_property
     def engine(self) -> Engine:

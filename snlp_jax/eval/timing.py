@@ -19,7 +19,7 @@ from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params
 
 LAYOUTS: tuple[Literal["stack", "list"], ...] = ("stack", "list")
-NUM_WARMUP = 3
+NUM_WARMUP = 2
 TIMING_SEED = 0
 MOST_REPEATS = 10
 """Times as many rounds as were asked for, where they are short."""
@@ -32,7 +32,6 @@ def interleave(
     readers: Sequence[Reader],
     num_repeats: int,
     *,
-    num_warmup: int = NUM_WARMUP,
     least_seconds: float = 0.0,
     on_round: Callable[[str], None] = lambda _: None,
 ) -> np.ndarray:
@@ -40,7 +39,7 @@ def interleave(
     speed meets all alike. Short rounds are repeated up to ``MOST_REPEATS`` times as often, for ``least_seconds``."""
     rng = np.random.default_rng(TIMING_SEED)
     for reader in readers:
-        for number in range(num_warmup):
+        for number in range(NUM_WARMUP):
             reader(number)
     rounds: list[np.ndarray] = []
     began = time.perf_counter()

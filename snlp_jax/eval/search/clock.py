@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from snlp_jax.config import Config, SearchConfig
-from snlp_jax.errors import InputError
+from snlp_jax.eval.evaluate import check_length
 from snlp_jax.eval.search.space import Candidate, draft_len, rule_of
 from snlp_jax.eval.timing import CompiledForward, Reader
 from snlp_jax.infer import Drafting, Engine, Placement, Request
@@ -54,10 +54,7 @@ class Clock:
             return None
         if search.objective == "prefill":
             length = config.eval.timing_len or config.model.seq_len
-            if length > longest:
-                raise InputError(
-                    f"eval.timing_len takes {length} tokens, but the model reads {longest} at most; lower it."
-                )
+            check_length("eval.timing_len", length, config.model)
             text = tokens_WT[:, :length].reshape(-1)  # again from the start where it is short
             texts = np.resize(text, (NUM_TEXTS, rows, length))
             return cls(model, params, fits, list(texts.astype(np.int32)), 0)

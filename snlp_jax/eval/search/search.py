@@ -40,7 +40,6 @@ from snlp_jax.eval.timing import LAYOUTS, Reader, interleave
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import Layout, canonical
 from snlp_jax.linearize import fingerprint, stored_calibrations
-from snlp_jax.notation import parse_schedule
 from snlp_jax.run import Which
 
 SEED = 0
@@ -48,7 +47,6 @@ SEED = 0
 FIRST_RUNG = 16
 """Windows of the first look."""
 LEAST_REPEATS = 9
-NUM_WARMUP = 2
 LEAST_SECONDS = 1.0
 """Of a timing."""
 
@@ -70,10 +68,7 @@ class Search:
         self.lines = lines_of(config.model, search, stored_calibrations(run_dir, self.fingerprint))
         self.lossless = lossless_of(config.model, search)
         self.candidates = [*self.lossless, *(each for line in self.lines for each in line.candidates)]
-        drafters = [each.speculate for each in self.lossless if each.speculate not in ("", "mtp")]
-        schedules = [each.schedule for each in self.candidates]
-        schedules += [parse_schedule(text, config.model.num_layers) for text in drafters]
-        fits = load_fits(run_dir, opened.params, schedules)
+        fits = load_fits(run_dir, opened.params, [each.schedule for each in self.candidates])
         params = canonical(opened.model, opened.params)  # one copy for all candidates
         windows = shuffled_windows(opened.data, config.model.seq_len, 2 * config.eval.num_windows)
         total = len(windows["tokens"])
@@ -194,21 +189,20 @@ class Search:
     @cached_property
     def twin(self) -> Layout:
         """That of the fair sequential pass: the faster one."""
-        times_ms = self._interleave([self._reader(self.lossless[0], layout) for layout in LAYOUTS], LEAST_REPEATS)
+        readers = [self._reader(self.lossless[0], layout) for layout in LAYOUTS]
+        times_ms = interleave(readers, LEAST_REPEATS, least_seconds=LEAST_SECONDS)
         return LAYOUTS[int(np.median(times_ms, axis=0).argmin())]
 
     def time(self, candidates: list[Candidate]) -> None:
         """Interleaved, all again, so that they can be compared; the sequential pass is the first."""
         readers = [self._reader(candidates[0], self.twin), *(self._reader(each, "auto") for each in candidates[1:])]
-        times_ms = self._interleave(readers, max(self.config.eval.timing_repeats, LEAST_REPEATS))
+        num_repeats = max(self.config.eval.timing_repeats, LEAST_REPEATS)
+        times_ms = interleave(readers, num_repeats, least_seconds=LEAST_SECONDS)
         self.times_ms = dict(zip(candidates, times_ms.T, strict=True))
 
     def ratio(self, candidate: Candidate) -> float:
         """Time over that of the sequential pass in the same rounds: the machine may have changed its speed between."""
         return float(np.median(self.times_ms[candidate] / self.times_ms[self.lossless[0]]))
-
-    def _interleave(self, readers: list[Reader], num_repeats: int) -> np.ndarray:
-        return interleave(readers, num_repeats, num_warmup=NUM_WARMUP, least_seconds=LEAST_SECONDS)
 
     def _reader(self, candidate: Candidate, layout: Layout) -> Reader:
         assert self.clock is not None
