@@ -9,6 +9,7 @@ lie the chat template (chat_template.jinja) and the files that an export gives b
 """
 
 import dataclasses
+import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -120,10 +121,7 @@ def _read_family(
 
 def _read_nanochat(path: Path, tokenizer_path: str) -> tuple[ModelConfig, Params, Tokenizer]:
     """A checkpoint ``model_STEP.pt`` with its ``meta_STEP.json``."""
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError("a nanochat checkpoint is read with torch; pip install 'snlp-jax[hf]'.") from error
+    torch = _optional("torch", "a nanochat checkpoint is read with torch")
     meta = path.with_name(path.name.replace("model_", "meta_", 1)).with_suffix(".json")
     fields = _read_json(meta).get("model_config")
     if not isinstance(fields, dict):
@@ -180,20 +178,23 @@ def _find(source: str) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise InputError(f"source {source!r} does not exist; name a folder, a file or a hub id such as 'org/model'.")
+    hub = _optional(
+        "huggingface_hub", f"source {source!r} does not exist here, and the hub is read with huggingface_hub"
+    )
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise InputError(
-            f"source {source!r} does not exist here, and the hub is read with huggingface_hub; "
-            "pip install 'snlp-jax[hf]'."
-        ) from error
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(HUB_PATTERNS)))
+        return Path(hub.snapshot_download(source, allow_patterns=list(HUB_PATTERNS)))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
             f"source {source!r} is no folder here and cannot be fetched from the hub ({reason})."
         ) from error
+
+
+def _optional(module: str, use: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{use}; pip install 'snlp-jax[hf]'.") from error
 
 
 def _kept(path: Path, source_config: Mapping[str, Any]) -> dict[str, str | bytes]:

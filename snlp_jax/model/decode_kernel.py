@@ -47,8 +47,19 @@ def attend_ring_at_once(
     Keys and values of the ring are read once, in place, by all queries of their head. A ``vmap`` adds an axis to the
     grid, so that layers with windows of their own are one kernel too; a GPU's grid has room for two.
     """
-    run = functools.partial(_at_once, target=target, softcap=softcap, interpret=interpret)
-    fused: Any = jax.custom_jvp(run)
+    B, T, N, H = q_BTNH.shape
+    K = kv.key_BTKH.shape[2]
+    settings = _Settings(T, N // K, H**-0.5, softcap)
+    run = functools.partial(_triton if target == "triton" else _mosaic, settings, interpret)
+
+    @jax.custom_jvp
+    def fused(q_BTNH: Array, kv: KeyValue, ring: Ring, window: Array, length_B: Array) -> Array:
+        # One operand for all that is computed in this step: what computes it, or picks layers, is one kernel too.
+        q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+        rows = [jnp.swapaxes(x, 1, 2).reshape(B, K, -1, H) for x in (q_BTKGH, *kv)]
+        numbers = (length_B.reshape(B, 1, 1), window.astype(jnp.int32).reshape(1, 1))
+        out_BKXH = run(*numbers, jnp.concatenate(rows, axis=2), *ring)
+        return jnp.swapaxes(out_BKXH.reshape(B, K, T, N // K, H), 1, 2).reshape(B, T, N, H)
 
     @fused.defjvp
     def _(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -57,29 +68,6 @@ def attend_ring_at_once(
         return fused(*args), jax.jvp(plain, args[:2], tangents[:2])[1]
 
     return fused(q_BTNH, kv, ring, jnp.asarray(window), length_B)
-
-
-def _at_once(
-    q_BTNH: Array,
-    kv: KeyValue,
-    ring: Ring,
-    window: Array,
-    length_B: Array,
-    *,
-    target: Target,
-    softcap: float,
-    interpret: bool,
-) -> Array:
-    B, T, N, H = q_BTNH.shape
-    K = kv.key_BTKH.shape[2]
-    settings = _Settings(T, N // K, H**-0.5, softcap)
-    run = functools.partial(_triton if target == "triton" else _mosaic, settings, interpret)
-    # One operand for all that is computed in this step: what computes it, or picks layers, is one kernel too.
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    rows = [jnp.swapaxes(x, 1, 2).reshape(B, K, -1, H) for x in (q_BTKGH, *kv)]
-    numbers = (length_B.reshape(B, 1, 1), window.astype(jnp.int32).reshape(1, 1))
-    out_BKXH = run(*numbers, jnp.concatenate(rows, axis=2), *ring)
-    return jnp.swapaxes(out_BKXH.reshape(B, K, T, N // K, H), 1, 2).reshape(B, T, N, H)
 
 
 @dataclass(frozen=True)
