@@ -13,7 +13,7 @@ from problems import random_params
 from tiny_run import MODEL, random_run, tiny
 
 from snlp_jax.cli.infer import Args, open_engine
-from snlp_jax.config import EvalConfig, SearchConfig
+from snlp_jax.config import EvalConfig, SearchConfig, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.eval.search import clock, search, search_run
 from snlp_jax.eval.search.quality import Measured, Quality, Sums
@@ -47,7 +47,7 @@ def test_file_comes_back_as_it_was(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     for content, num_layers, keyword in (
-        (FOUND.to_json(), 12, "4 layers"),
+        (to_json(FOUND), 12, "4 layers"),
         ("{", 4, "format 1"),
         ("[]", 4, "format 1"),
         (json.dumps({"format": 2, "setting": "seq", "num_layers": 4}), 4, "format 1"),
@@ -68,7 +68,7 @@ def test_other_files_are_refused(tmp_path):
 def test_training_and_inference_read_it(run_dir, capsys):
     config = tiny(run_dir)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, solvers=("auto",)))
-    with pytest.raises(InputError, match="holds no solver.json"):
+    with pytest.raises(InputError, match="no solver file"):
         frontier_settings(config)
     params = random_params(LanguageModel(MODEL))
     path = write_solver_file(run_dir / "solver.json", dataclasses.replace(FOUND, fingerprint=fingerprint(params)))

@@ -4,11 +4,11 @@ Whatever takes a setting takes the path of such a file (it ends in .json), or ``
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from snlp_jax.config import EvalConfig
+from snlp_jax.config import EvalConfig, from_json, to_json
 from snlp_jax.config.check import Checked, Count
 from snlp_jax.errors import InputError
 from snlp_jax.infer.rules import CacheRule
@@ -17,7 +17,6 @@ from snlp_jax.notation import parse_drafter, parse_schedule
 
 SOLVER_NAME = "solver.json"
 AUTO = "auto"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,11 @@ class SolverFile(Checked):
     """Of the parameters that were searched."""
     measured: dict = field(default_factory=dict)
     """Objective, limit, PPL change with its interval, cost and speed-up with their spread, device, checkpoint."""
-
-    def to_json(self) -> str:
-        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2) + "\n"
+    format: Literal[1] = 1
 
 
 def write_solver_file(path: Path, solver: SolverFile) -> Path:
-    atomic_write(path, solver.to_json())
+    atomic_write(path, to_json(solver))
     return path
 
 
@@ -61,22 +58,14 @@ def read_solver_file(text: str, num_layers: int, run_dir: Path) -> SolverFile:
     Raises:
         InputError: no such file, no solver file, one of a model of another depth, or a setting that cannot be read.
     """
-    is_own = text.strip() == AUTO
-    path = run_dir / SOLVER_NAME if is_own else Path(text.strip()).expanduser()
+    path = run_dir / SOLVER_NAME if text.strip() == AUTO else Path(text.strip()).expanduser()
     if not path.is_file():
-        if is_own:
-            raise InputError(
-                f"run directory {str(run_dir)!r} holds no {SOLVER_NAME}; make one with eval.py {run_dir} --search."
-            )
-        raise InputError(f"solver file {text.strip()!r} does not exist; make one with eval.py RUN_DIR --search.")
+        raise InputError(f"there is no solver file {str(path)!r}; make one with eval.py RUN_DIR --search.")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields.pop("format") != FORMAT:
-            raise ValueError
-        solver = SolverFile(**fields)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError) as error:
+        solver: SolverFile = from_json(path.read_text(encoding="utf-8"), SolverFile)
+    except (InputError, OSError, TypeError, ValueError) as error:
         raise InputError(
-            f"{str(path)!r} is no solver file of format {FORMAT}; make one with eval.py RUN_DIR --search."
+            f"{str(path)!r} is no solver file of format 1; make one with eval.py RUN_DIR --search."
         ) from error
     if solver.num_layers != num_layers:
         raise InputError(
