@@ -157,7 +157,9 @@ def config_of(args: Args, folder: Path) -> Config:
     sizes: dict[str, Any] = {"num_layers": args.layers, "embed_dim": args.width, "seq_len": 64}
     text: dict[str, Any] = {"source": args.source, "tokenizer": "bpe", "bpe_vocab_size": args.vocab_size}
     steps: dict[str, Any] = {"num_steps": args.steps, "batch_size": 4, "eval_batches": 4, "sample_tokens": 8, **EVERY}
-    term = SolverCEConfig(weight=1.0, region_sizes=(1, 2, 3), sample_region=True, start_fraction=0.3)
+    term = SolverCEConfig(
+        weight=1.0, region_sizes=tuple(range(1, min(args.layers, 3) + 1)), sample_region=True, start_fraction=0.3
+    )
     return Config(
         name="kills",
         run_dir=str(folder / "run"),
@@ -190,7 +192,7 @@ class Run:
     def started(self) -> Iterator[subprocess.Popen]:
         """The next process of the run. Nothing of it is left at the end."""
         self._old_metrics = self._metrics.stat().st_ino if self._metrics.exists() else 0
-        env = {**os.environ, "XDG_CACHE_HOME": str(self._folder / "xdg")}
+        env = {**os.environ, "XDG_CACHE_HOME": str(self._folder.parent / "xdg")}
         command = [sys.executable, "-c", TRAIN, str(self._args.shard_bytes), f"{self._folder}/config.py", "--resume"]
         with self._log.open("w") as log:
             process = subprocess.Popen(

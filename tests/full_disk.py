@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tiny_run import ROOT, tiny, write_config
+from tiny_run import ROOT, tiny, two_layers, write_config
 
 import snlp_jax.train.loop as loop
 from snlp_jax.cli.entry import run_entry
@@ -94,7 +94,8 @@ def blocks(folder: Path) -> int:
 def main() -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(DISK)], check=True)
     os.environ["XDG_CACHE_HOME"] = str(FOLDER / "xdg")
-    unbroken = tiny(FOLDER / "unbroken", num_steps=100, eval_every=50, checkpoint_every=25, keep_last=9)
+    steps = {"num_steps": 100, "eval_every": 50, "checkpoint_every": 25, "keep_last": 9}
+    unbroken = two_layers(tiny(FOLDER / "unbroken", **steps))
     assert run(unbroken)[0] == 0
     size = blocks(unbroken.run_path / "checkpoints" / "25")
 

@@ -98,18 +98,15 @@ def array_file(step_dir):
 # -- Round trips -------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_to_restore(tmp_path):
-    with Checkpointer(tmp_path / "c", 2) as checkpointer:
+def test_round_trip_with_structure_and_data(tmp_path):
+    """NamedTuples, MaskedNodes and EmptyStates come back, and the next batch is the next batch."""
+    with pytest.raises(InputError, match="no checkpoint directory"):
+        Checkpointer(tmp_path / "absent", read_only=True)
+    with Checkpointer(tmp_path, 3) as checkpointer:
         assert checkpointer.restore(abstract(make_state()), make_iterator()) is None
         assert (checkpointer.steps(), checkpointer.latest_step, checkpointer.best_step) == ([], None, None)
         with pytest.raises(InputError, match="no checkpoint"):
             checkpointer.restore_params(abstract(make_state()["params"]))
-    with pytest.raises(InputError, match="no checkpoint directory"):
-        Checkpointer(tmp_path / "absent", read_only=True)
-
-
-def test_round_trip_with_structure_and_data(tmp_path):
-    """NamedTuples, MaskedNodes and EmptyStates come back, and the next batch is the next batch."""
     iterator = save_some(tmp_path, [1.0, 2.0])
     with Checkpointer(tmp_path, 3) as checkpointer:
         restored = make_iterator()
@@ -129,13 +126,6 @@ def test_config_and_metrics_are_kept(tmp_path):
         assert checkpointer.restore(make_state(), None)[0] == 1
     assert meta["config"] == json.loads(config_json)
     assert meta["metrics"] == {"val_loss": 1.5, "loss": "nan"}
-
-
-def test_parameters_alone_are_a_state(tmp_path):
-    state = {"params": make_state()["params"]}
-    with Checkpointer(tmp_path, 1) as checkpointer:
-        checkpointer.save(1, state, None, {})
-        assert_bit_equal(checkpointer.restore(abstract(state), None)[1], state)
 
 
 def test_saved_on_eight_devices_restored_on_four_and_one(tmp_path):
@@ -191,35 +181,34 @@ def test_a_checksum_is_the_sum_over_any_division(spec):
 
 
 def test_newest_and_best_are_kept(tmp_path):
-    losses = [3.0, 1.0, 2.0, float("nan"), None, 2.5]
+    losses = [1.0, float("nan"), None, 2.5]
     save_some(tmp_path, losses, keep_last=2)
     with Checkpointer(tmp_path, 2) as checkpointer:
-        assert checkpointer.steps() == [2, 5, 6]
-        assert (checkpointer.best_step, checkpointer.latest_step) == (2, 6)
+        assert checkpointer.steps() == [1, 3, 4]
+        assert (checkpointer.best_step, checkpointer.latest_step) == (1, 4)
         step, params = checkpointer.restore_params(abstract(make_state()["params"]), "best")
-        assert step == 2
-        assert_bit_equal(params, make_state(2)["params"])
-        assert_bit_equal(checkpointer.restore_params(abstract(make_state()["params"]), 5)[1], make_state(5)["params"])
-        assert checkpointer.restore_params(make_state()["params"])[0] == 6
-        checkpointer.save(7, make_state(7), None, {"val_loss": 0.5})
-        assert checkpointer.steps() == [6, 7]
+        assert step == 1
+        assert_bit_equal(params, make_state(1)["params"])
+        assert_bit_equal(checkpointer.restore_params(abstract(make_state()["params"]), 3)[1], make_state(3)["params"])
+        assert checkpointer.restore_params(make_state()["params"])[0] == 4
+        checkpointer.save(5, make_state(5), None, {"val_loss": 0.5})
+        assert checkpointer.steps() == [4, 5]
         with pytest.raises(InputError, match="no checkpoint 2, only"):
             checkpointer.restore_params(abstract(make_state()["params"]), 2)
 
 
-def test_without_val_loss_there_is_no_best(tmp_path):
-    save_some(tmp_path, [None, float("inf")], keep_last=1)
+def test_without_val_loss_there_is_no_best_and_a_step_is_saved_once(tmp_path):
+    """Of parameters alone, which are a state too."""
+    state = {"params": make_state()["params"]}
     with Checkpointer(tmp_path, 1) as checkpointer:
+        for step, val_loss in ((1, "nan"), (2, "inf"), (2, 0.1)):
+            checkpointer.save(
+                step, jax.tree.map(lambda leaf, step=step: leaf * step, state), None, {"val_loss": val_loss}
+            )
         assert (checkpointer.steps(), checkpointer.best_step) == ([2], None)
         with pytest.raises(InputError, match="has a val_loss"):
-            checkpointer.restore_params(abstract(make_state()["params"]), "best")
-
-
-def test_saving_a_step_again_changes_nothing(tmp_path):
-    save_some(tmp_path, [1.0])
-    with Checkpointer(tmp_path, 1) as checkpointer:
-        checkpointer.save(1, make_state(9), None, {"val_loss": 0.1})
-        assert_bit_equal(checkpointer.restore_params(make_state()["params"])[1], make_state(1)["params"])
+            checkpointer.restore_params(abstract(state["params"]), "best")
+        assert_bit_equal(checkpointer.restore(abstract(state), None)[1], jax.tree.map(lambda leaf: leaf * 2, state))
 
 
 # -- Broken ones -------------------------------------------------------------------------------------------------------
@@ -246,10 +235,8 @@ def change_a_checksummed_metric(step_dir):
 
 
 BREAKS = {
-    "flipped byte": flip_a_byte,
     "other arrays": swap_arrays,
     "changed metadata": change_a_checksummed_metric,
-    "no metadata": lambda step_dir: shutil.rmtree(step_dir / "meta"),
 }
 
 
@@ -282,7 +269,10 @@ def test_broken_newest_is_skipped(tmp_path, how, caplog):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_whatever_file_is_damaged_wrong_arrays_never_come_back(tmp_path):
     """Each file of the newest in turn: either nobody needs it and the arrays are right, or the one before is used."""
-    save_some(tmp_path, [2.0, 1.0])
+    small = lambda step: {"params": {"w": jnp.arange(512.0) * step}, "step": jnp.int32(step)}  # noqa: E731
+    with Checkpointer(tmp_path, 2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, small(step), make_iterator(), {})
     whole = tmp_path.parent / f"{tmp_path.name}-whole"
     shutil.copytree(tmp_path / "2", whole)
     found, files = [], sorted(path.relative_to(tmp_path) for path in (tmp_path / "2").rglob("*") if path.is_file())
@@ -295,8 +285,8 @@ def test_whatever_file_is_damaged_wrong_arrays_never_come_back(tmp_path):
         if damage != "deleted":
             (tmp_path / name).write_bytes(content if damage == "flipped" else content[: len(content) // 2])
         with Checkpointer(tmp_path, 2) as checkpointer:
-            step, state = checkpointer.restore(abstract(make_state()), make_iterator())
-        assert_bit_equal(state, make_state(step))
+            step, state = checkpointer.restore(abstract(small(0)), make_iterator())
+        assert_bit_equal(state, small(step))
         assert (tmp_path / "2.corrupt").exists() == (step == 1)
         found.append(step)
         for left in ("2", "2.corrupt"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from corpora import iter_documents, make_documents, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from snlp_jax.config import DataConfig
@@ -111,7 +111,6 @@ def test_records_that_are_no_text(tmp_path: Path, monkeypatch) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["word ", "\n", "\n\n", "é" * 999]), st.integers(1, 4000)), max_size=6))
-@settings(deadline=None, max_examples=20)
 def test_pieces_of_a_text_file_join_to_the_file(tmp_path_factory: pytest.TempPathFactory, parts: list) -> None:
     path = tmp_path_factory.mktemp("text") / "file.txt"
     text = "start" + "".join(part * min(count, 100_000 // len(part)) for part, count in parts)

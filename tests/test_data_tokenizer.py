@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 from corpora import make_documents
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from snlp_jax.data import tokenizer
@@ -32,7 +32,6 @@ def bpe() -> tokenizer.Tokenizer:
     return tokenizer.train_bpe(make_documents(50), 300)
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_bpe_round_trip_of_any_text(bpe: tokenizer.Tokenizer, text: str) -> None:
     ids = bpe.encode(text)

@@ -18,11 +18,11 @@ import chex
 import jax
 import numpy as np
 import pytest
-from tiny_run import tiny
+from tiny_run import FAST_COMPILE, tiny, two_layers
 
 from snlp_jax.cli import launch
 from snlp_jax.cli.launch import Processes, add_flags, from_flags
-from snlp_jax.config import Config, MeshConfig, OptimConfig
+from snlp_jax.config import Config, LossConfig, MeshConfig, OptimConfig
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.io.metrics import read_metrics
@@ -126,7 +126,7 @@ def start(config: Config, folder: Path, process_id: int, address: str | None, *f
     text = json.dumps(dataclasses.asdict(config))
     file.write_text(f"from snlp_jax.config import from_json\nconfig = from_json({text!r})\n")
     env = {**os.environ, "XDG_CACHE_HOME": str(folder / "xdg"), "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    env["XLA_FLAGS"] = FAST_COMPILE
     where: tuple[str, ...] = ("--distributed",)
     if address is not None:
         where = ("--coordinator", address, "--num-processes", "2", "--process-id", str(process_id))
@@ -207,7 +207,7 @@ def test_two_processes_learn_what_one_learns_and_survive_a_kill_and_a_signal(tmp
     """Twenty steps by one process, by two, and by two of which one is killed, later the same one is told to stop, and
     then a file of the newest checkpoint is lost."""
     fields = {"num_steps": 20, "checkpoint_every": 3, "eval_every": 10}
-    alone = dataclasses.replace(tiny(tmp_path / "alone", **fields), optim=SMOOTH)
+    alone = dataclasses.replace(two_layers(tiny(tmp_path / "alone", **fields)), optim=SMOOTH, loss=LossConfig())
     unbroken = dataclasses.replace(alone, run_dir=str(tmp_path / "unbroken"), mesh=MeshConfig(data=2))
     broken = dataclasses.replace(unbroken, run_dir=str(tmp_path / "broken"))
     train(alone)
@@ -245,13 +245,13 @@ def test_two_processes_learn_what_one_learns_and_survive_a_kill_and_a_signal(tmp
 def test_a_run_moves_to_another_mesh_and_number_of_processes(tmp_path: Path) -> None:
     """Layers over two processes, restored by one: the same bits on any devices. A step of one process on four devices,
     the rest by two processes: what one process on one device learns."""
-    alone = dataclasses.replace(tiny(tmp_path / "alone", num_steps=6, eval_every=0), optim=SMOOTH)
+    alone = dataclasses.replace(two_layers(tiny(tmp_path / "alone", num_steps=4, eval_every=0)), optim=SMOOTH)
     train(alone)
     config = dataclasses.replace(alone, run_dir=str(tmp_path / "run"), mesh=MeshConfig(layer=2, ring_microbatches=2))
     output = run_two(config, tmp_path)[0]
     assert "ring with 2 microbatches" in " ".join(output.split())
     whole = params_on(config, MeshConfig())
-    for mesh in (MeshConfig(layer=4), MeshConfig(data=2, tensor=2), MeshConfig(data=8)):
+    for mesh in (MeshConfig(layer=2, tensor=2), MeshConfig(data=8)):
         chex.assert_trees_all_equal(params_on(config, mesh), whole)
 
     moved = dataclasses.replace(alone, run_dir=str(tmp_path / "moved"), mesh=MeshConfig(data=4))

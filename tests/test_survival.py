@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import ROOT, tiny
+from tiny_run import ROOT, tiny, two_layers
 
 from benchmarks import kills
 from snlp_jax.config import Config
@@ -35,7 +35,7 @@ def test_a_run_killed_in_every_phase_ends_like_an_unbroken_one(tmp_path: Path) -
     rng = np.random.default_rng(0)
     (tmp_path / "text.txt").write_text("\n\n".join(" ".join(rng.choice(words, 60)) for _ in range(1000)))
     source = str(tmp_path / "text.txt")
-    sizes = {"steps": 36, "layers": 3, "width": 32, "shard_bytes": 20_000, "vocab_size": 300}
+    sizes = {"steps": 36, "layers": 2, "width": 32, "shard_bytes": 20_000, "vocab_size": 300}
     record = kills.run(kills.Args(kills=4, source=source, **sizes), tmp_path)
     assert record["differences"] == []
     rows = {row["phase"]: row for row in record["rows"]}
@@ -48,24 +48,24 @@ def test_a_run_killed_in_every_phase_ends_like_an_unbroken_one(tmp_path: Path) -
 @pytest.mark.slow
 def test_damaged_checkpoints_cost_their_steps_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A flipped bit in the newest, a truncated file in the one before, every second file of the third deleted."""
-    unbroken = tiny(tmp_path / "unbroken", keep_last=9)
+    unbroken = two_layers(tiny(tmp_path / "unbroken", num_steps=8, checkpoint_every=2, eval_every=4, keep_last=9))
     train(unbroken)
     config = dataclasses.replace(unbroken, run_dir=str(tmp_path / "run"))
     subprocess.run(["cp", "-r", str(unbroken.run_path), str(config.run_path)], check=True)
     files = lambda step: sorted(p for p in (config.run_path / "checkpoints" / step).rglob("*") if p.is_file())  # noqa: E731
-    largest = max((p for p in files("12") if "params" in p.parts), key=lambda path: path.stat().st_size)
+    largest = max((p for p in files("8") if "params" in p.parts), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    largest = max((p for p in files("9") if "state" in p.parts), key=lambda path: path.stat().st_size)
+    largest = max((p for p in files("6") if "state" in p.parts), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    for path in files("6")[::2]:
+    for path in files("4")[::2]:
         path.unlink()
     with caplog.at_level(logging.WARNING, "snlp_jax"):
         train(config, resume=True)
     told = [record.getMessage() for record in caplog.records if "skipping checkpoint" in record.getMessage()]
-    assert [text.split()[2] for text in told] == ["12", "9", "6"]
-    for step in (3, 6, 9, 12):
+    assert [text.split()[2] for text in told] == ["8", "6", "4"]
+    for step in (2, 4, 6, 8):
         assert saved_params(config, step) == saved_params(unbroken, step)
     losses = [
         [r["loss"] for r in read_metrics(c.run_path / "metrics.jsonl") if "loss" in r] for c in (config, unbroken)

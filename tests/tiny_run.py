@@ -27,7 +27,10 @@ from snlp_jax.io.checkpoint import Checkpointer
 from snlp_jax.model import LanguageModel
 
 ROOT = Path(__file__).parent.parent
-FAST_COMPILE = "--xla_backend_optimization_level=0"
+FAST_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+"""Of processes with one device; what conftest.py has for the suite's own."""
 MODEL = ModelConfig(num_layers=4, embed_dim=32, num_heads=2, num_kv_heads=1, seq_len=16, short_window=3)
 
 
@@ -48,6 +51,13 @@ def tiny(run_dir: Path, **train_fields) -> Config:
         loss=LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(3,), start_fraction=0.5)),
         train=TrainConfig(**{"eval_batches": 2, **fields, **train_fields}),
     )
+
+
+def two_layers(config: Config) -> Config:
+    """The same run of half the depth, for tests that ask nothing of it: less to compile."""
+    term = dataclasses.replace(config.loss.solver_ce, region_sizes=(2,))
+    loss = dataclasses.replace(config.loss, solver_ce=term)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=2), loss=loss)
 
 
 def random_run(path: Path) -> Path:
