@@ -24,6 +24,6 @@ from snlp_jax.config.loss import (
 from snlp_jax.config.machine import MachineConfig
 from snlp_jax.config.mesh import MeshConfig
 from snlp_jax.config.model import Branch, Kind, ModelConfig
-from snlp_jax.config.search import Objective, SearchConfig, parse_share
+from snlp_jax.config.search import SearchConfig, parse_share
 from snlp_jax.config.serialize import from_json, load_binding, load_config, load_dial, to_json, upgraded
 from snlp_jax.config.train import OptimConfig, TrainConfig

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from snlp_jax.config.check import Checked, require
+from snlp_jax.config.check import Checked, Count, Size, require
 from snlp_jax.config.mesh import MeshConfig
 
 WeightPrecision = Literal["compute", "int8", "float8"]
@@ -34,18 +34,18 @@ class EvalConfig(Checked, section="eval"):
     calibrations: tuple[str, ...] = ()
     """Calibrations to fit on training text before the evaluation, which settings then name by ``fit=``; written as in
     snlp_jax/eval/calibrations.py. They are saved beside the checkpoint, where later evaluations find them."""
-    num_windows: int = 64
+    num_windows: Size = 64
     """Held-out windows of ``seq_len`` tokens."""
-    batch_size: int = 8
-    num_bootstrap: int = 2000
-    greedy_prompts: int = 8
-    greedy_prompt_len: int = 64
-    greedy_tokens: int = 64
+    batch_size: Size = 8
+    num_bootstrap: Size = 2000
+    greedy_prompts: Count = 8
+    greedy_prompt_len: Count = 64
+    greedy_tokens: Count = 64
     """0 leaves out the free-running comparison."""
-    timing_batch: int = 1
-    timing_len: int = 0
+    timing_batch: Size = 1
+    timing_len: Count = 0
     """Tokens of the timed forward; 0 means the model's ``seq_len``."""
-    timing_repeats: int = 20
+    timing_repeats: Count = 20
     """0 leaves out the timing."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices over which the batch and the layers of each parallel region are spread."""
@@ -60,12 +60,10 @@ class EvalConfig(Checked, section="eval"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weights(self.weights, self.weight_calibration)
-        self.at_least(1, "num_windows", "batch_size", "num_bootstrap", "timing_batch")
         require(
             self.mesh.ring_microbatches == 1,
             f"eval.mesh.ring_microbatches is {self.mesh.ring_microbatches}, but only training cuts its batches; set 1.",
         )
-        self.at_least(0, "greedy_prompts", "greedy_prompt_len", "greedy_tokens", "timing_len", "timing_repeats")
 
 
 @dataclass(frozen=True)
@@ -75,19 +73,14 @@ class TaskConfig(Checked):
     tasks: tuple[str, ...] = ()
     """Files of questions, one JSON object a line, {"question", "choices", "answer"} or {"question", "answer"}; then
     these are measured instead of quality and cost. See snlp_jax/eval/task_data.py."""
-    num_examples: int = 0
+    num_examples: Count = 0
     """Asked of each file, spread evenly over it; 0 asks all."""
-    num_shots: int = 0
+    num_shots: Count = 0
     """Examples of the beginning of each file that stand solved before every question, and are not asked."""
     prompt_template: tuple[str, ...] = ()
     """What stands before an answer, {question} in it; one for all tasks or one for each. By default
     'Question: {question}\\nAnswer:'; for text to be continued, such as HellaSwag's, give '{question}'."""
-    max_new_tokens: int = 256
+    max_new_tokens: Size = 256
     """Of a generated answer, which also ends at a blank line."""
     rule: Literal["last_eval", "refreshed", "per_iteration"] = "last_eval"
     """What the cache keeps of a parallel region while an answer is generated, as in python -m snlp_jax.infer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(0, "num_examples", "num_shots")
-        self.at_least(1, "max_new_tokens")

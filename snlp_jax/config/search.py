@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from snlp_jax.config.check import Checked, require
+from snlp_jax.config.check import Between, Checked, Rule, Size
 from snlp_jax.errors import InputError
 
 Objective = Literal["decode", "prefill", "depth"]
+Layers = Annotated[int, Rule(lambda value: value >= 2, "it must be at least 2")]
+Confidence = Annotated[float, Rule(lambda value: 0.5 <= value < 1, "give a share from 0.5 to 1, such as 0.95")]
 
 
 @dataclass(frozen=True)
@@ -19,32 +21,22 @@ class SearchConfig(Checked):
     the sequential pass, and write it to RUN_DIR/solver.json."""
     max_ppl_increase: str = "1%"
     """The limit: 1%, or 0.01."""
-    objective: Literal["decode", "prefill", "depth"] = "decode"
+    objective: Objective = "decode"
     """What is to be small: the time of a decoded token, of a forward over seq_len tokens, or the number of dependent
     block evaluations."""
-    confidence: float = 0.95
+    confidence: Confidence = 0.95
     """Of the intervals by which settings are dropped, passed and, on fresh windows, confirmed."""
-    region_sizes: tuple[int, ...] = ()
+    region_sizes: tuple[Layers, ...] = ()
     """Numbers of layers that are solved together; by default about a dozen."""
-    max_iters: int = 4
-    tolerances: tuple[float, ...] = (0.2, 0.5)
+    max_iters: Size = 4
+    tolerances: tuple[Between, ...] = (0.2, 0.5)
     """Of iterations that stop by themselves (not for objective decode)."""
-    finalists: int = 4
+    finalists: Size = 4
     """Settings that are timed together, and once more at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_share(self.max_ppl_increase)
-        require(
-            0.5 <= self.confidence < 1.0, f"confidence is {self.confidence}; give a share from 0.5 to 1, such as 0.95."
-        )
-        self.at_least(1, "max_iters")
-        self.at_least(1, "finalists")
-        require(min(self.region_sizes, default=2) >= 2, f"region_sizes {self.region_sizes} must all be at least 2.")
-        require(
-            all(0.0 < each < 1.0 for each in self.tolerances),
-            f"tolerances {self.tolerances} must lie between 0 and 1, as relative residuals do.",
-        )
 
     @property
     def limit(self) -> float:

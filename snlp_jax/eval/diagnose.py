@@ -4,10 +4,11 @@ Jacobians and of what each correction leaves of them, at the states of held-out 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,15 +99,6 @@ class Diagnosis(Record):
         yield make_table(title, [*(f"k={k}" for k in SHOWN_ITERS), "||J||", "||J - A||"], rows, first="region")
 
 
-class _Measured(NamedTuple):
-    """One window; iterations by nodes, and nodes."""
-
-    errors: Array
-    residuals: Array
-    spectral_norms: Array
-    contractions: Array
-
-
 def diagnose_run(run_dir: Path, config: Config, which: Which = "best") -> Diagnosis:
     """:func:`diagnose` of a run's checkpoint on a few held-out windows, for the settings of ``config.eval``.
 
@@ -154,7 +146,7 @@ def diagnose(
     """
     model.check_tokens(tokens_BT)
     params = model.cast(params)
-    measure = _make_measure_fn(model)
+    measure = jax.jit(partial(_measure, model))  # compiles once a region
     results = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for name, region in progress.track(regions.items(), description="diagnosing"):
@@ -172,38 +164,34 @@ def diagnose(
     return Diagnosis(tuple(results), info)
 
 
-def _make_measure_fn(model: LanguageModel) -> Callable[..., _Measured]:
-    """Jitted ``(weights, tokens [1, T], documents [1, T] or None)``; compiles once a region. The layers after the
-    region are not run."""
+def _measure(
+    model: LanguageModel, weights: Weights, tokens_BT: Array, document_BT: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """Errors, residuals, spectral norms and contractions of one window [1, T], as in :class:`RegionDiagnosis`. The
+    layers after the region are not run."""
+    position, region = next((i, s) for i, s in enumerate(weights.segments) if isinstance(s, ParallelSegment))
+    part = weights.parts[position]
+    states = run_parts(model, weights.before(position), tokens_BT, document_BT=document_BT)
+    num_iters = 1 if isinstance(region.stage, FusedSplit) else region.num_nodes
 
-    @jax.jit
-    def measure(weights: Weights, tokens_BT: Array, document_BT: Array | None) -> _Measured:
-        position, region = next((i, s) for i, s in enumerate(weights.segments) if isinstance(s, ParallelSegment))
-        part = weights.parts[position]
-        states = run_parts(model, weights.before(position), tokens_BT, document_BT=document_BT)
-        num_iters = 1 if isinstance(region.stage, FusedSplit) else region.num_nodes
+    def posed(region: ParallelSegment) -> tuple[Chain, MethodData]:
+        posed_part = dataclasses.replace(part, segment=region)
+        (chain,) = chains_of(model, weights.embed_head, posed_part, tokens_BT, states.shared, states.h_last)
+        return chain, method_data(posed_part, states.shared, chain)
 
-        def posed(region: ParallelSegment) -> tuple[Chain, MethodData]:
-            posed_part = dataclasses.replace(part, segment=region)
-            (chain,) = chains_of(model, weights.embed_head, posed_part, tokens_BT, states.shared, states.h_last)
-            return chain, method_data(posed_part, states.shared, chain)
-
-        correction = correction_of(model.config, region)
-        chain, data = posed(region)
-        errors = trace_errors(chain, correction, region.init, data, num_iters=num_iters)
-        # Exact asks for layers with a forward mode. A split stage is another way to evaluate the layers: the Jacobians
-        # are those of the layers themselves.
-        stage = PerLayer() if isinstance(region.stage, FusedSplit) else region.stage
-        chain, _ = posed(dataclasses.replace(region, correction=Exact(), init=PrefixState(), stage=stage))
-        trace = sequential(chain, with_trace=True).trace
-        norms = spectral_norms(chain, trace), contraction(chain, correction, trace, data)
-        return _Measured(errors.error, errors.residual, *norms)
-
-    return measure
+    correction = correction_of(model.config, region)
+    chain, data = posed(region)
+    errors = trace_errors(chain, correction, region.init, data, num_iters=num_iters)
+    # Exact asks for layers with a forward mode. A split stage is another way to evaluate the layers: the Jacobians are
+    # those of the layers themselves.
+    stage = PerLayer() if isinstance(region.stage, FusedSplit) else region.stage
+    chain, _ = posed(dataclasses.replace(region, correction=Exact(), init=PrefixState(), stage=stage))
+    trace = sequential(chain, with_trace=True).trace
+    return errors.error, errors.residual, spectral_norms(chain, trace), contraction(chain, correction, trace, data)
 
 
-def _summary(name: str, region: ParallelSegment, windows: Sequence[_Measured]) -> RegionDiagnosis:
-    joined = _Measured(*(np.stack(parts) for parts in zip(*windows, strict=True)))  # type: ignore[arg-type]
+def _summary(name: str, region: ParallelSegment, windows: Sequence[tuple[np.ndarray, ...]]) -> RegionDiagnosis:
+    errors, residuals, norms, contractions = (np.stack(parts) for parts in zip(*windows, strict=True))
     table = lambda array: tuple(tuple(map(float, row)) for row in array.mean(0))  # noqa: E731
     stage = "" if isinstance(region.stage, PerLayer | FusedSplit) else f", {_words(region.stage)}"
     fit = f", fit {region.fit}" if region.fit else ""
@@ -211,17 +199,17 @@ def _summary(name: str, region: ParallelSegment, windows: Sequence[_Measured]) -
         setting=name,
         surrogate=_words(region.correction) + stage + fit,
         layers=tuple(range(region.start + region.layers_per_node - 1, region.stop, region.layers_per_node)),
-        errors=table(joined.errors),
-        residuals=table(joined.residuals),
-        spectral_norms=tuple(map(float, joined.spectral_norms.max(0))),
-        contractions=tuple(map(float, joined.contractions.max(0))),
+        errors=table(errors),
+        residuals=table(residuals),
+        spectral_norms=tuple(map(float, norms.max(0))),
+        contractions=tuple(map(float, contractions.max(0))),
     )
 
 
 def _words(method: Any) -> str:
     """The class and the fields that are not at their defaults."""
-    fields = [f"{f.name}={getattr(method, f.name)}" for f in dataclasses.fields(method)
-              if getattr(method, f.name) != f.default]  # fmt: skip
+    values = {field.name: (getattr(method, field.name), field.default) for field in dataclasses.fields(method)}
+    fields = [f"{name}={value}" for name, (value, default) in values.items() if value != default]
     return type(method).__name__ + (f"({', '.join(fields)})" if fields else "")
 
 

@@ -1,11 +1,10 @@
 """Milliseconds of candidates: a forward, or a decoded token."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 
-from snlp_jax.config import Config, SearchConfig
+from snlp_jax.config import Config
 from snlp_jax.eval.evaluate import check_length
 from snlp_jax.eval.search.space import Candidate, draft_len, rule_of
 from snlp_jax.eval.timing import CompiledForward, Reader
@@ -21,46 +20,38 @@ NEW_TOKENS = 48
 """Decoded in one reading."""
 
 
-@dataclass(frozen=True)
 class Clock:
-    """How candidates are timed: a forward (``prefill``) or a decoded token. Every round reads another text, so that
-    iterations stop as often as they do in use."""
+    """How candidates are timed: a forward (objective ``prefill``) or a decoded token. Every round reads another text,
+    so that iterations stop as often as they do in use.
 
-    model: LanguageModel
-    params: Params
-    fits: Mapping[str, Calibration]
-    texts_BT: Sequence[np.ndarray]
-    """Of each round: what is read, or the prompts."""
-    num_tokens: int
-    """Decoded in one reading; 0 reads all texts by one forward."""
+    Args:
+        tokens_WT: held-out text.
 
-    @classmethod
-    def of(
-        cls,
+    Raises:
+        InputError: a forward of more tokens than the model reads.
+    """
+
+    def __init__(
+        self,
         config: Config,
-        search: SearchConfig,
+        objective: str,
         model: LanguageModel,
         params: Params,
         fits: Mapping[str, Calibration],
         tokens_WT: np.ndarray,
-    ) -> "Clock | None":
-        """None for objective ``depth``; ``tokens_WT`` is held-out text.
-
-        Raises:
-            InputError: a forward of more tokens than the model reads.
-        """
-        rows, longest = config.eval.timing_batch, config.model.max_context
-        if search.objective == "depth":
-            return None
-        if search.objective == "prefill":
-            length = config.eval.timing_len or config.model.seq_len
+    ):
+        self.model, self.params, self.fits = model, params, fits
+        rows, self.num_tokens = config.eval.timing_batch, 0
+        if objective == "prefill":
+            length, num_texts = config.eval.timing_len or config.model.seq_len, NUM_TEXTS
             check_length("eval.timing_len", length, config.model)
-            text = tokens_WT[:, :length].reshape(-1)  # again from the start where it is short
-            texts = np.resize(text, (NUM_TEXTS, rows, length))
-            return cls(model, params, fits, list(texts.astype(np.int32)), 0)
-        length = max(1, min(config.eval.greedy_prompt_len or 64, tokens_WT.shape[1] - 1))
-        prompts = np.resize(tokens_WT[:, :length], (max(len(tokens_WT) // rows, 1), rows, length))
-        return cls(model, params, fits, list(prompts), min(NEW_TOKENS, longest - length))
+        else:
+            length = max(1, min(config.eval.greedy_prompt_len or 64, tokens_WT.shape[1] - 1))
+            num_texts = max(len(tokens_WT) // rows, 1)
+            self.num_tokens = min(NEW_TOKENS, config.model.max_context - length)
+        # Again from the start where the text is short.
+        self.texts_BT = list(np.resize(tokens_WT[:, :length], (num_texts, rows, length)).astype(np.int32))
+        """Of each round: what is read, or the prompts, after which ``num_tokens`` are decoded."""
 
     @property
     def what(self) -> str:

@@ -82,7 +82,9 @@ class Search:
         batch_size = min(config.eval.batch_size, FIRST_RUNG)
         self.quality = Quality(opened.model, params, windows, batch_size, fits)
         texts_WT = windows["tokens"][: self.num_windows]
-        self.clock = Clock.of(config, search, opened.model, params, fits, texts_WT)
+        self.clock: Clock | None = None
+        if search.objective != "depth":
+            self.clock = Clock(config, search.objective, opened.model, params, fits, texts_WT)
         self.measured: dict[Candidate, Measured] = {}
         self.status: dict[Candidate, str] = {}
         self.times_ms: dict[Candidate, np.ndarray] = {}
