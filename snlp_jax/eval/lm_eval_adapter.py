@@ -21,16 +21,14 @@ except ImportError:
     sys.exit('error: lm_eval is not installed; `pip install "snlp-jax[lm_eval]"` brings it.')
 
 from snlp_jax.checks import check_schedule
-from snlp_jax.data.tokenizer import check_vocab
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.solver_file import setting_of
 from snlp_jax.eval.text_model import Prompt, TextModel
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
-from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
-from snlp_jax.run import Which, read_config, read_params, read_tokenizer
+from snlp_jax.run import Which, load_run, read_config
 
 NAME = "snlp_jax"
 DEFAULT_NEW_TOKENS = 256
@@ -87,9 +85,7 @@ class SolverLM(LM):  # type: ignore[misc]  # Any, where lm_eval is not installed
         check_schedule(config.model, schedule)
         if not str(batch_size or 0).isdigit():  # "auto", "auto:4"
             batch_size = None
-        model, tokenizer = LanguageModel(config.model, config.machine), read_tokenizer(path)
-        check_vocab(tokenizer, config.model.vocab_size)
-        _, params = read_params(path, model, checkpoint)
+        model, params, tokenizer, _ = load_run(path, checkpoint)
         self.text_model = TextModel(
             model,
             params,

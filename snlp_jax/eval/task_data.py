@@ -120,23 +120,20 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         InputError: see :func:`load_tasks`.
     """
-    examples: list[Example] = []
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    examples.append(_read_example(line, f"{str(path)!r}, line {number}"))
-                    if bool(examples[-1].choices) != bool(examples[0].choices):
-                        raise InputError(
-                            f"{str(path)!r}, line {number}: some lines have choices and some have none; "
-                            "put the two kinds into two files."
-                        )
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"task {str(path)!r} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
     except OSError as error:
         raise InputError(f"task {str(path)!r} cannot be read ({error.strerror}); give a jsonl file.") from error
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    examples = [_read_example(line, f"{str(path)!r}, line {number}") for number, line in numbered]
     if not examples:
         raise InputError(f"task {str(path)!r} holds no examples; give one JSON object a line.")
+    if len({bool(example.choices) for example in examples}) > 1:
+        raise InputError(
+            f"{str(path)!r}: some lines have choices and some have none; put the two kinds into two files."
+        )
     return examples
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -53,23 +53,15 @@ def interleave(
     return np.stack(rounds)
 
 
-class CompiledForward(NamedTuple):
+class CompiledForward:
     """All logits of batches of tokens, which are read in turn: as many as there are rounds, or again."""
 
-    compiled: Any
-    weights: Weights
-    texts_BT: list[Array]
-
-    @classmethod
-    def of(
-        cls, model: Model, weights: Weights, texts_BT: Sequence[np.ndarray], mesh: Mesh | None = None
-    ) -> "CompiledForward":
+    def __init__(self, model: Model, weights: Weights, texts_BT: Sequence[np.ndarray], mesh: Mesh | None = None):
         def logits(weights: Weights, tokens_BT: Array) -> Array:
             return forward(model, weights, tokens_BT, mesh=mesh).logits_BTV
 
-        compiled = jax.jit(logits).lower(weights, texts_BT[0]).compile()
-        place = compiled.input_shardings[0][1]
-        return cls(compiled, weights, [jax.device_put(text_BT, place) for text_BT in texts_BT])
+        self.weights, self.compiled = weights, jax.jit(logits).lower(weights, texts_BT[0]).compile()
+        self.texts_BT = [jax.device_put(text_BT, self.compiled.input_shardings[0][1]) for text_BT in texts_BT]
 
     def read(self, number: int) -> float:
         """A :data:`Reader`."""
@@ -82,7 +74,7 @@ class CompiledForward(NamedTuple):
     def memory_bytes(self) -> int | None:
         """See :class:`Timing`."""
         try:
-            stats = self.compiled.memory_analysis()
+            stats: Any = self.compiled.memory_analysis()
             return stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
         except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
             return None
@@ -135,7 +127,7 @@ def time_schedules(
         for schedule in schedules:
             on_progress("compiling")
             weights, devices = (next(alone), None) if schedule.is_sequential else (next(spread), mesh)
-            passes.append(CompiledForward.of(model, weights, [tokens_BT], devices))
+            passes.append(CompiledForward(model, weights, [tokens_BT], devices))
     times_ms = interleave([each.read for each in passes], config.timing_repeats, on_round=on_progress)
     medians = np.median(times_ms, axis=0).reshape(len(LAYOUTS), -1)
     timings = []

@@ -66,7 +66,7 @@ class Clock:
         if not self.num_tokens:
             num_tokens = self.texts_BT[0].size
             weights = prepare(self.model, self.params, schedule, num_tokens=num_tokens, layout=layout, fits=self.fits)
-            return CompiledForward.of(self.model, weights, self.texts_BT).read
+            return CompiledForward(self.model, weights, self.texts_BT).read
         engine = Engine(
             self.model,
             self.params,

@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import stdtrit
 
@@ -13,7 +14,7 @@ from snlp_jax.eval.fidelity import pass_over
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.parts import Weights
-from snlp_jax.solver import Calibration, Schedule
+from snlp_jax.solver import Calibration, ParallelSegment, Schedule
 from snlp_jax.types import Array, Params
 
 
@@ -81,16 +82,10 @@ class Quality:
 
     def measure(self, schedule: Schedule, start: int, stop: int) -> Measured:
         """Windows ``start`` to ``stop``."""
-        nll_WT, made = self._run(schedule, range(start, stop))
+        nll_WT, iterations = self._run(schedule, range(start, stop))
         difference_WT = nll_WT - self._sequential_WT[start:stop]
         weight_WT = self.windows.get("weight", np.ones((self.num_windows, self.num_tokens)))[start:stop]
         weight_WT = np.asarray(weight_WT, np.float64)
-        # Where a tolerance is not there to stop them, all iterations are made.
-        stopped = iter(made)
-        iterations = [
-            next(stopped) if region.tolerance else np.full(stop - start, float(region.num_iters))
-            for region in schedule.regions
-        ]
         return Measured(Sums((weight_WT * difference_WT).sum(axis=1), weight_WT.sum(axis=1)), iterations)
 
     @cached_property
@@ -98,7 +93,7 @@ class Quality:
         return self._run(Schedule.of(self.model.config.num_layers), range(self.num_windows))[0]
 
     def _run(self, schedule: Schedule, indices: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Negative log-likelihoods [W, T], and [W] iterations of each region with a tolerance."""
+        """Negative log-likelihoods [W, T], and [W] iterations of each region."""
         num_tokens = self.batch_size * self.num_tokens
         weights = prepare(self.model, self.params, schedule, num_tokens=num_tokens, layout="stack", fits=self.fits)
         documents, parts = self.windows.get("document"), []
@@ -108,11 +103,14 @@ class Quality:
             document_BT = None if documents is None else documents[rows]
             found = self._nll(weights, self.windows["tokens"][rows], document_BT)
             parts.append([np.asarray(each, np.float64)[: len(chosen)] for each in found])
-        nll_WT, *made = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return nll_WT, made
+        nll_WT, *iterations = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return nll_WT, iterations
 
 
 def _nll(model: LanguageModel, weights: Weights, window_BT: Array, document_BT: Array | None) -> list[Array]:
-    """Negative log-likelihoods, then the iterations of each region that a tolerance stops."""
+    """Negative log-likelihoods, then the iterations of each region: all, unless a tolerance has stopped them."""
     output, nll_BT = pass_over(model, weights, window_BT, document_BT)
-    return [nll_BT, *(each.stats["sequence_iters"] for each in output.solutions if "sequence_iters" in each.stats)]
+    regions = [segment for segment in weights.segments if isinstance(segment, ParallelSegment)]
+    every = [jnp.full(nll_BT.shape[:1], region.num_iters) for region in regions]
+    made = zip(output.solutions, every, strict=True)
+    return [nll_BT, *(solution.stats.get("sequence_iters", most_B) for solution, most_B in made)]
