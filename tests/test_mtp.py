@@ -19,7 +19,6 @@ from snlp_jax.config import Config, LossConfig, MeshConfig, ModelConfig, MTPConf
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.infer import Drafting, Engine, Placement
-from snlp_jax.io.metrics import read_metrics
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_drafter
@@ -27,7 +26,6 @@ from snlp_jax.parallel import make_mesh
 from snlp_jax.parallel.mesh import put_batch
 from snlp_jax.parallel.sharding import TRAINING, shardings_of
 from snlp_jax.solver import Schedule
-from snlp_jax.train.loop import train
 from snlp_jax.train.loss import Plan, loss_fn
 from snlp_jax.train.optim import param_labels
 from snlp_jax.train.passes import Passes
@@ -186,15 +184,6 @@ def test_microbatches_add_up_and_heads_without_a_loss_keep_what_they_say(tmp_pat
     assert 0.5 < float(still[0, 0, 0]) <= 1 and np.abs(trained - np.eye(32)[None]).max() > 1e-4
 
 
-@pytest.mark.slow
-def test_a_run_trains_its_heads_and_tells_how_well(tmp_path):
-    config = tiny(tmp_path / "run")
-    model = dataclasses.replace(config.model, num_mtp_heads=2)
-    train(dataclasses.replace(config, model=model, loss=LossConfig(mtp=MTPConfig(1.0))))
-    losses = [row["val_mtp"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_mtp" in row]
-    assert len(losses) > 1 and losses[-1] < losses[0] < math.log(257)
-
-
 # ---------------------------------------------------------------- drafts
 
 
@@ -231,7 +220,7 @@ def test_greedy_text_is_the_sequential_one_and_its_drafts_are_those_of_the_heads
     drafts_MBT = heads_of(AHEAD, params, *run(tokens)).argmax(-1)
     new_of = (NEW, 5, 2, 17)
     shorter = [dataclasses.replace(request, max_new_tokens=new) for request, new in zip(requests, new_of, strict=True)]
-    for draft_len in range(1, NUM_HEADS + 1):
+    for draft_len in (1, NUM_HEADS):
         engine.draft_len = draft_len
         for done, whole, new in zip(engine.generate(shorter), longer, new_of, strict=True):
             assert done.tokens == whole.tokens[:new]
@@ -267,7 +256,7 @@ def test_devices_together_give_the_text_and_the_counts_of_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law, draft_len", (("plain", 2), ("filtered", 3)))
+@pytest.mark.parametrize("law, draft_len", (("filtered", 3),))
 def test_samples_have_the_law_of_the_model(law, draft_len):
     """As for drafts of layers, tests/test_speculation.py: the second and third new token jointly."""
     engine, sampling, V = engine_of(length=1, most=3), LAWS[law], AHEAD.vocab_size

@@ -145,7 +145,6 @@ def test_work_that_depends_on_data_is_refused():
     "axes, setting, sequential, kind",
     (
         ({"layer": 2, "data": 2}, "sid:n=3,k=2,init=batch_forward", "ring", "decode"),
-        pytest.param({"layer": 4}, "idn:n=2,k=2", "ring", "forward", marks=pytest.mark.slow),
         pytest.param({"layer": 2, "tensor": 2}, "idn:n=2,k=1", "tensor", "decode", marks=pytest.mark.slow),
     ),
 )

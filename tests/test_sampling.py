@@ -21,7 +21,7 @@ from snlp_jax.infer.sampling import (
     seen_with_drafts,
 )
 
-VOCAB, DRAFTS, NUM_ROWS, FEW_ROWS = 8, 3, 20_000, 16
+VOCAB, DRAFTS, NUM_ROWS, FEW_ROWS = 8, 3, 10_000, 16
 ALL = Features(samples=True, filters=True, penalizes=True)
 """One compiled program for all settings: a setting that is off must change nothing in it."""
 ROUNDING = 1e-5
@@ -217,11 +217,10 @@ def test_where_no_row_samples_nothing_random_and_no_search_is_compiled():
 
 @functools.cache
 def markov_logits():
-    """Logits of a target that looks at the token before, and of drafters that know it well, badly and not at all."""
+    """Logits of a target that looks at the token before, and of drafters that know it badly and not at all."""
     target_VV = normal(6, VOCAB, VOCAB) * 1.5
     halves = np.where(np.arange(VOCAB) < VOCAB // 2, 0.0, -np.inf).astype(np.float32)[None]
     return {
-        "equal": (target_VV, target_VV),
         "different": (target_VV, normal(7, VOCAB, VOCAB) * 1.5),
         "disjoint": (target_VV + halves, target_VV + halves[:, ::-1]),
         "filtered": (target_VV, target_VV + normal(8, VOCAB, VOCAB)),
@@ -229,7 +228,6 @@ def markov_logits():
 
 
 LAWS = {
-    "equal": SETTINGS["plain"],
     "different": SETTINGS["plain"],
     "disjoint": SETTINGS["plain"],
     "filtered": Sampling(temperature=0.8, top_k=4, repetition_penalty=1.6),
@@ -274,9 +272,7 @@ def markov_law(logits_VV, sampling):
     return reference(logits_VV[0], seen_VV[0], sampling), second_VV
 
 
-@pytest.mark.parametrize(
-    "case, draft_len", [("equal", 2), ("different", 1), ("different", 3), ("disjoint", 2), ("filtered", 3)]
-)
+@pytest.mark.parametrize("case, draft_len", [("different", 3), ("disjoint", 2), ("filtered", 3)])
 def test_speculated_tokens_have_the_law_of_the_target(case, draft_len):
     """The first two tokens jointly, in one block or in two: after a rejection the second block drafts again at
     positions whose noise the first block's dropped drafts have used."""

@@ -94,14 +94,11 @@ def spread(chain, mesh):
 @pytest.mark.parametrize(
     "num_devices, num_layers, correction, init, num_iters",
     (
-        (2, 8, HyperConnection(), PrefixState(), 6),
         # Layers of zero weights fill up the devices; nothing that comes back shows them.
         (4, 5, Identity(damping=0.25), BatchForward(), 2),  # the last device holds none that counts
-        (8, 3, ScaledIdentity(damping=0.25), Warm(), 2),  # more devices than layers
         # These run down the depth, and go round the devices.
-        (4, 8, Exact(), PrefixState(), 2),
-        pytest.param(4, 6, Exact(damping=0.25), BatchForward(), 2, marks=pytest.mark.slow),
-        (2, 8, TrustRegion(0.0, ScaledIdentity(), 0.5), PrefixState(), 2),
+        (4, 4, Exact(), PrefixState(), 2),
+        (2, 4, TrustRegion(0.0, ScaledIdentity(), 0.5), PrefixState(), 2),
         pytest.param(4, 6, TrustRegion(0.0, Diagonal(), 2.0), Warm(), 2, marks=pytest.mark.slow),
     ),
     ids=name_of,
@@ -132,22 +129,6 @@ def test_sharded_chains_are_unsharded_chains(num_devices, num_layers, correction
         assert collectives["collective-permute"] <= moves and collectives["all-gather"] <= 3
     else:
         assert collectives == {"all-gather": num_iters + (not isinstance(init, PrefixState))}
-
-
-def test_weights_that_are_not_filled_up_are_filled_up():
-    """``solve_sharded`` on a chain as it is, with a key of its own for the probes."""
-    chain, data = scaled(5)
-    mesh = make_mesh(MeshConfig(layer=2))
-
-    @jax.jit
-    def run(key):
-        keyed = data._replace(key=key)
-        sharded = solve_sharded(chain, Diagonal(), Warm(), keyed, mesh=mesh, num_iters=2)
-        return sharded.trace, solve(chain, Diagonal(), Warm(), keyed, num_iters=2).trace
-
-    sharded, whole = run(jax.random.key(7))
-    assert_close(sharded, whole)
-    assert relative_error(run(jax.random.key(8))[0], sharded) > 1e-3
 
 
 def test_a_tolerance_means_the_same_when_sharded():
@@ -283,10 +264,7 @@ def test_part_of_a_sharded_stack_is_that_part_alone():
     alone = Chain.of(whole.fns, cut(whole.params), whole.h_in)
     data_alone = MethodData(warm_L=cut(data.warm_L))
     part = dataclasses.replace(whole, place=Place(4, jnp.arange(8) - 3, is_padded=True))
-    cases = (
-        (Diagonal(stride=2), BatchForward()),
-        (TrustRegion(0.0, ScaledIdentity(), 1.0), Warm()),
-    )
+    cases = ((Diagonal(stride=2), Warm()),)
 
     @jax.jit
     def run():

@@ -39,9 +39,7 @@ def drafting_engine(drafter, length=None, most=None, config=ALIKE, machine=Machi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "drafter, most", (("idn:n=3,k=1", 2), ("idn:n=3,k=2,init=warm", 3), ("skip:1-2", 8)), ids=lambda value: str(value)
-)
+@pytest.mark.parametrize("drafter, most", (("idn:n=3,k=2,init=warm", 3), ("skip:1-2", 8)), ids=lambda value: str(value))
 def test_greedy_speculation_is_greedy_decoding(drafter, most):
     """Of many prompts, with drafts of every length up to the most, over rings of several lengths."""
     engine, lengths = drafting_engine(drafter, 1, most, TINY), np.random.default_rng(0).integers(2, 15, 32)
@@ -97,25 +95,6 @@ def test_a_fused_drafter_over_lists_gives_the_sequential_text():
     draft, requests = Drafting("idn:n=4,k=1,stage=2xF2", 2), requests_of(config)
     engine = engine_of(config, draft=draft, placement=Placement(layout="list"))
     assert_is_the_whole_pass(config, "seq", requests, engine.generate(requests))
-
-
-@pytest.mark.slow
-def test_a_perfect_drafter_is_always_right_and_ends_inside_its_block():
-    """A region of as many iterations as layers drafts what the exact pass says: each round gives three tokens, the last
-    what is left; a stop token at any place of a block ends the text before it."""
-    engine, requests = drafting_engine("idn:n=3,k=3", 2), requests_of(ALIKE, 12, (5, 5))
-    whole = engine.generate(requests)
-    for new in range(1, 9):
-        done = engine.generate([dataclasses.replace(request, max_new_tokens=new) for request in requests])
-        assert [one.tokens for one in done] == [one.tokens[:new] for one in whole]
-        # The prefill gives the first token, each round three more.
-        assert engine.statistics.steps == math.ceil((new - 1) / 3)
-        assert engine.statistics.acceptance in (1.0, None)
-        stop = whole[0].tokens[new]
-        stopped = engine.generate([dataclasses.replace(requests[0], stop_tokens=(50, stop)), requests[1]])
-        first = min(whole[0].tokens.index(token) for token in (50, stop) if token in whole[0].tokens)
-        assert stopped[0].tokens == whole[0].tokens[:first] and stopped[0].finish == "stop"
-        assert stopped[1] == whole[1]
 
 
 @pytest.mark.slow
@@ -206,7 +185,7 @@ def words_engine():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law, draft_len", (("plain", 1), ("filtered", 3)))
+@pytest.mark.parametrize("law, draft_len", (("filtered", 3),))
 def test_speculated_samples_have_the_law_of_the_model(law, draft_len):
     """The second and third new token jointly, which come out of one block, or of two where a draft was rejected, with a
     drafter that reads another model's mind: the head after the first layer."""

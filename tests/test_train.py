@@ -71,12 +71,11 @@ def perturbed(model: LanguageModel, scale: float = 0.1) -> dict:
 # -- Loss --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["all", pytest.param("plain", marks=pytest.mark.slow)])
-def test_fresh_initialisation_is_finite(variant: str) -> None:
-    """The whole is the sum of its parts, and traced once a plan. In gradient too where there is no x0: the solver's
-    trace equals the target exactly then, where a plain norm has the gradient 0/0."""
-    switches = dict.fromkeys(SWITCHES if variant == "plain" else (), False)
-    model = LanguageModel(dataclasses.replace(MODEL, **switches))
+@pytest.mark.slow
+def test_fresh_initialisation_is_finite() -> None:
+    """In value and gradient, and traced once a plan. Without x0 the solver's trace equals the target exactly, where a
+    plain norm has the gradient 0/0."""
+    model = LanguageModel(dataclasses.replace(MODEL, **dict.fromkeys(SWITCHES, False)))
     params = jax.jit(model.init)(jax.random.key(0))
     chex.clear_trace_counter()
 
@@ -84,7 +83,7 @@ def test_fresh_initialisation_is_finite(variant: str) -> None:
     @chex.assert_max_traces(n=1)
     def loss(params, batch):
         run = lambda p: loss_fn(Passes.of(model, p, batch), ALL_TERMS, ALL_PLAN, ONES)  # noqa: E731
-        return jax.value_and_grad(run, has_aux=True)(params) if variant == "plain" else (run(params), ())
+        return jax.value_and_grad(run, has_aux=True)(params)
 
     for seed in range(2):
         (value, metrics), grads = loss(params, batch_of(seed=seed))
@@ -93,15 +92,15 @@ def test_fresh_initialisation_is_finite(variant: str) -> None:
         float(metrics["sequential_ce"] + 2 * metrics["hidden_norm"] + metrics["solver_ce"] + metrics["layer_skip"]),
         rel=1e-6,
     )
-    if not model.config.use_x0_resid:
-        assert float(metrics["hidden_norm"]) == 0.0
+    assert float(metrics["hidden_norm"]) == 0.0
 
 
 def test_terms_mean_what_they_say() -> None:
-    """CE through N iterations is the sequential CE, in value and gradient; N iterations leave no hidden distance."""
-    model = LanguageModel(dataclasses.replace(MODEL, num_layers=3, use_smear=False, use_mid_subtract=False))
+    """CE through N iterations is the sequential CE, in value and gradient; N iterations leave no hidden distance; the
+    loss is the sum of its terms."""
+    model = LanguageModel(dataclasses.replace(MODEL, num_layers=2, use_smear=False, use_mid_subtract=False))
     params = perturbed(model)
-    solver = SolverCEConfig(weight=1.0, region_sizes=(3,), num_iters=3)
+    solver = SolverCEConfig(weight=1.0, region_sizes=(2,), num_iters=2)
     hidden = HiddenNormConfig(weight=1.0, region_sizes=(1,))
     skip = LayerSkipConfig(weight=1.0, region_sizes=(1,))
     others = LossConfig(
@@ -127,6 +126,8 @@ def test_terms_mean_what_they_say() -> None:
     assert float(one_layer["layer_skip"]) < 1e-5
     assert abs(float(other["solver_ce"] - other["sequential_ce"])) > 1e-3
     assert float(other["layer_skip"]) > 0.05
+    total = other["sequential_ce"] + other["solver_ce"] + other["layer_skip"]
+    assert float(other["loss"]) == pytest.approx(float(total), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -165,7 +166,7 @@ def test_every_correction_can_be_trained_for() -> None:
 @pytest.mark.slow
 def test_detached_target_stops_the_gradient() -> None:
     """What is detached is the target: the gradient of the same value differs."""
-    model = LanguageModel(MODEL)
+    model = LanguageModel(dataclasses.replace(MODEL, num_layers=3))
     params = perturbed(model)
 
     def gradient(detach: bool):
@@ -206,7 +207,7 @@ def test_plan_and_weights() -> None:
 def test_microbatches_and_weights() -> None:
     """A step learns the mean over the targets that count, whatever the others are; it is equal to itself over
     microbatches that hold different numbers of them, and compiles once."""
-    model, plain = LanguageModel(dataclasses.replace(MODEL, **dict.fromkeys(SWITCHES, False))), batch_of()
+    model, plain = LanguageModel(dataclasses.replace(MODEL, num_layers=2, **dict.fromkeys(SWITCHES, False))), batch_of()
     params, weight = perturbed(model), np.zeros((4, 16), np.float32)
     weight[:3, 13:] = weight[1, 15:] = 1.0
     weight[0, 14:] = 0.0
@@ -249,8 +250,9 @@ def test_a_run_learns_shows_itself_and_is_not_run_twice(tmp_path: Path, capsys: 
     """The one real run of the suite: samples, a profile, rates and memory, a record, a report."""
     config = tiny(tmp_path / "run", num_steps=30, sample_every=30, sample_tokens=8, eval_every=10, checkpoint_every=15)
     steps = dataclasses.replace(config.train, profile_start=2, profile_steps=2)
-    term = dataclasses.replace(config.loss.solver_ce, start_fraction=0.0)
-    config = dataclasses.replace(config, name="<b>mine</b>", train=steps, loss=LossConfig(solver_ce=term))
+    term = dataclasses.replace(config.loss.solver_ce, start_fraction=0.0, region_sizes=(1,))
+    model = dataclasses.replace(config.model, num_layers=2, use_smear=False, use_value_embeds=False)
+    config = dataclasses.replace(config, name="<b>mine</b>", model=model, train=steps, loss=LossConfig(solver_ce=term))
     train(config)
     output, records = capsys.readouterr().out, read_metrics(config.run_path / "metrics.jsonl")
     losses = [record["sequential_ce"] for record in records if "sequential_ce" in record]
