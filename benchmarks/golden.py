@@ -209,7 +209,7 @@ class Golden:
             plan = Plan((("hidden_norm", sizes), ("layer_skip", sizes)))
 
             def compute(params: Params, weights: dict[str, float]) -> Array:
-                return loss_fn(Passes.of(model, params, Batch(tokens_BT1)), config, plan, weights)[0]
+                return loss_fn(Passes(model, params, Batch(tokens_BT1)), config, plan, weights)[0]
 
             self._loss_fns[program] = jax.jit(jax.value_and_grad(compute), compiler_options=COMPILER_OPTIONS)
         use_given = mock.patch("snlp_jax.train.loss.make_correction", lambda _: given)

@@ -10,7 +10,7 @@ from snlp_jax.chains import chains_of, correction_of, method_data
 from snlp_jax.model import Model
 from snlp_jax.model.block import BlockAux, KeyValue, Shared
 from snlp_jax.parallel.mesh import kernels_on, over_data
-from snlp_jax.parallel.region import first_nodes, sequential_sharded, solve_each_sharded, solve_sharded
+from snlp_jax.parallel.region import first_nodes, on_devices, sequential_sharded, solve_sharded
 from snlp_jax.parts import Part, Weights
 from snlp_jax.solver import (
     Chain,
@@ -20,6 +20,7 @@ from snlp_jax.solver import (
     SkippedSegment,
     Solution,
     Wanted,
+    solve_each,
 )
 from snlp_jax.types import Array, PyTree, is_list
 
@@ -214,7 +215,8 @@ def solve_segment(
     correction, init = segment.correction, segment.init
     if is_each:
         each = chains if len(chains) > 1 else chains * (init.num_evals + segment.num_iters)
-        return solve_each_sharded(each, correction, init, data, mesh=mesh, want=want)
+        run = lambda chains, data: solve_each(chains, correction, init, data, want=want)  # noqa: E731
+        return on_devices(run, each, data, mesh, want)
     num_iters, tolerance = segment.num_iters, segment.tolerance
     return solve_sharded(
         chains[0], correction, init, data, mesh=mesh, num_iters=num_iters, tolerance=tolerance, want=want

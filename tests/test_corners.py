@@ -243,7 +243,7 @@ def test_a_plain_cross_entropy_keeps_no_trace():
 
     def shapes_of(loss):
         plan = make_plan(loss, 0, 1, 0)
-        run = lambda p: loss_fn(Passes.of(model, p, batch), loss, plan, {"hidden_norm": 1.0})[0]  # noqa: E731
+        run = lambda p: loss_fn(Passes(model, p, batch), loss, plan, {"hidden_norm": 1.0})[0]  # noqa: E731
         return str(jax.make_jaxpr(run)(params)).count("f32[{},{},{},{}]".format(*trace_shape))
 
     assert shapes_of(LossConfig()) == 0

@@ -122,7 +122,7 @@ def losses(model: LanguageModel, batch: Batch, mesh=None, ring: int = 1):
 
     def run(params, batch):
         def of(p):
-            passes = Passes.of(model, p, balanced(batch), mesh=mesh, ring_microbatches=ring)
+            passes = Passes(model, p, balanced(batch), mesh=mesh, ring_microbatches=ring)
             return loss_fn(passes, LOSS, PLAN, weights)
 
         return jax.value_and_grad(of, has_aux=True)(params)
@@ -140,7 +140,7 @@ def test_the_loss_of_masked_documents_is_that_of_documents_alone() -> None:
     plan, (rows, _) = Plan((("solver_ce", (2,)),)), alone(packed())
     batch = repeated(packed(), len(rows.tokens))._replace(weight=np.ones_like(rows.weight))
     rows = rows._replace(document=np.zeros_like(rows.tokens))
-    of = lambda p, batch: loss_fn(Passes.of(model, p, balanced(batch)), loss, plan, {"solver_ce": 1.0})  # noqa: E731
+    of = lambda p, batch: loss_fn(Passes(model, p, balanced(batch)), loss, plan, {"solver_ce": 1.0})  # noqa: E731
     run = jax.jit(jax.grad(of, has_aux=True))
     (grads, together), (grads_apart, apart) = run(params, batch), run(params, rows)
     for name in ("sequential_ce", "solver_ce"):

@@ -205,7 +205,7 @@ def value_and_grad(model, loss, mesh, ring_microbatches):
     settings["ring_microbatches"] = ring_microbatches
 
     def run(params, batch):
-        of = lambda params: loss_fn(Passes.of(model, params, batch, jax.random.key(3), **settings), loss, plan, weights)  # noqa: E731
+        of = lambda params: loss_fn(Passes(model, params, batch, jax.random.key(3), **settings), loss, plan, weights)  # noqa: E731
         return jax.value_and_grad(of, has_aux=True)(params)
 
     return jax.jit(run)

@@ -73,7 +73,7 @@ def drawn():
 def loss_of(weight):
     """``params -> (value, parts)``."""
     config = LossConfig(mtp=MTPConfig(weight))
-    return lambda params: loss_fn(Passes.of(LanguageModel(AHEAD), params, drawn()), config, Plan(), {})
+    return lambda params: loss_fn(Passes(LanguageModel(AHEAD), params, drawn()), config, Plan(), {})
 
 
 def test_loss_is_the_formula_and_each_matrix_learns_from_its_own_term():

@@ -59,7 +59,7 @@ def test_a_model_of_ones_own_decodes_and_has_a_loss():
     batch = Batch(np.asarray(random_tokens(SIMPLE, length=9)))
     terms = LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(2,)))
     plan, term_weights = Plan((("solver_ce", (2,)),)), {"solver_ce": 1.0}
-    loss = lambda params: loss_fn(Passes.of(model, params, batch), terms, plan, term_weights)  # noqa: E731
+    loss = lambda params: loss_fn(Passes(model, params, batch), terms, plan, term_weights)  # noqa: E731
     value, parts = jax.eval_shape(loss, params)
     assert value.shape == () and {"sequential_ce", "solver_ce"} <= set(parts)
     reference, _ = jax.eval_shape(make_reference_fn(model), weights, batch.tokens)

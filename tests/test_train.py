@@ -82,7 +82,7 @@ def test_fresh_initialisation_is_finite() -> None:
     @jax.jit
     @chex.assert_max_traces(n=1)
     def loss(params, batch):
-        run = lambda p: loss_fn(Passes.of(model, p, batch), ALL_TERMS, ALL_PLAN, ONES)  # noqa: E731
+        run = lambda p: loss_fn(Passes(model, p, batch), ALL_TERMS, ALL_PLAN, ONES)  # noqa: E731
         return jax.value_and_grad(run, has_aux=True)(params)
 
     for seed in range(2):
@@ -110,7 +110,7 @@ def test_terms_mean_what_they_say() -> None:
     @jax.jit
     def run(params):
         def metrics_of(p, config):
-            return loss_fn(Passes.of(model, p, batch_of()), config, make_plan(config, 0, 1, 0), ONES)
+            return loss_fn(Passes(model, p, batch_of()), config, make_plan(config, 0, 1, 0), ONES)
 
         gradient = lambda config: jax.value_and_grad(metrics_of, has_aux=True)(params, config)  # noqa: E731
         alone = LossConfig(sequential_weight=0.0, solver_ce=solver)
@@ -144,7 +144,7 @@ def test_every_correction_can_be_trained_for() -> None:
         loss = LossConfig(sequential_weight=0.0, hidden_norm=term)
 
         def value(p, key):
-            return loss_fn(Passes.of(model, p, batch_of(), key), loss, make_plan(loss, 0, 1, 0), ONES)[0]
+            return loss_fn(Passes(model, p, batch_of(), key), loss, make_plan(loss, 0, 1, 0), ONES)[0]
 
         with_gradient = correction in ("diag", "hcn") and n > 1 and stride == 1
         run = jax.jit(jax.value_and_grad(value) if with_gradient else lambda p, key: (value(p, key), {}))
@@ -174,7 +174,7 @@ def test_detached_target_stops_the_gradient() -> None:
         config = LossConfig(sequential_weight=0.0, hidden_norm=term)
         return jax.jit(
             jax.value_and_grad(
-                lambda p: loss_fn(Passes.of(model, p, batch_of()), config, make_plan(config, 0, 1, 0), ONES)[0]
+                lambda p: loss_fn(Passes(model, p, batch_of()), config, make_plan(config, 0, 1, 0), ONES)[0]
             )
         )(params)
 
@@ -211,9 +211,7 @@ def test_microbatches_and_weights() -> None:
     params, weight = perturbed(model), np.zeros((4, 16), np.float32)
     weight[:3, 13:] = weight[1, 15:] = 1.0
     weight[0, 14:] = 0.0
-    run = jax.jit(
-        lambda batch: loss_fn(Passes.of(model, params, balanced(batch)), LossConfig(), Plan(), ONES)[1]["loss"]
-    )
+    run = jax.jit(lambda batch: loss_fn(Passes(model, params, balanced(batch)), LossConfig(), Plan(), ONES)[1]["loss"])
     parts = []
     for row, column in zip(*np.nonzero(weight), strict=True):
         alone = np.zeros_like(weight)
@@ -288,7 +286,7 @@ def test_a_run_learns_shows_itself_and_is_not_run_twice(tmp_path: Path, capsys: 
 def test_val_loss_appears_once_every_term_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no checkpoint from before counts as the best."""
     monkeypatch.setattr(setup, "loss_fn", lambda *_, **__: (0.0, {"loss": jnp.ones(()), "sequential_ce": jnp.ones(())}))
-    monkeypatch.setattr(setup.Passes, "of", lambda *_, **__: None)
+    monkeypatch.setattr(setup, "Passes", lambda *_, **__: None)
     config = tiny(tmp_path / "run")  # the term begins at step 6 of 12
     evaluate = setup._make_eval(LanguageModel(MODEL), config, make_mesh(config.mesh))
     assert [set(evaluate({}, [batch_of()], step)) for step in (5, 6)] == [

@@ -270,7 +270,4 @@ def bucket(count: int, smallest: int = 16) -> int:
     512, so that no more than a fifth is filled up in vain."""
     if count > 2048:
         return -(-count // 512) * 512
-    size = smallest
-    while size < count:
-        size *= 2
-    return size
+    return max(smallest, 1 << max(count - 1, 0).bit_length())

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
+from snlp_jax.config.check import require
 from snlp_jax.data.tokenizer import Tokenizer
-from snlp_jax.errors import InputError
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.infer.text import TextStream
 
@@ -78,20 +78,17 @@ def check_request(request: Request, max_context: int, *, has_tokenizer: bool) ->
             without a tokenizer.
     """
     tokens = np.asarray(request.tokens)
-    if tokens.size == 0:
-        raise InputError("the prompt is empty; give at least one token.")
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise InputError("the prompt must be a flat sequence of token ids.")
-    if request.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
     total = tokens.size + request.max_new_tokens
-    if total > max_context:
-        raise InputError(
-            f"a prompt of {tokens.size} and {request.max_new_tokens} new tokens are {total}, more than "
-            f"the rotary embedding's {max_context}; ask for fewer or shorten the prompt."
-        )
-    if request.stop_strings and not has_tokenizer:
-        raise InputError("stop strings need a tokenizer; give the engine one.")
+    require(tokens.size > 0, "the prompt is empty; give at least one token.")
+    is_flat = tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer)
+    require(is_flat, "the prompt must be a flat sequence of token ids.")
+    require(request.max_new_tokens >= 1, f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
+    require(
+        total <= max_context,
+        f"a prompt of {tokens.size} and {request.max_new_tokens} new tokens are {total}, more than the rotary "
+        f"embedding's {max_context}; ask for fewer or shorten the prompt.",
+    )
+    require(has_tokenizer or not request.stop_strings, "stop strings need a tokenizer; give the engine one.")
 
 
 class Delivery:

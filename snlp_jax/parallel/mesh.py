@@ -46,7 +46,8 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
     Processes that hold the same rows feed the same part.
     """
-    rows = sorted({int(place[0]) for place in np.argwhere(_is_local(mesh))})
+    here = jax.process_index()
+    rows = sorted({place[0] for place, device in np.ndenumerate(mesh.devices) if device.process_index == here})
     count = mesh.shape["data"] // len(rows)
     if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise InputError("the data axis of the mesh is not divided evenly among the processes; change mesh.data.")
@@ -87,7 +88,3 @@ def kernels_on(mesh: Mesh | None, *, is_spread: bool) -> tuple[Literal["cudnn", 
     if mesh is None or mesh.size == 1 or (is_spread and mesh.shape["tensor"] == 1):
         return ("cudnn", "splash", "triton", "mosaic")
     return ("cudnn",) if mesh.shape["data"] == mesh.size else ()
-
-
-def _is_local(mesh: Mesh) -> np.ndarray:
-    return np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)

@@ -28,7 +28,6 @@ from snlp_jax.solver import (
     Wanted,
     sequential,
     solve,
-    solve_each,
     solve_until,
 )
 from snlp_jax.solver.collectives import Axis
@@ -78,14 +77,6 @@ def solve_sharded(
         return solve(chains[0], correction, init, data, num_iters=num_iters, want=want)
 
     return on_devices(run, [chain], data, mesh, want, is_adaptive=tolerance > 0)
-
-
-def solve_each_sharded(
-    chains: Sequence[Chain], correction: Correction, init: Init, data: MethodData, *, mesh: Mesh | None, want: Wanted
-) -> Solution:
-    """:func:`snlp_jax.solver.solve_each`, see :func:`on_devices`."""
-    run = lambda chains, data: solve_each(chains, correction, init, data, want=want)  # noqa: E731
-    return on_devices(run, chains, data, mesh, want)
 
 
 def sequential_sharded(

@@ -26,28 +26,16 @@ from snlp_jax.types import PyTree, map_named
 Layout = Mapping[str, tuple[str, ...]]
 """What a dimension counts -> the mesh axes that take it."""
 
+_WITHIN: Layout = {"heads": ("tensor",), "features": ("tensor",), "vocabulary": ("layer", "tensor")}
 TRAINING: Layout = {
     "layers": ("layer",),
-    "heads": ("tensor",),
-    "features": ("tensor",),
-    "vocabulary": ("layer", "tensor"),
+    **_WITHIN,
     "channels": ("data",),
     "entries": ("layer",),
     "stacked": ("layer", "data"),
 }
-BY_LAYER: Layout = {
-    "layers": ("layer",),
-    "heads": ("tensor",),
-    "features": ("tensor",),
-    "vocabulary": ("layer", "tensor"),
-    "rows": ("data",),
-}
-BY_FEATURE: Layout = {
-    "heads": ("layer", "tensor"),
-    "features": ("layer", "tensor"),
-    "vocabulary": ("layer", "tensor"),
-    "rows": ("data",),
-}
+BY_LAYER: Layout = {"layers": ("layer",), **_WITHIN, "rows": ("data",)}
+BY_FEATURE: Layout = {**dict.fromkeys(_WITHIN, ("layer", "tensor")), "rows": ("data",)}
 
 TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"blocks/attn/(query|key|value)", ("layers", "channels", "heads")),

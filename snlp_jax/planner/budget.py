@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -35,28 +34,43 @@ ASSUMED_MFU = 0.4
 """Share of the data sheet's peak that a step is taken to reach. An assumption: nothing is run for it."""
 
 
-@dataclass(frozen=True)
 class Budget:
-    """Bytes are those of one device."""
+    """What a run takes. Bytes are those of one device."""
 
-    devices: str
-    params: dict[str, int]
-    """Numbers of parameters by group of the optimizer."""
-    flops: dict[str, float]
-    """Of a step's matrix products, by part; a term with all that it needs besides the plain step."""
-    run_flops: float
-    """Of all steps, each with the terms that have begun by then."""
-    tokens: int
-    """That the run reads, repetitions included."""
-    train_tokens: int | None
-    """That the corpus holds; None where nobody looked."""
-    seconds: float | None
-    """At ``ASSUMED_MFU``; None where the peak of the device is not known."""
-    state_bytes: dict[str, int]
-    step_bytes: int | None
-    """Of the compiled step: the state, and what it needs besides; None where the compiler refused."""
-    capacity: int | None
-    """None where the device does not tell."""
+    def __init__(self, config: Config, topology: str = "") -> None:
+        """Count, and compile the largest step ahead of time, see :func:`plan_run`."""
+        data: TokenData | None = None
+        if topology:
+            prepare_environment()
+            chips = Slice.parse(topology)
+            config, chip, device = plain_kernels(config), chips.chip, chips.chip.name
+            mesh, capacity = plan_mesh(config.mesh, chips), int(chip.hbm_bytes)
+            model = LanguageModel(config.model, config.machine, backend=chip.backend)
+        else:
+            mesh, model = make_mesh(config.mesh), LanguageModel(config.model, config.machine)
+            device = jax.devices()[0].device_kind
+            chip, capacity = chip_of(device), capacity_of(mesh)  # type: ignore[assignment]
+            data = prepare_data(data_config(config, resume=False))
+            check_vocab(data.tokenizer, config.model.vocab_size)
+        state = abstract_state(model, optimizer_of(model, config, mesh), config, mesh)
+        self.config, self.devices = config, f"{mesh.size} x {device}"
+        self.params = _params_by_group(model)
+        """Numbers of parameters by group of the optimizer."""
+        self.flops = flops_of_parts(config)
+        """Of a step's matrix products, by part; a term with all that it needs besides the plain step."""
+        self.run_flops = run_flops(config)
+        """Of all steps, each with the terms that have begun by then."""
+        self.tokens = config.train.num_steps * config.train.batch_size * config.model.seq_len
+        """That the run reads, repetitions included."""
+        self.train_tokens = None if data is None else len(data.train)
+        """That the corpus holds; None where nobody looked."""
+        self.seconds = None if chip is None else self.run_flops / (ASSUMED_MFU * chip.bf16_flops * mesh.size)
+        """At ``ASSUMED_MFU``; None where the peak of the device is not known."""
+        self.state_bytes = state_bytes(state)
+        self.step_bytes = _measure_step(model, config, mesh, state, data)
+        """Of the compiled step: the state, and what it needs besides; None where the compiler refused."""
+        self.capacity: int | None = capacity
+        """None where the device does not tell."""
 
 
 def plan_run(config: Config, topology: str = "") -> Budget:
@@ -70,37 +84,11 @@ def plan_run(config: Config, topology: str = "") -> Budget:
     Raises:
         InputError: the run does not fit, after printing; or it has another mistake that would stop it.
     """
-    data: TokenData | None = None
-    if topology:
-        prepare_environment()
-        chips = Slice.parse(topology)
-        config, chip, device = plain_kernels(config), chips.chip, chips.chip.name
-        mesh, capacity = plan_mesh(config.mesh, chips), int(chip.hbm_bytes)
-        model = LanguageModel(config.model, config.machine, backend=chip.backend)
-    else:
-        mesh, model = make_mesh(config.mesh), LanguageModel(config.model, config.machine)
-        device = jax.devices()[0].device_kind
-        chip, capacity = chip_of(device), capacity_of(mesh)  # type: ignore[assignment]
-        data = prepare_data(data_config(config, resume=False))
-        check_vocab(data.tokenizer, config.model.vocab_size)
-    state = abstract_state(model, optimizer_of(model, config, mesh), config, mesh)
-    total = run_flops(config)
-    budget = Budget(
-        devices=f"{mesh.size} x {device}",
-        params=_params_by_group(model),
-        flops=flops_of_parts(config),
-        run_flops=total,
-        tokens=config.train.num_steps * config.train.batch_size * config.model.seq_len,
-        train_tokens=None if data is None else len(data.train),
-        seconds=None if chip is None else total / (ASSUMED_MFU * chip.bf16_flops * mesh.size),
-        state_bytes=state_bytes(state),
-        step_bytes=_measure_step(model, config, mesh, state, data),
-        capacity=capacity,
-    )
+    budget = Budget(config, topology)
     console = Console(highlight=False, quiet=not is_first())
-    console.print(make_table(budget, config), width=None if console.is_terminal else TABLE_WIDTH)
-    if budget.step_bytes is None or (capacity is not None and budget.step_bytes > capacity):
-        raise InputError(refusal(config, budget.step_bytes, capacity))
+    console.print(make_table(budget), width=None if console.is_terminal else TABLE_WIDTH)
+    if budget.step_bytes is None or (budget.capacity is not None and budget.step_bytes > budget.capacity):
+        raise InputError(refusal(config, budget.step_bytes, budget.capacity))
     return budget
 
 
@@ -152,9 +140,9 @@ def _abstract_batch(config: Config, mesh: Mesh, data: TokenData | None) -> Batch
     return Batch(**jax.tree.map(place, dict(row)))
 
 
-def make_table(budget: Budget, config: Config) -> Table:
+def make_table(budget: Budget) -> Table:
     """Everything, one line each."""
-    params, step, num_steps = sum(budget.params.values()), sum(budget.flops.values()), config.train.num_steps
+    params, step, num_steps = sum(budget.params.values()), sum(budget.flops.values()), budget.config.train.num_steps
     rows = [("parameters", f"{params:,}", ", ".join(f"{name} {size:,}" for name, size in budget.params.items()))]
     for name, flops in budget.flops.items():
         rows.append(("FLOPs a step", f"{flops:.3g}", f"{name} ({flops / step:.0%})"))
@@ -171,7 +159,7 @@ def make_table(budget: Budget, config: Config) -> Table:
         limit = budget.capacity
         share = f"{budget.step_bytes / limit:.1%} of {_size(limit)}" if limit else ""
         rows.append(("compiled step, a device", _size(budget.step_bytes), share))
-    title = f"{config.name}: the plan"
+    title = f"{budget.config.name}: the plan"
     table = Table("", "", "", title=title, title_justify="left", box=SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.columns[1].justify, table.columns[2].overflow = "right", "fold"
     for row in rows:

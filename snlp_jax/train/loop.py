@@ -1,4 +1,4 @@
-"""The training run: prepare, restore, step, finish. :func:`train` calls them in this order.
+"""The training run: set up, restore, step, finish, which :func:`train` does in this order.
 
 ``Setup`` (snlp_jax/train/setup.py) is what was checked and the programs, ``Loop`` a run on its way.
 """
@@ -28,7 +28,7 @@ from snlp_jax.train.flops import train_flops_per_token
 from snlp_jax.train.loss import make_plan
 from snlp_jax.train.observe import Meter, Profiler, RunRecord, memory
 from snlp_jax.train.report import REPORT_NAME, write_html
-from snlp_jax.train.setup import Setup, prepare
+from snlp_jax.train.setup import Setup
 from snlp_jax.train.start import read_origin
 from snlp_jax.train.step import TrainState, from_saved, make_init, to_saved
 from snlp_jax.types import Array, Batch, Params
@@ -56,7 +56,7 @@ def train(config: Config, *, resume: bool = False, started: float | None = None)
     """
     started, run_path = started or time.time(), config.run_path
     console = Console(quiet=not is_first())
-    setup = prepare(config, resume)
+    setup = Setup(config, resume)
     console.print(setup.description)
     with contextlib.ExitStack() as stack:
         loop = Loop(setup, console, started, stack, resume=resume)
@@ -102,10 +102,8 @@ class Loop:
                 config=dataclasses.asdict(config),
             )
         self.writer = stack.enter_context(writer)
-        facts = {
-            "num_params": num_params(setup.saved["params"]),
-            "flops_per_token": train_flops_per_token(config.model),
-        }
+        flops_per_token = train_flops_per_token(config.model)
+        facts = {"num_params": num_params(setup.saved["params"]), "flops_per_token": flops_per_token}
         self.record = RunRecord(run_path if is_first() else None, self.done, started, facts)
         num_profiled = config.train.profile_steps if is_first() else 0
         self.profiler = Profiler(run_path, config.train.profile_start, num_profiled, self.done)
@@ -197,20 +195,19 @@ class Loop:
         """
         config = self.setup.config.train
         is_due = lambda every: every > 0 and self.done % every == 0  # noqa: E731
-        should_evaluate = is_last or (
-            config.eval_every > 0 and (is_due(config.eval_every) or is_due(config.checkpoint_every))
-        )
-        should_observe = self.setup.observe is not None and (is_last or is_due(config.frontier_every))
+        is_saved = is_due(config.checkpoint_every)
+        should_evaluate = is_last or is_due(config.eval_every) or (config.eval_every > 0 and is_saved)
+        should_observe = config.frontier_every > 0 and (is_last or is_due(config.frontier_every))
         should_sample = is_due(config.sample_every)
-        should_save = is_last or is_stopping or is_due(config.checkpoint_every)
+        should_save = is_last or is_stopping or is_saved
         if not (should_evaluate or should_observe or should_sample or should_save):
             return
         self.read_metrics(progress)  # no checkpoint before its metrics proved finite, and honest rates
         with self.meter.spending("pause"):
             params = self.setup.read(self.state)
             val_metrics = self.evaluate(params) if should_evaluate else {}
-            if should_observe:
-                self.observe(params)
+            if should_observe and self.setup.observe is not None:
+                self.show(self.setup.observe(params, self.setup.held_out), "frontier/", "dim")
             if should_sample:
                 self.console.print(self.setup.sample(params), style="dim", highlight=False, markup=False)
             if should_save:
@@ -218,20 +215,16 @@ class Loop:
                 self.record.update(self.done)
 
     def evaluate(self, params: Params) -> dict[str, float]:
-        """Record and print the held-out metrics."""
+        """The held-out metrics, recorded and printed."""
         val_metrics = self.setup.evaluate(params, self.setup.held_out, max(self.done - 1, 0))
-        self.writer.write(self.done, val_metrics)
-        text = "  ".join(f"{name} {value:.4f}" for name, value in val_metrics.items())
-        self.console.print(f"step {self.done}  {text}", highlight=False)
+        self.show(val_metrics)
         return val_metrics
 
-    def observe(self, params: Params) -> None:
-        """Record the frontier and the residuals; print the frontier."""
-        assert self.setup.observe is not None
-        observed = self.setup.observe(params, self.setup.held_out)
-        self.writer.write(self.done, observed)
-        text = "  ".join(f"{name} {value:.4f}" for name, value in observed.items() if name.startswith("frontier/"))
-        self.console.print(f"step {self.done}  {text}", highlight=False, style="dim")
+    def show(self, metrics: dict[str, float], prefix: str = "", style: str | None = None) -> None:
+        """Record metrics, and print those whose names begin with ``prefix``."""
+        self.writer.write(self.done, metrics)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith(prefix))
+        self.console.print(f"step {self.done}  {text}", highlight=False, style=style)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -11,7 +10,6 @@ from snlp_jax.chains import chains_of, correction_of, method_data
 from snlp_jax.checks import check_alike
 from snlp_jax.forward import solve_segment
 from snlp_jax.model import Model
-from snlp_jax.model.block import Shared
 from snlp_jax.model.kinds import cut
 from snlp_jax.parallel.mesh import kernels_on, over_data
 from snlp_jax.parallel.region import sequential_sharded
@@ -30,9 +28,8 @@ class Exact(NamedTuple):
     """Of all layers [L, ...], where it was asked for."""
 
 
-@dataclass(frozen=True)
 class Passes:
-    """One batch through one set of parameters, in order and by the solver. Build it with :meth:`of`, under jit.
+    """One batch through one set of parameters, in order and by the solver. Build it under jit.
 
     On a mesh with a layer axis no weight moves along it: the sequential pass goes round the devices, and a region's
     iterations run on the whole stack, whose other layers pass their input on. Along a data axis weights are gathered
@@ -40,19 +37,8 @@ class Passes:
     for every microbatch; all of them at once in a region, which reads them all at once.
     """
 
-    model: Model
-    params: Params
-    """The embedding and the head are whole along the data axis."""
-    batch: Batch
-    shared: Shared
-    h_in: Array
-    key: Array | None
-    mesh: Mesh | None
-    ring_microbatches: int
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: Model,
         params: Params,
         batch: Batch,
@@ -60,26 +46,25 @@ class Passes:
         *,
         mesh: Mesh | None = None,
         ring_microbatches: int = 1,
-    ) -> "Passes":
+    ) -> None:
         """Gather what every pass reads, and embed the inputs."""
         if mesh is not None:
             check_alike(model.config, mesh)
-        embed_head = _gathered(model, {"embed": params["embed"], "head": params["head"]}, mesh)
-        blocks = params["blocks"]
-        if _ring_of(mesh) is not None:
-            blocks = _gathered(model, blocks, mesh, prefix="blocks/")
-        params = embed_head | {"blocks": blocks}
+        self.model, self.batch, self.key, self.mesh, self.ring_microbatches = model, batch, key, mesh, ring_microbatches
+        embed_head = self._gathered({"embed": params["embed"], "head": params["head"]})
+        blocks = params["blocks"] if _ring_of(mesh) is None else self._gathered(params["blocks"], "blocks/")
+        self.params = embed_head | {"blocks": blocks}
+        """The embedding and the head are whole along the data axis."""
         document_BT = None if batch.document is None else batch.document[:, :-1]
-        x0_BTD = over_data(mesh, model.embed(params, batch.tokens[:, :-1], document_BT=document_BT))
-        shared = model.shared(x0_BTD, document_BT=document_BT)
-        return cls(model, params, batch, shared, model.expand(x0_BTD), key, mesh, ring_microbatches)
+        x0_BTD = over_data(mesh, model.embed(self.params, batch.tokens[:, :-1], document_BT=document_BT))
+        self.shared, self.h_in = model.shared(x0_BTD, document_BT=document_BT), model.expand(x0_BTD)
 
     def in_order(self, layers: tuple[int, ...], *, with_trace: bool = False) -> Exact:
         """The sequential pass, with the states after ``layers``."""
         config, ring = self.model.config, _ring_of(self.mesh)
         fetch = None
         if ring is None and self.mesh is not None:  # a layer at a time
-            fetch = functools.partial(_gathered, self.model, mesh=self.mesh, prefix="blocks/", is_one_layer=True)
+            fetch = functools.partial(self._gathered, prefix="blocks/", is_one_layer=True)
         model = self.model.adapted(fetch=fetch, kernels=kernels_on(self.mesh, is_spread=ring is not None))
         part = self._part(SequentialSegment(0, config.num_layers), is_spread=ring is not None)
         (chain,) = chains_of(model, self.params, part, self.batch.tokens[:, :-1], self.shared, self.h_in, mesh=ring)
@@ -112,17 +97,17 @@ class Passes:
         blocks = cut(config, blocks, *span)
         if isinstance(segment, ParallelSegment):
             if is_list(blocks):
-                blocks = [_gathered(self.model, tree, self.mesh, "blocks/", is_one_layer=True) for tree in blocks]
+                blocks = [self._gathered(tree, "blocks/", is_one_layer=True) for tree in blocks]
             else:
-                blocks = _gathered(self.model, blocks, self.mesh, "blocks/")
+                blocks = self._gathered(blocks, "blocks/")
         return Part(blocks, None, None, segment, span, is_spread)
 
-
-def _gathered(model: Model, tree: PyTree, mesh: Mesh | None, prefix: str = "", *, is_one_layer: bool = False) -> PyTree:
-    """Parameters whole along the data axis, see :func:`snlp_jax.parallel.sharding.gather_channels`."""
-    if mesh is None or mesh.shape["data"] == 1:
-        return tree
-    return gather_channels(tree, model.config, mesh, dtype=model.dtype, prefix=prefix, is_one_layer=is_one_layer)
+    def _gathered(self, tree: PyTree, prefix: str = "", *, is_one_layer: bool = False) -> PyTree:
+        """Parameters whole along the data axis, see :func:`snlp_jax.parallel.sharding.gather_channels`."""
+        model, mesh = self.model, self.mesh
+        if mesh is None or mesh.shape["data"] == 1:
+            return tree
+        return gather_channels(tree, model.config, mesh, dtype=model.dtype, prefix=prefix, is_one_layer=is_one_layer)
 
 
 def _ring_of(mesh: Mesh | None) -> Mesh | None:

@@ -2,13 +2,10 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snlp_jax.config import Config, SolverTerm, to_json
@@ -26,22 +23,11 @@ from snlp_jax.parallel.processes import all_or_none, check_same, is_first
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.train.loss import Plan, balanced, loss_fn, make_correction, start_step
 from snlp_jax.train.memory import check_state
-from snlp_jax.train.observe import Observe, make_observe
+from snlp_jax.train.observe import make_observe
 from snlp_jax.train.passes import Passes
 from snlp_jax.train.start import data_config
-from snlp_jax.train.step import (
-    StepFn,
-    TrainState,
-    abstract_saved,
-    abstract_state,
-    make_reader,
-    make_step,
-    optimizer_of,
-)
+from snlp_jax.train.step import TrainState, abstract_saved, abstract_state, make_reader, make_step, optimizer_of
 from snlp_jax.types import Array, Batch, Params
-
-if TYPE_CHECKING:
-    import grain
 
 SAMPLE_PROMPT_LEN = 32
 """Tokens of held-out text that a sample continues."""
@@ -49,82 +35,56 @@ SAMPLE_PROMPT_LEN = 32
 EvalFn = Callable[[Params, list[Batch], int], dict[str, float]]
 
 
-@dataclass(frozen=True)
 class Setup:
     """What a run needs, all of it checked. The programs are compiled where they are first called."""
 
-    config: Config
-    mesh: Mesh
-    model: LanguageModel
-    batches: "grain.DatasetIterator"
-    """This process's rows of the training batches, from the first step on."""
-    held_out: list[Batch]
-    optimizer: optax.GradientTransformation
-    saved: TrainState
-    """Shapes and shardings of what a checkpoint holds."""
-    read: Callable[[TrainState], Params]
-    step: StepFn
-    evaluate: EvalFn
-    sample: Callable[[Params], str]
-    observe: Observe | None
-    description: str
-    """What is about to be trained."""
+    def __init__(self, config: Config, resume: bool) -> None:
+        """Look at everything that can be wrong, on all processes, and claim the run directory.
 
-
-def prepare(config: Config, resume: bool) -> Setup:
-    """Look at everything that can be wrong, on all processes, and claim the run directory.
-
-    Raises:
-        InputError: on every process, if one of them finds a mistake.
-    """
-    seq_len, train_config = config.model.seq_len, config.train
-    with all_or_none():
-        for term in config.loss.terms.values():
-            if isinstance(term, SolverTerm):
-                make_correction(term)
-        mesh = make_mesh(config.mesh)
-        part, num_parts = data_shard(mesh)
-        model = LanguageModel(config.model, config.machine)
-        data = prepare_data(data_config(config, resume))
-        check_vocab(data.tokenizer, config.model.vocab_size)
-        batches = train_iterator(
-            data,
-            seq_len=seq_len,
-            batch_size=train_config.batch_size,
-            seed=config.data.seed,
-            process_index=part,
-            process_count=num_parts,
-        )
-        rows = train_config.batch_size // train_config.num_microbatches
-        windows = held_out_batches(data, seq_len=seq_len, batch_size=rows, num_batches=train_config.eval_batches)
-        held_out = [Batch(**window) for window in windows]
-        _check_division(held_out, config, mesh)
-        optimizer = optimizer_of(model, config, mesh)
-        state = abstract_state(model, optimizer, config, mesh)
-        check_state(state, config, mesh)
-        observe = make_observe(model, config, mesh) if train_config.frontier_every else None
-    check_same("config", to_json(config))
-    check_same("corpus", data.content_hash)
-    with all_or_none():
-        if is_first():
-            check_run_dir(config.run_path, config, resume)
-            _check_corpus(config.run_path, data)
-            atomic_write(config.run_path / "tokenizer.json", data.tokenizer.to_json())
-    return Setup(
-        config,
-        mesh,
-        model,
-        batches,
-        held_out,
-        optimizer,
-        saved=abstract_saved(state, model, mesh),
-        read=make_reader(model, config, mesh),
-        step=make_step(model, optimizer, config, mesh),
-        evaluate=_make_eval(model, config, mesh),
-        sample=_make_sample(model, config, held_out, data.tokenizer, mesh),
-        observe=observe,
-        description=_describe(config, model, data, mesh, state),
-    )
+        Raises:
+            InputError: on every process, if one of them finds a mistake.
+        """
+        self.config, train_config, seq_len = config, config.train, config.model.seq_len
+        with all_or_none():
+            for term in config.loss.terms.values():
+                if isinstance(term, SolverTerm):
+                    make_correction(term)
+            self.mesh = mesh = make_mesh(config.mesh)
+            part, num_parts = data_shard(mesh)
+            self.model = model = LanguageModel(config.model, config.machine)
+            data = prepare_data(data_config(config, resume))
+            check_vocab(data.tokenizer, config.model.vocab_size)
+            self.batches = train_iterator(
+                data,
+                seq_len=seq_len,
+                batch_size=train_config.batch_size,
+                seed=config.data.seed,
+                process_index=part,
+                process_count=num_parts,
+            )
+            """This process's rows of the training batches, from the first step on."""
+            rows = train_config.batch_size // train_config.num_microbatches
+            windows = held_out_batches(data, seq_len=seq_len, batch_size=rows, num_batches=train_config.eval_batches)
+            self.held_out = [Batch(**window) for window in windows]
+            _check_division(self.held_out, config, mesh)
+            self.optimizer = optimizer_of(model, config, mesh)
+            state = abstract_state(model, self.optimizer, config, mesh)
+            check_state(state, config, mesh)
+            self.observe = make_observe(model, config, mesh) if train_config.frontier_every else None
+        check_same("config", to_json(config))
+        check_same("corpus", data.content_hash)
+        with all_or_none():
+            if is_first():
+                check_run_dir(config.run_path, config, resume)
+                _check_corpus(config.run_path, data)
+                atomic_write(config.run_path / "tokenizer.json", data.tokenizer.to_json())
+        self.description = _describe(config, model, data, mesh, state)
+        self.saved = abstract_saved(state, model, mesh)
+        """Shapes and shardings of what a checkpoint holds."""
+        self.read = make_reader(model, config, mesh)
+        self.step = make_step(model, self.optimizer, config, mesh)
+        self.evaluate = _make_eval(model, config, mesh)
+        self.sample = _make_sample(model, config, self.held_out, data.tokenizer, mesh)
 
 
 def _check_corpus(run_path: Path, data: TokenData) -> None:
@@ -180,7 +140,7 @@ def _make_eval(model: LanguageModel, config: Config, mesh: Mesh) -> EvalFn:
     @functools.partial(jax.jit, static_argnames="plan")
     def evaluate(params: Params, batch: Batch, *, plan: Plan) -> dict[str, Array]:
         ring_microbatches = config.mesh.ring_microbatches
-        passes = Passes.of(model, params, balanced(batch), mesh=mesh, ring_microbatches=ring_microbatches)
+        passes = Passes(model, params, balanced(batch), mesh=mesh, ring_microbatches=ring_microbatches)
         return loss_fn(passes, config.loss, plan, weights)[1]
 
     def run(params: Params, batches: list[Batch], step: int) -> dict[str, float]:

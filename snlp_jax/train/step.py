@@ -158,7 +158,7 @@ def make_step(
                 params = merge(state["base"], trained, config.lora)
             else:
                 params = frozen(trained, config.train.trainable)
-            passes = Passes.of(model, params, rows, key, mesh=mesh, ring_microbatches=ring_microbatches)
+            passes = Passes(model, params, rows, key, mesh=mesh, ring_microbatches=ring_microbatches)
             return loss_fn(passes, config.loss, plan, weights)
 
         grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
