@@ -182,7 +182,7 @@ def test_diagnosis_of_a_language_model_is_that_of_its_forward_pass():
     diagnosis = diagnose(model, params, tokens_BT, regions_of(*settings))
     fused, shared = diagnosis.regions
     assert [region.setting for region in diagnosis.regions] == list(settings)
-    assert [region.layers for region in diagnosis.regions] == [(1, 3), (1, 2, 3)]
+    assert [region.layers for region in diagnosis.regions] == [[1, 3], [1, 2, 3]]
     assert [np.shape(region.errors) for region in diagnosis.regions] == [(3, 2), (2, 3)]
     for k, row in enumerate(fused.errors[1:], start=1):
         assert max(row[:k]) < 1e-5  # float32 rounding of batched against single products

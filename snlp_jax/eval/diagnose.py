@@ -36,7 +36,6 @@ from snlp_jax.solver import (
     Chain,
     Exact,
     FusedSplit,
-    MethodData,
     ParallelSegment,
     PerLayer,
     PrefixState,
@@ -61,15 +60,15 @@ class RegionDiagnosis:
     """As it was asked for, without the number of iterations."""
     surrogate: str
     """The correction, its options and, where it is not a layer, the node."""
-    layers: tuple[int, ...]
+    layers: list[int]
     """The (last) layer of every node, from 0."""
-    errors: tuple[tuple[float, ...], ...]
+    errors: list[list[float]]
     """||h_l - h*_l|| / ||h*_l|| of the initial trace and after each iteration, mean over tokens."""
-    residuals: tuple[tuple[float, ...], ...]
+    residuals: list[list[float]]
     """||f_l(h_{l-1}) - h_l|| / ||h_l||, likewise."""
-    spectral_norms: tuple[float, ...]
+    spectral_norms: list[float]
     """||J_l||_2 at the exact trace, largest of the windows."""
-    contractions: tuple[float, ...]
+    contractions: list[float]
     """||J_l - A_l||_2 with the first iteration's A_l at the exact trace, largest of the windows."""
 
 
@@ -83,7 +82,10 @@ class Diagnosis(Record):
 
     def to_png(self) -> bytes:
         """A heat map of errors a region, and the norms by layer."""
-        return _draw(self)
+        import matplotlib
+
+        with matplotlib.rc_context({"font.size": 7, "lines.markersize": 3}):
+            return _draw(self)
 
     def tables(self) -> Iterator[Table]:
         """The error that leaves each region after some iterations, and the norms."""
@@ -105,11 +107,11 @@ def diagnose_run(run_dir: Path, config: Config, which: Which = "best") -> Diagno
     Raises:
         InputError: see :func:`snlp_jax.eval.run.open_run`; or no setting has a parallel region.
     """
-    parallel_regions(parse_settings(config.model, config.eval))  # refused before anything is read or fitted
+    regions = parallel_regions(parse_settings(config.model, config.eval))  # refused before anything is read or fitted
     run = open_run(run_dir, config, which)
     (windows,) = held_out_batches(run.data, seq_len=config.model.seq_len, batch_size=NUM_WINDOWS, num_batches=1)
     tokens_BT, document_BT = windows["tokens"][:, :-1], windows["document"][:, :-1] if "document" in windows else None
-    diagnosis = diagnose(run.model, run.params, tokens_BT, parallel_regions(run.settings), run.fits, document_BT)
+    diagnosis = diagnose(run.model, run.params, tokens_BT, regions, run.fits, document_BT)
     return dataclasses.replace(diagnosis, info=run.about | diagnosis.info)
 
 
@@ -146,14 +148,23 @@ def diagnose(
     """
     model.check_tokens(tokens_BT)
     params = model.cast(params)
-    measure = jax.jit(partial(_measure, model))  # compiles once a region
+    measure = jax.jit(lambda weights, *windows: jax.lax.map(partial(_measure, model, weights), windows))
     results = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for name, region in progress.track(regions.items(), description="diagnosing"):
             weights = split(model, params, Schedule.of(model.config.num_layers, region), fits)
-            rows = [jax.tree.map(lambda x, b=b: x[b : b + 1], (tokens_BT, document_BT)) for b in range(len(tokens_BT))]
-            windows = [jax.device_get(measure(weights, *row)) for row in rows]
-            results.append(_summary(name, region, windows))
+            errors, residuals, norms, left = jax.device_get(measure(weights, tokens_BT, document_BT))
+            results.append(
+                RegionDiagnosis(
+                    name,
+                    _surrogate_of(region),
+                    layers=list(range(region.start + region.layers_per_node - 1, region.stop, region.layers_per_node)),
+                    errors=errors.mean(0).tolist(),
+                    residuals=residuals.mean(0).tolist(),
+                    spectral_norms=norms.max(0).tolist(),
+                    contractions=left.max(0).tolist(),
+                )
+            )
     info = circumstances() | {
         "dtype": jnp.dtype(model.dtype).name,
         "num_layers": model.config.num_layers,
@@ -164,53 +175,41 @@ def diagnose(
     return Diagnosis(tuple(results), info)
 
 
-def _measure(
-    model: LanguageModel, weights: Weights, tokens_BT: Array, document_BT: Array | None
-) -> tuple[Array, Array, Array, Array]:
-    """Errors, residuals, spectral norms and contractions of one window [1, T], as in :class:`RegionDiagnosis`. The
-    layers after the region are not run."""
+def _measure(model: LanguageModel, weights: Weights, window: tuple[Array, Array | None]) -> tuple[Array, ...]:
+    """Errors and residuals, iterations by nodes, spectral norms and contractions of one window: tokens [T], and their
+    documents. The layers after the region are not run."""
+    tokens_BT, document_BT = jax.tree.map(lambda x: x[None], window)
     position, region = next((i, s) for i, s in enumerate(weights.segments) if isinstance(s, ParallelSegment))
-    part = weights.parts[position]
+    part, correction = weights.parts[position], correction_of(model.config, region)
     states = run_parts(model, weights.before(position), tokens_BT, document_BT=document_BT)
-    num_iters = 1 if isinstance(region.stage, FusedSplit) else region.num_nodes
 
-    def posed(region: ParallelSegment) -> tuple[Chain, MethodData]:
-        posed_part = dataclasses.replace(part, segment=region)
-        (chain,) = chains_of(model, weights.embed_head, posed_part, tokens_BT, states.shared, states.h_last)
-        return chain, method_data(posed_part, states.shared, chain)
+    def chain_of(region: ParallelSegment) -> Chain:
+        posed = dataclasses.replace(part, segment=region)
+        (chain,) = chains_of(model, weights.embed_head, posed, tokens_BT, states.shared, states.h_last)
+        return chain
 
-    correction = correction_of(model.config, region)
-    chain, data = posed(region)
-    errors = trace_errors(chain, correction, region.init, data, num_iters=num_iters)
+    chain = chain_of(region)
+    data = method_data(part, states.shared, chain)
+    is_split = isinstance(region.stage, FusedSplit)
+    errors = trace_errors(chain, correction, region.init, data, num_iters=1 if is_split else region.num_nodes)
     # Exact asks for layers with a forward mode. A split stage is another way to evaluate the layers: the Jacobians are
     # those of the layers themselves.
-    stage = PerLayer() if isinstance(region.stage, FusedSplit) else region.stage
-    chain, _ = posed(dataclasses.replace(region, correction=Exact(), init=PrefixState(), stage=stage))
+    stage = PerLayer() if is_split else region.stage
+    chain = chain_of(dataclasses.replace(region, correction=Exact(), init=PrefixState(), stage=stage))
     trace = sequential(chain, with_trace=True).trace
-    return errors.error, errors.residual, spectral_norms(chain, trace), contraction(chain, correction, trace, data)
+    return *errors, spectral_norms(chain, trace), contraction(chain, correction, trace, data)
 
 
-def _summary(name: str, region: ParallelSegment, windows: Sequence[tuple[np.ndarray, ...]]) -> RegionDiagnosis:
-    errors, residuals, norms, contractions = (np.stack(parts) for parts in zip(*windows, strict=True))
-    table = lambda array: tuple(tuple(map(float, row)) for row in array.mean(0))  # noqa: E731
+def _surrogate_of(region: ParallelSegment) -> str:
     stage = "" if isinstance(region.stage, PerLayer | FusedSplit) else f", {_words(region.stage)}"
-    fit = f", fit {region.fit}" if region.fit else ""
-    return RegionDiagnosis(
-        setting=name,
-        surrogate=_words(region.correction) + stage + fit,
-        layers=tuple(range(region.start + region.layers_per_node - 1, region.stop, region.layers_per_node)),
-        errors=table(errors),
-        residuals=table(residuals),
-        spectral_norms=tuple(map(float, norms.max(0))),
-        contractions=tuple(map(float, contractions.max(0))),
-    )
+    return _words(region.correction) + stage + (f", fit {region.fit}" if region.fit else "")
 
 
 def _words(method: Any) -> str:
     """The class and the fields that are not at their defaults."""
-    values = {field.name: (getattr(method, field.name), field.default) for field in dataclasses.fields(method)}
-    fields = [f"{name}={value}" for name, (value, default) in values.items() if value != default]
-    return type(method).__name__ + (f"({', '.join(fields)})" if fields else "")
+    defaults = vars(type(method))
+    changed = ", ".join(f"{name}={value}" for name, value in vars(method).items() if value != defaults.get(name))
+    return type(method).__name__ + (f"({changed})" if changed else "")
 
 
 def _draw(diagnosis: Diagnosis) -> bytes:
@@ -230,15 +229,10 @@ def _draw(diagnosis: Diagnosis) -> bytes:
             range(num_iters), range(num_nodes), errors_NK, norm=LogNorm(*COLOUR_RANGE), cmap="magma"
         )
         places = sorted({0, num_nodes // 2, num_nodes - 1})
-        axis.set_yticks(places, [str(region.layers[place]) for place in places], fontsize=7)
+        axis.set_yticks(places, [str(region.layers[place]) for place in places])
         axis.locator_params(axis="x", integer=True, nbins=6)
-        axis.tick_params(labelsize=7)
-        axis.set_title(region.setting, fontsize=8)
-        axis.set_xlabel("iterations", fontsize=8)
-        axis.set_ylabel("layer", fontsize=8)
-    bar = figure.colorbar(image, ax=maps, shrink=0.8, extend="both")
-    bar.ax.tick_params(labelsize=7)
-    bar.set_label("||h - h*|| / ||h*||, mean over tokens", fontsize=8)
+        axis.set(title=region.setting, xlabel="iterations", ylabel="layer")
+    figure.colorbar(image, ax=maps, shrink=0.8, extend="both", label="||h - h*|| / ||h*||, mean over tokens")
     _draw_norms(figure.add_subplot(grid[-1, :]), regions)
     text = f"{info['num_windows']} windows of {info['window_len']} tokens; {info['device']}, {info['dtype']}"
     figure.suptitle(f"Error of every layer, and why: {text}", fontsize=10)
@@ -248,27 +242,19 @@ def _draw(diagnosis: Diagnosis) -> bytes:
 def _draw_norms(axis: Any, regions: Sequence[RegionDiagnosis]) -> None:
     """Norms by layer. Regions of one surrogate, which agree where they overlap, share a colour."""
     surrogates = list(dict.fromkeys(region.surrogate for region in regions))
-    lines = []
     for region in regions:
         _, chunks, options = region.surrogate.partition(", Chunkwise")
         label = f"||J|| of {chunks[2:]}{options}" if chunks else "||J||"
-        lines.append((label, region.layers, region.spectral_norms, "#333d43", "-"))
-    for region in regions:
         colour = f"C{surrogates.index(region.surrogate)}"
-        lines.append((f"||J - A||, {region.surrogate}", region.layers, region.contractions, colour, "--"))
-    labels = [line[0] for line in lines]
-    for index, (label, layers, norms, colour, style) in enumerate(lines):
-        shown = None if label in labels[:index] else label
-        width = 1.6 if style == "-" else 1.1
-        floored = np.maximum(norms, COLOUR_RANGE[0])
-        axis.plot(layers, floored, style, marker="o", markersize=3, color=colour, linewidth=width, label=shown)
+        norms, left = np.maximum([region.spectral_norms, region.contractions], COLOUR_RANGE[0])
+        axis.plot(region.layers, norms, "o-", color="#333d43", linewidth=1.6, label=label, zorder=1)
+        axis.plot(region.layers, left, "o--", color=colour, linewidth=1.1, label=f"||J - A||, {region.surrogate}")
     axis.axhline(1.0, color="#9aa5ad", linewidth=0.8, linestyle=":")
-    axis.set_yscale("log")
-    axis.set_xlabel("layer", fontsize=8)
-    axis.set_ylabel("2-norm at the exact trace", fontsize=8)
-    axis.tick_params(labelsize=7, which="both")
+    axis.set(yscale="log", xlabel="layer", ylabel="2-norm at the exact trace")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(color="#e6e9eb", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    handles, labels = axis.get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))
+    axis.legend(shown.values(), shown.keys(), frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
