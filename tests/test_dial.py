@@ -106,7 +106,9 @@ def test_flops_add_up_to_those_of_the_run() -> None:
     """Parts of a step, with one term from half of the steps on."""
     loss = LossConfig(solver_ce=SolverCEConfig(weight=1.0, region_sizes=(2,), start_fraction=0.5))
     config = Config(
-        model=dataclasses.replace(MODEL, num_layers=2), loss=loss, train=TrainConfig(num_steps=8, batch_size=4)
+        model=dataclasses.replace(MODEL, num_layers=2, use_smear=False, use_value_embeds=False),
+        loss=loss,
+        train=TrainConfig(num_steps=8, batch_size=4),
     )
     parts = flops_of_parts(config)
     plain, term = parts.values()

@@ -150,7 +150,7 @@ def test_report_files(
     report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Where nothing can draw; the script draws."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     paths, notice = report.write(tmp_path)
     by_suffix = {path.suffix: path for path in paths}
     assert set(by_suffix) == {".json", ".csv"} and "matplotlib" in notice

@@ -15,7 +15,7 @@ from tiny_run import MODEL, random_run, tiny
 from snlp_jax.cli.infer import Args, open_engine
 from snlp_jax.config import EvalConfig, SearchConfig, to_json
 from snlp_jax.errors import InputError
-from snlp_jax.eval.search import clock, search, search_run
+from snlp_jax.eval.search import Search, clock, search
 from snlp_jax.eval.search.quality import Measured, Quality, Sums
 from snlp_jax.eval.search.space import lines_of, lossless_of
 from snlp_jax.eval.solver_file import SolverFile, read_solver_file, setting_of, with_settings, write_solver_file
@@ -130,7 +130,7 @@ def search_of(run_dir: Path, **fields):
         config, eval=EvalConfig(num_windows=16, batch_size=8, timing_repeats=3, greedy_prompt_len=4)
     )
     settings = {"search": True, "objective": "depth", "tolerances": (), "max_iters": 2} | fields
-    return search_run(run_dir, config, SearchConfig(**settings))
+    return Search(run_dir, config, SearchConfig(**settings)).run()
 
 
 def test_search_of_a_run_writes_what_it_finds(run_dir, monkeypatch):
@@ -146,6 +146,7 @@ def test_search_of_a_run_writes_what_it_finds(run_dir, monkeypatch):
     assert found.winner.depth == 2 and found.solver.measured["sequential_depth"] == 4
     low, high = found.solver.measured["ppl_interval"]
     assert low < math.expm1(0.04) < high < 0.05 and found.solver.fingerprint
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)  # the script draws
     paths, _ = found.write(run_dir)
     assert {path.name for path in paths} >= {"search.json", "search.csv", "solver.json"}
     assert read_solver_file("auto", 4, run_dir) == found.solver

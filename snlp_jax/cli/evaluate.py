@@ -67,9 +67,9 @@ def main() -> None:
 def measure(args: Args, config: Config) -> "Record":
     """The evaluation that was asked for."""
     if args.search.search:
-        from snlp_jax.eval.search import search_run
+        from snlp_jax.eval.search import Search
 
-        return search_run(args.run_dir, config, args.search, args.checkpoint)
+        return Search(args.run_dir, config, args.search, args.checkpoint).run()
     if args.task.tasks:
         from snlp_jax.eval.tasks import tasks_of_run
 

@@ -52,9 +52,14 @@ LEAST_SECONDS = 1.0
 
 
 class Search:
-    """One search, measured on a run's checkpoint; :meth:`run` does it."""
+    """The search for the cheapest setting of a run's checkpoint within the limit of ``search``; :meth:`run` does it.
 
-    def __init__(self, run_dir: Path, config: Config, search: SearchConfig, which: Which):
+    Raises:
+        InputError: see :func:`snlp_jax.eval.run.open_run`; a mesh, kernels of eight bits, a region size larger than
+            the model, too little text.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, search: SearchConfig, which: Which = "best"):
         if config.eval.mesh != MeshConfig():
             raise InputError("--search measures on one device; leave out --mesh.")
         if config.eval.weights != "compute":
@@ -276,16 +281,6 @@ class Search:
             bounds.change if bounds else None,
             (bounds.low, bounds.high) if bounds else None,
         )
-
-
-def search_run(run_dir: Path, config: Config, search: SearchConfig, which: Which = "best") -> Found:
-    """The cheapest setting of a run's checkpoint within the limit of ``search``.
-
-    Raises:
-        InputError: see :func:`snlp_jax.eval.run.open_run`; a mesh, kernels of eight bits, a region
-            size larger than the model, too little text.
-    """
-    return Search(run_dir, config, search, which).run()
 
 
 def shuffled_windows(data: TokenData, seq_len: int, num_windows: int) -> dict[str, np.ndarray]:
