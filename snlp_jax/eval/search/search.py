@@ -3,9 +3,10 @@
 Along a line of settings that differ in their number of layers alone, the perplexity grows with that number, and depth
 and time change with it in one direction. So of every line one setting matters: the one with the most layers within the
 limit, which bisection finds. A line with one iteration more keeps at least as many layers, so its bisection begins
-there. Of what the lines give, those are timed (or for objective ``depth`` compared) that no other beats in both depth
-and block evaluations. The fastest is confirmed on windows that nothing was chosen by; if they refute it, its line falls
-back by one setting, and the rest is compared again.
+there, or where it can first be cheaper than what stands already: what cannot, in depth and evaluations, is not
+measured. Of what the lines give, those are timed (or for objective ``depth`` compared) that no other beats in both
+depth and block evaluations. The fastest is confirmed on windows that nothing was chosen by; if they refute it, its line
+falls back by one setting, and the rest is compared again.
 
 That perplexity grows along a line is a guide, no theorem: a model may have been trained for one of the larger regions.
 The limit itself rests on no guide: it is what the confirmation tests.
