@@ -1,11 +1,9 @@
 """Downstream tasks of a model: every solver setting against the sequential pass, on the same examples."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -102,7 +100,7 @@ def compare_bits(bits_E: np.ndarray, reference_E: np.ndarray, bytes_E: np.ndarra
     return Bits(float(bits_E.sum() / num_bytes), float(difference_E.sum() / num_bytes), interval)
 
 
-def window_bytes(windows: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def window_bytes(windows: Sequence[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
     """[W]: bytes of UTF-8 text of the targets of windows [W, T + 1]. Separators have none; what is left of a character
     that a window's border cuts counts as one byte, or a byte each."""
     texts = [tokenizer.decode(window[1:]) for window in windows]
@@ -128,41 +126,31 @@ def tasks_of_run(run_dir: Path, config: Config, task_config: TaskConfig, which: 
             check_settings(schedule, task_config.rule)
     mesh = mesh_of(config.eval, schedules, {"eval.batch_size": config.eval.batch_size})
     run = open_run(run_dir, config, which)
-    windows = held_out(run.data, config)
+    batches = held_out(run.data, config)
     # Of conversations only the responses count, which are no text of their own.
-    window_WT = None if "weight" in windows[0] else np.concatenate([batch["tokens"] for batch in windows])
-    report = evaluate_tasks(run, tasks, window_WT, config.eval, task_config, mesh)
-    about = run.about | {"config": {"model": vars(config.model)}}
-    return dataclasses.replace(report, info=about | report.info)
-
-
-class Answers(NamedTuple):
-    """What one setting has made of all tasks and of the held-out text."""
-
-    outcomes: dict[str, Outcome]
-    """By task."""
-    num_cut: dict[str, int]
-    """By task, contexts that lost their beginning."""
-    bits_W: np.ndarray
-    """Of every held-out window."""
+    windows = [] if "weight" in batches[0] else [window for batch in batches for window in batch["tokens"]]
+    return evaluate_tasks(run, tasks, windows, config.eval, task_config, mesh)
 
 
 def evaluate_tasks(
     run: OpenRun,
     tasks: Sequence[Task],
-    windows: np.ndarray | None,
+    windows: Sequence[np.ndarray],
     config: EvalConfig,
     task_config: TaskConfig,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None,
 ) -> TaskReport:
     """Every task under every setting of the run.
 
     Args:
-        windows: held-out text [W, T + 1], for its bits per byte; None leaves them out.
+        windows: held-out text [W, T + 1], for its bits per byte; none leaves them out.
     """
     params = canonical(run.model, run.params) if mesh is None else run.params
-    spans = [] if windows is None else [Span(window, len(window) - 1) for window in windows]
-    answers: dict[str, Answers] = {}
+    spans = [Span(window, len(window) - 1) for window in windows]
+    bytes_W = window_bytes(windows, run.data.tokenizer)
+    references: dict[str, Outcome] = {}  # those of the sequential pass, which is the first setting
+    bits: list[np.ndarray] = []  # of every window, by setting
+    results, held_out = [], []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=len(run.settings) * (len(tasks) + 1))
         for setting, schedule in run.settings.items():
@@ -180,36 +168,29 @@ def evaluate_tasks(
             progress.update(bar, description=setting)
             if needs_solitude(schedule):
                 progress.console.print(f"note: {setting} scores every text alone, with a program for every length.")
-            answers[setting] = _answers(text_model, tasks, spans, task_config.max_new_tokens)
-    results, num_bootstrap = [], config.num_bootstrap
-    for task in tasks:
-        for setting, each in answers.items():
-            compared = compare_outcomes(each.outcomes[task.name], answers["seq"].outcomes[task.name], num_bootstrap)
-            num_cut, num_examples = each.num_cut[task.name], len(task.examples)
-            results.append(TaskResult(task.name, setting, num_examples, task.chance, *compared, num_cut))
-    held_out, about = [], None
-    if windows is not None:
-        about = {"num_windows": len(windows), "window_len": windows.shape[1] - 1}
-        bytes_W, reference_W = window_bytes(windows, run.data.tokenizer), answers["seq"].bits_W
-        for setting, each in answers.items():
-            held_out.append(HeldOutResult(setting, compare_bits(each.bits_W, reference_W, bytes_W, num_bootstrap)))
-    info = circumstances() | {
-        "held_out": about,
+            for task in tasks:
+                text_model.num_cut = 0
+                outcome = _answer(text_model, task, task_config.max_new_tokens)
+                reference = references.setdefault(task.name, outcome)
+                compared = compare_outcomes(outcome, reference, config.num_bootstrap)
+                size, chance, num_cut = len(task.examples), task.chance, text_model.num_cut
+                results.append(TaskResult(task.name, setting, size, chance, *compared, num_cut))
+            if spans:
+                bits.append(np.asarray([-score.log_prob / math.log(2) for score in text_model.score(spans)]))
+                found = compare_bits(bits[-1], bits[0], bytes_W, config.num_bootstrap)
+                held_out.append(HeldOutResult(setting, found))
+    results.sort(key=lambda result: list(references).index(result.task))
+    info = {
+        "config": {"model": vars(run.model.config)},
+        "held_out": {"num_windows": len(windows), "window_len": len(windows[0]) - 1} if spans else None,
         "tasks": {task.name: task.about() for task in tasks},
         "rule": task_config.rule,
         "max_new_tokens": task_config.max_new_tokens,
     }
-    return TaskReport(tuple(results), tuple(held_out), info)
+    return TaskReport(tuple(results), tuple(held_out), run.about | circumstances() | info)
 
 
-def _answers(text_model: TextModel, tasks: Sequence[Task], spans: Sequence[Span], max_new_tokens: int) -> Answers:
-    outcomes, num_cut = {}, {}
-    for task in tasks:
-        before = text_model.num_cut
-        if task.is_choice:
-            outcomes[task.name] = score_choices(text_model.log_likelihoods, task)
-        else:
-            outcomes[task.name] = match_answers(text_model.complete, task, max_new_tokens)
-        num_cut[task.name] = text_model.num_cut - before
-    scores = text_model.score(spans) if spans else []
-    return Answers(outcomes, num_cut, np.asarray([-score.log_prob / math.log(2) for score in scores]))
+def _answer(text_model: TextModel, task: Task, max_new_tokens: int) -> Outcome:
+    if task.is_choice:
+        return score_choices(text_model.log_likelihoods, task)
+    return match_answers(text_model.complete, task, max_new_tokens)
