@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,8 +61,7 @@ def from_flags(flags: argparse.Namespace) -> Processes | None:
         raise InputError(
             "give either --distributed alone, or all of --coordinator HOST:PORT, --num-processes and --process-id."
         )
-    host, _, port = flags.coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    if not re.fullmatch(r".+:\d+", flags.coordinator):
         raise InputError(f"--coordinator {flags.coordinator!r} is not HOST:PORT, such as 10.0.0.1:8476.")
     if not 0 <= flags.process_id < flags.num_processes:
         raise InputError(f"--process-id is {flags.process_id}; it must be 0 to {flags.num_processes - 1}.")
@@ -160,22 +160,18 @@ def _connect(processes: Processes) -> None:
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler would hide the signal from us
+    where, seconds = (processes.coordinator, processes.num_processes, processes.process_id), processes.timeout
     try:
         jax.distributed.initialize(
-            processes.coordinator,
-            processes.num_processes,
-            processes.process_id,
-            initialization_timeout=processes.timeout,
-            heartbeat_timeout_seconds=processes.timeout,
-            shutdown_timeout_seconds=processes.timeout,
+            *where,
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=seconds,
+            shutdown_timeout_seconds=seconds,
         )
     except ValueError as error:
         if processes.coordinator is not None:
             raise
-        raise InputError(
-            f"no cluster was found ({str(error).rstrip('.')}); give --coordinator HOST:PORT, --num-processes and "
-            "--process-id instead of --distributed."
-        ) from error
+        raise InputError(f"no cluster was found ({error}); give --coordinator in place of --distributed.") from error
     if jax.process_index() > 0:
         logging.getLogger("snlp_jax").setLevel(logging.WARNING)
 

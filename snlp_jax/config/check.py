@@ -48,21 +48,7 @@ class Checked:
         """
         cls: Any = type(self)
         for name, kind in annotations_of(cls).items():
-            check_value(kind, getattr(self, name), self.path_of(name))
-
-    def path_of(self, name: str) -> str:
-        """A field as messages and flags name it."""
-        return f"{self.section}.{name}" if self.section else name
-
-    def at_least(self, bound: int, *names: str) -> None:
-        """
-        Raises:
-            InputError: a field of these names is less, infinite or no number.
-        """
-        rule = "it must be 0 or more" if bound == 0 else f"it must be at least {bound}"
-        for name in names:
-            value = getattr(self, name)
-            require(bound <= value < math.inf, f"{self.path_of(name)} is {value}; {rule}.")
+            check_value(kind, getattr(self, name), f"{self.section}.{name}" if self.section else name)
 
 
 @functools.cache

@@ -5,10 +5,10 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
-from snlp_jax.config.check import require
 from snlp_jax.config.experiment import Config
 from snlp_jax.config.loss import LossTerm
 from snlp_jax.config.model import ModelConfig
+from snlp_jax.errors import InputError
 
 Term = TypeVar("Term", bound=LossTerm)
 
@@ -46,7 +46,8 @@ class Dial:
         Raises:
             InputError: the depth is below 1, or ``base`` does not go with what is derived.
         """
-        require(depth >= 1, f"--depth is {depth}; it must be at least 1.")
+        if depth < 1:
+            raise InputError(f"--depth is {depth}; it must be at least 1.")
         base, model = self.base, self._model(depth)
         batch_size, tokens = self._batch_size(depth), self._tokens(depth)
         rows = max(self.microbatch_tokens // model.seq_len, 1)

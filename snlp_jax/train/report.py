@@ -110,10 +110,10 @@ def curves_of(records: Records) -> Curves:
     """Metric -> its steps and values. Of a step that was written twice the later value counts."""
     values: dict[str, dict[int, float]] = {}
     for record in records:
-        for name, value in record.items():
-            if name != "step":
-                values.setdefault(name, {})[int(record["step"])] = value
-    return {name: (np.array(sorted(v)), np.array([v[step] for step in sorted(v)])) for name, v in values.items()}
+        for name in record.keys() - {"step"}:
+            values.setdefault(name, {})[int(record["step"])] = record[name]
+    steps = {name: sorted(of_step) for name, of_step in values.items()}
+    return {name: (np.array(steps[name]), np.array([values[name][s] for s in steps[name]])) for name in values}
 
 
 def summary(config: Config, curves: Curves, record: dict[str, Any]) -> list[tuple[str, str]]:
