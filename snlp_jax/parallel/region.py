@@ -167,9 +167,8 @@ def on_devices(
         check_vma=False,  # an all_gather's result is not tracked as replicated
     )
     solution = run_everywhere(chains, data, (index_L, jnp.arange(num_devices), row_B))
-    if chain.place.index_L is not None or num_nodes == chain.num_nodes:
-        return solution
-    return first_nodes(solution, chain.num_nodes)
+    is_whole = chain.place.index_L is not None or num_nodes == chain.num_nodes
+    return solution if is_whole else first_nodes(solution, chain.num_nodes)
 
 
 def _padded(chain: Chain, num_nodes: int) -> Chain:
