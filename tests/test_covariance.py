@@ -55,7 +55,7 @@ def test_axes_between_samples_and_features_are_separate_problems():
     """On the device as on the host."""
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(40, 2, 3)), rng.normal(size=(40, 2, 4))
-    on_device = jax.jit(Moments.of)(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    on_device = jax.jit(Moments.of)(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)).on_host()
     for index in range(2):
         alone = Moments.of(x[:, index], y[:, index])
         for actual, desired in zip(Moments.of(x, y)[1:5], alone[1:5], strict=True):

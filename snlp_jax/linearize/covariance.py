@@ -5,11 +5,15 @@ Chan, Golub and LeVeque (1979), ``S = S_1 + S_2 + (n_1 n_2 / n) (m_2 - m_1)(m_2 
 where a mean is large against the spread.
 """
 
-from typing import Any, NamedTuple, Self
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from snlp_jax.types import PyTree
 
 Array = Any
 
@@ -22,6 +26,7 @@ class Moments(NamedTuple):
 
     count: Array
     mean_x: Array
+    """On a device a pair, whose sum float32 could not hold: the rounded mean, and the mean of what it is off."""
     mean_y: Array
     xx: Array
     """Sum over samples of (x - mean)(x - mean)^T."""
@@ -31,17 +36,15 @@ class Moments(NamedTuple):
     """The same of (y - mean)(y - mean)^T, where it was asked for."""
 
     @classmethod
-    def of(cls, x: Array, y: Array, *, with_yy: bool = False) -> Self:
-        """Of one batch: jax arrays (inside jit) in their host precision, numpy arrays in float64."""
-        if not isinstance(x, jax.Array):
-            x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    def of(cls, x: Array, y: Array, *, with_yy: bool = False) -> "Moments":
+        """Of one batch: jax arrays (inside jit) in their precision, numpy arrays on the host in float64."""
         xp: Any = jnp if isinstance(x, jax.Array) else np
-        mean_x, mean_y = x.mean(0), y.mean(0)
-        x, y = x - mean_x[None], y - mean_y[None]
-        exact = {"precision": "highest"} if xp is jnp else {"optimize": True}
-        products = lambda a, b: xp.einsum("s...i,s...j->...ij", a, b, **exact)  # noqa: E731
-        count = xp.asarray(x.shape[0], mean_x.dtype)
-        return cls(count, mean_x, mean_y, products(x, x), products(y, x), products(y, y) if with_yy else None)
+        (x, mean_x), (y, mean_y) = _centred(x), _centred(y)
+        products = lambda a, b: xp.einsum("s...i,s...j->...ij", a, b)  # noqa: E731
+        with jax.default_matmul_precision("highest"):
+            xx, yx, yy = products(x, x), products(y, x), products(y, y) if with_yy else None
+        found = cls(xp.asarray(len(x), x.dtype), mean_x, mean_y, xx, yx, yy)
+        return found if xp is jnp else found.on_host()
 
     def merge(self, other: "Moments") -> "Moments":
         """Of both streams, in float64 on the host. Associative and commutative up to rounding."""
@@ -58,23 +61,36 @@ class Moments(NamedTuple):
         )
 
     def covariance(self, *, centred: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """``(C_xx, C_yx)`` divided by the count; without ``centred`` the raw second moments E[x x^T], E[y x^T]."""
-        host = self.on_host()
-        xx, yx = host.xx / host.count, host.yx / host.count
+        """``(C_xx, C_yx)`` on the host; without ``centred`` the raw second moments E[x x^T], E[y x^T]."""
+        xx, yx = self.xx / self.count, self.yx / self.count
         if centred:
             return xx, yx
-        return xx + _outer(host.mean_x, host.mean_x), yx + _outer(host.mean_y, host.mean_x)
+        return xx + _outer(self.mean_x, self.mean_x), yx + _outer(self.mean_y, self.mean_x)
 
-    def moved(self, x: Array, y: Array) -> "Moments":
-        """Of the samples (x_s + x, y_s + y): covariances do not change. In float64 on the host."""
-        host = self.on_host()
-        return host._replace(
-            mean_x=host.mean_x + np.asarray(x, np.float64), mean_y=host.mean_y + np.asarray(y, np.float64)
-        )
+    def with_residual(self) -> "Moments":
+        """Of (x, y + x), on the host."""
+        assert self.yy is not None
+        yy = self.yy + self.yx + self.yx.T + self.xx
+        return self._replace(mean_y=self.mean_y + self.mean_x, yx=self.yx + self.xx, yy=yy)
 
     def on_host(self) -> "Moments":
         """In float64."""
-        return Moments(*(None if part is None else np.asarray(part, np.float64) for part in self))
+        whole = lambda mean: np.add(*mean, dtype=np.float64) if isinstance(mean, tuple) else mean  # noqa: E731
+        found = self._replace(mean_x=whole(self.mean_x), mean_y=whole(self.mean_y))
+        return jax.tree.map(lambda part: np.asarray(part, np.float64), found)
+
+
+def total(parts: Iterable[PyTree]) -> PyTree:
+    """Equal trees of moments, each merged over all parts, in float64 on the host."""
+    each = functools.partial(jax.tree.map, is_leaf=lambda node: isinstance(node, Moments))
+    return each(Moments.on_host, functools.reduce(functools.partial(each, Moments.merge), parts))
+
+
+def _centred(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    """``x`` [S, ...] without its mean, which is a pair."""
+    mean = x.mean(0)
+    off = (x - mean[None]).mean(0)
+    return x - mean[None] - off[None], (mean, off)
 
 
 def _outer(p: Array, q: Array) -> Array:

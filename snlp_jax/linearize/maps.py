@@ -6,8 +6,8 @@ always the full quadratic form
 
     tr(C_yy - 2 W C_xy + W C_xx W^T) + |E[y] - W E[x] - b|^2,
 
-of the moments at hand, so that a candidate costs no pass through the model. NMSE divides it by tr(C_yy); with the
-residual (the authors' convention, Y = y + x) by tr Cov(y + x), which is what the layers behind see of the error.
+of the moments at hand, on the host, so that a candidate costs no pass through the model. NMSE divides it by tr(C_yy);
+with the residual (the authors' convention, Y = y + x) by tr Cov(y + x), which is what the layers behind see.
 """
 
 import math
@@ -62,7 +62,7 @@ def fit_map(
         rank: with r > 0 the best map of that rank: by the theorem of Eckart and Young, in the metric of C_xx,
             ``U U^T W`` with U the r leading left singular vectors of ``W C_xx^{1/2}``.
     """
-    host, (c_xx, c_yx) = moments.on_host(), moments.covariance()
+    c_xx, c_yx = moments.covariance()
     values_X, vectors_XX = np.linalg.eigh(c_xx)
     values_X = (1.0 - shrinkage) * values_X + shrinkage * np.trace(c_xx) / len(c_xx)
     condition = float(values_X[-1] / values_X[0]) if values_X[0] > 0 else math.inf
@@ -76,7 +76,7 @@ def fit_map(
             moved_YX = weight_YX @ (vectors_XX * np.sqrt(np.maximum(loaded_X, 0.0)))
             basis_YR = top_eigenvectors(moved_YX @ moved_YX.T, rank)
             weight_YX = basis_YR @ (basis_YR.T @ weight_YX)
-        return BranchMap(weight_YX, host.mean_y - weight_YX @ host.mean_x, ridge, condition)
+        return BranchMap(weight_YX, moments.mean_y - weight_YX @ moments.mean_x, ridge, condition)
 
     if ridge is None and condition > MAX_CONDITION and held_out is not None:
         return min(map(fit, RIDGES), key=lambda fit: squared_error(fit, held_out))
@@ -85,42 +85,32 @@ def fit_map(
 
 def squared_error(fit: BranchMap, moments: Moments) -> float:
     """``E |y - W x - b|^2`` of the samples that the moments are of."""
-    c_xx, c_yx = moments.covariance()
-    host, weight_YX = moments.on_host(), fit.weight_YX
-    off_Y = host.mean_y - weight_YX @ host.mean_x - fit.bias_Y
+    (c_xx, c_yx), weight_YX = moments.covariance(), fit.weight_YX
+    off_Y = moments.mean_y - weight_YX @ moments.mean_x - fit.bias_Y
     around_mean = variance(moments) - 2.0 * np.sum(weight_YX * c_yx) + np.sum((weight_YX @ c_xx) * weight_YX)
     return max(float(around_mean + off_Y @ off_Y), 0.0)
 
 
-def variance(moments: Moments, *, residual: bool = False) -> float:
-    """tr(C_yy), or with the residual tr Cov(y + x)."""
-    c_xx, c_yx = moments.covariance()
-    host = moments.on_host()
-    assert host.yy is not None
-    total = np.trace(host.yy) / host.count
-    return float(total + 2.0 * np.trace(c_yx) + np.trace(c_xx) if residual else total)
+def variance(moments: Moments) -> float:
+    """tr(C_yy)."""
+    return float(np.trace(moments.yy) / moments.count)  # type: ignore[arg-type]
 
 
 def nmse(fit: BranchMap, moments: Moments, *, residual: bool = False) -> float:
     """The squared error over the variance of y, or of y + x: 0 is exact, 1 is what the mean alone does."""
-    spread = variance(moments, residual=residual)
+    spread = variance(moments.with_residual() if residual else moments)
     return squared_error(fit, moments) / spread if spread > 0 else 0.0  # a branch that says one thing is affine
 
 
-def cca_bound(moments: Moments, *, residual: bool = True) -> float:
-    """The authors' bound on the NMSE of the LMMSE map, by which they rank layers:
+def cca_bound(moments: Moments) -> float:
+    """The authors' bound on the NMSE of the LMMSE map, by which they rank layers, with moments of (x, y + x):
 
-        NMSE <= (Y - r) + sum_i (1 - rho_i^2),    rho_i the singular values of C_YY^-1/2 C_Yx C_xx^-1/2,
+        NMSE <= (Y - r) + sum_i (1 - rho_i^2),    rho_i the singular values of C_yy^-1/2 C_yx C_xx^-1/2,
 
-    by tr(A B) <= tr(A) tr(B) with A = C_YY / tr(C_YY), B = I - R R^T. Usually above 1 at real widths, while the NMSE
-    itself never is. ``residual`` takes Y = y + x, as they do. Directions without variance count as uncorrelated.
+    by tr(A B) <= tr(A) tr(B) with A = C_yy / tr(C_yy), B = I - R R^T. Usually above 1 at real widths, while the NMSE
+    itself never is. Directions without variance count as uncorrelated.
     """
-    c_xx, c_yx = moments.covariance()
-    host = moments.on_host()
-    assert host.yy is not None
-    c_yy = host.yy / host.count
-    if residual:
-        c_yx, c_yy = c_yx + c_xx, c_yy + c_yx + c_yx.T + c_xx
+    (c_xx, c_yx), c_yy = moments.covariance(), moments.yy / moments.count  # type: ignore[operator]
     correlation_YX = inverse_root(c_yy).T @ c_yx @ inverse_root(c_xx)
     return float(len(c_yy) - np.sum(correlation_YX**2))  # the sum of its squared singular values
 

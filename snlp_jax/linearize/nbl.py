@@ -8,6 +8,7 @@ cca              the authors' bound (:func:`snlp_jax.linearize.maps.cca_bound`)
 random           a control
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,10 @@ from jax.sharding import Mesh
 from snlp_jax.config import LinearizeConfig
 from snlp_jax.errors import InputError
 from snlp_jax.linearize.maps import BranchMap, cca_bound, check_samples, fit_map, nmse
-from snlp_jax.linearize.replace import replace
-from snlp_jax.linearize.statistics import Batches, Branch, Place, branch_moments, check_wanted, whole_layers
+from snlp_jax.linearize.replace import check_rank, replace
+from snlp_jax.linearize.statistics import PARTS, Batches, Branch, Place, branch_moments, whole_layers
 from snlp_jax.model import LanguageModel
 from snlp_jax.types import Params
-
-ORDER: tuple[Branch, ...] = ("block", "attention", "mlp")
-"""In which branches are chosen: what takes most of a layer first."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +32,22 @@ class Candidate:
 
     layer: int
     branch: Branch
-    ridge: float
-    condition: float
-    """Of C_xx."""
+    fit: BranchMap
     nmse: float
     nmse_residual: float
     held_out: float
     """NMSE with the residual."""
     cca_bound: float
-    fit: BranchMap
 
     @property
     def place(self) -> Place:
         return self.branch, self.layer
 
     def row(self) -> dict[str, Any]:
-        """For a report: all but the map, an infinite condition as None."""
-        row = dict(vars(self), condition=self.condition if math.isfinite(self.condition) else None)
-        del row["fit"]
-        return row
+        """For a report: all but the map itself, an infinite condition as None."""
+        condition = self.fit.condition if math.isfinite(self.fit.condition) else None
+        numbers = {name: value for name, value in vars(self).items() if name != "fit"}
+        return numbers | {"ridge": self.fit.ridge, "condition": condition}
 
     def score(self, rank_by: str) -> float:
         names = {"heldout": "held_out", "cca": "cca_bound"}
@@ -122,13 +117,11 @@ def apply(
 
     ``rank`` is what the maps were fitted with.
     """
-    maps = {each.place: each.fit.affine for each in candidates if each.place in chosen and not drop}
-    new: dict[str, dict[int, Any]] = {"attention": {}, "mlp": {}}
-    for branch, layer in chosen:
-        if branch == "block":
-            new["attention"][layer] = None
-        new["mlp" if branch == "block" else branch][layer] = maps.get((branch, layer))
-    config, params = replace(model.config, params, **new, rank=rank)
+    maps = {each.place: None if drop else each.fit.affine for each in candidates if each.place in chosen}
+    attention = {layer: new for (branch, layer), new in maps.items() if branch == "attention"}
+    attention |= {layer: None for branch, layer in chosen if branch == "block"}
+    mlp = {layer: new for (branch, layer), new in maps.items() if branch != "attention"}
+    config, params = replace(model.config, params, attention=attention, mlp=mlp, rank=rank)
     return LanguageModel(config, model.machine, backend=model.backend), params
 
 
@@ -147,19 +140,17 @@ def measure(
     layers = sorted({layer for each in places.values() for layer in each})
     step = config.layers_at_once or max(len(layers), 1)
     found = []
+    run = functools.partial(branch_moments, skip_first=config.skip_first, mesh=mesh, on_batch=on_batch)
     for start in range(0, len(layers), step):
         part = layers[start : start + step]
         wanted = {branch: [layer for layer in each if layer in part] for branch, each in places.items()}
-        fitted, other = (
-            branch_moments(model, params, text, wanted, skip_first=config.skip_first, mesh=mesh, on_batch=on_batch)
-            for text in (fit, held_out)
-        )
+        fitted, other = (run(model, params, text, wanted) for text in (fit, held_out))
         for (branch, layer), moments in fitted.items():
             check_samples(int(moments.count), model.config.embed_dim)
-            unseen = other.pop((branch, layer))
+            unseen = other[branch, layer]
             best = fit_map(moments, unseen, ridge=config.ridge, shrinkage=config.shrinkage, rank=config.rank)
             errors = nmse(best, moments), nmse(best, moments, residual=True), nmse(best, unseen, residual=True)
-            found.append(Candidate(layer, branch, best.ridge, best.condition, *errors, cca_bound(moments), best))
+            found.append(Candidate(layer, branch, best, *errors, cca_bound(moments.with_residual())))
     return found
 
 
@@ -168,15 +159,15 @@ def choose(
 ) -> tuple[Place, ...]:
     """The best of every branch, whole blocks first, of whose layers the others then keep off; of equals the deeper."""
     chosen: list[Place] = []
-    for branch in (name for name in ORDER if name in counts):
+    for position, branch in enumerate(PARTS):
         taken = {layer for name, layer in chosen if name == "block"}
         free = [each for each in candidates if each.branch == branch and each.layer not in taken]
         if config.rank_by == "random":
-            order = np.random.default_rng([seed, ORDER.index(branch)]).permutation(len(free))
+            order = np.random.default_rng([seed, position]).permutation(len(free))
             free = [free[i] for i in order]
         else:
             free.sort(key=lambda each: (each.score(config.rank_by), -each.layer))
-        chosen += [each.place for each in free[: counts[branch]]]
+        chosen += [each.place for each in free[: counts.get(branch, 0)]]
     return tuple(chosen)
 
 
@@ -184,28 +175,22 @@ def check_linearize(model: LanguageModel, config: LinearizeConfig) -> None:
     """Refuse what a model cannot lose.
 
     Raises:
-        InputError: more branches than there are, a rank above the width or unlike that of the maps which the model has.
+        InputError: more branches than there are, blocks of a model with residual streams, a rank above the width or
+            unlike that of the maps which the model has.
     """
-    width, num_blocks = model.config.embed_dim, config.blocks
-    for flag, branch, count in (
-        ("--blocks", "block", num_blocks),
-        ("--attention", "attention", config.attention + num_blocks),
-        ("--mlp", "mlp", config.mlp + num_blocks),
-    ):
-        have = len(whole_layers(model, branch))  # type: ignore[arg-type]
-        if count > have:
-            rest = f" besides the {num_blocks} of --blocks" if num_blocks and branch != "block" else ""
-            wanted = count if branch == "block" else count - num_blocks
-            raise InputError(f"{flag} is {wanted}{rest}, but the model has {have} whole {branch}s; lower it.")
-    if num_blocks:
-        check_wanted(model, {"block": whole_layers(model, "block")})
+    width = model.config.embed_dim
+    if config.blocks and model.config.num_streams:
+        raise InputError("a block on several residual streams is no map of one; linearise attention or MLPs.")
+    for branch, count in _counts(config).items():
+        flag, others = ("blocks", 0) if branch == "block" else (branch, config.blocks)
+        have = len(whole_layers(model, branch))
+        if count + others > have:
+            rest = f" besides the {others} of --blocks" if others else ""
+            raise InputError(f"--{flag} is {count}{rest}, but the model has {have} whole {branch}s; lower it.")
     if config.rank > width:
         raise InputError(f"--rank is {config.rank}, but the model's width is {width}; lower it, or give 0.")
-    has_maps = bool(model.config.linear_attention or model.config.linear_mlp)
-    if has_maps and not config.drop and config.rank != model.config.linear_rank:
-        raise InputError(
-            f"--rank is {config.rank}, but the model has maps of rank {model.config.linear_rank} already; give that."
-        )
+    if not config.drop:
+        check_rank(model.config, config.rank)
 
 
 def num_passes(model: LanguageModel, config: LinearizeConfig) -> int:
@@ -214,10 +199,15 @@ def num_passes(model: LanguageModel, config: LinearizeConfig) -> int:
     return len(_rounds(config)) * -(-num_layers // (config.layers_at_once or num_layers))
 
 
+def _counts(config: LinearizeConfig) -> dict[Branch, int]:
+    """How many of each branch are asked for, in the order in which they are chosen."""
+    counts: dict[Branch, int] = {"block": config.blocks, "attention": config.attention, "mlp": config.mlp}
+    return {branch: count for branch, count in counts.items() if count}
+
+
 def _rounds(config: LinearizeConfig) -> list[dict[Branch, int]]:
     """How many of each branch are chosen at once, time after time."""
-    asked: dict[Branch, int] = {"block": config.blocks, "attention": config.attention, "mlp": config.mlp}
-    counts = {branch: count for branch, count in asked.items() if count}
+    counts = _counts(config)
     if not config.greedy:
         return [counts]
     starts = [(branch, start) for branch, count in counts.items() for start in range(0, count, config.every)]

@@ -7,7 +7,7 @@ map of its MLP to ``h' - x``.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -46,9 +46,11 @@ def replace(
         InputError: a layer that does not exist or whose branch is replaced already, a map of another width, or a rank
             that is not that of the maps which the model has.
     """
-    given = {"attention": dict(attention or {}), "mlp": dict(mlp or {})}
-    _check(config, given, rank)
+    given = {"attention": attention or {}, "mlp": mlp or {}}
+    _check(config, given)
     adds_maps = any(new is not None for maps in given.values() for new in maps.values())
+    if adds_maps:
+        check_rank(config, rank)
 
     def layers(kind: Literal["linear", "dropped"], branch: str) -> tuple[int, ...]:
         added = [layer for layer, new in given[branch].items() if (new is None) == (kind == "dropped")]
@@ -62,26 +64,33 @@ def replace(
         dropped_mlp=layers("dropped", "mlp"),
         linear_rank=rank if adds_maps else config.linear_rank,
     )
-    rows = {"linear_attn": given["attention"], "linear_mlp": given["mlp"]}
+    names = {"linear_attn": "attention", "linear_mlp": "mlp"}
 
     def kept(path: str, leaf: Array) -> Array | None:
-        before, after = owners(config, path), owners(new_config, path)
-        places = [row for row, layer in enumerate(before) if layer in after]
-        if path.split("/")[0] in rows or not places:
-            return None
-        return leaf if len(places) == len(before) else leaf[np.asarray(places)]
+        return None if path.split("/")[0] in names else _rows(leaf, owners(config, path), owners(new_config, path))
 
     blocks = map_present(kept, params["blocks"])
-    for name, maps in rows.items():
-        leaves = {layer: _leaves(new, rank) for layer, new in maps.items() if new is not None}
+    for name, branch in names.items():
+        leaves = {layer: _leaves(new, rank) for layer, new in given[branch].items() if new is not None}
         for row, layer in enumerate(owners(config, name)):
             leaves[layer] = jax.tree.map(lambda leaf, row=row: leaf[row], params["blocks"][name])
         if leaves:
             blocks[name] = jax.tree.map(lambda *rows: jnp.stack(rows), *(leaves[layer] for layer in sorted(leaves)))
-    return new_config, {**params, "embed": _embed(config, new_config, params["embed"]), "blocks": blocks}
+
+    def kept_value(path: str, leaf: Array) -> Array | None:
+        is_value = path in ("value", "value_gate")
+        return _rows(leaf, config.value_embed_layers, new_config.value_embed_layers) if is_value else leaf
+
+    return new_config, {**params, "embed": map_present(kept_value, params["embed"]), "blocks": blocks}
 
 
-def _check(config: ModelConfig, given: Mapping[str, Mapping[int, AffineMap | None]], rank: int) -> None:
+def check_rank(config: ModelConfig, rank: int) -> None:
+    """Refuse maps of another rank than those which the model has. Raises InputError."""
+    if (config.linear_attention or config.linear_mlp) and rank != config.linear_rank:
+        raise InputError(f"rank {rank} is not that of the model's maps, which is {config.linear_rank}; give that one.")
+
+
+def _check(config: ModelConfig, given: Mapping[str, Mapping[int, AffineMap | None]]) -> None:
     for branch, maps in given.items():
         replaced = getattr(config, f"linear_{branch}") + getattr(config, f"dropped_{branch}")
         for layer, new in sorted(maps.items()):
@@ -89,26 +98,20 @@ def _check(config: ModelConfig, given: Mapping[str, Mapping[int, AffineMap | Non
                 raise InputError(f"there is no layer {layer}; layers are 0 to {config.num_layers - 1}.")
             if layer in replaced:
                 raise InputError(f"the {branch} of layer {layer} is replaced already; leave it out.")
-            shape, width = () if new is None else (*new.kernel_DD.shape, *new.bias_D.shape), config.embed_dim
-            if new is not None and shape != (width,) * 3:
+            if new is not None and (*new.kernel_DD.shape, *new.bias_D.shape) != (config.embed_dim,) * 3:
+                rows, columns = new.kernel_DD.shape
                 raise InputError(
-                    f"the map for the {branch} of layer {layer} is of width {shape[0]} to {shape[1]} with a bias of "
-                    f"{shape[2]}; it must be {width}."
+                    f"the map for the {branch} of layer {layer} is of width {rows} to {columns} with a bias of "
+                    f"{len(new.bias_D)}; it must be {config.embed_dim}."
                 )
-    has_maps = bool(config.linear_attention + config.linear_mlp)
-    adds_maps = any(new is not None for maps in given.values() for new in maps.values())
-    if has_maps and adds_maps and rank != config.linear_rank:
-        raise InputError(f"rank {rank} is not that of the model's maps, which is {config.linear_rank}; give that one.")
 
 
-def _embed(config: ModelConfig, new: ModelConfig, embed: Params) -> Params:
-    """Without the value embeddings of layers that have no values any more."""
-    before, after = config.value_embed_layers, new.value_embed_layers
-    if before == after:
-        return embed
-    rows = np.asarray([row for row, layer in enumerate(before) if layer in after], int)
-    tables = {name: embed[name][rows] for name in ("value", "value_gate") if len(rows)}
-    return {name: leaf for name, leaf in embed.items() if name not in ("value", "value_gate")} | tables
+def _rows(leaf: Array, before: Sequence[int], after: Sequence[int]) -> Array | None:
+    """Of a stack of the layers ``before`` the rows of those that are in ``after`` too; None where there are none."""
+    rows = [row for row, layer in enumerate(before) if layer in after]
+    if len(rows) == len(before):
+        return leaf
+    return leaf[np.asarray(rows)] if rows else None
 
 
 def _leaves(new: AffineMap, rank: int) -> dict[str, Array]:
