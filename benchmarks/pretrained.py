@@ -44,7 +44,7 @@ from benchmarks.retrieval import Probe, planted_keys
 from benchmarks.timing import Arm, RecordedEngine, time_beside_first
 from snlp_jax.cli.entry import run_entry
 from snlp_jax.cli.linearize import draw_text
-from snlp_jax.config import Config, LinearizeConfig, ModelConfig
+from snlp_jax.config import Config, LinearizeConfig, ModelConfig, TaskConfig
 from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import fit_spec, parse_calibration
@@ -168,7 +168,7 @@ def main(args: Args) -> dict[str, Any]:
     began, config = time.perf_counter(), read_config(args.run_dir)
     args = args.sized(config.model)
     _check(args, config)
-    tasks = load_tasks(args.tasks, num_examples=args.num_examples, num_shots=0, templates=()) if args.tasks else ()
+    tasks = load_tasks(TaskConfig(args.tasks, args.num_examples)) if args.tasks else ()
     data = read_data(args.run_dir, config)
     model = LanguageModel(config.model)
     sizes = {"batch_size": args.batch_size, "num_batches": -(-args.num_windows // args.batch_size)}

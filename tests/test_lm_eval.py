@@ -12,13 +12,14 @@ from tiny_run import MODEL, tiny
 
 lm_eval = pytest.importorskip("lm_eval", reason='needs lm_eval: pip install "snlp-jax[lm_eval]"')
 
+from lm_eval.__main__ import cli_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from snlp_jax.cli.entry import run_entry  # noqa: E402
-from snlp_jax.config import to_json  # noqa: E402
+from snlp_jax.config import TaskConfig, to_json  # noqa: E402
 from snlp_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from snlp_jax.errors import InputError  # noqa: E402
-from snlp_jax.eval.lm_eval_adapter import SolverLM, main, prompt_of  # noqa: E402
+from snlp_jax.eval.lm_eval_adapter import SolverLM, prompt_of  # noqa: E402
 from snlp_jax.eval.task_data import load_tasks  # noqa: E402
 from snlp_jax.eval.tasks import match_answers, score_choices  # noqa: E402
 from snlp_jax.eval.text_model import Prompt, TextModel  # noqa: E402
@@ -123,7 +124,7 @@ def found(run_dir: Path, folder: Path) -> dict:
 def test_choices_have_the_log_likelihoods_of_our_own_evaluation(
     found: dict, folder: Path, text_model: TextModel
 ) -> None:
-    (task,) = load_tasks([str(folder / "choice.jsonl")])
+    (task,) = load_tasks(TaskConfig((str(folder / "choice.jsonl"),)))
     pairs = [(task.prompt(each), " " + choice) for each in task.examples for choice in each.choices]
     ours = text_model.log_likelihoods(pairs)
     samples = sorted(found["samples"]["local_choice"], key=lambda sample: sample["doc_id"])
@@ -137,7 +138,7 @@ def test_choices_have_the_log_likelihoods_of_our_own_evaluation(
 
 
 def test_texts_are_generated_as_in_our_own_evaluation(found: dict, folder: Path, text_model: TextModel) -> None:
-    (task,) = load_tasks([str(folder / "number.jsonl")])
+    (task,) = load_tasks(TaskConfig((str(folder / "number.jsonl"),)))
     ours: list[str] = []
 
     def complete(prompts: list[Prompt]) -> list[str]:
@@ -175,7 +176,7 @@ def test_generation_settings() -> None:
         ("run_dir={run},setting=idn:n=3,k=1", "model_args k mean nothing to snlp_jax; .* as in setting=idn:n=8;k=2"),
         ("run_dir={run},setting=idn:n=9", "n=9 is outside the model"),
         ("run_dir={run},setting=hcn:n=2", "hcn needs residual streams"),
-        ("run_dir={run},checkpoint=newest", "checkpoint=newest is neither 'best' nor 'last'"),
+        ("run_dir={run},checkpoint=newest", "checkpoint is 'newest'; choose one of 'best', 'last'"),
         ("run_dir={run}/none", "does not exist"),
     ),
 )
@@ -193,7 +194,7 @@ def test_command_line(
     def command(arguments: str) -> None:
         flags = ["--model", "snlp_jax", "--model_args", arguments, "--tasks", str(folder / "choice.yaml")]
         monkeypatch.setattr(sys, "argv", ["lm_eval", *flags, "--batch_size", "4", "--limit", "2"])
-        run_entry(main)
+        run_entry(cli_evaluate)
 
     command(f"run_dir={run_dir},setting={SETTING.replace(',', ';')}")
     assert "|local_choice|" in capsys.readouterr().out

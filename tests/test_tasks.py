@@ -263,7 +263,7 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
     ):
         path.write_text(GOOD + lines)
         with pytest.raises(InputError, match=re.escape(keyword)) as raised:
-            load_tasks([str(path)])
+            load_tasks(TaskConfig((str(path),)))
         assert "bad.jsonl" in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -273,17 +273,15 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     empty.write_text("\n")
     binary.write_bytes(b"\xff\xfe\x00")
     for arguments, sentence in (
-        (([str(tmp_path / "none.jsonl")],), "cannot be read"),
-        (([str(empty)],), "holds no examples"),
-        (([str(binary)],), "is not UTF-8 text"),
-        (([str(path)], 0, 2), "show fewer"),
-        (([str(path)], 0, 0, ["{question}", "{question}"]), "2 prompt templates"),
-        (([str(path)], 0, 0, ["Q:"]), "{question}"),
+        ((tmp_path / "none.jsonl",), "cannot be read"),
+        ((empty,), "holds no examples"),
+        ((binary,), "is not UTF-8 text"),
+        ((path, 0, 2), "show fewer"),
+        ((path, 0, 0, ("{question}", "{question}")), "2 prompt templates"),
+        ((path, 0, 0, ("Q:",)), "{question}"),
     ):
-        names = ("paths", "num_examples", "num_shots", "templates")
-        given = dict(zip(names, arguments, strict=False))
         with pytest.raises(InputError, match=re.escape(sentence)):
-            load_tasks(given.pop("paths"), **given)
+            load_tasks(TaskConfig((str(arguments[0]),), *arguments[1:]))
 
 
 def test_examples_are_spread_evenly_and_shots_are_not_asked(tmp_path: Path) -> None:
@@ -291,8 +289,8 @@ def test_examples_are_spread_evenly_and_shots_are_not_asked(tmp_path: Path) -> N
         (tmp_path / folder).mkdir()
         records = [{"question": str(i), "choices": ["x", "y"], "answer": 0, "id": i} for i in range(12)]
         (tmp_path / folder / "test.jsonl").write_text("\n".join(map(json.dumps, records)))
-    paths = [str(tmp_path / folder / "test.jsonl") for folder in ("a", "b")]
-    first, second = load_tasks(paths, num_examples=5, num_shots=2, templates=["{question}", "Q {question}\\nA: "])
+    paths = tuple(str(tmp_path / folder / "test.jsonl") for folder in ("a", "b"))
+    first, second = load_tasks(TaskConfig(paths, 5, 2, ("{question}", "Q {question}\\nA: ")))
     assert [each.question for each in first.examples] == ["2", "4", "6", "8", "10"]
     assert first.prompt(first.examples[0]) == "0 x\n\n1 x\n\n2" and first.delimiter == " "
     assert second.prompt(second.examples[0]) == "Q 0\nA: x\n\nQ 1\nA: x\n\nQ 2\nA: " and second.delimiter == ""

@@ -21,6 +21,7 @@ except ImportError:
     sys.exit('error: lm_eval is not installed; `pip install "snlp-jax[lm_eval]"` brings it.')
 
 from snlp_jax.checks import check_schedule
+from snlp_jax.config.check import check_value
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.solver_file import setting_of
@@ -76,8 +77,7 @@ class SolverLM(LM):  # type: ignore[misc]  # Any, where lm_eval is not installed
             )
         if not run_dir:
             raise InputError(f"{NAME} needs model_args run_dir=RUN_DIR, a directory that training has written.")
-        if checkpoint not in ("best", "last"):
-            raise InputError(f"checkpoint={checkpoint} is neither 'best' nor 'last'.")
+        check_value(Which, checkpoint, "checkpoint")
         path = Path(str(run_dir))
         config = read_config(path)
         num_layers = config.model.num_layers
@@ -135,13 +135,9 @@ def prompt_of(context: str, settings: dict[str, Any]) -> Prompt:
     return Prompt(context, int(lengths[0] if lengths else DEFAULT_NEW_TOKENS), stops, Sampling(**sampled))
 
 
-def main() -> None:
+if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
-
-
-if __name__ == "__main__":
     from snlp_jax.cli.entry import run_entry
 
-    run_entry(main)
+    run_entry(cli_evaluate)

@@ -8,13 +8,12 @@ Other fields are passed over. One file holds one kind.
 
 import json
 import re
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from snlp_jax.config import TaskConfig
 from snlp_jax.errors import InputError
 
 DEFAULT_TEMPLATE = "Question: {question}\nAnswer:"
@@ -81,36 +80,29 @@ class Task:
         return self.template.replace(SLOT, example.question)
 
 
-def load_tasks(
-    paths: Sequence[str], *, num_examples: int = 0, num_shots: int = 0, templates: Sequence[str] = ()
-) -> list[Task]:
-    """One task a file, named by its folder and itself.
-
-    Args:
-        num_examples: asked of each file, spread evenly over it; 0 asks all.
-        num_shots: of the beginning of each file that are shown solved instead of being asked.
-        templates: one for all files or one for each, with ``{question}`` in it; ``\\n`` is a new line.
+def load_tasks(config: TaskConfig) -> list[Task]:
+    """One task a file, named by its folder and itself; in templates ``\\n`` is a new line.
 
     Raises:
         InputError: names the file, and the line where it is one line's fault.
     """
-    templates = [template.replace("\\n", "\n") for template in templates] or [DEFAULT_TEMPLATE]
+    paths, num_shots = config.tasks, config.num_shots
+    templates = [template.replace("\\n", "\n") for template in config.prompt_template] or [DEFAULT_TEMPLATE]
     if len(templates) not in (1, len(paths)):
         raise InputError(f"{len(templates)} prompt templates for {len(paths)} tasks; give one for all or one for each.")
     for template in templates:
         if SLOT not in template:
             raise InputError(f"prompt template {template!r} has no {SLOT}; put it where the question belongs.")
     names = [f"{Path(path).resolve().parent.name}/{Path(path).stem}" for path in paths]
-    is_alone = {name: count == 1 for name, count in Counter(names).items()}
     tasks = []
     for path, name, template in zip(paths, names, templates * (len(paths) // len(templates)), strict=True):
         examples = read_examples(Path(path).expanduser())
         shots, rest = examples[:num_shots], examples[num_shots:]
         if not rest:
             raise InputError(f"task {path!r} has {len(examples)} examples, and {num_shots} are shown; show fewer.")
-        asked = min(num_examples or len(rest), len(rest))
+        asked = min(config.num_examples or len(rest), len(rest))
         picked = tuple(rest[i * len(rest) // asked] for i in range(asked))
-        tasks.append(Task(name if is_alone[name] else path, picked, len(examples), tuple(shots), template))
+        tasks.append(Task(name if names.count(name) == 1 else path, picked, len(examples), tuple(shots), template))
     return tasks
 
 

@@ -114,12 +114,7 @@ def tasks_of_run(run_dir: Path, config: Config, task_config: TaskConfig, which: 
         InputError: see :func:`snlp_jax.eval.run.open_run`, :func:`snlp_jax.eval.task_data.load_tasks` and
             :func:`snlp_jax.infer.rules.check_settings`; nothing has been compiled then.
     """
-    tasks = load_tasks(
-        task_config.tasks,
-        num_examples=task_config.num_examples,
-        num_shots=task_config.num_shots,
-        templates=task_config.prompt_template,
-    )
+    tasks = load_tasks(task_config)
     schedules = parse_settings(config.model, config.eval).values()
     if not all(task.is_choice for task in tasks):
         for schedule in schedules:
