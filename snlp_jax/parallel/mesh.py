@@ -46,8 +46,8 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
     Processes that hold the same rows feed the same part.
     """
-    here = jax.process_index()
-    rows = sorted({place[0] for place, device in np.ndenumerate(mesh.devices) if device.process_index == here})
+    process = jax.process_index()
+    rows = sorted({place[0] for place, device in np.ndenumerate(mesh.devices) if device.process_index == process})
     count = mesh.shape["data"] // len(rows)
     if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise InputError("the data axis of the mesh is not divided evenly among the processes; change mesh.data.")

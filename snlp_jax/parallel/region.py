@@ -147,21 +147,17 @@ def on_devices(
             solution = solution._replace(stats=solution.stats | {"residual_norm": mean})
         return solution
 
-    nodes, everywhere, state, trace = P(LAYER), P(), P(rows), P(LAYER, rows)
-    fit_spec = None if fit is None else Calibration(nodes, everywhere)  # type: ignore[arg-type]
-    stats = {"residual_norm": P(None, LAYER)} if want.stats else {}
-    if is_adaptive:
-        stats |= {"num_iters": everywhere, "sequence_iters": state}
-    aux = _specs(chain.fns.batch_axes.aux if rows and chain.fns.batch_axes else None, rows, _before(chain))
+    nodes = P(LAYER)
+    fit_spec = None if fit is None else Calibration(nodes, P())  # type: ignore[arg-type]
     run_everywhere = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(
             [_chain_specs(part, rows) for part in chains],
-            MethodData(fit_spec, trace, state, everywhere),  # type: ignore[arg-type]
-            (nodes, nodes, state),
+            MethodData(fit_spec, P(LAYER, rows), P(rows), P()),  # type: ignore[arg-type]
+            (nodes, nodes, P(rows)),
         ),
-        out_specs=Solution(state, trace, aux, stats, state, state),  # type: ignore[arg-type]
+        out_specs=_solution_specs(chain, rows, want, is_adaptive),
         # Axes of one device are manual too: kernels that the compiler cannot split run where no axis is automatic.
         axis_names={LAYER, *filter(None, [rows]), *(name for name, size in mesh.shape.items() if size == 1)},
         check_vma=False,  # an all_gather's result is not tracked as replicated
@@ -169,6 +165,14 @@ def on_devices(
     solution = run_everywhere(chains, data, (index_L, jnp.arange(num_devices), row_B))
     is_whole = chain.place.index_L is not None or num_nodes == chain.num_nodes
     return solution if is_whole else first_nodes(solution, chain.num_nodes)
+
+
+def _solution_specs(chain: Chain, rows: str | None, want: Wanted, is_adaptive: bool) -> Solution:
+    """How the arrays of a solution lie."""
+    stats = {"residual_norm": P(None, LAYER)} if want.stats else {}
+    stats |= {"num_iters": P(), "sequence_iters": P(rows)} if is_adaptive else {}
+    aux = _specs(chain.fns.batch_axes.aux if rows and chain.fns.batch_axes else None, rows, _before(chain))
+    return Solution(P(rows), P(LAYER, rows), aux, stats, P(rows), P(rows))  # type: ignore[arg-type]
 
 
 def _padded(chain: Chain, num_nodes: int) -> Chain:
