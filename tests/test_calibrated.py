@@ -19,6 +19,7 @@ from snlp_jax.linearize import (
     fit_init,
     load_calibration,
     save_calibration,
+    stored_calibrations,
 )
 from snlp_jax.parallel import make_mesh, solve_sharded
 from snlp_jax.solver import (
@@ -26,9 +27,11 @@ from snlp_jax.solver import (
     CalibratedInit,
     Calibration,
     Chain,
+    Chunkwise,
     Identity,
     Iteration,
     MethodData,
+    ParallelSegment,
     PrefixState,
     Preheat,
     ScaledIdentity,
@@ -347,24 +350,24 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path):
     save_calibration(tmp_path, "fit-1", garbage("scalar"), about)
     path = save_calibration(tmp_path, "fit-1", written, about)
     assert path == tmp_path / "calibrations" / "fit-1.npz" and len(list(path.parent.iterdir())) == 1
-    read, about_read = load_calibration(tmp_path, "fit-1", fingerprint=fingerprint(params), start=2, stop=7)
-    assert about_read == about
+    region = ParallelSegment(2, 7, 1, Calibrated(), CalibratedInit(), fit="fit-1")
+    read = load_calibration(tmp_path, region, about.fingerprint)
+    assert stored_calibrations(tmp_path, about.fingerprint) == {"fit-1": about}
     assert jax.tree.structure(read) == jax.tree.structure(written)
     jax.tree.map(np.testing.assert_array_equal, read, written)
 
-    region = {"fingerprint": about.fingerprint, "start": 2, "stop": 7}
     other = fingerprint(params | {"w": params["w"].at[1, 2].set(1.5)})
     (path.parent / "broken.npz").write_bytes(b"no archive")
-    for name, settings, message in (
-        ("fit-2", region, "fit-2"),
-        ("fit-1", region | {"fingerprint": other}, "checkpoint"),
-        ("fit-1", region | {"stop": 8}, "layers 2-7"),
-        ("fit-1", region | {"stage": "chunk2"}, "stage"),
-        ("broken", region, "no calibration file"),
-        ("../fit", region, "letters"),
+    for changes, params_of, message in (
+        ({"fit": "fit-2"}, about.fingerprint, "fit-2"),
+        ({}, other, "checkpoint"),
+        ({"stop": 8}, about.fingerprint, "layers 2-7"),
+        ({"stage": Chunkwise(1)}, about.fingerprint, "stage per layer, but the region has 1xF5"),
+        ({"fit": "broken"}, about.fingerprint, "no calibration file"),
+        ({"fit": "../fit"}, about.fingerprint, "letters"),
     ):
         with pytest.raises(InputError, match=message):
-            load_calibration(tmp_path, name, **settings)
+            load_calibration(tmp_path, dataclasses.replace(region, **changes), params_of)
 
 
 def test_a_fingerprint_sees_names_shapes_types_and_values():

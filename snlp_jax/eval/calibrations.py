@@ -29,11 +29,12 @@ from snlp_jax.errors import InputError
 from snlp_jax.forward import run_parts
 from snlp_jax.layout import split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
+from snlp_jax.linearize.store import stage_text
 from snlp_jax.linearize.tune import TUNE_BATCH, tune_calibration
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import INITS, look_up, parse_fields, parse_number, parse_span, parse_stage
 from snlp_jax.run import BATCH_SIZE, SEED, num_training_windows, training_windows
-from snlp_jax.solver import Calibration, Chain, Chunkwise, Identity, MethodData, ParallelSegment, Schedule
+from snlp_jax.solver import Calibration, Chain, Identity, MethodData, ParallelSegment, Schedule
 from snlp_jax.types import Params
 
 KEYS = ("n", "k", "kind", "rank", "intercept", "init", "init_rank", "tokens", "tune", "stage", "scales", "branches")
@@ -154,21 +155,7 @@ def load_fits(run_dir: Path, params: Params, schedules: Sequence[Schedule]) -> d
     """
     regions = [region for schedule in schedules for region in schedule.regions if region.fit]
     of_params = fingerprint(params) if regions else ""
-    fits = {}
-    for region in regions:
-        start, stop, stage = region.start, region.stop, stage_text(region)
-        fits[region.fit], _ = load_calibration(
-            run_dir, region.fit, fingerprint=of_params, start=start, stop=stop, stage=stage
-        )
-    return fits
-
-
-def stage_text(region: ParallelSegment) -> str:
-    """The stage as it stands in a calibration file: "" for one node a layer."""
-    if not isinstance(region.stage, Chunkwise):
-        return ""
-    chunks = f"{region.num_nodes}xF{region.layers_per_node}"
-    return f"{chunks},scales={region.stage.scales},branches={region.stage.branches}"
+    return {region.fit: load_calibration(run_dir, region, of_params) for region in regions}
 
 
 def region_chains(

@@ -23,7 +23,6 @@ class OpenRun(NamedTuple):
     model: LanguageModel
     params: Params
     """With kernels as ``config.eval.weights`` says."""
-    step: int
     data: TokenData
     settings: dict[str, Schedule]
     """Text of a solver setting -> schedule; the sequential pass first."""
@@ -60,7 +59,7 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     params = quantized_params(model, params, config.eval.weights, config.eval.weight_calibration, data)
     about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
     about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash}
-    return OpenRun(model, params, step, data, settings, fits, about)
+    return OpenRun(model, params, data, settings, fits, about)
 
 
 def held_out(data: TokenData, config: Config) -> list[dict[str, np.ndarray]]:

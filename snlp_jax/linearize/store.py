@@ -15,7 +15,7 @@ import numpy as np
 
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write
-from snlp_jax.solver.calibrated import Calibration
+from snlp_jax.solver import Calibration, Chunkwise, ParallelSegment
 
 PyTree = Any
 FOLDER = "calibrations"
@@ -75,18 +75,13 @@ def stored_calibrations(run_dir: Path, fingerprint: str) -> dict[str, About]:
     return found
 
 
-def load_calibration(
-    run_dir: Path, name: str, *, fingerprint: str, start: int, stop: int, stage: str = ""
-) -> tuple[Calibration, About]:
-    """The calibration and what it was fitted to.
-
-    Args:
-        fingerprint: of the parameters at hand; see :func:`fingerprint`.
-        start, stop, stage: the region at hand.
+def load_calibration(run_dir: Path, region: ParallelSegment, fingerprint: str) -> Calibration:
+    """The calibration that a region names, for parameters of that :func:`fingerprint`.
 
     Raises:
         InputError: no such file or not a calibration, or one of other parameters or of another region.
     """
+    name = region.fit
     path = _path(run_dir, name)
     if not path.is_file():
         raise InputError(f"there is no calibration {name!r} in {str(path.parent)!r}; fit it first.")
@@ -99,8 +94,8 @@ def load_calibration(
     if about.fingerprint != fingerprint:
         raise InputError(f"calibration {name!r} was fitted to another checkpoint; fit it again.")
     for what, fitted, wanted in (
-        ("layers", f"{about.start}-{about.stop}", f"{start}-{stop}"),
-        ("stage", about.stage or "per layer", stage or "per layer"),
+        ("layers", f"{about.start}-{about.stop}", f"{region.start}-{region.stop}"),
+        ("stage", about.stage or "per layer", stage_text(region) or "per layer"),
     ):
         if fitted != wanted:
             raise InputError(
@@ -109,7 +104,15 @@ def load_calibration(
     part = lambda prefix: {  # noqa: E731
         key.removeprefix(prefix): jnp.asarray(leaf) for key, leaf in arrays.items() if key.startswith(prefix)
     }
-    return Calibration(part("layers/"), part("common/")), about
+    return Calibration(part("layers/"), part("common/"))
+
+
+def stage_text(region: ParallelSegment) -> str:
+    """The stage as it stands in a calibration file: "" for one node a layer."""
+    if not isinstance(region.stage, Chunkwise):
+        return ""
+    chunks = f"{region.num_nodes}xF{region.layers_per_node}"
+    return f"{chunks},scales={region.stage.scales},branches={region.stage.branches}"
 
 
 def check_name(name: str) -> None:
