@@ -182,6 +182,7 @@ def test_diagnosis_of_a_language_model_is_that_of_its_forward_pass():
     diagnosis = diagnose(model, params, tokens_BT, regions_of(*settings))
     fused, shared = diagnosis.regions
     assert [region.setting for region in diagnosis.regions] == list(settings)
+    assert [region.surrogate for region in diagnosis.regions] == ["Identity, Chunkwise(num_chunks=2)", "Identity"]
     assert [region.layers for region in diagnosis.regions] == [[1, 3], [1, 2, 3]]
     assert [np.shape(region.errors) for region in diagnosis.regions] == [(3, 2), (2, 3)]
     for k, row in enumerate(fused.errors[1:], start=1):

@@ -38,7 +38,6 @@ from snlp_jax.solver import (
     FusedSplit,
     ParallelSegment,
     PerLayer,
-    PrefixState,
     Schedule,
     sequential,
 )
@@ -195,7 +194,7 @@ def _measure(model: LanguageModel, weights: Weights, window: tuple[Array, Array 
     # Exact asks for layers with a forward mode. A split stage is another way to evaluate the layers: the Jacobians are
     # those of the layers themselves.
     stage = PerLayer() if is_split else region.stage
-    chain = chain_of(dataclasses.replace(region, correction=Exact(), init=PrefixState(), stage=stage))
+    chain = chain_of(dataclasses.replace(region, correction=Exact(), stage=stage))
     trace = sequential(chain, with_trace=True).trace
     return *errors, spectral_norms(chain, trace), contraction(chain, correction, trace, data)
 
@@ -207,9 +206,9 @@ def _surrogate_of(region: ParallelSegment) -> str:
 
 def _words(method: Any) -> str:
     """The class and the fields that are not at their defaults."""
-    defaults = vars(type(method))
-    changed = ", ".join(f"{name}={value}" for name, value in vars(method).items() if value != defaults.get(name))
-    return type(method).__name__ + (f"({changed})" if changed else "")
+    values, kind = vars(method), type(method)
+    changed = ", ".join(f"{name}={value}" for name, value in values.items() if value != getattr(kind, name, None))
+    return kind.__name__ + (f"({changed})" if changed else "")
 
 
 def _draw(diagnosis: Diagnosis) -> bytes:
