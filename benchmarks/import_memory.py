@@ -40,17 +40,15 @@ def make_checkpoint(folder: Path, num_layers: int) -> None:
     """Random bits of numbers near 1, tensor by tensor."""
     import tokenizers
 
-    from snlp_jax.model import LanguageModel
-    from snlp_jax.model.convert import family_config, family_of, family_rows
-    from snlp_jax.model.convert.table import get_leaf
+    from snlp_jax.model.convert import family_config, family_rows
     from snlp_jax.model.convert.tensor_files import Tensor, write_files
 
     told = CONFIG | {"num_hidden_layers": num_layers}
     config = family_config(told)
-    shapes, rng = LanguageModel(config).abstract_params(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     tensors = []
-    for row in family_rows(config, family_of(told)):
-        shape = row.shape_in_torch(get_leaf(shapes, row.path).shape[row.is_stacked :])
+    for row in family_rows(config):
+        shape = row.shape_in_torch
         make = lambda shape=shape: rng.random(shape, np.float32)  # noqa: E731
         tensors += [Tensor(name, shape, make) for name in row.names]
     write_files(folder, tensors, "bfloat16", SHARD_BYTES)
@@ -72,11 +70,11 @@ def measure(folder: Path, target: Path | None) -> None:
 
     from snlp_jax.cli.convert import import_run
     from snlp_jax.model import LanguageModel
-    from snlp_jax.model.convert import TensorFiles, family_config, family_of, family_rows, read_params
+    from snlp_jax.model.convert import TensorFiles, family_config, family_rows, read_params
 
     told = json.loads((folder / "config.json").read_text())
     config = family_config(told)
-    rows = family_rows(config, family_of(told))
+    rows = family_rows(config)
     jax.block_until_ready(jax.numpy.zeros(8) + 1)
     before = peak = resident_bytes()
     is_done = threading.Event()
@@ -92,7 +90,7 @@ def measure(folder: Path, target: Path | None) -> None:
     if target:
         import_run(str(folder), target)
     else:
-        params = read_params(TensorFiles(folder), config, rows)  # noqa: F841  it stays while the size is read
+        params = read_params(TensorFiles(folder), rows)  # noqa: F841  it stays while the size is read
     seconds = time.perf_counter() - start
     is_done.set()
     sampler.join()

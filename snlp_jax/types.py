@@ -5,7 +5,7 @@ L layers (of the model, or of the parallel region at hand), C chunks, M layers p
 A name such as ``h_LBTD`` wears its shape. Iterations are always ``num_iters``, never K.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -39,3 +39,21 @@ def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """``function(name, leaf)`` of every leaf, whose name is its path, such as ``blocks/attn/query``."""
     named = lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)  # noqa: E731
     return jax.tree_util.tree_map_with_path(named, tree)
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """Leaves of a nested dict by their names, which are their paths, such as ``blocks/attn/query``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> PyTree:
+    """The nested dict of leaves by their names: the inverse of :func:`flatten`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree

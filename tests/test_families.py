@@ -36,8 +36,8 @@ class Golden:
 
     def read(self, folder, shardings=None):
         config = family_config(self.config)
-        rows = family_rows(config, family_of(self.config))
-        return config, read_params(TensorFiles(folder), config, rows, UNUSED_TENSORS, shardings)
+        rows = family_rows(config)
+        return config, read_params(TensorFiles(folder), rows, UNUSED_TENSORS, shardings)
 
 
 @functools.cache

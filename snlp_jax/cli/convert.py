@@ -104,7 +104,6 @@ def import_run(source: str, target: Path, tokenizer_path: str = "", mesh: MeshCo
 def _read_family(
     path: Path, source_config: Mapping[str, Any], tokenizer_path: str, mesh: MeshConfig
 ) -> tuple[ModelConfig, Params, Tokenizer]:
-    family = families.family_of(source_config)
     whole = families.family_config(source_config)
     file = Path(tokenizer_path) if tokenizer_path else path / TOKENIZER_NAME
     tokenizer = _read_tokenizer(file, whole.padded_vocab_size)
@@ -115,8 +114,8 @@ def _read_family(
         shapes = LanguageModel(config).abstract_params()
         shardings = shardings_of(shapes, config, make_mesh(mesh), TRAINING)
     unused = families.UNUSED_TIED if config.use_tied_head else families.UNUSED_TENSORS
-    rows = families.family_rows(config, family)
-    return config, table.read_params(TensorFiles(path), config, rows, unused, shardings), tokenizer
+    rows = families.family_rows(config)
+    return config, table.read_params(TensorFiles(path), rows, unused, shardings), tokenizer
 
 
 def _read_nanochat(path: Path, tokenizer_path: str) -> tuple[ModelConfig, Params, Tokenizer]:
@@ -244,16 +243,11 @@ def export_run(run_dir: Path, target: Path, which: Literal["best", "last"], dtyp
     config = read_config(run_dir)
     source = _source_of(run_dir)
     source_config = _read_json(source / CONFIG_NAME) if source else None
-    if source_config is None:
-        rows = nanochat_rows(config.model)
-    else:
-        rows = families.family_rows(config.model, families.family_of(source_config))
-    model = LanguageModel(config.model)
-    table.check_rows(rows, model.abstract_params())
-    step, params = read_params(run_dir, model, which)
+    rows = nanochat_rows(config.model) if source_config is None else families.family_rows(config.model)
+    step, params = read_params(run_dir, LanguageModel(config.model), which)
     with explain_full_disk(target):
         target.mkdir(parents=True, exist_ok=True)
-        paths = table.write_params(params, config.model, rows, target, dtype, int(max_shard_gb * 2**30))
+        paths = table.write_params(params, rows, target, dtype, int(max_shard_gb * 2**30))
         if source is None or source_config is None:
             files: dict[str, str | bytes] = {
                 name: (run_dir / name).read_bytes() for name in (TOKENIZER_NAME, CONFIG_NAME)

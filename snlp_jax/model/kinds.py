@@ -6,14 +6,13 @@ Nothing is padded, and a model of whole layers has the stacks [L, ...] that it a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.config import Branch, Kind, ModelConfig
-from snlp_jax.types import Array, PyTree
+from snlp_jax.types import Array, PyTree, flatten, unflatten
 
 _SUBTREES = {
     "attn": ("attn", "full"),
@@ -103,28 +102,17 @@ def _at(leaf: Array, index: int | slice) -> Array:
 
 def join(groups: Sequence[PyTree], members: Sequence[Sequence[int]]) -> PyTree:
     """Ragged stacks of all layers from the stacks of their kinds: the inverse of :func:`take`."""
-    if len(groups) == 1:
-        return groups[0]
-    parts: dict[tuple[str, ...], list[tuple[Sequence[int], Array]]] = {}
-    for group, layers in zip(groups, members, strict=True):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(group):
-            parts.setdefault(tuple(key.key for key in path), []).append((layers, leaf))
-    joined: dict[str, Any] = {}
-    for (*parents, last), held in parts.items():
-        node = joined
-        for key in parents:
-            node = node.setdefault(key, {})
-        order = np.argsort(np.concatenate([layers for layers, _ in held]))
-        node[last] = held[0][1] if len(held) == 1 else jnp.concatenate([leaf for _, leaf in held])[order]
-    return joined
+    leaves_of = [flatten(group) for group in groups]
+
+    def one(path: str) -> Array:
+        held = [(leaves[path], layers) for leaves, layers in zip(leaves_of, members, strict=True) if path in leaves]
+        order = np.argsort(np.concatenate([layers for _, layers in held]))
+        return held[0][0] if len(held) == 1 else jnp.concatenate([leaf for leaf, _ in held])[order]
+
+    return unflatten({path: one(path) for path in sorted(set().union(*leaves_of))})
 
 
-def map_present(fn: Callable[[str, Array], Array | None], tree: PyTree, prefix: str = "") -> PyTree:
+def map_present(fn: Callable[[str, Array], Array | None], tree: PyTree) -> PyTree:
     """``fn(path, leaf)`` of a nested dict, without what it gives None for."""
-    made: dict[str, Any] = {}
-    for name, node in tree.items():
-        path = f"{prefix}{name}"
-        new = (map_present(fn, node, path + "/") or None) if isinstance(node, dict) else fn(path, node)
-        if new is not None:
-            made[name] = new
-    return made
+    made = {path: fn(path, leaf) for path, leaf in flatten(tree).items()}
+    return unflatten({path: leaf for path, leaf in made.items() if leaf is not None})

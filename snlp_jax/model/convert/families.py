@@ -6,12 +6,12 @@ that others lack. Rotary embedding turns forward there and backward in nanochat;
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from snlp_jax.config import ModelConfig, NormConfig, RopeConfig, RopeScaling
 from snlp_jax.errors import InputError
-from snlp_jax.model.convert.table import Row, check_whole
+from snlp_jax.model.convert.table import Row, Table, rows_of
 
 TRAINING_LEN = 2048
 """``seq_len`` of an imported model, unless its context is shorter; fine-tuning may choose another."""
@@ -20,25 +20,27 @@ UNUSED_TIED = UNUSED_TENSORS + r"|lm_head\.weight"
 """A tied head is sometimes saved twice."""
 
 LINEAR = {
-    "attn/query": ("self_attn.q_proj", "use_qkv_bias"),
-    "attn/key": ("self_attn.k_proj", "use_qkv_bias"),
-    "attn/value": ("self_attn.v_proj", "use_qkv_bias"),
-    "attn/out": ("self_attn.o_proj", "use_out_bias"),
-    "mlp/gate": ("mlp.gate_proj", "use_mlp_bias"),
-    "mlp/up": ("mlp.up_proj", "use_mlp_bias"),
-    "mlp/down": ("mlp.down_proj", "use_mlp_bias"),
+    "attn/query": "self_attn.q_proj",
+    "attn/key": "self_attn.k_proj",
+    "attn/value": "self_attn.v_proj",
+    "attn/out": "self_attn.o_proj",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
 }
-"""Matrices of a layer, ours and theirs, and the field that gives them a bias."""
-NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
-GEMMA_NORMS = {
-    "attn": "input_layernorm",
-    "attn_post": "post_attention_layernorm",
-    "mlp": "pre_feedforward_layernorm",
-    "mlp_post": "post_feedforward_layernorm",
+"""Matrices of a layer, ours and theirs; those of some families have biases."""
+NORMS = {
+    "norms/attn": "input_layernorm",
+    "norms/mlp": "post_attention_layernorm",
+    "attn/query_norm": "self_attn.q_norm",
+    "attn/key_norm": "self_attn.k_norm",
+}
+GEMMA_NORMS = NORMS | {
+    "norms/attn_post": "post_attention_layernorm",
+    "norms/mlp": "pre_feedforward_layernorm",
+    "norms/mlp_post": "post_feedforward_layernorm",
 }
 ACTIVATIONS: dict[str, Literal["swiglu", "geglu"]] = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
-
-
 REQUIRED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
 SWITCHES = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
@@ -49,8 +51,6 @@ class Family:
 
     defaults: Mapping[str, Any]
     """Of the config class, where a saved config may leave them out."""
-    norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
-    """Norms of a layer, ours and theirs."""
     is_gemma: bool = False
     """Factors 1 + w, norms behind the branches, embeddings times sqrt(D)."""
     has_qk_norm: bool = False
@@ -65,42 +65,39 @@ _COMMON = {
     "max_position_embeddings": 2048,
     "rope_theta": 10_000.0,
 }
-_QWEN = _COMMON | {"max_position_embeddings": 32_768, "max_window_layers": 28, "use_sliding_window": False}
-_GEMMA = _COMMON | {
+_MISTRAL = _COMMON | {"max_position_embeddings": 131_072, "sliding_window": 4096}
+_QWEN = _COMMON | {
+    "max_position_embeddings": 32_768,
+    "max_window_layers": 28,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
+_GEMMA2 = _COMMON | {
     "hidden_act": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window_pattern": 2,
+}
+_GEMMA3 = _GEMMA2 | {
+    "max_position_embeddings": 131_072,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window_pattern": 6,
 }
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(_COMMON),
-    "MistralForCausalLM": Family(_COMMON | {"max_position_embeddings": 131_072, "sliding_window": 4096}, biases=()),
-    "Qwen2ForCausalLM": Family(_QWEN | {"sliding_window": 4096}, biases=("qkv",)),
-    "Qwen3ForCausalLM": Family(_QWEN | {"sliding_window": 4096, "head_dim": 128}, has_qk_norm=True),
-    "Gemma2ForCausalLM": Family(
-        _GEMMA
-        | {
-            "max_position_embeddings": 8192,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "sliding_window_pattern": 2,
-        },
-        GEMMA_NORMS,
-        is_gemma=True,
-    ),
-    "Gemma3ForCausalLM": Family(
-        _GEMMA
-        | {
-            "max_position_embeddings": 131_072,
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10_000.0,
-            "sliding_window_pattern": 6,
-        },
-        GEMMA_NORMS,
-        is_gemma=True,
-        has_qk_norm=True,
-    ),
+    "MistralForCausalLM": Family(_MISTRAL, biases=()),
+    "Qwen2ForCausalLM": Family(_QWEN, biases=("qkv",)),
+    "Qwen3ForCausalLM": Family(_QWEN | {"head_dim": 128}, has_qk_norm=True),
+    "Gemma2ForCausalLM": Family(_GEMMA2, is_gemma=True),
+    "Gemma3ForCausalLM": Family(_GEMMA3, is_gemma=True, has_qk_norm=True),
 }
 """Architecture, as ``config.json`` names it -> what it is."""
 
@@ -132,7 +129,13 @@ def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> M
     # A null means the class's default, but for those that it switches off.
     given = {name: value for name, value in config.items() if value is not None or name in SWITCHES}
     values = {**family.defaults, **{name: 0 if value is None else value for name, value in given.items()}}
-    _check_supported(values)
+    for name in REQUIRED:
+        if name not in values:
+            raise InputError(f"the config lacks the field {name!r}.")
+    if values.get("quantization_config"):
+        raise InputError("the config has a 'quantization_config'; give the weights before quantization.")
+    if values.get("use_bidirectional_attention"):
+        raise InputError("the config's 'use_bidirectional_attention' is on; only causal models can be imported.")
     hidden_size, num_heads = values["hidden_size"], values["num_attention_heads"]
     context, eps = values["max_position_embeddings"], float(values["rms_norm_eps"])
     weight: Literal["plain", "plus_one"] = "plus_one" if family.is_gemma else "plain"
@@ -180,33 +183,17 @@ def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> M
     )
 
 
-def family_rows(config: ModelConfig, family: Family) -> list[Row]:
-    """Where every tensor of a model goes."""
-    check_whole(config)
-    layers = tuple(range(config.num_layers))
-    rows = [Row("embed/token", "model.embed_tokens.weight", "same"), Row("head/norm", "model.norm.weight", "same")]
-    if not config.use_tied_head:
-        rows.append(Row("head/kernel", "lm_head.weight", "transposed"))
-    for leaf, (tensor, switch) in LINEAR.items():
-        rows.append(Row(f"blocks/{leaf}", f"model.layers.{{}}.{tensor}.weight", "transposed", layers))
-        if getattr(config, switch):
-            rows.append(Row(f"blocks/{leaf}_bias", f"model.layers.{{}}.{tensor}.bias", "same", layers))
-    vectors = {f"norms/{leaf}": tensor for leaf, tensor in family.norms.items()}
-    if config.use_qk_norm:
-        vectors |= {"attn/query_norm": "self_attn.q_norm", "attn/key_norm": "self_attn.k_norm"}
-    for leaf, tensor in vectors.items():
-        rows.append(Row(f"blocks/{leaf}", f"model.layers.{{}}.{tensor}.weight", "same", layers))
-    return rows
-
-
-def _check_supported(config: Mapping[str, Any]) -> None:
-    for name in REQUIRED:
-        if name not in config:
-            raise InputError(f"the config lacks the field {name!r}.")
-    if config.get("quantization_config"):
-        raise InputError("the config has a 'quantization_config'; give the weights before quantization.")
-    if config.get("use_bidirectional_attention"):
-        raise InputError("the config's 'use_bidirectional_attention' is on; only causal models can be imported.")
+def family_rows(config: ModelConfig) -> list[Row]:
+    """Where every tensor of a model goes; see :func:`rows_of`."""
+    vectors = {leaf: f"{name}.weight" for leaf, name in (GEMMA_NORMS if config.norm.use_post else NORMS).items()}
+    vectors |= {f"{leaf}_bias": f"{name}.bias" for leaf, name in LINEAR.items()}
+    same = {f"blocks/{leaf}": f"model.layers.{{}}.{name}" for leaf, name in vectors.items()}
+    transposed = {f"blocks/{leaf}": f"model.layers.{{}}.{name}.weight" for leaf, name in LINEAR.items()}
+    table: Table = {
+        "same": same | {"embed/token": "model.embed_tokens.weight", "head/norm": "model.norm.weight"},
+        "transposed": transposed | {"head/kernel": "lm_head.weight"},
+    }
+    return rows_of(config, table)
 
 
 def _windows(values: Mapping[str, Any]) -> tuple[str, int]:
@@ -265,7 +252,6 @@ def _scaling(parameters: Mapping[str, Any], context: int) -> RopeScaling:
     factor, usual = float(parameters["factor"]), RopeScaling()
     original = int(parameters.get("original_max_position_embeddings") or context)
     number = lambda name: float(parameters.get(name) or getattr(usual, name))  # noqa: E731
-    is_yarn = kind == "yarn"
     return RopeScaling(
         kind,
         factor,
@@ -274,8 +260,8 @@ def _scaling(parameters: Mapping[str, Any], context: int) -> RopeScaling:
         high_freq_factor=number("high_freq_factor"),
         beta_fast=number("beta_fast"),
         beta_slow=number("beta_slow"),
-        attention_factor=number("attention_factor") or _yarn_factor(factor, parameters) if is_yarn else 0.0,
-        truncate=bool(parameters.get("truncate", True)) if is_yarn else True,
+        attention_factor=number("attention_factor") or _yarn_factor(factor, parameters) if kind == "yarn" else 0.0,
+        truncate=bool(parameters.get("truncate", True)),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
-from snlp_jax.model.convert.table import Row, check_whole, get_leaf, read_params
+from snlp_jax.model.convert.table import Row, Table, read_params, rows_of, tensors_of
 from snlp_jax.model.convert.tensor_files import StateDict
 from snlp_jax.types import Params
 
@@ -22,15 +22,35 @@ OPTIONAL_FIELDS = ("no_x0_resid", "no_ve", "use_mhc", "window_pattern", "num_mtp
 """The last is of the training loss (``loss.mtp.weight``), not of the model."""
 UNUSED_TENSORS = r"value_embeds\.\d+\.weight|resid_lambdas|x0_lambdas"
 """nanochat saves these even for models that do not read them."""
-MATRICES = {
-    "attn/query": "attn.c_q",
-    "attn/key": "attn.c_k",
-    "attn/value": "attn.c_v",
-    "attn/out": "attn.c_proj",
-    "mlp/up": "mlp.c_fc",
-    "mlp/down": "mlp.c_proj",
+TENSORS: Table = {
+    "same": {
+        "embed/token": "transformer.wte.weight",
+        "embed/value": "value_embeds.{}.weight",
+        "blocks/resid_scale": "resid_lambdas",
+        "blocks/x0_scale": "x0_lambdas",
+        **{
+            f"blocks/hyper/{branch}/{name}_logits": f"transformer.h.{{}}.hc_{branch}.H_{name}_logits"
+            for branch in ("attn", "mlp")
+            for name in ("res", "pre", "post")
+        },
+    },
+    "transposed": {
+        "embed/value_gate": "transformer.h.{}.attn.ve_gate.weight",
+        "blocks/attn/query": "transformer.h.{}.attn.c_q.weight",
+        "blocks/attn/key": "transformer.h.{}.attn.c_k.weight",
+        "blocks/attn/value": "transformer.h.{}.attn.c_v.weight",
+        "blocks/attn/out": "transformer.h.{}.attn.c_proj.weight",
+        "blocks/mlp/up": "transformer.h.{}.mlp.c_fc.weight",
+        "blocks/mlp/down": "transformer.h.{}.mlp.c_proj.weight",
+        "head/kernel": "lm_head.weight",
+        "head/mtp": "mtp_projs.{}.weight",
+    },
+    "unit": {
+        "embed/smear_gate": "smear_gate.weight",
+        "embed/smear_scale": "smear_lambda",
+        "head/mid_scale": "backout_lambda",
+    },
 }
-"""Of a layer, ours and theirs."""
 
 
 def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -71,41 +91,14 @@ def from_nanochat(state_dict: Mapping[str, np.ndarray], config: ModelConfig) -> 
     Raises:
         InputError: names a tensor that is missing, has the wrong shape, or has no place in the model.
     """
-    return read_params(StateDict(state_dict), config, nanochat_rows(config), UNUSED_TENSORS)
+    return read_params(StateDict(state_dict), nanochat_rows(config), UNUSED_TENSORS)
 
 
 def to_nanochat(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     """Inverse of :func:`from_nanochat`, for parameters or for gradients with respect to them. Dtypes are kept."""
-    state_dict: dict[str, np.ndarray] = {}
-    for row in nanochat_rows(config):
-        leaf = np.asarray(get_leaf(params, row.path))
-        tensors = leaf if row.is_stacked else leaf[None]
-        state_dict.update((name, row.to_torch(tensor)) for name, tensor in zip(row.names, tensors, strict=True))
-    return state_dict
+    return {tensor.name: tensor.make() for tensor in tensors_of(params, nanochat_rows(config))}
 
 
 def nanochat_rows(config: ModelConfig) -> list[Row]:
-    """Where every tensor of a state dict goes."""
-    check_whole(config)
-    layers, with_values = tuple(range(config.num_layers)), config.value_embed_layers
-    of_layer = "transformer.h.{}."
-    rows = [Row("embed/token", "transformer.wte.weight", "same"), Row("head/kernel", "lm_head.weight", "transposed")]
-    rows += [Row(f"blocks/{leaf}", f"{of_layer}{name}.weight", "transposed", layers) for leaf, name in MATRICES.items()]
-    if config.use_x0_resid:
-        rows += [Row("blocks/resid_scale", "resid_lambdas", "same"), Row("blocks/x0_scale", "x0_lambdas", "same")]
-    if config.num_streams:
-        if config.hyper_maps == "dynamic":
-            raise InputError("nanochat has no hyper-connections with dynamic maps; set model.hyper_maps to 'static'.")
-        for branch in ("attn", "mlp"):
-            for name in ("res_logits", "pre_logits", "post_logits"):
-                rows.append(Row(f"blocks/hyper/{branch}/{name}", f"{of_layer}hc_{branch}.H_{name}", "same", layers))
-    if config.use_smear:
-        rows += [Row("embed/smear_gate", "smear_gate.weight", "unit"), Row("embed/smear_scale", "smear_lambda", "unit")]
-    if with_values:
-        rows.append(Row("embed/value", "value_embeds.{}.weight", "same", with_values))
-        rows.append(Row("embed/value_gate", f"{of_layer}attn.ve_gate.weight", "transposed", with_values))
-    if config.use_mid_subtract:
-        rows.append(Row("head/mid_scale", "backout_lambda", "unit"))
-    if config.num_mtp_heads:
-        rows.append(Row("head/mtp", "mtp_projs.{}.weight", "transposed", tuple(range(config.num_mtp_heads))))
-    return rows
+    """Where every tensor of a state dict goes; see :func:`rows_of`."""
+    return rows_of(config, TENSORS)

@@ -4,7 +4,7 @@ torch keeps a Linear weight as [out, in] and the layers apart; here a kernel is 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,12 @@ from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model.convert.tensor_files import Index, Tensor, TensorFiles, write_files
 from snlp_jax.model.lm import LanguageModel
-from snlp_jax.types import Params, PyTree
+from snlp_jax.types import Params, PyTree, flatten, unflatten
+
+Layout = Literal["same", "transposed", "unit"]
+"""Of a tensor beside its leaf; ``unit``: the tensor has an extra leading axis of length 1."""
+Table = Mapping[Layout, Mapping[str, str]]
+"""A format: of every layout the leaves and their tensors' names, with ``{}`` for the layer (or head) in a stack."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +29,17 @@ class Row:
     """One leaf of ``params`` and the tensors it is made of: one, or one a layer (a head) where the leaf is a stack."""
 
     path: str
-    template: str
-    layout: Literal["same", "transposed", "unit"]
-    """Of a tensor beside its leaf; ``unit``: the tensor has an extra leading axis of length 1."""
-    layers: tuple[int, ...] = ()
-    """Layers (or heads) of the stack; empty where the leaf is not one."""
+    shape: tuple[int, ...]
+    """Of the leaf."""
+    names: Sequence[str]
+    """Of the tensors."""
+    layout: Layout
+    is_stacked: bool
 
     @property
-    def is_stacked(self) -> bool:
-        return bool(self.layers)
-
-    @property
-    def names(self) -> list[str]:
-        return [self.template.format(layer) for layer in self.layers] or [self.template]
-
-    def shape_in_torch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def shape_in_torch(self) -> tuple[int, ...]:
+        """Of a tensor."""
+        shape = self.shape[self.is_stacked :]
         return {"same": shape, "transposed": shape[::-1], "unit": (1, *shape)}[self.layout]
 
     def to_torch(self, tensor: np.ndarray) -> np.ndarray:
@@ -49,9 +50,30 @@ class Row:
         return {"same": index, "transposed": index[::-1], "unit": (slice(None), *index)}[self.layout]
 
 
-def read_params(
-    files: TensorFiles, config: ModelConfig, rows: Sequence[Row], unused: str = "", shardings: PyTree = None
-) -> Params:
+def rows_of(config: ModelConfig, table: Table) -> list[Row]:
+    """Where every tensor of a model goes.
+
+    Raises:
+        InputError: names a part of the model that the format has no tensor for.
+    """
+    if config.replaced_layers:
+        raise InputError(
+            f"layers {config.replaced_layers} have linear or dropped branches, which this format has no tensors for; "
+            "give the run that they were replaced in."
+        )
+    found = {path: (layout, name) for layout, names in table.items() for path, name in names.items()}
+    rows: list[Row] = []
+    for path, leaf in flatten(LanguageModel(config).abstract_params()).items():
+        if path not in found:
+            raise InputError(f"this format has no tensor for {path!r}, which the model has.")
+        layout, name = found[path]
+        layers = config.value_embed_layers if path.startswith("embed/") else range(leaf.shape[0] if leaf.shape else 0)
+        names = [name.format(layer) for layer in layers] if "{}" in name else [name]
+        rows.append(Row(path, leaf.shape, names, layout, "{}" in name))
+    return rows
+
+
+def read_params(files: TensorFiles, rows: Sequence[Row], unused: str = "", shardings: PyTree = None) -> Params:
     """Float32 parameters, one leaf after the other, each straight onto its sharding.
 
     Beside the parameters the host holds one leaf (on a mesh, one device's part of it) and a block of a file.
@@ -64,27 +86,20 @@ def read_params(
         InputError: names a tensor that is missing, has the wrong shape or type, or has no place in the model; or a
             file that is broken.
     """
-    shapes = LanguageModel(config).abstract_params()
-    check_rows(rows, shapes)
-    for row in rows:  # before anything is read
-        leaf_shape = get_leaf(shapes, row.path).shape[row.is_stacked :]
-        for name in row.names:
-            files.check(name, row.shape_in_torch(leaf_shape))
-    known = {name for row in rows for name in row.names}
+    known = {name: row.shape_in_torch for row in rows for name in row.names}
+    for name, shape in known.items():  # before anything is read
+        files.check(name, shape)
     for name in files:
         if name not in known and not re.fullmatch(unused, name):
             raise InputError(f"{files} holds the tensor {name!r}, which the model has no place for.")
-    params: Params = {}
-    for row in rows:
-        shape = get_leaf(shapes, row.path).shape
-        sharding = get_leaf(shardings, row.path) if shardings is not None else None
-        set_leaf(params, row.path, _read_leaf(files, row, shape, sharding))
-    return params
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding_of = flatten(shardings)
+    return unflatten({row.path: _read_leaf(files, row, sharding_of.get(row.path, first)) for row in rows})
 
 
-def _read_leaf(files: TensorFiles, row: Row, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+def _read_leaf(files: TensorFiles, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
     def part(index: Any) -> np.ndarray:
-        bounds = [where.indices(size)[:2] for where, size in zip(index, shape, strict=True)]
+        bounds = [where.indices(size)[:2] for where, size in zip(index, row.shape, strict=True)]
         leaf = np.empty([stop - start for start, stop in bounds], np.float32)
         inner = row.index_in_torch(index[row.is_stacked :])
         names, parts = (row.names[slice(*bounds[0])], leaf) if row.is_stacked else (row.names, leaf[None])
@@ -92,62 +107,20 @@ def _read_leaf(files: TensorFiles, row: Row, shape: tuple[int, ...], sharding: A
             files.read_into(name, inner, row.to_torch(parts[place, ...]))  # a view, of a single number too
         return leaf
 
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.block_until_ready(
-        jax.make_array_from_callback(shape, sharding, part)
-    )  # the next one may then take the room of its copy
+    # Waited for: the next one may then take the room of its copy.
+    return jax.block_until_ready(jax.make_array_from_callback(row.shape, sharding, part))
 
 
-def write_params(
-    params: Params, config: ModelConfig, rows: Sequence[Row], folder: Path, dtype: str, max_shard_bytes: int
-) -> list[Path]:
-    """Inverse of :func:`read_params`: tensors in .safetensors files of at most ``max_shard_bytes`` (or one tensor)."""
-    check_rows(rows, LanguageModel(config).abstract_params())
-
-    def of_row(row: Row) -> Iterator[Tensor]:
-        leaf = get_leaf(params, row.path)
-        shape = row.shape_in_torch(leaf.shape[row.is_stacked :])
-        tensor = lambda index: lambda: row.to_torch(np.asarray(leaf[index]))  # noqa: E731
+def tensors_of(params: Params, rows: Sequence[Row]) -> Iterator[Tensor]:
+    """Tensors by name, made one by one; their dtypes are kept."""
+    leaves = flatten(params)
+    for row in rows:
         for place, name in enumerate(row.names):
-            yield Tensor(name, shape, tensor(place if row.is_stacked else ...))
-
-    return write_files(folder, [tensor for row in rows for tensor in of_row(row)], dtype, max_shard_bytes)
-
-
-def check_rows(rows: Sequence[Row], shapes: Params) -> None:
-    """Refuse a table that leaves out a part of the model.
-
-    Raises:
-        InputError: names the first leaf that no row makes.
-    """
-    made = {row.path for row in rows}
-    for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name not in made:
-            raise InputError(f"this format has no tensor for {name!r}, which the model has.")
+            index = place if row.is_stacked else ...
+            make = lambda row=row, index=index: row.to_torch(np.asarray(leaves[row.path][index]))  # noqa: E731
+            yield Tensor(name, row.shape_in_torch, make)
 
 
-def check_whole(config: ModelConfig) -> None:
-    """Refuse a model that no other format knows.
-
-    Raises:
-        InputError: names its layers that are not as trained.
-    """
-    if config.replaced_layers:
-        raise InputError(
-            f"layers {config.replaced_layers} have linear or dropped branches, which this format has no tensors for; "
-            "give the run that they were replaced in."
-        )
-
-
-def get_leaf(params: Params, path: str) -> Any:
-    for key in path.split("/"):
-        params = params[key]
-    return params
-
-
-def set_leaf(params: Params, path: str, leaf: Any) -> None:
-    *parents, last = path.split("/")
-    for key in parents:
-        params = params.setdefault(key, {})
-    params[last] = leaf
+def write_params(params: Params, rows: Sequence[Row], folder: Path, dtype: str, max_shard_bytes: int) -> list[Path]:
+    """Inverse of :func:`read_params`: tensors in .safetensors files of at most ``max_shard_bytes`` (or one tensor)."""
+    return write_files(folder, list(tensors_of(params, rows)), dtype, max_shard_bytes)
