@@ -29,13 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.errors import InputError
-from snlp_jax.linearize.covariance import Moments
+from snlp_jax.linearize.covariance import Moments, total
 from snlp_jax.linearize.regression import ridge_regression, top_eigenvectors
-from snlp_jax.solver import Chain, Init, Iteration, MethodData, PrefixState, sequential, start, step
+from snlp_jax.solver import Chain, Init, MethodData, PrefixState, sequential, start, step
 from snlp_jax.solver.calibrated import Calibrated, CalibratedInit, Calibration, Preheat, spread_streams
 from snlp_jax.solver.linear import shift
+from snlp_jax.types import PyTree
 
-PyTree = Any
 Kind = Literal["scalar", "channel", "basis"]
 Pair = tuple[Chain, MethodData]
 Text = Sequence[Pair] | Callable[[], Iterable[Pair]]
@@ -77,31 +77,30 @@ def fit_calibration(
         raise InputError(f"num_iters is {num_iters}; fit at least one iteration.")
     chains, init = _Chains(text), init or PrefixState()
     layers, common = fit_init(chains, init, rank=init_rank, ridge=ridge), {}
-    shape = (chains.num_nodes, num_iters)
+    num_nodes, width = chains.num_nodes, chains.width
     name = "channel" if kind == "channel" else "scale"
-    layers[name] = np.ones((*shape, chains.width) if kind == "channel" else shape)
+    layers[name] = np.ones((num_nodes, num_iters, width)[: 3 if kind == "channel" else 2])
+    u_DX, m_LXX, v_DX = np.zeros((width, 0)), np.zeros((num_nodes, 0, 0)), np.zeros((width, 0))
     if kind == "basis":
-        rank = _check_rank(rank, chains.width)
-        layers["core"] = np.zeros((*shape, rank, rank))
-        common = {basis: np.zeros((num_iters, chains.width, rank)) for basis in "uv"}
+        rank = _check_rank(rank, width)
+        layers["core"] = np.zeros((num_nodes, num_iters, rank, rank))
+        common = {basis: np.zeros((num_iters, width, rank)) for basis in "uv"}
     if intercept:
-        layers["intercept"] = np.zeros((*shape, chains.width))
+        layers["intercept"] = np.zeros((num_nodes, num_iters, width))
     for index in range(num_iters):
         reduce = lambda measure: chains.reduce(measure, init, index, _calibration(layers, common))  # noqa: B023, E731
         if kind == "basis":
-            u_DX, v_DX = common["u"][index], common["v"][index]
-            u_DX[:], v_DX[:] = _shared_bases(reduce(_true_updates), index, rank, intercept, ridge)
+            u_DX, v_DX = _shared_bases(reduce(_true_updates), index, rank, intercept, ridge)
+            common["u"][index], common["v"][index] = u_DX, v_DX
             channels, projected = reduce(_projected_residuals)
             c_L, m_LXX = _solve_basis(channels, projected, u_DX, v_DX, index, intercept, ridge)
-            layers["scale"][:, index], layers["core"][:, index] = c_L, m_LXX
-            move = lambda l, d_D: c_L[l] * d_D + u_DX @ (m_LXX[l] @ (v_DX.T @ d_D))  # noqa: B023, E731
+            a_LX, layers["core"][:, index] = c_L[:, None], m_LXX
         else:
             channels = reduce(_residuals)
-            a_LD = _solve_channels(channels, index, intercept, ridge, pooled=kind == "scalar")
-            layers[name][:, index] = a_LD if kind == "channel" else a_LD[:, 0]
-            move = lambda l, d_D: a_LD[l] * d_D  # noqa: B023, E731
+            a_LX = _solve_channels(channels, index, intercept, ridge, pooled=kind == "scalar")
+        layers[name][:, index] = a_LX if kind == "channel" else a_LX[:, 0]
         if intercept:
-            layers["intercept"][:, index] = _intercepts(channels, index, move)
+            layers["intercept"][:, index] = _intercepts(channels, index, a_LX, u_DX, m_LXX, v_DX)
     return _calibration(layers, common)
 
 
@@ -114,26 +113,26 @@ def fit_init(text: "Text | _Chains", init: Init, *, rank: int, ridge: float = 1e
     if not isinstance(init, CalibratedInit | Preheat):
         return {}
     chains = text if isinstance(text, _Chains) else _Chains(text)
-    rank, name = _check_rank(rank, chains.width), "init" if isinstance(init, CalibratedInit) else "preheat"
-    measure = _outputs_on_input if isinstance(init, CalibratedInit) else _outputs_on_anchor
-    moments = chains.reduce(measure, init, 0, Calibration({}, {}))
+    rank = _check_rank(rank, chains.width)
+    moments = chains.reduce(_outputs, init, 0, Calibration({}, {}))
     c_xx, c_yx = moments.covariance()
     c_LDD = c_yx.reshape(chains.num_nodes, chains.width, chains.width)
-    mean_LD = moments.mean_y.reshape(chains.num_nodes, chains.width)
     scale_L, parts = np.zeros(chains.num_nodes), []
-    for l in range(chains.num_nodes):
+    for l, c_DD in enumerate(c_LDD):
         if isinstance(init, CalibratedInit):
-            scale_L[l] = _ratio(np.trace(c_LDD[l]), np.trace(c_xx))
-            b_DD = ridge_regression(c_LDD[l] - scale_L[l] * c_xx, c_xx, ridge)
+            scale_L[l] = _ratio(np.trace(c_DD), np.trace(c_xx))
+            b_DD = ridge_regression(c_DD - scale_L[l] * c_xx, c_xx, ridge)
             u_DX = top_eigenvectors(b_DD @ c_xx @ b_DD.T, rank)
             parts.append((u_DX, b_DD.T @ u_DX))
         else:
             v_DX = top_eigenvectors(c_xx, rank)
-            parts.append((ridge_regression(c_LDD[l] @ v_DX, v_DX.T @ c_xx @ v_DX, ridge), v_DX))
+            parts.append((ridge_regression(c_DD @ v_DX, v_DX.T @ c_xx @ v_DX, ridge), v_DX))
     u_LDX, v_LDX = (np.stack(part) for part in zip(*parts, strict=True))
     explained_LD = scale_L[:, None] * moments.mean_x + np.einsum("LDX,LEX,E->LD", u_LDX, v_LDX, moments.mean_x)
-    layers = {f"{name}_u": u_LDX, f"{name}_v": v_LDX, f"{name}_intercept": mean_LD - explained_LD}
-    return layers | ({"init_scale": scale_L} if name == "init" else {})
+    b_LD = moments.mean_y.reshape(explained_LD.shape) - explained_LD
+    if isinstance(init, Preheat):
+        return {"preheat_u": u_LDX, "preheat_v": v_LDX, "preheat_intercept": b_LD}
+    return {"init_scale": scale_L, "init_u": u_LDX, "init_v": v_LDX, "init_intercept": b_LD}
 
 
 class _Chains:
@@ -149,90 +148,78 @@ class _Chains:
         if len(leaves) != 1:
             raise InputError(f"a calibration is for a state of one array, but this state is a tree of {len(leaves)}.")
         self._fns, self.num_nodes, self.width = chain.fns, chain.num_nodes, leaves[0].shape[-1]
-        self._compiled: dict[Measure, Callable[..., Any]] = {}
+        run = lambda measure, init, index, chain, data: measure(chain, init, index, data)  # noqa: E731
+        self._run = jax.jit(run, static_argnums=(0, 1))
 
     def reduce(self, measure: Measure, init: Init, index: int, calibration: Calibration) -> Any:
         """Moments over all of the text, of the trace that iteration ``index`` finds."""
-        if measure not in self._compiled:
-            run = lambda chain, index, data: measure(chain, init, index, data)  # noqa: E731
-            self._compiled[measure] = jax.jit(run)
-        is_moments = lambda node: isinstance(node, Moments)  # noqa: E731
-        total: Any = None
-        for chain, data in self._stream():
+
+        def of(chain: Chain, data: MethodData) -> Any:
             chain = dataclasses.replace(chain, fns=self._fns)  # equal functions compile once
-            part = self._compiled[measure](chain, jnp.asarray(index), data._replace(fit=calibration))
-            part = jax.device_get(part)
-            total = part if total is None else jax.tree.map(Moments.merge, total, part, is_leaf=is_moments)
-        return jax.tree.map(Moments.on_host, total, is_leaf=is_moments)
+            return jax.device_get(self._run(measure, init, index, chain, data._replace(fit=calibration)))
+
+        return total(of(*pair) for pair in self._stream())
 
 
 # ---------------------------------------------------------------- statistics of a batch, compiled
 
 
-def _outputs_on_input(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Moments:
-    return Moments.of(_samples(chain.h_in), _layers_last(_truth(chain)))
-
-
-def _outputs_on_anchor(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Moments:
-    if data.anchor is None:
-        raise InputError("the Preheat initial trace maps data.anchor, but this text has none; give it.")
-    x = spread_streams(jax.tree.leaves(data.anchor)[0], jax.tree.leaves(chain.h_in)[0])
-    return Moments.of(_samples(x), _layers_last(_truth(chain)))
+def _outputs(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Moments:
+    """x = h_S, or for ``Preheat`` the anchor; y = (h*_1 .. h*_N)."""
+    x = _leaf(chain.h_in)
+    if isinstance(init, Preheat):
+        if data.anchor is None:
+            raise InputError("the Preheat initial trace maps data.anchor, but this text has none; give it.")
+        x = spread_streams(_leaf(data.anchor), x)
+    truth_SLD = _samples(_leaf(sequential(chain, with_trace=True).trace))
+    return Moments.of(_samples(x[None])[:, 0], _flat(truth_SLD))
 
 
 def _true_updates(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Moments:
     """x = h*_{l-1} - h_{l-1}, y = t_l, each layer a regression of its own."""
-    iteration, truth = _before(chain, init, index, data), _truth(chain)
-    zero = jax.tree.map(jnp.zeros_like, chain.h_in)
-    x_LSD = _samples(shift(jax.tree.map(jnp.subtract, truth, iteration.h_L), zero), 1)
-    t_LSD = _samples(jax.tree.map(jnp.subtract, truth, iteration.y_L), 1)
-    return Moments.of(x_LSD.swapaxes(0, 1), t_LSD.swapaxes(0, 1))
+    x_SLD, _, t_SLD = _before(chain, init, index, data)
+    return Moments.of(x_SLD, t_SLD)
 
 
 def _residuals(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Moments:
     """x = (r_1 .. r_N), y = (t_1 .. t_N), each channel a regression of its own."""
-    r_LSD, t_LSD = _residuals_and_targets(chain, init, index, data)
-    return Moments.of(r_LSD.transpose(1, 2, 0), t_LSD.transpose(1, 2, 0))
+    _, r_SLD, t_SLD = _before(chain, init, index, data)
+    return Moments.of(r_SLD.swapaxes(1, 2), t_SLD.swapaxes(1, 2))
 
 
 def _projected_residuals(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> tuple[Moments, Moments]:
     """Those of the channels; and of x = (V^T r_j), y = (U^T r_j, U^T t_l)."""
-    r_LSD, t_LSD = _residuals_and_targets(chain, init, index, data)
+    _, r_SLD, t_SLD = _before(chain, init, index, data)
     u_DX, v_DX = (jnp.take(data.fit.common[name], index, axis=0) for name in "uv")
-    onto = lambda rows, basis_DX: jnp.matmul(rows, basis_DX, precision="highest")  # noqa: E731
-    y_LSX = jnp.concatenate([onto(r_LSD, u_DX), onto(t_LSD, u_DX)])
-    channels = Moments.of(r_LSD.transpose(1, 2, 0), t_LSD.transpose(1, 2, 0))
-    return channels, Moments.of(_layers_last(onto(r_LSD, v_DX)), _layers_last(y_LSX))
+    with jax.default_matmul_precision("highest"):
+        x_SLX, y_SLX = r_SLD @ v_DX, jnp.concatenate([r_SLD, t_SLD], axis=1) @ u_DX
+    return Moments.of(r_SLD.swapaxes(1, 2), t_SLD.swapaxes(1, 2)), Moments.of(_flat(x_SLX), _flat(y_SLX))
 
 
-def _residuals_and_targets(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> tuple[jax.Array, jax.Array]:
-    iteration = _before(chain, init, index, data)
-    r_L = jax.tree.map(jnp.subtract, iteration.y_L, iteration.h_L)
-    return _samples(r_L, 1), _samples(jax.tree.map(jnp.subtract, _truth(chain), iteration.y_L), 1)
-
-
-def _before(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> Iteration:
-    """What iteration ``index`` finds after those before it, which run as they will in the solver."""
+def _before(chain: Chain, init: Init, index: jax.Array, data: MethodData) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """h*_{l-1} - h_{l-1}, r_l and t_l, [S, N, D] each, which iteration ``index`` finds after those before it, which run
+    as they will in the solver."""
     guess, _, state = start(chain, Calibrated(), init, data)
     advance = lambda index, guess: step(chain, Calibrated(), guess, state, index).guess  # noqa: E731
     guess = jax.lax.fori_loop(0, index, advance, guess)
-    return step(chain, Calibrated(), guess, state, index).iteration
+    found = step(chain, Calibrated(), guess, state, index).iteration
+    h_L, y_L, truth_L = map(_leaf, (found.h_L, found.y_L, sequential(chain, with_trace=True).trace))
+    update_L = shift(truth_L - h_L, jnp.zeros_like(_leaf(chain.h_in)))
+    return _samples(update_L), _samples(y_L - h_L), _samples(truth_L - y_L)
 
 
-def _truth(chain: Chain) -> PyTree:
-    return sequential(chain, with_trace=True).trace
+def _leaf(state: PyTree) -> jax.Array:
+    return jax.tree.leaves(state)[0]
 
 
-def _samples(state: PyTree, num_lead: int = 0) -> jax.Array:
-    """[.., S, D] in float32: all axes between the first ``num_lead`` and the last are samples."""
-    leaf = jax.tree.leaves(state)[0]
-    return leaf.reshape(*leaf.shape[:num_lead], -1, leaf.shape[-1]).astype(jnp.float32)
+def _samples(rows_L: jax.Array) -> jax.Array:
+    """[S, N, D] in float32 of [N, .., D]: all axes between are samples."""
+    return rows_L.reshape(len(rows_L), -1, rows_L.shape[-1]).astype(jnp.float32).swapaxes(0, 1)
 
 
-def _layers_last(rows_L: PyTree) -> jax.Array:
+def _flat(rows_SLD: jax.Array) -> jax.Array:
     """[S, N * D]."""
-    rows_LSD = _samples(rows_L, 1)
-    return rows_LSD.transpose(1, 0, 2).reshape(rows_LSD.shape[1], -1)
+    return rows_SLD.reshape(len(rows_SLD), -1)
 
 
 # ---------------------------------------------------------------- regressions on the host
@@ -297,11 +284,14 @@ def _solve_basis(
     return c_L, m_LXX
 
 
-def _intercepts(moments: Moments, index: int, move: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
-    """``b_LD``, which make up for the means: ``b_l = E[t_l] - A_l E[d_{l-1}]``; ``move`` is ``(l, d) -> A_l d``."""
+def _intercepts(
+    moments: Moments, index: int, a_LX: np.ndarray, u_DX: np.ndarray, m_LXX: np.ndarray, v_DX: np.ndarray
+) -> np.ndarray:
+    """``b_LD``, which make up for the means, ``b_l = E[t_l] - A_l E[d_{l-1}]``: A_l is diag(a_l) + U M_l V^T, or with
+    one column a_l I + U M_l V^T."""
     b_LD, mean_d_D = np.zeros(moments.mean_x.shape[::-1]), np.zeros(len(moments.mean_x))
     for l in range(len(b_LD)):
-        moved_D = move(l, mean_d_D)
+        moved_D = a_LX[l] * mean_d_D + u_DX @ (m_LXX[l] @ (v_DX.T @ mean_d_D))
         if l > index:
             b_LD[l] = moments.mean_y[:, l] - moved_D
         mean_d_D = moved_D + moments.mean_x[:, l] + b_LD[l]
