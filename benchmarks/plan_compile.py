@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.hlo import Program, read_program
-from snlp_jax.cache import abstract_past
+from snlp_jax.cache import Past, RingPlan, plan_rings
 from snlp_jax.config import Config
 from snlp_jax.errors import InputError
 from snlp_jax.forward import forward
 from snlp_jax.layout import Spread, abstract_weights
 from snlp_jax.model import LanguageModel
-from snlp_jax.parallel.sharding import bytes_per_device
+from snlp_jax.model.block import Ring, Rings
+from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, bytes_per_device, spec_of
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Schedule
 from snlp_jax.train.loss import Plan
@@ -98,6 +99,30 @@ def held_bytes(
         return bytes_per_device(abstract_state(model, optimizer_of(model, config), config, mesh))
     weights = abstract_weights(model, schedule, mesh, sequential)
     return bytes_per_device(weights)
+
+
+def abstract_past(model: LanguageModel, weights: Weights, mesh: Mesh, batch_size: int, num_tokens: int) -> Past:
+    """The past of a text of ``num_tokens`` tokens as shapes with shardings: each segment's lies as its layers do."""
+    config = model.config
+
+    def one(plan: RingPlan | None, is_spread: bool) -> Rings | None:
+        if plan is None:
+            return None
+
+        def group(size: int, members: tuple[int, ...]) -> Ring:
+            shape = (len(members), batch_size, config.num_kv_heads, size, config.head_dim)
+            spec = spec_of("cache", shape, config, mesh, BY_LAYER if is_spread else BY_FEATURE)
+            leaf: Any = jax.ShapeDtypeStruct(shape, model.dtype, sharding=NamedSharding(mesh, spec))
+            return Ring(leaf, leaf)
+
+        return Rings(tuple(map(group, plan.sizes, plan.members)), plan.members)
+
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    previous_B1: Any = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=by_row)
+    length_B: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=by_row)
+    plans = plan_rings(model, weights, num_tokens, 1, mesh)
+    rings = tuple(one(plan, part.is_spread) for plan, part in zip(plans, weights.parts, strict=True))
+    return Past(previous_B1, length_B, rings)
 
 
 def _lower_forward(model: LanguageModel, weights: Weights, mesh: Mesh, work: Work) -> Any:

@@ -10,19 +10,19 @@ Every row of a batch has its own length, so prompts and accepted drafts may diff
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from snlp_jax.model import Model
 from snlp_jax.model.attention import slot_positions
 from snlp_jax.model.block import KeyValue, Ring, Rings
-from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
 from snlp_jax.parts import Part, Weights, nodes_of
 from snlp_jax.solver import Exact, ParallelSegment
+from snlp_jax.solver.linear import stack
 from snlp_jax.types import Array
 
 FEW_WRITES = 16
@@ -114,34 +114,10 @@ def append(rings: Rings, kv: KeyValue | list[KeyValue], length_B: Array, *, is_o
     return Rings(tuple(map(of_group, rings.groups, rings.members)), rings.members)
 
 
-def abstract_past(model: Model, weights: Weights, mesh: Mesh, batch_size: int, num_tokens: int) -> Past:
-    """The past of a text of ``num_tokens`` tokens as shapes with shardings: each segment's lies as its layers do."""
-    config = model.config
-
-    def one(plan: RingPlan | None, is_spread: bool) -> Rings | None:
-        if plan is None:
-            return None
-
-        def group(size: int, members: tuple[int, ...]) -> Ring:
-            shape = (len(members), batch_size, config.num_kv_heads, size, config.head_dim)
-            spec = spec_of("cache", shape, config, mesh, BY_LAYER if is_spread else BY_FEATURE)
-            leaf: Any = jax.ShapeDtypeStruct(shape, model.dtype, sharding=NamedSharding(mesh, spec))
-            return Ring(leaf, leaf)
-
-        return Rings(tuple(map(group, plan.sizes, plan.members)), plan.members)
-
-    by_row = NamedSharding(mesh, PartitionSpec("data"))
-    previous_B1: Any = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=by_row)
-    length_B: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=by_row)
-    plans = plan_rings(model, weights, num_tokens, 1, mesh)
-    rings = tuple(one(plan, part.is_spread) for plan, part in zip(plans, weights.parts, strict=True))
-    return Past(previous_B1, length_B, rings)
-
-
 def _members_of(kv: KeyValue | list[KeyValue], members: Sequence[int]) -> KeyValue:
     """Keys and values of some layers, [n, B, T, K, H]."""
     if isinstance(kv, list):
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(kv[index] for index in members))
+        return stack([kv[index] for index in members])
     if len(members) == kv.key_BTKH.shape[0]:
         return kv
     return jax.tree.map(lambda leaf: leaf[np.asarray(members)], kv)

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -29,7 +28,7 @@ from snlp_jax.solver import (
     Stage,
     with_affine,
 )
-from snlp_jax.solver.linear import layer
+from snlp_jax.solver.linear import layer, stack
 from snlp_jax.types import Array, Params, PyTree, is_list
 
 
@@ -86,7 +85,8 @@ def chains_of(
         ctx_nodes, shared_nodes = _with_rings(ctx, shared, past)
         nodes: PyTree = by_chunk(ctx_nodes, layers_per_node) if _is_chunked(part.segment) else ctx_nodes
         if is_list(blocks) or _is_one_by_one(model, part, past):
-            params, params_rows = _as_list(blocks, rows, num_rows), None
+            if not is_list(blocks):
+                params, params_rows = [layer(blocks, row) for row in rows or range(num_rows)], None
             nodes, shared_nodes = _context_list(model.config, ctx, part.segment, past), shared
         axes = _batch_axes(model, nodes, shared_nodes, int(_is_chunked(part.segment)))
         fns = fns_of(model, part.segment, span, axes)
@@ -196,29 +196,17 @@ def _is_one_by_one(model: Model, part: Part, past: Rings | None) -> bool:
     return is_several or (model.backend == "gpu" and not part.is_spread)
 
 
-def _as_list(blocks: PyTree, rows: tuple[int, ...] | None, num_nodes: int) -> list[PyTree]:
-    if is_list(blocks):
-        return blocks
-    return [layer(blocks, row) for row in (range(num_nodes) if rows is None else rows)]
-
-
 def _context_list(config: ModelConfig, ctx: Context, segment: Segment, past: Rings | None) -> list[Context]:
     """One context for each node of a list, with the rings of its layers."""
-    num_nodes, layers_per_node = nodes_of(segment)
-    if _is_chunked(segment):
-        nodes = [layer(by_chunk(ctx, layers_per_node), index) for index in range(num_nodes)]
-        if past is None:
-            return nodes
-        rings = [past.layer(index) for index in range(past.num_layers)]
-        chunks = [rings[i : i + layers_per_node] for i in range(0, len(rings), layers_per_node)]
-        stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunk) for chunk in chunks]
-        return [node._replace(past=ring) for node, ring in zip(nodes, stacked, strict=True)]
-    nodes = [layer(ctx, index) for index in range(num_nodes)]
-    if past is None:
-        return nodes
     attention = [i - segment.start for i in config.attention_layers if segment.start <= i < segment.stop]
-    ring_of = {index: past.layer(row) for row, index in enumerate(attention)}
-    return [node._replace(past=ring_of.get(index)) for index, node in enumerate(nodes)]
+    rings = {} if past is None else {index: past.layer(row) for row, index in enumerate(attention)}
+    if not _is_chunked(segment):
+        return [layer(ctx, index)._replace(past=rings.get(index)) for index in range(segment.num_layers)]
+    size = nodes_of(segment)[1]
+    chunks = [range(start, start + size) for start in range(0, segment.num_layers, size)]
+    stacked = [stack([rings[index] for index in chunk]) if rings else None for chunk in chunks]
+    nodes = [layer(ctx, slice(chunk.start, chunk.stop)) for chunk in chunks]
+    return [node._replace(past=ring) for node, ring in zip(nodes, stacked, strict=True)]
 
 
 def _with_rings(ctx: Context, shared: Shared, past: Rings | None) -> tuple[Context, Shared]:

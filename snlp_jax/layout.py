@@ -5,6 +5,7 @@ same memory, on accelerators by their index under jit. So weights of many schedu
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -225,26 +226,14 @@ def weights_shardings(model: Model, weights: Weights, mesh: Mesh) -> Weights:
     def one(part: Part) -> Part:
         layout = BY_LAYER if part.is_spread else BY_FEATURE
 
-        def place(stack: PyTree) -> PyTree:
-            return shardings_of(stack, model.config, mesh, layout, "blocks/")
-
-        if part.is_list:  # its trees have no layer axis: they lie as a stack of one would
-            blocks: PyTree = [_without_layers(place(jax.tree.map(_with_layers, tree)), mesh) for tree in part.blocks]
-        else:
-            blocks = place(part.blocks)
+        place = functools.partial(shardings_of, config=model.config, mesh=mesh, layout=layout, prefix="blocks/")
+        lists = [place(tree, is_one_layer=True) for tree in part.blocks] if part.is_list else None
         tables = shardings_of(part.tables, model.config, mesh, layout, "embed/")
-        return dataclasses.replace(part, blocks=blocks, tables=tables, fit=jax.tree.map(lambda _: on_all, part.fit))
+        fit = jax.tree.map(lambda _: on_all, part.fit)
+        return dataclasses.replace(part, blocks=lists or place(part.blocks), tables=tables, fit=fit)
 
     embed_head = shardings_of(weights.embed_head, model.config, mesh, BY_FEATURE)
     return dataclasses.replace(weights, embed_head=embed_head, parts=tuple(map(one, weights.parts)))
-
-
-def _with_layers(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
-
-
-def _without_layers(shardings: PyTree, mesh: Mesh) -> PyTree:
-    return jax.tree.map(lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), shardings)
 
 
 def arrange(
@@ -314,18 +303,13 @@ def are_windows_alike(config: ModelConfig, start: int, stop: int, shard_len: int
     return all(window == windows[i % shard_len] for i, window in enumerate(windows))
 
 
-def training_weights(model: Model, params: Params, mesh: Mesh | None, ring_microbatches: int = 1) -> Weights:
+def training_weights(model: Model, params: Params, mesh: Mesh | None) -> Weights:
     """The sequential pass over parameters as they lie in training. Call it under jit, where nothing is copied."""
-    config, whole = model.config, (0, model.config.num_layers)
-    embed_head = {"embed": params["embed"], "head": params["head"]}
-    if mesh is not None and mesh.shape["layer"] > 1:
-        part = Part(params["blocks"], None, None, SequentialSegment(*whole), whole, True)
-        return Weights(embed_head, (part,), ring_microbatches)
-    segments = _cut_further(config, (SequentialSegment(*whole),))
-    blocks = [cut(config, params["blocks"], segment.start, segment.stop) for segment in segments]
-    spans = [(segment.start, segment.stop) for segment in segments]
-    parts = map(Part, blocks, [None] * len(spans), [None] * len(spans), segments, spans)
-    return Weights(embed_head, tuple(parts))
+    whole = (0, model.config.num_layers)
+    if mesh is None or mesh.shape["layer"] == 1:
+        return split(model, params, Schedule.of(model.config.num_layers))
+    part = Part(params["blocks"], None, None, SequentialSegment(*whole), whole, True)
+    return Weights({"embed": params["embed"], "head": params["head"]}, (part,))
 
 
 # -- Pieces ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from problems import SMALL, VARIANTS, random_params, random_tokens, relative_error
 
 from benchmarks.hlo import count_collectives
-from snlp_jax.cache import Past, abstract_past, fill, plan_rings
+from benchmarks.plan_compile import abstract_past
+from snlp_jax.cache import Past, fill, plan_rings
 from snlp_jax.chains import chains_of
 from snlp_jax.config import (
     Config,

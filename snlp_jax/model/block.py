@@ -78,10 +78,6 @@ class Rings:
     members: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
     """Layers of each group, in order, counted from the first of these."""
 
-    @property
-    def num_layers(self) -> int:
-        return sum(map(len, self.members))
-
     def layer(self, index: int) -> Ring:
         """One layer's ring; of a group of one nothing is copied."""
         group, members = next((g, m) for g, m in zip(self.groups, self.members, strict=True) if index in m)

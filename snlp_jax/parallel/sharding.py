@@ -63,9 +63,14 @@ TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
 they are orthogonalised), and what its dimensions count; the first match wins."""
 
 
-def spec_of(name: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh, layout: Layout) -> PartitionSpec:
+def spec_of(
+    name: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh, layout: Layout, *, is_one_layer: bool = False
+) -> PartitionSpec:
     """How one array lies. ``name`` is a parameter's path, or ends with one (optimizer state); a name that the table
-    does not know, such as a counter's, is on every device."""
+    does not know, such as a counter's, is on every device. A leaf of ``blocks`` that ``is_one_layer`` comes without its
+    layer axis and lies as a stack of one would."""
+    if is_one_layer:
+        return PartitionSpec(*spec_of(name, (1, *shape), config, mesh, layout)[1:])
     counts = next((row for pattern, row in TABLE if re.search(f"(^|/){pattern}$", name)), ())
     if len(shape) < len(counts):  # a masked leaf of an optimizer, or a scalar that stands for one
         counts = ()
@@ -87,10 +92,14 @@ def spec_of(name: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh, la
     return PartitionSpec(*spec)
 
 
-def shardings_of(tree: PyTree, config: ModelConfig, mesh: Mesh, layout: Layout, prefix: str = "") -> PyTree:
+def shardings_of(
+    tree: PyTree, config: ModelConfig, mesh: Mesh, layout: Layout, prefix: str = "", *, is_one_layer: bool = False
+) -> PyTree:
     """A tree like ``tree`` (arrays or their shapes) of shardings; ``prefix`` comes before the paths of its leaves."""
 
-    place = lambda name, leaf: NamedSharding(mesh, spec_of(prefix + name, leaf.shape, config, mesh, layout))  # noqa: E731
+    def place(name: str, leaf: jax.Array) -> NamedSharding:
+        return NamedSharding(mesh, spec_of(prefix + name, leaf.shape, config, mesh, layout, is_one_layer=is_one_layer))
+
     return map_named(place, tree)
 
 
@@ -111,13 +120,10 @@ def gather_channels(
     whole = {what: axes for what, axes in TRAINING.items() if what != "channels"}
 
     def one(name: str, leaf: jax.Array) -> jax.Array:
-        name = prefix + name
-        shape = (1, *leaf.shape) if is_one_layer else leaf.shape
-        split, gathered = (spec_of(name, shape, config, mesh, layout) for layout in (TRAINING, whole))
+        name, lies = prefix + name, functools.partial(spec_of, config=config, mesh=mesh, is_one_layer=is_one_layer)
+        split, gathered = lies(name, leaf.shape, layout=TRAINING), lies(name, leaf.shape, layout=whole)
         if split == gathered:
             return leaf
-        if is_one_layer:
-            split, gathered = PartitionSpec(*split[1:]), PartitionSpec(*gathered[1:])
         is_cast = dtype is not None and "hyper" not in name and not name.startswith("embed/")
         return _gather(leaf, mesh, split, gathered, dtype if is_cast else leaf.dtype)
 
