@@ -93,7 +93,7 @@ def run_grid(search: Search) -> dict[str, Any]:
         bounds = EXACT
         if not candidate.is_lossless:
             found = search.quality.measure(candidate.schedule, 0, search.num_windows)
-            bounds, search.measured[candidate] = found.sums.bounds(alpha), found
+            bounds, search.measured[candidate] = found.bounds(alpha), found
         depth, num_evals = search.cost(candidate)
         cost = [depth, num_evals] if search.clock is None else [ratios[candidate]]
         rows.append({"name": candidate.name, "cost": cost, "depth": depth} | bounds._asdict())
@@ -107,11 +107,13 @@ def timed(search: Search) -> dict[Candidate, float]:
     """Of every candidate the median ratio to the sequential pass, timed in groups; none where depth is the cost."""
     ratios: dict[Candidate, float] = {}
     sequential, *others = search.candidates
-    for start in range(0, len(others) if search.clock else 0, GROUP):
+    if search.clock is None:
+        return ratios
+    for start in range(0, len(others), GROUP):
         group = [sequential, *others[start : start + GROUP]]
         search.time(group)
         ratios |= {candidate: search.ratio(candidate) for candidate in group}
-        search.readers.clear()  # or memory would hold all candidates' weights
+        search.clock.reader.cache_clear()  # or memory would hold all candidates' weights
     return ratios
 
 

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from rich.console import Console
 from tiny_run import MODEL
 
 from snlp_jax.config import Config, ModelConfig, SearchConfig, parse_share
 from snlp_jax.errors import InputError
-from snlp_jax.eval.search.quality import EXACT, Measured, Sums
+from snlp_jax.eval.search.quality import EXACT, Measured
 from snlp_jax.eval.search.search import Search
 from snlp_jax.eval.search.space import lines_of, lossless_of
 from snlp_jax.linearize import About
@@ -92,7 +91,7 @@ def test_space_follows_sizes_and_calibrations():
 def draw(change, seed, noise=0.03, num=W):
     """Differences of 32 tokens a window with the given mean PPL change."""
     d_W = math.log1p(change) + noise * np.random.default_rng(seed).standard_normal(num)
-    return Sums(32 * d_W, np.full(num, 32.0))
+    return 32 * d_W, np.full(num, 32.0)
 
 
 def search_on(change, seed=0, noise=0.03, ms=None, **fields):
@@ -107,15 +106,17 @@ def search_on(change, seed=0, noise=0.03, ms=None, **fields):
     def measure(schedule, start, stop):
         candidate = search.candidates[place[schedule]]
         halves = [draw(change(candidate, fresh), (seed, place[schedule], fresh), noise) for fresh in (0, 1)]
-        sums = Sums(*(np.concatenate(parts)[start:stop] for parts in zip(*halves, strict=True)))
-        return Measured(sums, [np.full(stop - start, float(region.num_iters)) for region in schedule.regions])
+        total_W, weight_W = (np.concatenate(parts)[start:stop] for parts in zip(*halves, strict=True))
+        return Measured(
+            total_W, weight_W, [np.full(stop - start, float(region.num_iters)) for region in schedule.regions]
+        )
 
     search.quality = SimpleNamespace(
         measure=measure, num_windows=2 * W, num_tokens=32, model=SimpleNamespace(dtype="float32")
     )
-    search.num_windows, search.console, search.fingerprint = W, Console(quiet=True), ""
+    search.num_windows, search.fingerprint = W, ""
     search.about = {"checkpoint": "best", "step": 1}
-    search.measured, search.status, search.times_ms, search.readers = {}, {}, {}, {}
+    search.measured, search.status, search.times_ms = {}, {}, {}
     search.clock = (
         None
         if ms is None
@@ -196,12 +197,12 @@ def test_time_decides_among_what_may_be_fastest(monkeypatch):
 
 
 def test_bounds_cover_and_know_exactness():
-    assert Sums(np.zeros(16), np.ones(16)).bounds(0.01) == EXACT
-    assert Sums(np.ones(1), np.ones(1)).bounds(0.05).high > 1e300
+    assert Measured(np.zeros(16), np.ones(16)).bounds(0.01) == EXACT
+    assert Measured(np.ones(1), np.ones(1)).bounds(0.05).high > 1e300
     rng = np.random.default_rng(0)
     weight = rng.uniform(0, 2, 64)
     missed = 0
     for _ in range(200):
-        low, _, high = Sums(weight * (0.02 + 0.05 * rng.standard_normal(64)), weight).bounds(0.05)
+        low, _, high = Measured(weight * (0.02 + 0.05 * rng.standard_normal(64)), weight).bounds(0.05)
         missed += not low < math.expm1(0.02) < high
     assert 5 <= missed <= 40, "10 % of 200 with a binomial's room"

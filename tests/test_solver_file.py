@@ -16,7 +16,7 @@ from snlp_jax.cli.infer import Args, open_engine
 from snlp_jax.config import EvalConfig, SearchConfig, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.eval.search import Search, clock, search
-from snlp_jax.eval.search.quality import Measured, Quality, Sums
+from snlp_jax.eval.search.quality import Measured, Quality
 from snlp_jax.eval.search.space import lines_of, lossless_of
 from snlp_jax.eval.solver_file import SolverFile, read_solver_file, setting_of, with_settings, write_solver_file
 from snlp_jax.eval.timing import interleave
@@ -98,9 +98,9 @@ def test_quality_is_paired_and_weighted():
     quality = Quality(model, random_params(model), windows, 2, {})
     stops = parse_schedule("idn:n=3,k=3,tol=0.9", 4)
     part, whole = quality.measure(stops, 1, 2), quality.measure(stops, 0, 5)
-    assert abs(part.sums.total_W[0]) > 1e-3
-    np.testing.assert_allclose(part.sums.total_W, whole.sums.total_W[1:2], rtol=1e-4)
-    np.testing.assert_allclose(whole.sums.weight_W, 6)
+    assert abs(part.total_W[0]) > 1e-3
+    np.testing.assert_allclose(part.total_W, whole.total_W[1:2], rtol=1e-4)
+    np.testing.assert_allclose(whole.weight_W, 6)
     assert 1 <= part.iterations[0][0] == whole.iterations[0][1] < 3
 
 
@@ -139,7 +139,7 @@ def test_search_of_a_run_writes_what_it_finds(run_dir, monkeypatch):
     def measure(self, schedule, start, stop):
         d_W = 0.02 * (4 - schedule.depth) + 1e-5 * np.random.default_rng(start).standard_normal(stop - start)
         made = [np.full(stop - start, float(region.num_iters)) for region in schedule.regions]
-        return Measured(Sums(d_W, np.ones(stop - start)), made)
+        return Measured(d_W, np.ones(stop - start), made)
 
     monkeypatch.setattr(Quality, "measure", measure)
     found = search_of(run_dir, max_ppl_increase="5%")

@@ -21,6 +21,7 @@ from snlp_jax.eval.fidelity import (
     join_comparisons,
     make_compare_fn,
     make_reference_fn,
+    mean_cost,
     mean_norms,
 )
 from snlp_jax.eval.intervals import BOOTSTRAP_SEED
@@ -242,7 +243,7 @@ def _quality(
         setting=text,
         is_oracle=schedule.is_oracle,
         depth=schedule.depth,
-        mean_depth=mean_depth(schedule, found.iterations),
+        mean_depth=mean_cost(schedule, found.iterations)[0],
         num_block_evals=schedule.num_block_evals,
         ppl=perplexity(nll_WT, weight_WT),
         ppl_change=relative_change(nll_WT, reference_WT, weight_WT),
@@ -258,11 +259,3 @@ def _quality(
         ),
         iterations=tuple((float(n.mean()), float(n.max(1).mean())) for n, region in of_regions if region.tolerance),
     )
-
-
-def mean_depth(schedule: Schedule, iterations: Sequence[Any]) -> float:
-    """Dependent block evaluations of an average sequence, which may stop before the last iteration."""
-    depth = float(schedule.depth)
-    for region, made in zip(schedule.regions, iterations, strict=True):
-        depth -= (region.num_iters - float(made.mean())) * (region.depth - region.init.num_evals) / region.num_iters
-    return depth

@@ -13,7 +13,7 @@ from snlp_jax.eval.perplexity import token_nll
 from snlp_jax.forward import Output, forward
 from snlp_jax.model import Model
 from snlp_jax.parts import Weights
-from snlp_jax.solver import Solution
+from snlp_jax.solver import ParallelSegment, Schedule, Solution
 from snlp_jax.types import Array
 
 HORIZONS = (8, 16, 32, 64)
@@ -103,16 +103,31 @@ def make_compare_fn(model: Model, mesh: Mesh | None = None) -> CompareFn:
             cosine_BT=jnp.sum(logits_BTV * reference_BTV, axis=-1) / jnp.maximum(norms_BT, 1e-30),
             error_BT=size_BT(output.h_last - reference.h_last) / jnp.maximum(size_BT(reference.h_last), 1e-30),
             residual_norms=tuple(solution.stats["residual_norm"].mean(-1)[None] for solution in output.solutions),
-            iterations=tuple(iterations_of(solution, window_BT.shape[0])[None] for solution in output.solutions),
+            iterations=tuple(made_B[None] for made_B in iterations_of(weights, output.solutions, len(window_BT))),
         )
 
     return compare
 
 
-def iterations_of(solution: Solution, batch_size: int) -> Array:
-    """[B]: how many were made for each sequence, of a solution with statistics."""
-    made = solution.stats.get("sequence_iters")
-    return jnp.full((batch_size,), solution.stats["residual_norm"].shape[0]) if made is None else made
+def iterations_of(weights: Weights, solutions: Sequence[Solution], batch_size: int) -> tuple[Array, ...]:
+    """[B] of each region: how many were made for each sequence; all, unless a tolerance has stopped them."""
+    regions = [segment for segment in weights.segments if isinstance(segment, ParallelSegment)]
+    every = [jnp.full(batch_size, region.num_iters) for region in regions]
+    return tuple(made.stats.get("sequence_iters", all_B) for made, all_B in zip(solutions, every, strict=True))
+
+
+def mean_cost(schedule: Schedule, iterations: Sequence[Any]) -> tuple[float, float]:
+    """Dependent block evaluations and all of them, of an average sequence, which may stop before the last iteration.
+
+    Args:
+        iterations: of each region, those that were made: a number or an array of them.
+    """
+    depth, num_evals = float(schedule.depth), float(schedule.num_block_evals)
+    for region, made in zip(schedule.regions, iterations, strict=True):
+        left_out = region.num_iters - float(np.mean(made))
+        depth -= left_out * (region.depth - region.init.num_evals) / region.num_iters
+        num_evals -= left_out * region.num_layers
+    return depth, num_evals
 
 
 def join_comparisons(parts: Sequence[Comparison]) -> Comparison:

@@ -1,12 +1,13 @@
 """Milliseconds of candidates: a forward, or a decoded token."""
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
 
 from snlp_jax.config import Config
 from snlp_jax.eval.evaluate import check_length
-from snlp_jax.eval.search.space import Candidate, draft_len, rule_of
+from snlp_jax.eval.search.space import Candidate
 from snlp_jax.eval.timing import CompiledForward, Reader
 from snlp_jax.infer import Drafting, Engine, Placement, Request
 from snlp_jax.layout import Layout, prepare
@@ -41,28 +42,24 @@ class Clock:
         tokens_WT: np.ndarray,
     ):
         self.model, self.params, self.fits = model, params, fits
+        self.reader = functools.cache(self._reader)
+        """Of a candidate and a layout: one run of it, compiled."""
         rows, self.num_tokens = config.eval.timing_batch, 0
         if objective == "prefill":
             length, num_texts = config.eval.timing_len or config.model.seq_len, NUM_TEXTS
             check_length("eval.timing_len", length, config.model)
+            self.what = f"ms a forward of {rows} x {length} tokens"
         else:
             length = max(1, min(config.eval.greedy_prompt_len or 64, tokens_WT.shape[1] - 1))
             num_texts = max(len(tokens_WT) // rows, 1)
             self.num_tokens = min(NEW_TOKENS, config.model.max_context - length)
+            self.what = f"ms a decoded token, {rows} rows after {length} tokens"
         # Again from the start where the text is short.
         self.texts_BT = list(np.resize(tokens_WT[:, :length], (num_texts, rows, length)).astype(np.int32))
         """Of each round: what is read, or the prompts, after which ``num_tokens`` are decoded."""
 
-    @property
-    def what(self) -> str:
-        """What the milliseconds are of."""
-        rows, length = self.texts_BT[0].shape
-        forward_of = f"ms a forward of {rows} x {length} tokens"
-        return f"ms a decoded token, {rows} rows after {length} tokens" if self.num_tokens else forward_of
-
-    def reader(self, candidate: Candidate, layout: Layout) -> Reader:
-        """One run of it, compiled."""
-        schedule, drafter = candidate.schedule, candidate.speculate
+    def _reader(self, candidate: Candidate, layout: Layout) -> Reader:
+        schedule = candidate.schedule
         if not self.num_tokens:
             num_tokens = self.texts_BT[0].size
             weights = prepare(self.model, self.params, schedule, num_tokens=num_tokens, layout=layout, fits=self.fits)
@@ -71,8 +68,8 @@ class Clock:
             self.model,
             self.params,
             schedule,
-            rule="last_eval" if schedule.is_sequential else rule_of(schedule),
-            draft=Drafting(drafter, draft_len(drafter, self.model.config)) if drafter else None,
+            rule="last_eval" if schedule.is_sequential else candidate.rule,
+            draft=Drafting(candidate.speculate, candidate.draft_len) if candidate.speculate else None,
             placement=Placement(layout=layout),
             fits=self.fits,
         )

@@ -1,20 +1,19 @@
 """What a setting changes of perplexity: paired differences to the sequential pass on held-out windows, and bounds."""
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import stdtrit
 
-from snlp_jax.eval.fidelity import pass_over
+from snlp_jax.eval.fidelity import iterations_of, pass_over
 from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.parts import Weights
-from snlp_jax.solver import Calibration, ParallelSegment, Schedule
+from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params
 
 
@@ -29,11 +28,18 @@ class Bounds(NamedTuple):
 EXACT = Bounds(0.0, 0.0, 0.0)
 
 
-class Sums(NamedTuple):
-    """Of each window: the weighted sum of its tokens' differences, and their weight."""
+class Measured(NamedTuple):
+    """Some windows under one setting."""
 
     total_W: np.ndarray
+    """Of each window: the weighted sum of its tokens' differences."""
     weight_W: np.ndarray
+    """Of each window: the weight of its tokens."""
+    iterations: Sequence[np.ndarray] = ()
+    """Of each region, [W]: how many were made."""
+
+    def join(self, other: "Measured") -> "Measured":
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), self, other)
 
     def bounds(self, alpha: float) -> Bounds:
         """``exp(m -+ t s / sqrt(W)) - 1``: one-sided bounds of level ``alpha`` each, m = sum(total) / sum(weight).
@@ -46,17 +52,6 @@ class Sums(NamedTuple):
             residual_W = (self.total_W - mean * self.weight_W) / max(self.weight_W.mean(), 1e-9)
             half = -float(stdtrit(W - 1, alpha)) * math.sqrt(float(residual_W @ residual_W) / (W - 1) / W)
         return Bounds(*(math.expm1(min(value, 700.0)) for value in (mean - half, mean, mean + half)))
-
-
-class Measured(NamedTuple):
-    """Some windows under one setting."""
-
-    sums: Sums
-    iterations: list[np.ndarray]
-    """Of each region, [W]: how many were made."""
-
-    def join(self, other: "Measured") -> "Measured":
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), self, other)
 
 
 class Quality:
@@ -75,42 +70,42 @@ class Quality:
         batch_size: int,
         fits: Mapping[str, Calibration],
     ):
-        self.model, self.params, self.windows, self.fits = model, params, windows, fits
-        self.num_windows, self.num_tokens = windows["tokens"][:, 1:].shape
+        self.model, self.params, self.fits = model, params, fits
+        self.tokens, self.documents = windows["tokens"], windows.get("document")
+        self.num_windows, self.num_tokens = self.tokens[:, 1:].shape
+        self.weight_WT = np.asarray(windows.get("weight", np.ones((self.num_windows, self.num_tokens))), np.float64)
         self.batch_size = min(batch_size, self.num_windows)
-        self._nll = jax.jit(partial(_nll, model))
 
     def measure(self, schedule: Schedule, start: int, stop: int) -> Measured:
         """Windows ``start`` to ``stop``."""
-        nll_WT, iterations = self._run(schedule, range(start, stop))
-        difference_WT = nll_WT - self._sequential_WT[start:stop]
-        weight_WT = self.windows.get("weight", np.ones((self.num_windows, self.num_tokens)))[start:stop]
-        weight_WT = np.asarray(weight_WT, np.float64)
-        return Measured(Sums((weight_WT * difference_WT).sum(axis=1), weight_WT.sum(axis=1)), iterations)
+        nll_WT, *iterations = self._run(schedule, start, stop)
+        weight_WT = self.weight_WT[start:stop]
+        total_W = (weight_WT * (nll_WT - self._sequential_WT[start:stop])).sum(axis=1)
+        return Measured(total_W, weight_WT.sum(axis=1), iterations)
 
     @cached_property
     def _sequential_WT(self) -> np.ndarray:
-        return self._run(Schedule.of(self.model.config.num_layers), range(self.num_windows))[0]
+        return self._run(Schedule.of(self.model.config.num_layers), 0, self.num_windows)[0]
 
-    def _run(self, schedule: Schedule, indices: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Negative log-likelihoods [W, T], and [W] iterations of each region."""
+    @cached_property
+    def _read(self) -> Callable[..., tuple[Array, ...]]:
+        """Negative log-likelihoods [B, T] of windows, and [B] iterations of each region; compiles once a setting."""
+
+        @jax.jit
+        def read(weights: Weights, window_BT: Array, document_BT: Array | None) -> tuple[Array, ...]:
+            output, nll_BT = pass_over(self.model, weights, window_BT, document_BT)
+            return nll_BT, *iterations_of(weights, output.solutions, len(window_BT))
+
+        return read
+
+    def _run(self, schedule: Schedule, start: int, stop: int) -> list[np.ndarray]:
+        """As ``_read``, of windows ``start`` to ``stop``; as many at once every time, the last ones again and again."""
         num_tokens = self.batch_size * self.num_tokens
         weights = prepare(self.model, self.params, schedule, num_tokens=num_tokens, layout="stack", fits=self.fits)
-        documents, parts = self.windows.get("document"), []
-        for start in range(0, len(indices), self.batch_size):
-            chosen = np.asarray(indices[start : start + self.batch_size])
-            rows = np.resize(chosen, self.batch_size)  # one shape for all
-            document_BT = None if documents is None else documents[rows]
-            found = self._nll(weights, self.windows["tokens"][rows], document_BT)
+        parts = []
+        for first in range(start, stop, self.batch_size):
+            chosen = np.arange(first, min(first + self.batch_size, stop))
+            rows = np.resize(chosen, self.batch_size)
+            found = self._read(weights, self.tokens[rows], None if self.documents is None else self.documents[rows])
             parts.append([np.asarray(each, np.float64)[: len(chosen)] for each in found])
-        nll_WT, *iterations = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return nll_WT, iterations
-
-
-def _nll(model: LanguageModel, weights: Weights, window_BT: Array, document_BT: Array | None) -> list[Array]:
-    """Negative log-likelihoods, then the iterations of each region: all, unless a tolerance has stopped them."""
-    output, nll_BT = pass_over(model, weights, window_BT, document_BT)
-    regions = [segment for segment in weights.segments if isinstance(segment, ParallelSegment)]
-    every = [jnp.full(nll_BT.shape[:1], region.num_iters) for region in regions]
-    made = zip(output.solutions, every, strict=True)
-    return [nll_BT, *(solution.stats.get("sequence_iters", most_B) for solution, most_B in made)]
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]

@@ -17,6 +17,7 @@ alpha at most (to the accuracy of Student's interval).
 """
 
 import dataclasses
+import itertools
 import time
 from functools import cached_property
 from pathlib import Path
@@ -26,18 +27,18 @@ import numpy as np
 from rich.console import Console
 
 from snlp_jax.config import Config, MeshConfig, SearchConfig
-from snlp_jax.data.pipeline import TokenData, held_out_batches
+from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
-from snlp_jax.eval.evaluate import mean_depth
+from snlp_jax.eval.fidelity import mean_cost
 from snlp_jax.eval.frontier import pareto_front
 from snlp_jax.eval.run import open_run
 from snlp_jax.eval.search.clock import Clock
 from snlp_jax.eval.search.quality import EXACT, Bounds, Measured, Quality
 from snlp_jax.eval.search.record import Found, Row
-from snlp_jax.eval.search.space import Candidate, Line, draft_len, lines_of, lossless_of, rule_of
+from snlp_jax.eval.search.space import Candidate, Line, lines_of, lossless_of
 from snlp_jax.eval.solver_file import SolverFile
-from snlp_jax.eval.timing import LAYOUTS, Reader, interleave
+from snlp_jax.eval.timing import LAYOUTS, interleave
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import Layout, canonical
 from snlp_jax.linearize import fingerprint, stored_calibrations
@@ -76,17 +77,20 @@ class Search:
         self.candidates = [*self.lossless, *(each for line in self.lines for each in line.candidates)]
         fits = load_fits(run_dir, opened.params, [each.schedule for each in self.candidates])
         params = canonical(opened.model, opened.params)  # one copy for all candidates
-        windows = shuffled_windows(opened.data, config.model.seq_len, 2 * config.eval.num_windows)
-        total = len(windows["tokens"])
+        batches = held_out_batches(
+            opened.data, seq_len=config.model.seq_len, batch_size=1, num_batches=2 * config.eval.num_windows
+        )
+        total = len(batches)
+        order = np.random.default_rng(SEED).permutation(total)
+        windows = {name: np.concatenate([batches[index][name] for index in order]) for name in batches[0]}
         self.num_windows = (total + 1) // 2
-        """To choose on; the others confirm."""
+        """To choose on; the others confirm. They share no token as targets, but may be of one document."""
         if total - self.num_windows < 2:
             raise InputError(
                 f"a search needs at least 4 held-out windows, but there are {total} of {config.model.seq_len} tokens "
                 f"with eval.num_windows {config.eval.num_windows}; give more."
             )
-        batch_size = min(config.eval.batch_size, FIRST_RUNG)
-        self.quality = Quality(opened.model, params, windows, batch_size, fits)
+        self.quality = Quality(opened.model, params, windows, min(config.eval.batch_size, FIRST_RUNG), fits)
         texts_WT = windows["tokens"][: self.num_windows]
         self.clock: Clock | None = None
         if search.objective != "depth":
@@ -95,13 +99,11 @@ class Search:
         self.status: dict[Candidate, str] = {}
         self.times_ms: dict[Candidate, np.ndarray] = {}
         """Of the last timing, interleaved."""
-        self.readers: dict[tuple[Candidate, Layout], Reader] = {}
-        self.console = Console(stderr=True)
 
     def run(self) -> Found:
         """The lines, timing, confirmation; until the fastest stands."""
         began, alpha = time.perf_counter(), 1 - self.search.confidence
-        with self.console.status("searching"):
+        with Console(stderr=True).status("searching"):
             standing = self._last_within()
             for attempt in range(1, len(self.candidates) + 1):  # each refutes one, and the sequential pass stands
                 winner = self._fastest([*self.lossless, *(line.candidates[i] for line, i in standing.items())])
@@ -110,10 +112,9 @@ class Search:
                     break
                 self.status[winner] = "refuted"
                 line = next(line for line, i in standing.items() if line.candidates[i] == winner)
-                place = standing.pop(line) - 1
-                while place >= 0 and not self._is_within(line.candidates[place]):
-                    place -= 1
-                standing |= {line: place} if place >= 0 else {}
+                places = range(standing.pop(line) - 1, -1, -1)
+                place = next((place for place in places if self._is_within(line.candidates[place])), None)
+                standing |= {} if place is None else {line: place}
         return self._found(winner, confirmed, time.perf_counter() - began)
 
     # -- Quality -------------------------------------------------------------------------------------------------------
@@ -123,22 +124,21 @@ class Search:
         found: dict[Line, int] = {}
         most: dict[str, int] = {}
         for line in self.lines:
-            family = line.family or line.candidates[0].setting
-            sizes = [candidate.num_layers for candidate in line.candidates]
-            low, high = sum(size <= most.get(family, 0) for size in sizes) - 1, len(sizes)
-            known = low
+            family, candidates = line.family or line.candidates[0].setting, line.candidates
             standing = [self.cost(other.candidates[i]) for other, i in found.items()]
-            for candidate in line.candidates[low + 1 :]:  # what gains nothing over what stands need not be measured
-                if not any(self._is_beaten(candidate, cost) for cost in standing):
-                    break
-                low += 1
-            known = low
+            known = -1  # the last that is within as its family says, or gains nothing over what stands
+            while known + 1 < len(candidates) and (
+                candidates[known + 1].num_layers <= most.get(family, 0)
+                or any(self._is_beaten(candidates[known + 1], cost) for cost in standing)
+            ):
+                known += 1
+            low, high = known, len(candidates)
             while high - low > 1:
-                middle = high - 1 if low == known and high == len(sizes) else (low + high) // 2  # the last one first
-                low, high = (middle, high) if self._is_within(line.candidates[middle]) else (low, middle)
+                middle = high - 1 if low == known and high == len(candidates) else (low + high) // 2  # the last first
+                low, high = (middle, high) if self._is_within(candidates[middle]) else (low, middle)
             if low > known:
                 found[line] = low
-                most[family] = max(most.get(family, 0), sizes[low])
+                most[family] = max(most.get(family, 0), candidates[low].num_layers)
         return found
 
     def _is_beaten(self, candidate: Candidate, cost: tuple[float, float]) -> bool:
@@ -151,15 +151,12 @@ class Search:
     def _is_within(self, candidate: Candidate) -> bool:
         """Whether it passes on the windows to choose on."""
         rungs = [FIRST_RUNG * 2**i for i in range(32) if FIRST_RUNG * 2**i < self.num_windows] + [self.num_windows]
-        start = 0
-        for stop in rungs:
+        for start, stop in itertools.pairwise([0, *rungs]):
             part = self.quality.measure(candidate.schedule, start, stop)
-            before = self.measured.get(candidate)
-            self.measured[candidate] = before.join(part) if before and start else part
-            low, _, high = self.measured[candidate].sums.bounds((1 - self.search.confidence) / len(rungs))
+            self.measured[candidate] = self.measured[candidate].join(part) if start else part
+            low, _, high = self.measured[candidate].bounds((1 - self.search.confidence) / len(rungs))
             if low > self.search.limit or high <= self.search.limit:
                 break
-            start = stop
         within = high <= self.search.limit
         self.status[candidate] = "passed" if within else "failed" if low > self.search.limit else "undecided"
         return within
@@ -168,55 +165,47 @@ class Search:
         """On windows that nothing was chosen by."""
         if winner.is_lossless:
             return EXACT
-        return self.quality.measure(winner.schedule, self.num_windows, self.quality.num_windows).sums.bounds(alpha)
+        return self.quality.measure(winner.schedule, self.num_windows, self.quality.num_windows).bounds(alpha)
 
     # -- Cost ----------------------------------------------------------------------------------------------------------
 
     def cost(self, candidate: Candidate) -> tuple[float, float]:
         """Dependent block evaluations and all of them, of an average sequence."""
-        schedule = candidate.schedule
-        if candidate not in self.measured:
-            return float(schedule.depth), float(schedule.num_block_evals)
-        iterations = self.measured[candidate].iterations
-        saved = [
-            (region.num_iters - made.mean()) * region.num_layers
-            for region, made in zip(schedule.regions, iterations, strict=True)
-        ]
-        return mean_depth(schedule, iterations), schedule.num_block_evals - float(sum(saved))
+        if candidate in self.measured:
+            return mean_cost(candidate.schedule, self.measured[candidate].iterations)
+        return float(candidate.schedule.depth), float(candidate.schedule.num_block_evals)
 
     def _fastest(self, candidates: list[Candidate]) -> Candidate:
         costs = [self.cost(candidate) for candidate in candidates]
         if self.clock is None:
             return candidates[min(range(len(candidates)), key=lambda i: costs[i])]
         front = [each for each, is_on in zip(candidates, pareto_front(costs), strict=True) if is_on]
-        self.time(list(dict.fromkeys([*self.lossless, *front])))
-        ranked = sorted(self.times_ms, key=self.ratio)
-        self.time(list(dict.fromkeys([self.lossless[0], *ranked[: self.search.finalists]])))
-        return min(ranked[: self.search.finalists], key=self.ratio)
+        self.time([*self.lossless, *front])
+        finalists = sorted(self.times_ms, key=self.ratio)[: self.search.finalists]
+        self.time([self.lossless[0], *finalists])
+        return min(finalists, key=self.ratio)
 
     @cached_property
     def twin(self) -> Layout:
         """That of the fair sequential pass: the faster one."""
-        readers = [self._reader(self.lossless[0], layout) for layout in LAYOUTS]
+        assert self.clock is not None
+        readers = [self.clock.reader(self.lossless[0], layout) for layout in LAYOUTS]
         times_ms = interleave(readers, LEAST_REPEATS, least_seconds=LEAST_SECONDS)
         return LAYOUTS[int(np.median(times_ms, axis=0).argmin())]
 
     def time(self, candidates: list[Candidate]) -> None:
         """Interleaved, all again, so that they can be compared; the sequential pass is the first."""
-        readers = [self._reader(candidates[0], self.twin), *(self._reader(each, "auto") for each in candidates[1:])]
+        assert self.clock is not None
+        layouts: dict[Candidate, Layout] = {candidate: "auto" for candidate in candidates}
+        layouts[candidates[0]] = self.twin
+        readers = [self.clock.reader(candidate, layout) for candidate, layout in layouts.items()]
         num_repeats = max(self.config.eval.timing_repeats, LEAST_REPEATS)
         times_ms = interleave(readers, num_repeats, least_seconds=LEAST_SECONDS)
-        self.times_ms = dict(zip(candidates, times_ms.T, strict=True))
+        self.times_ms = dict(zip(layouts, times_ms.T, strict=True))
 
     def ratio(self, candidate: Candidate) -> float:
         """Time over that of the sequential pass in the same rounds: the machine may have changed its speed between."""
         return float(np.median(self.times_ms[candidate] / self.times_ms[self.lossless[0]]))
-
-    def _reader(self, candidate: Candidate, layout: Layout) -> Reader:
-        assert self.clock is not None
-        if (candidate, layout) not in self.readers:
-            self.readers[candidate, layout] = self.clock.reader(candidate, layout)
-        return self.readers[candidate, layout]
 
     # -- The record ----------------------------------------------------------------------------------------------------
 
@@ -247,15 +236,8 @@ class Search:
             measured |= {"speedup": middle, "speedup_quartiles": [low, high], "speedup_runs": len(times_ms)}
             measured |= {"ms": float(np.median(times_ms)), "sequential_ms": float(np.median(twin_ms))}
             measured |= {"twin": self.twin}
-        solver = SolverFile(
-            winner.setting,
-            config.model.num_layers,
-            rule_of(winner.schedule),
-            winner.speculate,
-            draft_len(winner.speculate, config.model),
-            self.fingerprint,
-            measured,
-        )
+        size, drafts = config.model.num_layers, (winner.speculate, winner.draft_len)
+        solver = SolverFile(winner.setting, size, winner.rule, *drafts, self.fingerprint, measured)
         info = {
             "num_windows": self.num_windows,
             "num_fresh_windows": num_fresh,
@@ -267,28 +249,17 @@ class Search:
         return Found(solver, tuple(map(self._row, self.candidates)), self.about | about | info)
 
     def _row(self, candidate: Candidate) -> Row:
-        measured, alpha = self.measured.get(candidate), 1 - self.search.confidence
-        bounds = EXACT if candidate.is_lossless else measured.sums.bounds(alpha / 2) if measured else None
-        mean, _ = self.cost(candidate)
-        schedule, timed = candidate.schedule, self.times_ms.get(candidate)
+        measured, timed = self.measured.get(candidate), self.times_ms.get(candidate)
+        alpha = (1 - self.search.confidence) / 2
+        bounds = EXACT if candidate.is_lossless else measured.bounds(alpha) if measured else None
         return Row(
             candidate.name,
             self.status.get(candidate, "passed" if candidate.is_lossless else "implied"),
-            schedule.depth,
-            mean,
-            schedule.num_block_evals,
+            candidate.schedule.depth,
+            self.cost(candidate)[0],
+            candidate.schedule.num_block_evals,
             None if timed is None else float(np.median(timed)),
-            len(measured.sums.total_W) if measured else 0,
+            len(measured.total_W) if measured else 0,
             bounds.change if bounds else None,
             (bounds.low, bounds.high) if bounds else None,
         )
-
-
-def shuffled_windows(data: TokenData, seq_len: int, num_windows: int) -> dict[str, np.ndarray]:
-    """Held-out windows in random order: the first half to choose on, the second to confirm.
-
-    They share no token as targets, but may be of one document.
-    """
-    batches = held_out_batches(data, seq_len=seq_len, batch_size=1, num_batches=num_windows)
-    order = np.random.default_rng(SEED).permutation(len(batches))
-    return {name: np.concatenate([batches[index][name] for index in order]) for name in batches[0]}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from snlp_jax.checks import check_schedule
 from snlp_jax.config import ModelConfig, SearchConfig
 from snlp_jax.errors import InputError
+from snlp_jax.eval.fidelity import mean_cost
 from snlp_jax.infer.rules import CacheRule, check_settings
 from snlp_jax.linearize import About
 from snlp_jax.notation import parse_schedule, registered
@@ -26,12 +27,18 @@ class Candidate:
     setting: str
     schedule: Schedule
     speculate: str = ""
-    num_layers: int = 0
-    """From the first region's start to the last one's end."""
+    draft_len: int = 0
+    """Drafts a round that are timed; 0 without a drafter."""
 
     @property
     def name(self) -> str:
         return f"{self.setting}, drafts of {self.speculate}" if self.speculate else self.setting
+
+    @property
+    def num_layers(self) -> int:
+        """From the first region's start to the last one's end."""
+        regions = self.schedule.regions
+        return regions[-1].stop - regions[0].start if regions else 0
 
     @property
     def is_lossless(self) -> bool:
@@ -39,12 +46,15 @@ class Candidate:
         return self.schedule.is_sequential
 
     @property
-    def least_cost(self) -> tuple[int, int]:
+    def rule(self) -> CacheRule:
+        """The cache rule under which the decoded text has the perplexity of whole windows, where there is one."""
+        return "last_eval" if any(region.tolerance > 0 for region in self.schedule.regions) else "per_iteration"
+
+    @property
+    def least_cost(self) -> tuple[float, float]:
         """Dependent block evaluations and all of them, where a tolerance stops every iteration after the first."""
-        stops = [(each.num_iters - 1, each.num_layers) for each in self.schedule.regions if each.tolerance]
-        saved = sum(num_iters for num_iters, _ in stops)
-        saved_evals = sum(num_iters * num_layers for num_iters, num_layers in stops)
-        return self.schedule.depth - saved, self.schedule.num_block_evals - saved_evals
+        regions = self.schedule.regions
+        return mean_cost(self.schedule, [1 if region.tolerance else region.num_iters for region in regions])
 
 
 @dataclass(frozen=True)
@@ -75,37 +85,29 @@ def lines_of(model: ModelConfig, search: SearchConfig, calibrations: Mapping[str
         raise InputError(f"region size {largest} exceeds the model's {num_layers} layers; give at most {num_layers}.")
     step = -(-num_layers // NUM_SIZES)
     sizes = sorted(set(search.region_sizes)) or sorted({*range(max(step, 2), num_layers + 1, step), num_layers})
+    settings = [*_forms(model, search, sizes)]
+    for name, about in calibrations.items():
+        stage, init = f",stage={about.stage}" if about.stage else "", about.init or "h0"
+        settings.append(("", [f"cal:{about.start}-{about.stop},k={about.num_iters},init={init},fit={name}{stage}"]))
     lines = []
-    for family, texts in (*_forms(model, search, sizes), *_calibrated(calibrations)):
-        schedules = [(text, parse_schedule(text, num_layers)) for text in texts]
-        candidates = [
-            Candidate(text, schedule, "", schedule.regions[-1].stop - schedule.regions[0].start)
-            for text, schedule in schedules
-            if _can_run(model, schedule, search.objective == "decode")
-        ]
-        shallow = tuple(candidate for candidate in candidates if candidate.least_cost[0] < num_layers)
-        lines += [Line(family, shallow)] if shallow else []
+    for family, texts in settings:
+        candidates = [Candidate(text, parse_schedule(text, num_layers)) for text in texts]
+        shallow = [candidate for candidate in candidates if candidate.least_cost[0] < num_layers]
+        can_run = tuple(each for each in shallow if _can_run(model, each.schedule, search.objective == "decode"))
+        lines += [Line(family, can_run)] if can_run else []
     return lines
 
 
 def lossless_of(model: ModelConfig, search: SearchConfig) -> list[Candidate]:
     """The sequential pass; for decoding also with drafts of few layers, of the solver, and of the model's heads."""
-    L = model.num_layers
+    L, sequential = model.num_layers, Schedule.of(model.num_layers)
+    if search.objective != "decode":
+        return [Candidate("seq", sequential)]
     drafters = [f"skip:{start}-{L - 1}" for start in sorted({max(1, L // 4), max(1, L // 2)}) if start < L - 1]
     drafters += [f"idn:n={max(2, 3 * L // 4)},k=1"] if L > 2 else []
-    drafters += ["mtp"] if model.num_mtp_heads else []
-    names = ["", *(drafters if search.objective == "decode" else [])]
-    return [Candidate("seq", Schedule.of(L), drafter) for drafter in names]
-
-
-def rule_of(schedule: Schedule) -> CacheRule:
-    """The cache rule under which the decoded text has the perplexity of whole windows, where there is one."""
-    return "last_eval" if any(region.tolerance > 0 for region in schedule.regions) else "per_iteration"
-
-
-def draft_len(drafter: str, model: ModelConfig) -> int:
-    """Drafts a round that are timed; 0 without a drafter."""
-    return 0 if not drafter else min(DRAFT_LEN, model.num_mtp_heads) if drafter == "mtp" else DRAFT_LEN
+    found = [Candidate("seq", sequential), *(Candidate("seq", sequential, each, DRAFT_LEN) for each in drafters)]
+    num_heads = model.num_mtp_heads
+    return [*found, Candidate("seq", sequential, "mtp", min(DRAFT_LEN, num_heads))] if num_heads else found
 
 
 def _forms(model: ModelConfig, search: SearchConfig, sizes: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
@@ -124,13 +126,6 @@ def _forms(model: ModelConfig, search: SearchConfig, sizes: Sequence[int]) -> It
         yield "halves", [f"{name}:{first}-{middle},k={k}+{name}:{middle}-{L},k={k}" for first, middle in halves]
         yield "fused", [f"{name}:n={n},k={k},stage={n // 2}xF2" for n in sizes if n >= 4 and n % 2 == 0]
     yield "", [f"pairs:n={n}" for n in sizes if n % 2 == 0]
-
-
-def _calibrated(calibrations: Mapping[str, About]) -> Iterator[tuple[str, list[str]]]:
-    for name, about in calibrations.items():
-        stage = f",stage={about.stage}" if about.stage else ""
-        head = f"cal:{about.start}-{about.stop},k={about.num_iters}"
-        yield "", [f"{head},init={about.init or 'h0'},fit={name}{stage}"]
 
 
 def _can_run(model: ModelConfig, schedule: Schedule, is_decode: bool) -> bool:
