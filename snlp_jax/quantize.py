@@ -19,7 +19,6 @@ Compiled for GPUs and TPUs the conversion of ``q`` is part of the product, and n
 (``tests/test_aot.py``). A CPU converts before each product and mostly loses time (docs/log.md).
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -29,12 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from snlp_jax.config import WeightPrecision, check_weights
-from snlp_jax.layout import prepare
 from snlp_jax.model import LanguageModel
-from snlp_jax.model.block import Context, Shared
 from snlp_jax.model.projections import PARTS
-from snlp_jax.solver import Schedule
-from snlp_jax.types import Array, Params, PyTree
+from snlp_jax.types import Array, Params, PyTree, unflatten
 
 CLIP_RATIOS = tuple(1.0 - 0.02 * i for i in range(20))
 """The first of equally good ones is taken: 1, which clips nothing."""
@@ -57,20 +53,18 @@ def quantize(params: Params, precision: WeightPrecision, squares: PyTree = None)
         return params
     ratios = (1.0,) if squares is None else CLIP_RATIOS
 
-    def of_tree(tree: PyTree, squares: PyTree, num_axes: int) -> PyTree:
+    def of_part(part: str, tree: PyTree) -> PyTree:
         made = dict(tree)
-        for name in [name for name, leaf in tree.items() if leaf.ndim == num_axes]:
-            square = jnp.ones(tree[name].shape[:-1]) if squares is None else squares[name]
+        for name in [name for name, leaf in tree.items() if leaf.ndim == 3]:
+            square = jnp.ones(tree[name].shape[:-1]) if squares is None else squares[part][name]
             made[name], made[f"{name}_scale"] = _quantize_stack(tree[name], square, precision, ratios)
         return made
 
-    blocks, head = dict(params["blocks"]), dict(params["head"])
-    for part in filter(blocks.__contains__, PARTS):
-        blocks[part] = of_tree(blocks[part], squares and squares[part], 3)
+    blocks, head = params["blocks"], params["head"]
+    blocks = {part: of_part(part, tree) if part in PARTS else tree for part, tree in blocks.items()}
     if "kernel" in head:
-        head_square = squares and {"kernel": squares["head"][None]}
-        quantised = of_tree({"kernel": head["kernel"][None]}, head_square, 3)
-        head |= {name: leaf[0] for name, leaf in quantised.items()}
+        quantised = of_part("head", {"kernel": head["kernel"][None]})
+        head = head | {name: leaf[0] for name, leaf in quantised.items()}
     return params | {"blocks": blocks, "head": head}
 
 
@@ -101,44 +95,29 @@ def _quantize_stack(
 
 
 def input_squares(model: LanguageModel, params: Params, batches: Iterable[Mapping[str, np.ndarray]]) -> PyTree:
-    """E[x_i^2] of what every kernel multiplies in the sequential pass: ``{part: {name: [n, I]}, "head": [D]}``.
-
-    Layer after layer, each kind compiled once; memory is that of one layer's activations and does not grow with text.
+    """E[x_i^2] of what every kernel multiplies in the sequential pass: ``{part: {name: [n, I]}}``, the head a part of
+    one layer. Memory is that of one layer's activations and does not grow with text.
 
     Args:
         batches: of equal shape, ``tokens`` [B, T + 1] and, where documents are masked, ``document`` [B, T + 1].
     """
-    # What a traced layer hands on cannot leave a checkpoint.
-    model = LanguageModel(dataclasses.replace(model.config, remat=False), model.machine, backend=model.backend)
-    config = model.config
-    weights = prepare(model, params, Schedule.of(config.num_layers), layout="list")
-    layers = [layer for part in weights.parts for layer in part.blocks]
-    mean_square = lambda x: jnp.square(x.astype(jnp.float32)).mean((0, 1))  # noqa: E731
 
     @jax.jit
-    def step(layer: PyTree, h: Array, ctx: Context, shared: Shared) -> tuple[Array, dict[str, dict[str, Array]]]:
-        found: dict[str, dict[str, Array]] = {}
-        note = lambda part, name, x: found.setdefault(part, {}).update({name: mean_square(x)})  # noqa: E731
-        h, _ = model.adapted(on_input=note).block_fn()(layer, h, ctx, shared)
-        return h, found
+    def squares_of(params: Params, inputs: Mapping[str, Array]) -> PyTree:
+        found: dict[str, list[Array]] = {}
 
-    total, count = None, 0
+        def note(part: str, name: str, x: Array) -> None:
+            found.setdefault(f"{part}/{name}", []).append(jnp.square(x.astype(jnp.float32)).mean((0, 1)))
+
+        model.adapted(on_input=note)(params, inputs["tokens"], inputs.get("document"))
+        return unflatten({path: jnp.stack(of_layers) for path, of_layers in found.items()})
+
+    params, total, count = model.cast(params), None, 0
     for batch in batches:
-        ends, tokens_BT = weights.embed_head, jnp.asarray(batch["tokens"][:, :-1])
-        document_BT = jnp.asarray(batch["document"][:, :-1]) if "document" in batch else None
-        x0_BTD = model.embed(ends, tokens_BT, None, document_BT)
-        shared, h, by_layer = model.shared(x0_BTD, None, document_BT), model.expand(x0_BTD), []
-        h_mid = h
-        for index, layer in enumerate(layers):
-            ctx = model.context(ends, [layer], tokens_BT, index, index + 1)
-            h, found = step(layer, h, jax.tree.map(lambda leaf: leaf[0], ctx), shared)
-            by_layer.append(found)
-            h_mid = h if index == config.mid_layer else h_mid
-        made = (by_layer, mean_square(model.head_input(ends, model.readout(ends, h, h_mid))))
+        made = squares_of(
+            params, {name: leaf[:, :-1] for name, leaf in batch.items() if name in ("tokens", "document")}
+        )
         total = made if total is None else jax.tree.map(jnp.add, total, made)
         count += 1
     assert total is not None, "there is no text to calibrate on"
-    by_layer, head_D = jax.tree.map(lambda leaf: leaf / count, total)
-    of_parts = {part: [found[part] for found in by_layer if part in found] for part in PARTS}
-    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
-    return {"head": head_D} | {part: stack(trees) for part, trees in of_parts.items() if trees}
+    return jax.tree.map(lambda leaf: leaf / count, total)

@@ -124,7 +124,7 @@ def test_calibrated_channels_err_no_more_than_plain_ones(calibrated):
         found = {}
         for (part, name), (kernel, _) in multiplied(quantised).items():
             exact = np.asarray(kernels_of(params)[part, name], np.float64)
-            square = np.asarray(squares["head"] if part == "head" else squares[part][name], np.float64)
+            square = np.asarray(squares[part][name], np.float64)
             found[part, name] = (square[..., None] * (exact - kernel) ** 2).sum(-2)
         errors.append(found)
     whole, clipped = errors
@@ -140,11 +140,21 @@ def test_squares_are_those_of_the_inputs(calibrated):
     weights = prepare(model, params, parse_schedule("seq", 3), num_tokens=1)
     output = jax.jit(lambda w, t: forward(model, w, t))(weights, tokens)
     normed = model.head_input(params, model.readout(params, output.h_last, output.h_mid))
-    np.testing.assert_allclose(squares["head"], jnp.square(normed).mean((0, 1)), rtol=1e-4)  # sums in another order
+    np.testing.assert_allclose(
+        squares["head"]["kernel"][0], jnp.square(normed).mean((0, 1)), rtol=1e-4
+    )  # sums in another order
     # Norms without weights: the squares of every normed input have the mean 1.
     for part, name in (("attn", "query"), ("mlp", "up")):
         np.testing.assert_allclose(squares[part][name].mean(-1), 1.0, rtol=1e-4)
     np.testing.assert_array_equal(squares["attn"]["query"], squares["attn"]["value"])
+
+
+def test_squares_of_a_gpu_are_those_of_kernels_as_trained(calibrated):
+    """Where products are joined, the parameters that are quantised are not."""
+    model, params, batches, squares = calibrated
+    on_gpu = LanguageModel(MIXED, MachineConfig(compute_dtype="float32"), backend="gpu")
+    made = jax.eval_shape(lambda params: input_squares(on_gpu, params, batches), params)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, squares)
 
 
 CASES = {

@@ -49,6 +49,11 @@ MAX_SCORES = 2**26
 """Largest score tensor, in elements, that the XLA path holds at once (256 MiB in float32)."""
 MIN_BLOCK = 64
 """Fewest queries of a block, whatever the size of its scores."""
+NEEDS = {
+    "cudnn": "a GPU, bfloat16 and no model.attention_softcap",
+    "splash": "a TPU, and lengths and head sizes that are multiples of 128",
+}
+"""Of kernels that are asked for by name."""
 MAX_QUERIES = 16
 """Tokens up to which a step that follows on a cache is one of decoding."""
 
@@ -62,23 +67,18 @@ def choose_implementation(
         InputError: the requested kernel does not run on this backend or at this shape.
     """
     half_precision = jnp.dtype(dtype).itemsize == 2
-    splash_fits = seq_len % 128 == 0 and head_dim % 128 == 0
+    fits = {
+        "xla": True,
+        "cudnn": backend == "gpu" and half_precision and not softcap,
+        "splash": backend == "tpu" and seq_len % 128 == 0 and head_dim % 128 == 0,
+    }
     if requested == "auto":
-        cudnn_fits = half_precision and seq_len > 1 and head_dim % 8 == 0 and head_dim <= 128 and not softcap
-        if backend == "gpu" and cudnn_fits:
-            return "cudnn"
-        return "splash" if backend == "tpu" and splash_fits else "xla"
-    if requested == "cudnn" and softcap:
-        raise InputError(f"machine.attention 'cudnn' has no model.attention_softcap, which is {softcap}; use 'auto'.")
-    if requested == "cudnn" and not (backend == "gpu" and half_precision):
+        gains = fits["cudnn"] and seq_len > 1 and head_dim % 8 == 0 and head_dim <= 128
+        return "cudnn" if gains else "splash" if fits["splash"] else "xla"
+    if not fits[requested]:
         raise InputError(
-            f"machine.attention 'cudnn' needs a GPU and bfloat16, not {jnp.dtype(dtype).name} on {backend!r}; use "
-            "'auto'."
-        )
-    if requested == "splash" and (backend != "tpu" or not splash_fits):
-        raise InputError(
-            f"machine.attention 'splash' needs a TPU and lengths and head sizes that are multiples of 128, "
-            f"not {seq_len} and {head_dim} on {backend!r}; use 'auto'."
+            f"machine.attention {requested!r} needs {NEEDS[requested]}, not {jnp.dtype(dtype).name} on {backend!r} "
+            f"with {seq_len} tokens, heads of {head_dim} and a softcap of {softcap}; use 'auto'."
         )
     return requested  # type: ignore[return-value]
 
@@ -92,13 +92,10 @@ def choose_decoding(requested: str, *, backend: str, num_tokens: int, head_dim: 
     """
     if requested != "pallas":
         return "xla"
-    if backend not in ("gpu", "tpu"):
-        raise InputError(f"machine.decode_attention 'pallas' needs a GPU or a TPU, not {backend!r}; use 'auto'.")
-    is_power = head_dim & (head_dim - 1) == 0
-    if backend == "gpu" and not (is_power and 16 <= head_dim <= 256):
+    if not (backend == "tpu" or (backend == "gpu" and head_dim in (16, 32, 64, 128, 256))):
         raise InputError(
-            f"machine.decode_attention 'pallas' needs heads of 16, 32, 64, 128 or 256 channels on a GPU, not "
-            f"{head_dim}; use 'auto'."
+            "machine.decode_attention 'pallas' needs a TPU, or a GPU and heads of 16, 32, 64, 128 or 256 channels, not "
+            f"{backend!r} and {head_dim}; use 'auto'."
         )
     if num_tokens > MAX_QUERIES:
         return "xla"

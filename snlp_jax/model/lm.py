@@ -105,8 +105,8 @@ class LanguageModel:
             kernels: attention kernels that run there besides XLA's own, of those that this model may use; others are
                 replaced by XLA's under ``auto``.
             wrap_path: gives what stands in place of a layer's residual path (``snlp_jax/model/hyper.py``).
-            on_input: called with part, name and input of every product of a layer with a kernel, while ``block_fn`` is
-                traced.
+            on_input: called with part, name and input of every product of a layer, or of the head, with a kernel, while
+                they are traced.
             one_by_one_from: in place of ``LARGE_STATE`` (``snlp_jax/model/nodes.py``).
         """
         model = copy.copy(self)
@@ -254,9 +254,11 @@ class LanguageModel:
 
     def unembed(self, params: Params, y_BTD: Array) -> Array:
         """``cap * tanh(rms(y) W / cap)`` of all ``padded_vocab_size`` entries."""
-        head, cap = params["head"], self.config.logit_softcap
+        head, cap, x_BTD = params["head"], self.config.logit_softcap, self.head_input(params, y_BTD)
+        if self._on_input is not None:
+            self._on_input("head", "kernel", x_BTD)
         kernel_DV = params["embed"]["token"].T if self.config.use_tied_head else head["kernel"]
-        z_BTV = project(self.head_input(params, y_BTD), kernel_DV, self.dtype, scale=head.get("kernel_scale"))
+        z_BTV = project(x_BTD, kernel_DV, self.dtype, scale=head.get("kernel_scale"))
         return cap * jnp.tanh(z_BTV / cap) if cap else z_BTV
 
     def head_input(self, params: Params, y_BTD: Array) -> Array:
