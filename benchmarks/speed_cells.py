@@ -162,7 +162,7 @@ def cached_jobs(setup: Setup, cell: Cell, forms: dict[str, list[Form]], steps: i
 
             def program(weights: Weights, rings: Any, tokens_BT: jax.Array, length_B: jax.Array) -> Any:
                 past = Past(tokens_BT[:, :1], length_B, rings)
-                output = forward(model, weights, tokens_BT, past=past, keep=Keep(programs.evaluation))
+                output = forward(model, weights, tokens_BT, past=past, keep=Keep(programs.rule))
                 after_B = length_B + jnp.minimum(output.logits_BTV[:, -1].argmax(-1), 0)  # written after all is read
                 pairs = zip(rings, output.updates, strict=True)
                 after = tuple(_append_all(part_rings, update, after_B) for part_rings, update in pairs)

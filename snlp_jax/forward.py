@@ -24,13 +24,15 @@ from snlp_jax.solver import (
 )
 from snlp_jax.types import Array, PyTree, is_list
 
+CacheRule = Literal["last_eval", "refreshed", "per_iteration"]
+"""Whose keys and values are kept of a region: those of the last evaluation, of one more at the corrected trace, or of
+every evaluation, that of the initial trace included, in a tuple."""
+
 
 class Keep(NamedTuple):
     """What a pass leaves behind for the tokens to come."""
 
-    evaluation: Literal["last", "refreshed", "every"] = "last"
-    """Keys and values of a region: those of the last evaluation, of one more at the corrected trace, or of every
-    evaluation, that of the initial trace included, in a tuple."""
+    rule: CacheRule = "last_eval"
     traces: tuple[int, ...] = ()
     """Parts that run in order whose traces are wanted too; a region's always is there."""
 
@@ -40,7 +42,7 @@ class CacheUpdate(NamedTuple):
 
     kv: PyTree
     """``KeyValue`` of its layers, leaves [n, B, T, K, H], layers that fill up a mesh included; of a list of layers a
-    list, leaves [B, T, K, H], of those that have attention. A tuple of these where ``Keep`` says "every"."""
+    list, leaves [B, T, K, H], of those that have attention. A tuple of these under the rule "per_iteration"."""
     trace: Array | None
     """Outputs of all nodes [n, B, T, D] or [n, B, T, R, D], where they were asked for."""
 
@@ -95,10 +97,15 @@ def forward(
     states = run_parts(
         model, weights, tokens_BT, mesh=mesh, past=past, document_BT=document_BT, with_stats=with_stats, keep=keep
     )
-    logits_BTV = model.padded_logits(weights.embed_head, states.h_last, states.h_mid)
-    # Cropping what is split by vocabulary would move pieces of it about.
-    logits_BTV = over_data(mesh, logits_BTV)[..., : model.config.vocab_size]
+    logits_BTV = logits_of(model, weights, states.h_last, states.h_mid, mesh)
     return Output(logits_BTV, states.h_last, states.h_mid, states.solutions, states.updates)
+
+
+def logits_of(model: Model, weights: Weights, h_last: Array, h_mid: Array, mesh: Mesh | None) -> Array:
+    """What the head makes of the two states that it reads."""
+    logits_BTV = model.padded_logits(weights.embed_head, h_last, h_mid)
+    # Cropping what is split by vocabulary would move pieces of it about.
+    return over_data(mesh, logits_BTV)[..., : model.config.vocab_size]
 
 
 def run_parts(
@@ -182,9 +189,9 @@ def _solve_region(
 ) -> tuple[Solution, Array]:
     """The region's solution, and the state that stands for the output of its layer ``mid``."""
     taps, share = mid_taps(segment, mid)
-    evaluation = keep.evaluation if keep else "last"
-    want = Wanted(taps, with_stats, "refreshed" if evaluation == "refreshed" else "last")
-    solution = solve_segment(chains, segment, data, mesh, want, is_each=evaluation == "every")
+    rule = keep.rule if keep else "last_eval"
+    want = Wanted(taps, with_stats, "refreshed" if rule == "refreshed" else "last")
+    solution = solve_segment(chains, segment, data, mesh, want, is_each=rule == "per_iteration")
     if not taps:
         return solution, chains[0].h_in
     after, before = solution.tapped[0], solution.tapped[1] if len(taps) > 1 else chains[0].h_in

@@ -61,46 +61,46 @@ DATA, LAYER, BOTH = MeshConfig(data=2), MeshConfig(layer=2), MeshConfig(data=2, 
 CORNERS = [
     # forms of weights in order and in a region; a stack read by rows is what accelerators do
     Corner("seq"),
-    Corner("seq", layout="list", model="mixed", rule="last"),
+    Corner("seq", layout="list", model="mixed", rule="last_eval"),
     Corner("seq", layout="stack", model="mixed", is_slow=True),
-    Corner("seq", backend="tpu", model="mixed", rule="last"),
-    Corner("seq", model="linear", rule="last"),
+    Corner("seq", backend="tpu", model="mixed", rule="last_eval"),
+    Corner("seq", model="linear", rule="last_eval"),
     Corner("idn:n=2,k=2", backend="tpu"),
     Corner("idn:n=3,k=3", layout="stack", model="mixed", rule="refreshed"),
     Corner("idn:n=3,k=3", layout="list", model="mixed", rule="refreshed"),
-    Corner("sid:n=3,k=3,init=batch_forward", layout="list", rule="every"),
-    Corner("sid:n=3,k=3,init=batch_forward", model="linear", rule="every", is_slow=True),
+    Corner("sid:n=3,k=3,init=batch_forward", layout="list", rule="per_iteration"),
+    Corner("sid:n=3,k=3,init=batch_forward", model="linear", rule="per_iteration", is_slow=True),
     Corner("idn:n=3,k=2", model="affine"),  # as many as there are other layers
     Corner("diag:n=3,k=3", model="affine", rule="refreshed", is_slow=True),
     # stages
-    Corner("idn:n=3,k=3,stage=3xF1", rule="every"),
-    Corner("idn:n=3,k=3,stage=3xF1", layout="list", rule="every", is_slow=True),
+    Corner("idn:n=3,k=3,stage=3xF1", rule="per_iteration"),
+    Corner("idn:n=3,k=3,stage=3xF1", layout="list", rule="per_iteration", is_slow=True),
     Corner("idn:n=3,k=3,stage=3xF1", layout="list", model="mixed"),
-    Corner("idn:n=3,k=3,stage=3xF1", mesh=LAYER, rule="every"),
+    Corner("idn:n=3,k=3,stage=3xF1", mesh=LAYER, rule="per_iteration"),
     # corrections
     Corner("diag:n=3,k=3,probes=2", rule="refreshed"),
-    Corner("exact:n=3,k=3", model="mixed", rule="last"),
+    Corner("exact:n=3,k=3", model="mixed", rule="last_eval"),
     Corner("exact:n=3,k=3,damp=0.5", model="affine"),
     Corner("idn:n=3,k=3,trust=0.5"),
     Corner("cal:n=3,k=3,init=cal,fit=corner"),
-    Corner("cal:n=3,k=3,fit=corner", layout="list", rule="every", is_slow=True),
-    Corner("hcn:n=3,k=3", model="streams", rule="every", is_slow=True),
-    Corner("hcn:n=3,k=3", model="dynamic", rule="last"),
+    Corner("cal:n=3,k=3,fit=corner", layout="list", rule="per_iteration", is_slow=True),
+    Corner("hcn:n=3,k=3", model="streams", rule="per_iteration", is_slow=True),
+    Corner("hcn:n=3,k=3", model="dynamic", rule="last_eval"),
     # tolerances
-    Corner("idn:n=3,tol=1e-9", layout="list", model="mixed", rule="last"),
+    Corner("idn:n=3,tol=1e-9", layout="list", model="mixed", rule="last_eval"),
     Corner("idn:n=3,tol=1e-9", mesh=BOTH),
     # meshes
-    Corner("seq", mesh=LAYER, sequential="ring", rule="last"),
+    Corner("seq", mesh=LAYER, sequential="ring", rule="last_eval"),
     Corner("seq", mesh=MeshConfig(tensor=2, data=2)),
     Corner("idn:1-3,k=2", mesh=LAYER, sequential="ring"),
-    Corner("idn:n=3,k=3", mesh=DATA, model="mixed", rule="every"),
+    Corner("idn:n=3,k=3", mesh=DATA, model="mixed", rule="per_iteration"),
     Corner("idn:n=3,k=3", mesh=DATA, model="linear", rule="refreshed", is_slow=True),
-    Corner("sid:n=3,k=3,init=batch_forward", mesh=LAYER, rule="every"),
+    Corner("sid:n=3,k=3,init=batch_forward", mesh=LAYER, rule="per_iteration"),
     Corner("exact:n=3,k=3", mesh=LAYER, is_slow=True),
     Corner("cal:n=3,k=3,init=cal,fit=corner", mesh=BOTH),
     Corner("hcn:n=3,k=3", mesh=LAYER, model="streams", rule="refreshed"),
     # bfloat16
-    Corner("seq", dtype="bfloat16", layout="list", rule="last", is_slow=True),
+    Corner("seq", dtype="bfloat16", layout="list", rule="last_eval", is_slow=True),
     Corner("idn:n=3,k=3", dtype="bfloat16", rule="refreshed"),
     Corner("idn:n=3,k=3", dtype="bfloat16", mesh=BOTH),
 ]
@@ -152,7 +152,7 @@ def logits_of(corner: Corner):
     weights = prepare(
         model, params, schedule, num_tokens=8, layout=corner.layout, mesh=mesh, sequential=corner.sequential, fits=fits
     )
-    plans, keep = plan_rings(model, weights, 4, 1, mesh), Keep(corner.rule or "last")
+    plans, keep = plan_rings(model, weights, 4, 1, mesh), Keep(corner.rule or "last_eval")
     fill_all = lambda plan, kv, length: tuple(fill(plan, each, length) for each in kv)  # noqa: E731
 
     def write(rings, kv, length_B):
@@ -183,7 +183,7 @@ def logits_of(corner: Corner):
         _, decoded = jax.lax.scan(step, (rings, length_B), pairs)
         return jnp.concatenate([prefix.logits_BTV, decoded.swapaxes(0, 1)], axis=1)
 
-    exact = weights if corner.rule == "every" else in_order(weights)
+    exact = weights if corner.rule == "per_iteration" else in_order(weights)
     return run(weights, exact, put_batch(mesh, TOKENS_BT, is_whole=True))
 
 

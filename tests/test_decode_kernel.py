@@ -109,7 +109,7 @@ def test_a_cached_pass_is_that_with_xla_attention(monkeypatch):
         past = Past(jnp.ones((1, 1), jnp.int32), jnp.asarray([20]), rings)
 
         def pass_of(weights):
-            keep = Keep(programs.evaluation)
+            keep = Keep(programs.rule)
             return forward(model, weights, jnp.asarray([[3, 4]]), past=past, keep=keep)
 
         return str(jax.make_jaxpr(pass_of)(weights)), jax.jit(pass_of)(weights).logits_BTV

@@ -33,10 +33,9 @@ from snlp_jax.cache import append, fill, plan_rings
 from snlp_jax.config import MachineConfig, MeshConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import region_chains
+from snlp_jax.forward import logits_of
 from snlp_jax.infer import CacheRule, Drafting, Engine, Placement, Request, Sampling
 from snlp_jax.infer.engine import bucket
-from snlp_jax.infer.programs import Programs
-from snlp_jax.infer.sampling import Features
 from snlp_jax.layout import abstract_weights, prepare
 from snlp_jax.linearize import fit_calibration
 from snlp_jax.model import LanguageModel
@@ -252,12 +251,10 @@ def test_logits_that_are_split_by_vocabulary_are_gathered_once():
     model, mesh = LanguageModel(SIMPLE), make_mesh(MeshConfig(tensor=2))
     assert SIMPLE.padded_vocab_size > SIMPLE.vocab_size
     weights = abstract_weights(model, Schedule.of(SIMPLE.num_layers), mesh)
-    features = Features(samples=False, filters=False, penalizes=False)
-    programs = Programs(model, features, (), "last", mesh=mesh, num_slots=1)
     h_B1D = jax.ShapeDtypeStruct((4, 1, SIMPLE.embed_dim), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def step(weights, h_B1D):
-        logits_BTV = programs._logits(weights, h_B1D, h_B1D)
+        logits_BTV = logits_of(model, weights, h_B1D, h_B1D, mesh)
         return logits_BTV.argmax(-1), jax.nn.logsumexp(logits_BTV, -1)
 
     compiled = jax.jit(step).lower(weights, h_B1D).compile()

@@ -28,7 +28,7 @@ from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.infer.programs import Counts, Programs, State, warm_segments
 from snlp_jax.infer.requests import Completion, Delivery, OnTokens, Request, Statistics, check_request
-from snlp_jax.infer.rules import EVALUATIONS, CacheRule, Drafting, Placement, check_settings
+from snlp_jax.infer.rules import CacheRule, Drafting, Placement, check_settings
 from snlp_jax.infer.sampling import Features, rows_of
 from snlp_jax.infer.switch import DraftSwitch
 from snlp_jax.layout import in_order, prepare, verifier
@@ -216,7 +216,7 @@ class Engine:
             self.model,
             features,
             plans,
-            EVALUATIONS[self.rule],
+            self.rule,
             mesh=self.mesh,
             num_slots=capacity + block,
             warm_segments=warm_segments(self.weights),

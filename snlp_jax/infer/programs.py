@@ -11,18 +11,17 @@ steps is made.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from snlp_jax.cache import Past, RingPlan, append, fill
-from snlp_jax.forward import Keep, States, run_parts
+from snlp_jax.forward import CacheRule, Keep, States, logits_of, run_parts
 from snlp_jax.infer.sampling import Features, Rows, accept, distribution, draw, seen_in, seen_with_drafts
 from snlp_jax.model import Model
 from snlp_jax.model.block import Rings
-from snlp_jax.parallel.mesh import over_data
 from snlp_jax.parts import Weights
 from snlp_jax.solver import ParallelSegment
 from snlp_jax.types import Array
@@ -78,8 +77,7 @@ class Programs:
     model: Model
     features: Features
     plans: tuple[RingPlan | None, ...]
-    evaluation: Literal["last", "refreshed", "every"]
-    """Of a region, see :class:`snlp_jax.forward.Keep`."""
+    rule: CacheRule
     mesh: Mesh | None
     num_slots: int
     """Length S of ``tokens_BS``."""
@@ -95,11 +93,11 @@ class Programs:
     ) -> State:
         """Evaluate the prompts, filled up to one length behind their ends, and draw every row's first token."""
         B, P = prompt_BP.shape
-        keep = Keep(self.evaluation, self.warm_segments)
+        keep = Keep(self.rule, self.warm_segments)
         states = run_parts(self.model, weights, prompt_BP, mesh=self.mesh, keep=keep)
         last_B = length_B - 1
         last = _pick(states.h_last, last_B), _pick(states.h_mid, last_B)
-        logits_BV = self._logits(weights, *last)[:, 0]
+        logits_BV = logits_of(self.model, weights, *last, self.mesh)[:, 0]
         is_token_BP = jnp.arange(P)[None] < length_B[:, None]
         seen_BV = seen_in(prompt_BP, is_token_BP, logits_BV.shape[-1]) if self.features.penalizes else None
         rings: list[Any] = [None] * len(self.plans)
@@ -131,7 +129,7 @@ class Programs:
 
         def step(state: State) -> State:
             states = self._evaluate(weights, state, state.length_B, 1)
-            logits_BV = self._logits(weights, states.h_last, states.h_mid)[:, 0]
+            logits_BV = logits_of(self.model, weights, states.h_last, states.h_mid, self.mesh)[:, 0]
             new = self._take(self._count(state, states), logits_BV)
             return self._remember(new, states, _after(new.tokens_BS, state.length_B), jnp.zeros_like(state.length_B))
 
@@ -158,7 +156,7 @@ class Programs:
             length_B = state.length_B + index
             if ahead_BGV is None:
                 states = self._evaluate(drafter, state, length_B, 1)
-                logits_BV = self._logits(drafter, states.h_last, states.h_mid)[:, 0]
+                logits_BV = logits_of(self.model, drafter, states.h_last, states.h_mid, self.mesh)[:, 0]
             else:
                 logits_BV = ahead_BGV[:, index]
             log_probs_BV, token_B = self._draw(logits_BV, seen_BV, state.rows, length_B + 1)
@@ -181,7 +179,7 @@ class Programs:
         start_B, is_active_B, X = state.length_B, state.is_active_B, self.max_draft + 1
         block_BX = _slices(state.tokens_BS, start_B, X)
         states = self._evaluate(exact, state, start_B, X)
-        logits_BXV = self._logits(exact, states.h_last, states.h_mid)
+        logits_BXV = logits_of(self.model, exact, states.h_last, states.h_mid, self.mesh)
         seen_BXV = None if state.seen_BV is None else seen_with_drafts(state.seen_BV, block_BX)
         target_BXV = distribution(logits_BXV, seen_BXV, state.rows, self.features)
         drafts_BG = block_BX[:, 1:]
@@ -202,13 +200,8 @@ class Programs:
         """The tokens after the first ``length_B``."""
         tokens_BX = _slices(state.tokens_BS, length_B - 1, num_tokens + 1)
         past = Past(tokens_BX[:, :1], length_B, state.rings, state.warm)
-        keep = Keep(self.evaluation, tuple(index for index, warm in enumerate(state.warm) if warm is not None))
+        keep = Keep(self.rule, tuple(index for index, warm in enumerate(state.warm) if warm is not None))
         return run_parts(self.model, weights, tokens_BX[:, 1:], mesh=self.mesh, past=past, keep=keep)
-
-    def _logits(self, weights: Weights, h_last: Array, h_mid: Array) -> Array:
-        logits_BTV = self.model.padded_logits(weights.embed_head, h_last, h_mid)
-        # Cropping what is split by vocabulary would move pieces of it about.
-        return over_data(self.mesh, logits_BTV)[..., : self.model.config.vocab_size]
 
     def _remember(self, state: State, states: States, length_B: Array, last_B: Array) -> State:
         """Write what the evaluated tokens leave behind; ``last_B``: index of the last that stays."""

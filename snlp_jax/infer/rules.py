@@ -5,23 +5,17 @@ The rules, and why the invariants hold: docs/math.md, section 8.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from jax.sharding import Mesh
 
 from snlp_jax.config.check import require
 from snlp_jax.errors import InputError
+from snlp_jax.forward import CacheRule
 from snlp_jax.layout import Layout, Spread
 from snlp_jax.notation import Drafter, parse_drafter
 from snlp_jax.solver import Diagonal, Exact, ParallelSegment, PerLayer, Schedule, SequentialSegment
 
-CacheRule = Literal["last_eval", "refreshed", "per_iteration"]
-EVALUATIONS: dict[CacheRule, Literal["last", "refreshed", "every"]] = {
-    "last_eval": "last",
-    "refreshed": "refreshed",
-    "per_iteration": "every",
-}
-"""Whose keys and values the cache keeps, see :class:`snlp_jax.forward.Keep`."""
 DRAFT_LEN = 3
 """Drafts a round where no number is asked for (docs/results.md, section 7)."""
 
@@ -70,7 +64,8 @@ def check_settings(schedule: Schedule, rule: CacheRule, drafting: Drafting | Non
     Raises:
         InputError: names the setting and what would do.
     """
-    require(rule in EVALUATIONS, f"unknown cache rule {rule!r}; choose one of {', '.join(EVALUATIONS)}.")
+    known = get_args(CacheRule)
+    require(rule in known, f"unknown cache rule {rule!r}; choose one of {', '.join(known)}.")
     for region in schedule.regions:
         if rule == "per_iteration":
             _check_each_evaluation(region)

@@ -38,39 +38,34 @@ class TextStream:
         self._counts: list[int] = []  # how many had come with each of them,
         self._num_final = 0  # and how many characters of their text are final
         self._tail = ""  # final text that may be the start of a stop string
-        self._parts: list[str] = []
         self._is_finished = False
+        self.text = ""
+        """All text given out so far."""
         self.num_tokens = 0
         """Tokens that the text needs: all, or those up to and including the one that completed the stop string."""
         self.is_stopped = False
         """Whether a stop string was found; tokens pushed later are ignored."""
 
-    @property
-    def text(self) -> str:
-        """All text given out so far."""
-        return "".join(self._parts)
-
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens make final: no half characters, no possible start of a stop string."""
         if self._is_finished:
             raise ValueError("the text is finished; start a new TextStream")
-        start = len(self._parts)
+        start = len(self.text)
         for token in tokens:
-            if self.is_stopped:
-                break
-            self._push_one(int(token))
-        return "".join(self._parts[start:])
+            if not self.is_stopped:
+                self._push_one(int(token))
+        return self.text[start:]
 
     def finish(self) -> str:
         """What was held back, incomplete characters as U+FFFD; the last call."""
-        start = len(self._parts)
+        start = len(self.text)
         if not (self._is_finished or self.is_stopped):
             text = self._tokenizer.decode(self._window)
             self._advance(text, len(text))
             if not self.is_stopped:
-                self._parts.append(self._tail)
+                self.text += self._tail
         self._is_finished = True
-        return "".join(self._parts[start:])
+        return self.text[start:]
 
     def _push_one(self, token: int) -> None:
         self.num_tokens += 1
@@ -99,7 +94,7 @@ class TextStream:
             self.num_tokens = self._count_at(text[: start + end])
         else:
             num_given = len(self._tail) - self._num_undecided()
-        self._parts.append(self._tail[:num_given])
+        self.text += self._tail[:num_given]
         self._tail = self._tail[num_given:]
 
     def _num_undecided(self) -> int:
