@@ -25,7 +25,7 @@ from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import WeightPrecision, check_weights
 from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
-from snlp_jax.eval.fidelity import make_reference_fn
+from snlp_jax.eval.fidelity import make_compare_fn
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
 from snlp_jax.eval.run import open_run
 from snlp_jax.eval.weights import prepare_all
@@ -80,7 +80,7 @@ def measure(args: Args) -> dict[str, Any]:
     sizes = {"batch_size": batch_size, "num_batches": config.eval.num_windows // batch_size}
     batches = held_out_batches(run.data, seq_len=config.model.seq_len, **sizes)
     weight_WT = np.concatenate([batch["weight"] for batch in batches]) if "weight" in batches[0] else None
-    nll_fn, reference = make_reference_fn(run.model), {}
+    nll_fn, reference = make_compare_fn(run.model), {}
     report = header(config.model, vars(args) | {"run_dir": str(args.run_dir)}) | {"run": run.about}
     forms: list[tuple[str, WeightPrecision, int]] = [("compute", "compute", 0), ("int8", "int8", 0)]
     forms += [("int8 calibrated", "int8", args.weight_calibration), ("float8", "float8", 0)]

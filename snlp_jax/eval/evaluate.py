@@ -20,7 +20,6 @@ from snlp_jax.eval.fidelity import (
     greedy_matches,
     join_comparisons,
     make_compare_fn,
-    make_reference_fn,
     mean_cost,
     mean_norms,
 )
@@ -184,16 +183,16 @@ def _compare(
     step: OnProgress,
 ) -> list[Comparison]:
     """Every setting over all batches; the first one is the reference, run once a batch."""
-    reference_fn, compare_fn = make_reference_fn(model, mesh), make_compare_fn(model, mesh)
+    compare = make_compare_fn(model, mesh)
     rounds: list[list[Comparison]] = []
     for index, rows in enumerate(batches):
-        step("comparing")
         batch, document = put_batch(mesh, (rows, documents[index] if documents else None), is_whole=True)
-        reference, exact = reference_fn(weights[0], batch, document)
-        rounds.append([jax.device_get(exact)])
-        for laid_out in weights[1:]:
+        reference, found = None, []
+        for laid_out in weights:
             step("comparing")
-            rounds[-1].append(jax.device_get(compare_fn(laid_out, batch, reference, document)))
+            reference, comparison = compare(laid_out, batch, document, reference)
+            found.append(jax.device_get(comparison))
+        rounds.append(found)
     return [join_comparisons(parts) for parts in zip(*rounds, strict=True)]
 
 

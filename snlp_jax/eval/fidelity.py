@@ -46,8 +46,7 @@ class Reference(NamedTuple):
     h_last: Array
 
 
-ReferenceFn = Callable[..., tuple[Reference, Comparison]]
-CompareFn = Callable[..., Comparison]
+CompareFn = Callable[..., tuple[Reference, Comparison]]
 
 
 def pass_over(
@@ -66,41 +65,30 @@ def pass_over(
     return output, token_nll(output.logits_BTV, window_BT[:, 1:])
 
 
-def make_reference_fn(model: Model, mesh: Mesh | None = None) -> ReferenceFn:
-    """Jitted ``(weights, windows [B, T + 1], documents [B, T + 1] or None) -> (Reference, the comparison of the pass
-    with itself)``."""
-
-    @jax.jit
-    def reference(weights: Weights, window_BT: Array, document_BT: Array | None = None) -> tuple[Reference, Comparison]:
-        output, nll_BT = pass_over(model, weights, window_BT, document_BT, mesh=mesh)
-        zeros_BT, ones_BT = jnp.zeros_like(nll_BT), jnp.ones_like(nll_BT)
-        comparison = Comparison(nll_BT, zeros_BT, ones_BT > 0, ones_BT, zeros_BT, (), ())
-        return Reference(output.logits_BTV, output.h_last), comparison
-
-    return reference
-
-
 def make_compare_fn(model: Model, mesh: Mesh | None = None) -> CompareFn:
-    """Jitted ``(weights, windows [B, T + 1], Reference, documents [B, T + 1] or None) -> Comparison``; compiles once a
-    schedule.
+    """Jitted ``(weights, windows [B, T + 1], documents [B, T + 1] or None, Reference or None) -> (Reference,
+    Comparison)``, without a reference of the pass with itself; compiles once a schedule.
 
-    Only [B, T] arrays leave the device: the logits and last states of one batch are the most that is ever held.
+    Besides the reference only [B, T] arrays leave the device: its logits and last states are the most that is held.
     """
 
     @jax.jit
     def compare(
-        weights: Weights, window_BT: Array, reference: Reference, document_BT: Array | None = None
-    ) -> Comparison:
+        weights: Weights, window_BT: Array, document_BT: Array | None = None, reference: Reference | None = None
+    ) -> tuple[Reference, Comparison]:
         output, nll_BT = pass_over(model, weights, window_BT, document_BT, mesh=mesh, with_stats=True)
+        reference = reference or Reference(output.logits_BTV, output.h_last)
         logits_BTV, reference_BTV = output.logits_BTV, reference.logits_BTV
         size_BT = lambda x: jnp.linalg.norm(x.reshape(*nll_BT.shape, -1), axis=-1)  # noqa: E731
+        dot_BT = lambda x_BTV, y_BTV: jnp.sum(x_BTV * y_BTV, axis=-1)  # noqa: E731
         log_p_BTV, log_q_BTV = jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(logits_BTV)
-        norms_BT = size_BT(logits_BTV) * size_BT(reference_BTV)
-        return Comparison(
+        # The root of a square, and so 1 for equal logits.
+        norms_BT = jnp.sqrt(dot_BT(logits_BTV, logits_BTV) * dot_BT(reference_BTV, reference_BTV))
+        return reference, Comparison(
             nll_BT=nll_BT,
             kl_BT=jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1),
             agrees_BT=logits_BTV.argmax(-1) == reference_BTV.argmax(-1),
-            cosine_BT=jnp.sum(logits_BTV * reference_BTV, axis=-1) / jnp.maximum(norms_BT, 1e-30),
+            cosine_BT=dot_BT(logits_BTV, reference_BTV) / jnp.maximum(norms_BT, 1e-30),
             error_BT=size_BT(output.h_last - reference.h_last) / jnp.maximum(size_BT(reference.h_last), 1e-30),
             residual_norms=tuple(solution.stats["residual_norm"].mean(-1)[None] for solution in output.solutions),
             iterations=tuple(made_B[None] for made_B in iterations_of(weights, output.solutions, len(window_BT))),

@@ -46,7 +46,8 @@ class Record:
 
     def to_json(self) -> str:
         """All fields; numbers that are not finite, which JSON has not, become null."""
-        return json.dumps(finite_or_none(dataclasses.asdict(self)), indent=2) + "\n"  # type: ignore[call-overload]
+        text = json.dumps(dataclasses.asdict(self))  # type: ignore[call-overload]
+        return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=2) + "\n"
 
     def to_csv(self) -> str:
         """One line a row; columns are the keys in the order of their first appearance."""
@@ -222,12 +223,3 @@ def between(interval: tuple[float, float] | None, text: Callable[[float], str]) 
 def ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | None]:
     """An interval's ends as columns."""
     return dict(zip((f"{name}_low", f"{name}_high"), interval or (None, None), strict=True))
-
-
-def finite_or_none(value: Any) -> Any:
-    """A tree of dicts and lists with numbers that are not finite, which JSON has not, as None."""
-    if isinstance(value, dict):
-        return {key: finite_or_none(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_or_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
