@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snlp_jax.config import Branch, Kind, ModelConfig
+from snlp_jax.config import Kind, ModelConfig
 from snlp_jax.types import Array, PyTree, flatten, unflatten
 
 _SUBTREES = {
@@ -30,15 +30,6 @@ def owners(config: ModelConfig, path: str) -> tuple[int, ...]:
         return tuple(range(config.num_layers))
     branch, what = _SUBTREES[first]
     return tuple(layer for layer, kind in enumerate(config.kinds) if getattr(kind, branch) == what)
-
-
-def kind_of(block: PyTree) -> Kind:
-    """The kind of a layer, or of a stack of layers of one kind, from the tree of its parameters."""
-
-    def find(name: str) -> Branch:
-        return "full" if name in block else "linear" if f"linear_{name}" in block else "none"
-
-    return Kind(find("attn"), find("mlp"))
 
 
 def kinds_in(config: ModelConfig, start: int, stop: int) -> dict[Kind, tuple[int, ...]]:

@@ -108,11 +108,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises:
         InputError: the config names no architecture, or one that is not known.
     """
-    names = config.get("architectures") or ()
-    if not names:
-        raise InputError("the config names no architecture; add a field 'architectures' such as ['LlamaForCausalLM'].")
+    names = config.get("architectures") or ["none"]
     if names[0] not in FAMILIES:
-        raise InputError(f"the architecture {names[0]!r} is not known; known are {', '.join(FAMILIES)}.")
+        raise InputError(f"the config's field 'architectures' names {names[0]}; known are {', '.join(FAMILIES)}.")
     return FAMILIES[names[0]]
 
 
