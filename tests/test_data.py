@@ -29,7 +29,7 @@ def test_windows_tile_the_tokens() -> None:
     assert num_windows(np.arange(0), 10) == 0
     np.testing.assert_array_equal(source[2]["tokens"], np.arange(20, 31))
     assert source[0]["tokens"].dtype == np.int32
-    for index in (3, -1):
+    for index in (3, -4):
         with pytest.raises(IndexError):
             source[index]
 

@@ -106,7 +106,7 @@ def test_records_that_are_no_text(tmp_path: Path, monkeypatch) -> None:
         with pytest.raises(InputError, match=message):
             list(iter_documents(DataConfig(source=str(tmp_path / "a.parquet"), text_field=field)))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match=r"needs the package pyarrow; run `pip install 'snlp-jax\[parquet\]'`"):
+    with pytest.raises(InputError, match=r'needs pyarrow; pip install "snlp-jax\[parquet\]"'):
         corpus.plan_shards(DataConfig(source=str(tmp_path / "a.parquet")))
 
 

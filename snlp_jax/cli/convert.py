@@ -9,7 +9,6 @@ lie the chat template (chat_template.jinja) and the files that an export gives b
 """
 
 import dataclasses
-import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CONFIG_NAME
 from snlp_jax.io.files import explain_full_disk
+from snlp_jax.io.optional import optional
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import families, table
 from snlp_jax.model.convert.nanochat import from_nanochat, nanochat_config, nanochat_rows
@@ -120,7 +120,7 @@ def _read_family(
 
 def _read_nanochat(path: Path, tokenizer_path: str) -> tuple[ModelConfig, Params, Tokenizer]:
     """A checkpoint ``model_STEP.pt`` with its ``meta_STEP.json``."""
-    torch = _optional("torch", "a nanochat checkpoint is read with torch")
+    torch = optional("torch", "a nanochat checkpoint", "snlp-jax[hf]")
     meta = path.with_name(path.name.replace("model_", "meta_", 1)).with_suffix(".json")
     fields = _read_json(meta).get("model_config")
     if not isinstance(fields, dict):
@@ -177,9 +177,7 @@ def _find(source: str) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise InputError(f"source {source!r} does not exist; name a folder, a file or a hub id such as 'org/model'.")
-    hub = _optional(
-        "huggingface_hub", f"source {source!r} does not exist here, and the hub is read with huggingface_hub"
-    )
+    hub = optional("huggingface_hub", f"source {source!r} does not exist here, and the hub", "snlp-jax[hf]")
     try:
         return Path(hub.snapshot_download(source, allow_patterns=list(HUB_PATTERNS)))
     except Exception as error:
@@ -187,13 +185,6 @@ def _find(source: str) -> Path:
         raise InputError(
             f"source {source!r} is no folder here and cannot be fetched from the hub ({reason})."
         ) from error
-
-
-def _optional(module: str, use: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"{use}; pip install 'snlp-jax[hf]'.") from error
 
 
 def _kept(path: Path, source_config: Mapping[str, Any]) -> dict[str, str | bytes]:

@@ -14,6 +14,7 @@ A record of a .jsonl file is ``{"messages": [{"role", "content"}, ...]}``, or on
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,7 +24,7 @@ import numpy as np
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data.corpus import corpus_files, digest_of, key_of, val_limit
-from snlp_jax.data.formats import explained
+from snlp_jax.data.formats import explained, parts_of, records_of
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.data.shards import find_tokenizer, prepare_tokens
 from snlp_jax.data.tokenizer import Tokenizer, train_bpe
@@ -140,8 +141,7 @@ class ChatWindows:
         return len(self._windows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
+        index = range(len(self))[index]
         tokens = np.full(self._seq_len + 1, self._bos_id, np.int32)
         weight = np.zeros(self._seq_len, np.float32)
         document = np.full(self._seq_len + 1, len(self._windows[index]), np.int32)
@@ -238,17 +238,13 @@ def read_conversations(config: DataConfig) -> Iterator[list[tuple[str, str]]]:
     for path in corpus_files(config):
         if path.suffix.lower() != ".jsonl":
             raise InputError(f"data.format is 'chat', but {str(path)!r} is no .jsonl file; leave it out.")
-        with explained(str(path)), path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    yield _parse(line, config, where=f"{path}:{number}")
+        with explained(str(path)):
+            (whole,) = parts_of(path, "jsonl", sys.maxsize)
+            for where, record in records_of(whole):
+                yield _parse(record, config, where)
 
 
-def _parse(line: str, config: DataConfig, where: str) -> list[tuple[str, str]]:
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON ({error}); mend or remove the line.") from error
+def _parse(record: Any, config: DataConfig, where: str) -> list[tuple[str, str]]:
     if not isinstance(record, dict):
         raise InputError(f"{where} holds {type(record).__name__} and no object; mend or remove the line.")
     if "messages" in record:

@@ -16,7 +16,6 @@ Nothing here, nor in what it imports, imports jax: the processes that tokenize h
 
 import contextlib
 import gzip
-import importlib
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from snlp_jax.errors import InputError
+from snlp_jax.io.optional import optional
 
 MIN_PIECE_CHARS = 4_096
 MAX_PIECE_CHARS = 16_384
@@ -111,15 +111,6 @@ def explained(path: str) -> Iterator[None]:
         raise InputError(f"file {path!r} is not a whole parquet file ({error}); mend it or leave it out.") from error
 
 
-def _package(module: str, path: str, requirement: str) -> Any:
-    """A module of a package that is not always installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = module.partition(".")[0]
-        raise InputError(f"file {path!r} needs the package {name}; run `pip install {requirement}`.") from error
-
-
 # -- Lines -------------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +168,12 @@ def _read_text(part: Part, _: str) -> Iterator[str]:
     yield piece
 
 
-def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
+def records_of(part: Part) -> Iterator[tuple[str, Any]]:
+    """Of each line of a .jsonl file that is not blank: where it stands, and what it holds.
+
+    Raises:
+      InputError: it is not JSON.
+    """
     file, first_byte = _open_text(part)
     where = f"{part.path}:" if first_byte == 0 else f"{part.path}, after byte {first_byte}, line "
     with file:
@@ -187,7 +183,11 @@ def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"{where}{number} is not valid JSON ({error}); mend or remove it.") from error
-                yield text_of(record, text_field, f"{where}{number}")
+                yield f"{where}{number}", record
+
+
+def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
+    return (text_of(record, text_field, where) for where, record in records_of(part))
 
 
 def text_of(record: Any, text_field: str, where: str) -> str:
@@ -208,8 +208,7 @@ def text_of(record: Any, text_field: str, where: str) -> str:
 
 
 def _open_parquet(path: str) -> Any:
-    parquet = _package("pyarrow.parquet", path, "'snlp-jax[parquet]'")
-    return parquet.ParquetFile(path, memory_map=True)
+    return optional("pyarrow.parquet", f"file {path!r}", "snlp-jax[parquet]").ParquetFile(path, memory_map=True)
 
 
 def _row_groups(path: str, part_size: int) -> list[Part]:
@@ -239,7 +238,7 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
 
 
 def _open_records(path: str) -> Any:
-    module = _package("array_record.python.array_record_module", path, "array_record")
+    module = optional("array_record.python.array_record_module", f"file {path!r}", "array_record")
     reader = module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok():
         raise InputError(f"file {path!r} is not an array record; mend it or leave it out.")

@@ -136,9 +136,8 @@ class WindowSource:
         return num_windows(self._tokens, self._seq_len)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        start = int(index) * self._seq_len
+        index = range(len(self))[index]
+        start = index * self._seq_len
         tokens = np.asarray(self._tokens[start : start + self._seq_len + 1], dtype=np.int32)
         if self._bos_id is None:
             return {"tokens": tokens}
@@ -159,11 +158,10 @@ class MixedWindows:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
+        index = range(len(self))[index]
         place = int(np.searchsorted(self._ends, index, side="right"))
         source, count = self.sources[place], self._counts[place]
-        return source[(int(index) - int(self._ends[place]) + count) * len(source) // count]
+        return source[(index - int(self._ends[place]) + count) * len(source) // count]
 
 
 def train_iterator(

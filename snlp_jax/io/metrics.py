@@ -10,6 +10,7 @@ from typing import Any
 
 from snlp_jax.errors import InputError
 from snlp_jax.io.files import atomic_write, explain_full_disk
+from snlp_jax.io.optional import optional
 
 FILE_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_id.txt"
@@ -116,14 +117,10 @@ def _line(step: int, metrics: Mapping[str, float]) -> str:
 
 def _tensorboard(directory: Path, last_step: int | None) -> Sink:
     """Event files, not by tensorboardX's SummaryWriter: a full disk ends its thread, and nobody empties the queue."""
-    try:
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-    except ImportError as error:
-        raise InputError(
-            'train.tensorboard needs tensorboardX; pip install "snlp-jax[tensorboard]" or switch it off.'
-        ) from error
+    summary = optional("tensorboardX", "train.tensorboard", "snlp-jax[tensorboard]").summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
     with explain_full_disk(directory):
         events = EventsWriter(str(directory / "events"))
         if last_step is not None:  # TensorBoard hides what earlier files hold of later steps
@@ -143,10 +140,7 @@ def _tensorboard(directory: Path, last_step: int | None) -> Sink:
 
 def _wandb(directory: Path, project: str, name: str | None, config: Mapping[str, Any] | None) -> Sink:
     """Weights & Biases. A resumed training continues its run."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise InputError('train.wandb_project needs wandb; pip install "snlp-jax[wandb]" or leave it empty.') from error
+    wandb = optional("wandb", "train.wandb_project", "snlp-jax[wandb]")
     id_path = directory / WANDB_ID_NAME
     run_id = id_path.read_text().strip() if id_path.is_file() else None
     try:
