@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -67,14 +67,8 @@ class Args:
     max_draft: int | None = None
     """Most drafts a round; by default the draft length."""
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    """Of the first prompt; the others count on."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    """Of the first prompt; the seeds of the others count on."""
     stop: tuple[str, ...] = ()
     """Texts that end the text, and are not part of it."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -118,7 +112,6 @@ def open_engine(args: Args) -> Engine:
     if args.speculate:
         draft = Drafting(parse_drafter(args.speculate, num_layers), args.draft_len or None, args.max_draft)
     # Mistakes are told before anything is read.
-    sampling_of(args)
     check_weights(args.weights, args.weight_calibration)
     check_settings(schedule, rule, draft, config.model.num_mtp_heads)
     schedules = [each for each in (schedule, draft and draft.by) if isinstance(each, Schedule)]
@@ -164,11 +157,6 @@ def with_solver_file(args: Args, num_layers: int) -> tuple[Args, SolverFile | No
     return args, found
 
 
-def sampling_of(args: Args, row: int = 0) -> Sampling:
-    penalty, seed = args.repetition_penalty, args.seed + row
-    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, penalty, seed)
-
-
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, is_chat: bool) -> list[int]:
     """Tokens as training has shown them: a text begins with the separator, a question stands in the chat template."""
     if is_chat:
@@ -184,7 +172,7 @@ def generate(engine: Engine, args: Args, prompts: tuple[str, ...]) -> None:
         Request(
             prompt_tokens(tokenizer, prompt, is_chat=args.chat),
             args.max_new_tokens,
-            sampling_of(args, row),
+            dataclasses.replace(args.sampling, seed=args.sampling.seed + row),
             stop_tokens=(tokenizer.bos_id,),
             stop_strings=args.stop,
         )

@@ -35,6 +35,9 @@ RATES = {
     "device_mib": "device memory, peak, MiB",
 }
 """Metrics that are no losses, and their titles."""
+SESSION_FIELDS = ("date", "first_step", "last_step", "seconds", "device", "num_devices", "jax", "commit")
+COLUMNS = {"depth": "g", "ppl": ".4g", "ppl_change": "+.2%", "top1": ".2%"}
+"""Numbers of a setting that are shown, and how."""
 NO_PLOTS = 'No plots: they need matplotlib, which `pip install "snlp-jax[plots]"` brings.'
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222b30; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
@@ -66,37 +69,31 @@ def write_html(run_dir: str | Path) -> Path:
 def make_html(config: Config, records: Records, record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     """The page. All text that is not this file's own is escaped."""
     curves = curves_of(records)
-    losses = {name: curve for name, curve in curves.items() if "/" not in name and name not in RATES}
+    under = lambda prefix: {n.removeprefix(prefix): curve for n, curve in curves.items() if n.startswith(prefix)}  # noqa: E731
+    scalars = {name: curve for name, curve in sorted(curves.items()) if "/" not in name}
+    losses = {name: curve for name, curve in scalars.items() if name not in RATES}
     held_out = {name: curve for name, curve in losses.items() if name.startswith("val_")}
     training = {name: curve for name, curve in losses.items() if name not in held_out}
     rates = {title: {"": curves[name]} for name, title in RATES.items() if name in curves}
-    last = [(name, int(steps[-1]), f"{values[-1]:.5g}") for name, (steps, values) in sorted(curves.items())
-            if "/" not in name]  # fmt: skip
-    parts = [
-        _table("", summary(config, curves, record)),
-        "<h2>Loss</h2>",
-        _plot({"training, a step's batch": training, "held out": held_out}, log=True),
-        _table("Last values", last, head=("metric", "step", "value")),
-        "<h2>Rates and memory</h2>",
-        _plot(rates),
-    ]
-    for prefix, title in (
-        ("frontier/", "Frontier during training: held-out cross entropy of each solver setting, a few batches"),
-        ("residual/", "Residual by layer: relative, of the trace after one iteration"),
-    ):
-        if chosen := {name.removeprefix(prefix): curve for name, curve in curves.items() if name.startswith(prefix)}:
-            parts += [f"<h2>{title}</h2>", _plot({"": chosen}, log=True)]
-    if evaluation is not None:
-        parts += ["<h2>Evaluation</h2>", _evaluation_table(evaluation)]
-    session_fields = ("date", "first_step", "last_step", "seconds", "device", "num_devices", "jax", "commit")
-    sessions = [tuple(session.get(name, "") for name in session_fields) for session in record["sessions"]]
-    parts += [
-        "<h2>Config</h2>",
-        _table("Fields that differ from their defaults", changed_fields(config), head=("field", "value", "default")),
-        "<h2>Sessions</h2>",
-        _table("", sessions, head=session_fields),
-    ]
-    name, body = html.escape(config.name), "\n".join(parts)
+    last = [(name, int(steps[-1]), f"{values[-1]:.5g}") for name, (steps, values) in scalars.items()]
+    sessions = [[session.get(name, "") for name in SESSION_FIELDS] for session in record["sessions"]]
+    sections = {
+        "Summary": _table("", summary(config, curves, record)),
+        "Loss": _plot({"training, a step's batch": training, "held out": held_out}, log=True),
+        "Metrics": _table("Last values", last, head=("metric", "step", "value")),
+        "Rates and memory": _plot(rates),
+        "Frontier during training: held-out cross entropy of each solver setting, a few batches": _plot(
+            {"": under("frontier/")}, log=True
+        ),
+        "Residual by layer: relative, of the trace after one iteration": _plot({"": under("residual/")}, log=True),
+        "Evaluation": _evaluation_table(evaluation) if evaluation else "",
+        "Config": _table(
+            "Fields that differ from their defaults", changed_fields(config), ("field", "value", "default")
+        ),
+        "Sessions": _table("", sessions, head=SESSION_FIELDS),
+    }
+    name = html.escape(config.name)
+    body = "\n".join(f"<h2>{title}</h2>\n{section}" for title, section in sections.items() if section)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n<h1>{name}</h1>\n{body}\n</body></html>\n"
@@ -153,15 +150,12 @@ def thinned(curve: Curve, num_points: int = MAX_POINTS) -> Curve:
 def _evaluation_table(evaluation: dict[str, Any]) -> str:
     form = lambda value, spec: "" if value is None else format(value, spec)  # noqa: E731
     rows = [
-        (
+        [
             result.get("setting"),
-            form(result.get("depth"), "g"),
-            form(result.get("ppl"), ".4g"),
-            form(result.get("ppl_change"), "+.2%"),
-            form(result.get("top1"), ".2%"),
+            *(form(result.get(name), spec) for name, spec in COLUMNS.items()),
             " to ".join(form(bound, "+.2%") for bound in result.get("ppl_interval") or ()),
             form((result.get("timing") or {}).get("median_ms"), ".3g"),
-        )
+        ]
         for result in evaluation.get("results", ())
     ]
     info = evaluation.get("info", {})
@@ -183,10 +177,13 @@ def _table(caption: str, rows: Sequence[Sequence[Any]], head: Sequence[str] = ()
 
 
 def _plot(panels: dict[str, Curves], *, log: bool = False) -> str:
-    """Curves over steps, a panel for each title, as an SVG inside of the page; a sentence where matplotlib is missing.
+    """Curves over steps, a panel for each title, as an SVG inside of the page; a sentence where matplotlib is missing;
+    nothing where there are no curves.
 
     As an image, and not as markup, so that names inside of one drawing cannot meet those of another.
     """
+    if not any(panels.values()):
+        return ""
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -196,8 +193,8 @@ def _plot(panels: dict[str, Curves], *, log: bool = False) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "snlp"}):
         figure = Figure(figsize=(10.4, 3.4), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
-        for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, curves) in zip(axes, panels.items(), strict=True):
             for name, curve in curves.items():
                 axis.plot(*thinned(curve), linewidth=1.3, marker="." if len(curve[0]) < 30 else "", label=name)
             if any(curves):
