@@ -30,9 +30,9 @@ from snlp_jax.eval.text_model import (
     encode_pairs,
     needs_solitude,
     rolling_spans,
-    score_spans,
 )
 from snlp_jax.forward import forward
+from snlp_jax.infer import Placement
 from snlp_jax.infer.engine import Request
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
@@ -84,10 +84,11 @@ def test_log_likelihoods_are_those_of_each_text_alone(model: LanguageModel, para
 
 
 def test_padding_and_batches_change_nothing() -> None:
-    model = LanguageModel(dataclasses.replace(MODEL, num_layers=2))
+    model = LanguageModel(dataclasses.replace(MODEL, num_layers=2, rotary_multiple=2))  # reads 32
     schedule = parse_schedule("sid:n=2,k=1,init=batch_forward", 2)
     assert not needs_solitude(schedule)
-    token_fn = TextModel(model, random_params(model), ByteTokenizer(), schedule).token_fn
+    ours = TextModel(model, random_params(model), ByteTokenizer(), schedule, batch_size=4)
+    token_fn = ours.token_fn
     rng = np.random.default_rng(0)
     spans = [Span(rng.integers(1, 257, n).astype(np.int32), min(n - 1, 4)) for n in (3, 9, 12, 5)]
 
@@ -97,12 +98,11 @@ def test_padding_and_batches_change_nothing() -> None:
     def with_more(windows: np.ndarray) -> tuple:
         return token_fn(np.pad(windows, ((0, 0), (0, 7))))
 
-    together = score_spans(token_fn, spans, max_context=32, batch_tokens=64)
-    others = {
-        "noise": score_spans(with_noise, spans, max_context=32, batch_tokens=64),
-        "more, alone": score_spans(with_more, spans, max_context=32, batch_tokens=1),
-        "reversed": score_spans(token_fn, spans[::-1], max_context=32, batch_tokens=64)[::-1],
-    }
+    together, backwards = ours.score(spans), ours.score(spans[::-1])[::-1]
+    ours.__dict__["token_fn"] = with_noise
+    noisy = ours.score(spans)
+    ours.__dict__["token_fn"], ours.batch_size = with_more, 1
+    others = {"noise": noisy, "more, alone": ours.score(spans), "reversed": backwards}
     for name, scores in others.items():
         for score, expected, span in zip(scores, together, spans, strict=True):
             assert score.log_prob == pytest.approx(expected.log_prob, abs=ROUNDING * span.num_scored), name
@@ -119,10 +119,18 @@ def test_settings_that_see_other_tokens_are_scored_alone() -> None:
         return np.zeros(windows[:, 1:].shape), np.ones(windows[:, 1:].shape, bool)
 
     spans = [Span(np.ones(n, np.int32), 1) for n in (5, 9, 5, 40)]
-    score_spans(token_fn, spans, max_context=32, batch_tokens=64, alone=True)
+
+    def score(setting: str, batch_size: int, placement: Placement, **fields) -> None:
+        config = dataclasses.replace(MODEL, **fields)
+        ours = text_model(LanguageModel(config), {}, setting, batch_size=batch_size, placement=placement)
+        ours.__dict__["token_fn"] = token_fn
+        ours.score(spans)
+
+    score("idn:n=4,tol=0.1", 4, Placement(), rotary_multiple=2)  # reads 32
     assert sorted(shapes) == [(1, 5), (1, 5), (1, 9), (1, 33)]
     shapes.clear()
-    score_spans(token_fn, spans, max_context=24, batch_tokens=64, row_multiple=2)
+    mesh = SimpleNamespace(shape={"data": 2})
+    score("seq", 8, Placement(mesh), seq_len=8, rotary_multiple=3)
     assert sorted(shapes) == [(2, 25), (4, 17)], "few lengths; the longest is what the model reads"
 
 

@@ -87,59 +87,6 @@ def rolling_spans(tokens: np.ndarray, max_context: int) -> list[Span]:
     ]
 
 
-def score_spans(
-    token_fn: TokenFn,
-    spans: Sequence[Span],
-    *,
-    max_context: int,
-    batch_tokens: int,
-    row_multiple: int = 1,
-    alone: bool = False,
-    on_share: OnShare = lambda share: None,
-) -> list[Score]:
-    """Log-likelihoods of the scored tokens, in batches of equal padded length, one program for each length.
-
-    Padding stands on the right, where attention with or without a window, the smear of a token by its predecessor and
-    every solver iteration look away from it: what is scored depends neither on it nor on the other rows.
-    :func:`needs_solitude` names the settings for which that is not so.
-
-    Args:
-        max_context: most tokens that the model reads; longer contexts lose their beginning.
-        batch_tokens: about how many a batch has.
-        row_multiple: of the rows of a batch.
-        alone: score every sequence alone and at its own length, one program for each length there is.
-
-    Raises:
-        InputError: the scored tokens alone are more than the model reads.
-    """
-    cut = [span.tokens[-max_context - 1 :] for span in spans]
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, (tokens, span) in enumerate(zip(cut, spans, strict=True)):
-        if span.num_scored >= len(tokens):
-            raise InputError(
-                f"a continuation of {span.num_scored} tokens is longer than the {max_context} that the model reads; "
-                "shorten it."
-            )
-        count = len(tokens) - 1
-        by_length[count if alone else min(max(MIN_BUCKET, 1 << (count - 1).bit_length()), max_context)].append(index)
-    scores = [Score(0.0, 0, True)] * len(spans)
-    for length, members in sorted(by_length.items()):
-        step = 1 if alone else _rounded(min(max(1, batch_tokens // length), len(members)), row_multiple)
-        for start in range(0, len(members), step):
-            part = members[start : start + step]
-            windows = np.zeros((_rounded(step, row_multiple), length + 1), np.int32)
-            for row, index in enumerate(part):
-                windows[row, : len(cut[index])] = cut[index]
-            nll_BT, is_best_BT = jax.device_get(token_fn(windows))
-            for row, index in enumerate(part):
-                stop, num_scored = len(cut[index]) - 1, spans[index].num_scored
-                scored = slice(stop - num_scored, stop)
-                log_prob = -float(nll_BT[row, scored].sum(dtype=np.float64))
-                scores[index] = Score(log_prob, num_scored, bool(is_best_BT[row, scored].all()))
-            on_share(len(part) / len(spans))
-    return scores
-
-
 def needs_solitude(schedule: Schedule) -> bool:
     """Whether other tokens than those to the left enter: a tolerance stops by the worst token of the whole sequence,
     and the random vectors of ``diag`` differ by row and, with ``mode=vjp``, bring noise back from later tokens."""
@@ -205,7 +152,7 @@ class TextModel:
         """Of each continuation after its context.
 
         Raises:
-            InputError: see :func:`score_spans`.
+            InputError: see :meth:`score`.
         """
         spans = encode_pairs(self.tokenizer, pairs)
         self.num_cut += sum(len(span.tokens) - 1 > self.max_context for span in spans)
@@ -219,16 +166,44 @@ class TextModel:
         return [sum(next(scores).log_prob for _ in parts) for parts in spans]
 
     def score(self, spans: Sequence[Span]) -> list[Score]:
-        """:func:`score_spans` as this model needs it."""
-        return score_spans(
-            self.token_fn,
-            spans,
-            max_context=self.max_context,
-            batch_tokens=self._batch_tokens,
-            row_multiple=self._row_multiple,
-            alone=needs_solitude(self.schedule),
-            on_share=self.on_share,
-        )
+        """Log-likelihoods of the scored tokens, in batches of equal padded length, one program for each length.
+
+        Padding stands on the right, where attention with or without a window, the smear of a token by its predecessor
+        and every solver iteration look away from it: what is scored depends neither on it nor on the other rows. Under
+        settings for which that is not so (:func:`needs_solitude`) every sequence is scored alone and at its own length.
+        Contexts that are longer than the model reads lose their beginning.
+
+        Raises:
+            InputError: the scored tokens alone are more than the model reads.
+        """
+        alone, longest = needs_solitude(self.schedule), self.max_context
+        cut = [span.tokens[-longest - 1 :] for span in spans]
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, (tokens, span) in enumerate(zip(cut, spans, strict=True)):
+            if span.num_scored >= len(tokens):
+                raise InputError(
+                    f"a continuation of {span.num_scored} tokens is longer than the {longest} that the model reads; "
+                    "shorten it."
+                )
+            count = len(tokens) - 1
+            by_length[count if alone else min(max(MIN_BUCKET, 1 << (count - 1).bit_length()), longest)].append(index)
+        scores = [Score(0.0, 0, True)] * len(spans)
+        for length, members in sorted(by_length.items()):
+            rows = _rounded(min(max(1, self._batch_tokens // length), len(members)), self._row_multiple)
+            step, rows = (1, self._row_multiple) if alone else (rows, rows)
+            for start in range(0, len(members), step):
+                part = members[start : start + step]
+                windows = np.zeros((rows, length + 1), np.int32)
+                for row, index in enumerate(part):
+                    windows[row, : len(cut[index])] = cut[index]
+                nll_BT, is_best_BT = jax.device_get(self.token_fn(windows))
+                for row, index in enumerate(part):
+                    stop, num_scored = len(cut[index]) - 1, spans[index].num_scored
+                    scored = slice(stop - num_scored, stop)
+                    log_prob = -float(nll_BT[row, scored].sum(dtype=np.float64))
+                    scores[index] = Score(log_prob, num_scored, bool(is_best_BT[row, scored].all()))
+                self.on_share(len(part) / len(spans))
+        return scores
 
     def complete(self, prompts: Sequence[Prompt]) -> list[str]:
         """What the cached decoder goes on with, up to the separator or a stop string.
