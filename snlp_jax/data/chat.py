@@ -202,12 +202,7 @@ def prepare_chat(config: DataConfig) -> ChatData:
     conversations = list(read_conversations(config))
     digests = [digest_of(json.dumps(messages)) for messages in conversations]
     keys = [key_of(digest) for digest in digests]
-    if len(set(keys)) < 2:
-        raise InputError(
-            f"data.source {config.source!r} holds only one conversation, or copies of one, and two are needed to hold "
-            "one out; give more."
-        )
-    limit = val_limit(config.val_fraction, min(keys), max(keys))
+    limit = val_limit(config, min(keys, default=0), max(keys, default=0))
     if (found := find_tokenizer(config)) is not None:
         tokenizer = found[1]
     else:

@@ -144,9 +144,19 @@ def key_of(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def val_limit(val_fraction: float, min_key: int, max_key: int) -> int:
-    """Documents with a key below it are held out: about that share of them, and at least one on either side."""
-    return min(max(int(val_fraction * 2**64), min_key + 1), max_key)
+def val_limit(config: DataConfig, min_key: int, max_key: int) -> int:
+    """Documents with a key below it are held out: about ``val_fraction`` of them, and at least one on either side.
+
+    Raises:
+      InputError: all have one key.
+    """
+    if min_key == max_key:
+        kind = "conversation" if config.format == "chat" else "document"
+        raise InputError(
+            f"data.source {config.source!r} holds only one {kind}, or copies of one, and two are needed to hold one "
+            "out; give more."
+        )
+    return min(max(int(config.val_fraction * 2**64), min_key + 1), max_key)
 
 
 def _builtin_files() -> list[Path]:

@@ -188,12 +188,7 @@ def _build(entry: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
     min_key, max_key = min(r["min_key"] for r in records), max(r["max_key"] for r in records)
     if max_key < 0:
         raise InputError(f"data.source {config.source!r} holds no text; give files that are not empty.")
-    if min_key == max_key:
-        raise InputError(
-            f"data.source {config.source!r} holds only one document, or copies of one, and two are needed to hold one "
-            "out; give more text."
-        )
-    if (limit := val_limit(config.val_fraction, min_key, max_key)) != corpus.val_limit:  # a side without a document
+    if (limit := val_limit(config, min_key, max_key)) != corpus.val_limit:  # a side without a document
         jobs = [job._replace(val_limit=limit) for job in jobs]
         records = run_jobs(jobs, config.num_workers)
     corpus.check_unchanged()
