@@ -11,9 +11,9 @@ falls back by one setting, and the rest is compared again.
 That perplexity grows along a line is a guide, no theorem: a model may have been trained for one of the larger regions.
 The limit itself rests on no guide: it is what the confirmation tests.
 
-A setting is measured on 16, 32, 64, ... windows until its one-sided Student bounds lie on one side of the limit. Each
-of the R looks spends alpha / R, so that a setting within the limit fails, and one above it passes, with probability
-alpha at most (to the accuracy of Student's interval).
+A setting is measured on 16, 32, 64, ... windows until its one-sided Student bounds lie on one side of the limit. The
+last look spends half of alpha and the looks before it share the other half, so that a setting within the limit fails,
+and one above it passes, with probability alpha at most (to the accuracy of Student's interval).
 """
 
 import dataclasses
@@ -151,10 +151,12 @@ class Search:
     def _is_within(self, candidate: Candidate) -> bool:
         """Whether it passes on the windows to choose on."""
         rungs = [FIRST_RUNG * 2**i for i in range(32) if FIRST_RUNG * 2**i < self.num_windows] + [self.num_windows]
+        half = (1 - self.search.confidence) / 2
         for start, stop in itertools.pairwise([0, *rungs]):
             part = self.quality.measure(candidate.schedule, start, stop)
             self.measured[candidate] = self.measured[candidate].join(part) if start else part
-            low, _, high = self.measured[candidate].bounds((1 - self.search.confidence) / len(rungs))
+            alpha = half if stop == self.num_windows else half / (len(rungs) - 1)
+            low, _, high = self.measured[candidate].bounds(alpha)
             if low > self.search.limit or high <= self.search.limit:
                 break
         within = high <= self.search.limit
