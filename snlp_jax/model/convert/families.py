@@ -124,16 +124,7 @@ def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> M
         InputError: see :func:`family_of`; or a field is missing, or says what this library does not have.
     """
     family = family_of(config)
-    # A null means the class's default, but for those that it switches off.
-    given = {name: value for name, value in config.items() if value is not None or name in SWITCHES}
-    values = {**family.defaults, **{name: 0 if value is None else value for name, value in given.items()}}
-    for name in REQUIRED:
-        if name not in values:
-            raise InputError(f"the config lacks the field {name!r}.")
-    if values.get("quantization_config"):
-        raise InputError("the config has a 'quantization_config'; give the weights before quantization.")
-    if values.get("use_bidirectional_attention"):
-        raise InputError("the config's 'use_bidirectional_attention' is on; only causal models can be imported.")
+    values = _values(family, config)
     hidden_size, num_heads = values["hidden_size"], values["num_attention_heads"]
     context, eps = values["max_position_embeddings"], float(values["rms_norm_eps"])
     weight: Literal["plain", "plus_one"] = "plus_one" if family.is_gemma else "plain"
@@ -179,6 +170,20 @@ def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> M
         rope_base=rope_base,
         rope=rope,
     )
+
+
+def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's fields, and the class's defaults of those that it leaves out or sets to null."""
+    given = {name: value for name, value in config.items() if value is not None or name in SWITCHES}
+    values = {**family.defaults, **{name: 0 if value is None else value for name, value in given.items()}}
+    for name in REQUIRED:
+        if name not in values:
+            raise InputError(f"the config lacks the field {name!r}.")
+    if values.get("quantization_config"):
+        raise InputError("the config has a 'quantization_config'; give the weights before quantization.")
+    if values.get("use_bidirectional_attention"):
+        raise InputError("the config's 'use_bidirectional_attention' is on; only causal models can be imported.")
+    return values
 
 
 def family_rows(config: ModelConfig) -> list[Row]:
