@@ -187,8 +187,15 @@ def _solve_region(
     with_stats: bool,
     keep: Keep | None,
 ) -> tuple[Solution, Array]:
-    """The region's solution, and the state that stands for the output of its layer ``mid``."""
-    taps, share = mid_taps(segment, mid)
+    """The region's solution, and the state that stands for the output of its layer ``mid``: that of the node which
+    holds the layer and, in a share, that of the node before it or the region's input."""
+    taps: tuple[int, ...] = ()
+    share = 1.0
+    if mid is not None:
+        node, place = divmod(mid, segment.layers_per_node)
+        choice = segment.stage.mid if isinstance(segment.stage, Chunkwise) else "output"
+        share = {"output": 1.0, "input": 0.0, "interpolated": (place + 1) / segment.layers_per_node}[choice]
+        taps = (node,) if node == 0 or share == 1.0 else (node, node - 1)
     rule = keep.rule if keep else "last_eval"
     want = Wanted(taps, with_stats, "refreshed" if rule == "refreshed" else "last")
     solution = solve_segment(chains, segment, data, mesh, want, is_each=rule == "per_iteration")
@@ -196,17 +203,6 @@ def _solve_region(
         return solution, chains[0].h_in
     after, before = solution.tapped[0], solution.tapped[1] if len(taps) > 1 else chains[0].h_in
     return solution, after if share == 1.0 else share * after + (1.0 - share) * before
-
-
-def mid_taps(segment: ParallelSegment, mid: int | None) -> tuple[tuple[int, ...], float]:
-    """Nodes whose outputs make up the state that stands for the output of layer ``mid`` of a region, and the share of
-    the first of them; without a second the rest is the region's input."""
-    if mid is None:
-        return (), 1.0
-    node, place = divmod(mid, segment.layers_per_node)
-    choice = segment.stage.mid if isinstance(segment.stage, Chunkwise) else "output"
-    share = {"output": 1.0, "input": 0.0, "interpolated": (place + 1) / segment.layers_per_node}[choice]
-    return ((node,) if node == 0 or share == 1.0 else (node, node - 1)), share
 
 
 def solve_segment(

@@ -282,19 +282,15 @@ def _spread(
         num_nodes, layers_per_node = nodes_of(segment)
         num_shards, num_rows = num_devices, layers_per_node * num_padded(num_nodes, num_devices)
         blocks = pad_layers(blocks, num_rows)
-        _warn_of_windows(model.config, segment, num_rows // num_devices)
+        if not are_windows_alike(model.config, *span, num_rows // num_devices):
+            warnings.warn(
+                f"the attention windows of layers {span[0]}-{span[1]} differ between devices that hold "
+                f"{num_rows // num_devices} layers each, so every layer computes scores for the longest window; choose "
+                "mesh.layer so that each device holds whole repetitions of model.window_pattern.",
+                stacklevel=2,
+            )
     tables = lay_out_tables(model.config, params["embed"], *span, num_shards, num_rows)
     return Part(blocks, tables, fit, segment, span, is_spread)
-
-
-def _warn_of_windows(config: ModelConfig, segment: Segment, shard_len: int) -> None:
-    if not are_windows_alike(config, segment.start, segment.stop, shard_len):
-        warnings.warn(
-            f"the attention windows of layers {segment.start}-{segment.stop} differ between devices that hold "
-            f"{shard_len} layers each, so every layer computes scores for the longest window; choose "
-            "mesh.layer so that each device holds whole repetitions of model.window_pattern.",
-            stacklevel=2,
-        )
 
 
 def are_windows_alike(config: ModelConfig, start: int, stop: int, shard_len: int) -> bool:

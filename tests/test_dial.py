@@ -147,7 +147,7 @@ def test_what_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     needed = sum(state_bytes(state).values())
     for module in (budget, memory):
         monkeypatch.setattr(module, "capacity_of", lambda _: needed)
-    check_state(state, config, mesh)
+    check_state(state, mesh)
     monkeypatch.setattr(budget, "_measure_step", lambda *_: needed + 1)
     with pytest.raises(InputError, match=r"training step would take .*num_microbatches.*remat.*mesh\.data"):
         plan_run(config)

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from snlp_jax.cache import plan_rings
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
-from snlp_jax.infer.programs import Counts, Programs, State, warm_segments
+from snlp_jax.infer.programs import Programs, State, warm_segments
 from snlp_jax.infer.requests import Completion, Delivery, OnTokens, Request, Statistics, check_request
 from snlp_jax.infer.rules import CacheRule, Drafting, Placement, check_settings
 from snlp_jax.infer.sampling import Features, rows_of
@@ -129,17 +129,17 @@ class Engine:
             state = self._advance(programs, state, delivery.is_watched)
         decode_seconds = time.perf_counter() - began - (self._compile_seconds - prefill_compile)
         completions = delivery.completions(np.asarray(state.log_probs_BS))
-        counts = _read(state.counts)
+        counts = jax.tree.map(int, jax.device_get(state.counts))
         self.statistics = Statistics(
             prompt_tokens=sum(len(request.tokens) for request in requests),
             new_tokens=sum(len(completion.tokens) for completion in completions),
             compile_seconds=self._compile_seconds,
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
-            steps=counts["steps"],
-            iterations=counts["iterations"],
-            tested=counts["tested"],
-            accepted=counts["accepted"],
+            steps=counts.steps,
+            iterations=counts.iterations,
+            tested=counts.tested,
+            accepted=counts.accepted,
         )
         return completions
 
@@ -185,11 +185,11 @@ class Engine:
         steps = jnp.int32(CHUNK if is_watched or self.may_switch else UNWATCHED)
         if not self.may_switch:
             return self._run_steps(programs, state, steps, is_drafting=self.draft is not None)[0]
-        switch, before = self._switches.setdefault(len(state.length_B), DraftSwitch()), _read(state.counts)
+        switch, before = self._switches.setdefault(len(state.length_B), DraftSwitch()), jax.device_get(state.counts)
         is_drafting = switch.next()
         state, seconds = self._run_steps(programs, state, steps, is_drafting=is_drafting)
-        made = {name: count - before[name] for name, count in _read(state.counts).items()}
-        switch.report(is_drafting, seconds / made["steps"] * made["rows"] / made["tokens"])
+        made = jax.tree.map(np.subtract, jax.device_get(state.counts), before)
+        switch.report(is_drafting, float(seconds / made.steps * made.rows / made.tokens))
         return state
 
     def _run_steps(
@@ -259,10 +259,6 @@ class Engine:
         # The exact weights have all parts; the drafter may leave layers out.
         rings, warm = zip(*map(of_part, self.exact.parts, state.rings, state.warm), strict=True)
         return by_row._replace(rings=rings, warm=warm)
-
-
-def _read(counts: Counts) -> dict[str, int]:
-    return {name: int(count) for name, count in jax.device_get(counts)._asdict().items()}
 
 
 def bucket(count: int, smallest: int = 16) -> int:

@@ -75,9 +75,7 @@ def check_settings(schedule: Schedule, rule: CacheRule, drafting: Drafting | Non
                 "use 'per_iteration', or these layers as a drafter."
             )
     if drafting is not None:
-        _check_draft(schedule, rule, drafting)
-        if drafting.by == "mtp":
-            _check_heads(drafting, num_heads)
+        _check_draft(schedule, rule, drafting, num_heads)
 
 
 def _check_each_evaluation(region: ParallelSegment) -> None:
@@ -91,7 +89,7 @@ def _check_each_evaluation(region: ParallelSegment) -> None:
     )
 
 
-def _check_draft(schedule: Schedule, rule: CacheRule, drafting: Drafting) -> None:
+def _check_draft(schedule: Schedule, rule: CacheRule, drafting: Drafting, num_heads: int) -> None:
     by, length, most = drafting.by, drafting.length, drafting.most
     require(
         schedule.is_sequential,
@@ -106,17 +104,15 @@ def _check_draft(schedule: Schedule, rule: CacheRule, drafting: Drafting) -> Non
     require(length is None or length >= 1, f"the draft length is {length}; it must be at least 1.")
     if length is not None and most is not None and length > most:
         raise InputError(f"a draft length of {length} exceeds max_draft {most}; change one.")
-
-
-def _check_heads(drafting: Drafting, num_heads: int) -> None:
-    require(
-        num_heads > 0,
-        "this model has no multi-token-prediction heads to draft with; train one with model.num_mtp_heads and "
-        "loss.mtp.weight, or draft with a setting such as idn:n=8,k=1.",
-    )
-    for name, count in (("a draft length", drafting.length), ("a max_draft", drafting.most)):
+    if by == "mtp":
         require(
-            (count or 0) <= num_heads,
-            f"{name} of {count} exceeds the model's {num_heads} multi-token-prediction heads, each of which drafts "
-            "one token.",
+            num_heads > 0,
+            "this model has no multi-token-prediction heads to draft with; train one with model.num_mtp_heads and "
+            "loss.mtp.weight, or draft with a setting such as idn:n=8,k=1.",
+        )
+        count = max(length or 0, most or 0)
+        require(
+            count <= num_heads,
+            f"a draft length or max_draft of {count} exceeds the model's {num_heads} multi-token-prediction heads, "
+            "each of which drafts one token.",
         )

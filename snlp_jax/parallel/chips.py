@@ -68,12 +68,10 @@ class Slice:
             raise InputError(f"topology {text!r}: unknown chip {name!r}; choose one of {', '.join(CHIPS)}.")
         chip = CHIPS[name]
         num_axes = max(chip.torus_axes, 1)
-        example = f"{name}:8" if num_axes == 1 else f"{name}:{'x'.join(['2', '4', '4'][:num_axes])}"
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-            raise InputError(f"topology {text!r}: {sizes!r} is no shape; write {example}.")
+        example = f"{name}:{['8', '2x4', '2x4x4'][num_axes - 1]}"
+        if not re.fullmatch("x".join([r"[1-9]\d*"] * num_axes), sizes):
+            raise InputError(f"topology {text!r}: {sizes!r} is no shape, {name} has {num_axes} axes; write {example}.")
         shape = tuple(map(int, sizes.split("x")))
-        if len(shape) != num_axes:
-            raise InputError(f"topology {text!r}: {name} has {num_axes} axes; write {example}.")
         if not chip.torus_axes and shape[0] > chip.ring_length:
             raise InputError(f"topology {text!r}: a switch joins {chip.ring_length} {name}; give at most as many.")
         return cls(chip, shape)

@@ -171,7 +171,7 @@ def _solution_specs(chain: Chain, rows: str | None, want: Wanted, is_adaptive: b
     """How the arrays of a solution lie."""
     stats = {"residual_norm": P(None, LAYER)} if want.stats else {}
     stats |= {"num_iters": P(), "sequence_iters": P(rows)} if is_adaptive else {}
-    aux = _specs(chain.fns.batch_axes.aux if rows and chain.fns.batch_axes else None, rows, _before(chain))
+    aux = _specs(chain.fns.batch_axes.aux if rows and chain.fns.batch_axes else None, rows, _before(chain.params))
     return Solution(P(rows), P(LAYER, rows), aux, stats, P(rows), P(rows))  # type: ignore[arg-type]
 
 
@@ -194,20 +194,19 @@ def _chain_specs(chain: Chain, rows: str | None) -> Chain:
     ctx_axes, shared_axes, _ = (rows and chain.fns.batch_axes) or BatchAxes(None, None, 0)
     if is_list(chain.ctx) and not is_list(ctx_axes):
         ctx_axes = [ctx_axes] * len(chain.ctx)
-    before = () if is_list(chain.ctx) else (LAYER,)
     return dataclasses.replace(
         chain,
-        params=P(*_before(chain)),
-        ctx=_specs(ctx_axes, rows, before),
+        params=P(*_before(chain.params)),
+        ctx=_specs(ctx_axes, rows, _before(chain.ctx)),
         shared=_specs(shared_axes, rows),
         h_in=P(rows),
         place=P(),  # type: ignore[arg-type]
     )
 
 
-def _before(chain: Chain) -> tuple[str, ...]:
+def _before(tree: PyTree) -> tuple[str, ...]:
     """Mesh axes of the leading dimension of a stack; the trees of a list have none."""
-    return () if chain.is_list else (LAYER,)
+    return () if is_list(tree) else (LAYER,)
 
 
 def _specs(axes: PyTree, rows: str | None, before: tuple[str, ...] = ()) -> PyTree:

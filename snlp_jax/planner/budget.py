@@ -88,7 +88,7 @@ def plan_run(config: Config, topology: str = "") -> Budget:
     console = Console(highlight=False, quiet=not is_first())
     console.print(make_table(budget), width=None if console.is_terminal else TABLE_WIDTH)
     if budget.step_bytes is None or (budget.capacity is not None and budget.step_bytes > budget.capacity):
-        raise InputError(refusal(config, budget.step_bytes, budget.capacity))
+        raise InputError(refusal(budget.step_bytes, budget.capacity))
     return budget
 
 

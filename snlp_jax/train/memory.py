@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from snlp_jax.config import Config
 from snlp_jax.errors import InputError
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.train.step import TrainState
@@ -15,7 +14,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 GIB = 2**30
 
 
-def check_state(state: TrainState, config: Config, mesh: Mesh) -> None:
+def check_state(state: TrainState, mesh: Mesh) -> None:
     """Hold state and gradients against a device's memory, by their shapes alone; every run does so before it compiles.
 
     Raises:
@@ -23,21 +22,19 @@ def check_state(state: TrainState, config: Config, mesh: Mesh) -> None:
     """
     capacity, needed = capacity_of(mesh), sum(state_bytes(state).values())
     if capacity is not None and needed > capacity:
-        raise InputError(refusal(config, needed, capacity, is_state_alone=True))
+        raise InputError(refusal(needed, capacity, is_state_alone=True))
 
 
-def refusal(config: Config, needed: int | None, capacity: int | None, is_state_alone: bool = False) -> str:
+def refusal(needed: int | None, capacity: int | None, *, is_state_alone: bool = False) -> str:
     """One sentence: what is too large, and what would make it smaller."""
-    remedies = []
-    rows = config.train.batch_size // config.train.num_microbatches
+    what, remedies = "the parameters, the optimizer's state and the gradients", ""
     if not is_state_alone:
-        remedies += ["raise train.num_microbatches"] if rows > 1 else ["lower model.seq_len"]
-        remedies += [] if config.model.remat else ["set model.remat=True"]
-    remedies += ["spread it over more devices (--mesh.data)", "choose a smaller model"]
-    what = "the parameters, the optimizer's state and the gradients" if is_state_alone else "a training step"
+        what = "a training step"
+        remedies = "raise train.num_microbatches, set model.remat=True, lower model.seq_len, "
     amount = "more memory than the compiler can place" if needed is None else f"{needed / GIB:.3g} GiB"
     limit = "" if capacity is None else f" of the {capacity / GIB:.3g} GiB"
-    return f"{what} would take {amount}{limit} on each device; {', '.join(remedies[:-1])} or {remedies[-1]}."
+    remedies += "spread it over more devices (--mesh.data) or choose a smaller model"
+    return f"{what} would take {amount}{limit} on each device; {remedies}."
 
 
 def capacity_of(mesh: Mesh) -> int | None:

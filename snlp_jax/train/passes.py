@@ -52,7 +52,9 @@ class Passes:
             check_alike(model.config, mesh)
         self.model, self.batch, self.key, self.mesh, self.ring_microbatches = model, batch, key, mesh, ring_microbatches
         embed_head = self._gathered({"embed": params["embed"], "head": params["head"]})
-        blocks = params["blocks"] if _ring_of(mesh) is None else self._gathered(params["blocks"], "blocks/")
+        self.ring = mesh if mesh is not None and mesh.shape["layer"] > 1 else None
+        """The mesh, where layers are spread over it."""
+        blocks = params["blocks"] if self.ring is None else self._gathered(params["blocks"], "blocks/")
         self.params = embed_head | {"blocks": blocks}
         """The embedding and the head are whole along the data axis."""
         document_BT = None if batch.document is None else batch.document[:, :-1]
@@ -61,7 +63,7 @@ class Passes:
 
     def in_order(self, layers: tuple[int, ...], *, with_trace: bool = False) -> Exact:
         """The sequential pass, with the states after ``layers``."""
-        config, ring = self.model.config, _ring_of(self.mesh)
+        config, ring = self.model.config, self.ring
         fetch = None
         if ring is None and self.mesh is not None:  # a layer at a time
             fetch = functools.partial(self._gathered, prefix="blocks/", is_one_layer=True)
@@ -75,7 +77,8 @@ class Passes:
 
     def solve(self, region: ParallelSegment, h_start: Array, taps: tuple[int, ...] = ()) -> Solution:
         """The region solved from the state that enters it; ``taps`` are layers of the model."""
-        mesh = _region_mesh_of(self.mesh)
+        mesh = self.mesh  # where the layers or the batch of a region are spread over it
+        mesh = mesh if mesh is not None and mesh.shape["layer"] * mesh.shape["data"] > 1 else None
         model = self.model.adapted(kernels=kernels_on(self.mesh, is_spread=mesh is not None))
         part = self._part(region, is_spread=mesh is not None)
         (chain,) = chains_of(model, self.params, part, self.batch.tokens[:, :-1], self.shared, h_start, mesh=mesh)
@@ -86,12 +89,12 @@ class Passes:
 
     def first_row(self, region: Segment) -> int:
         """The layer that row 0 of a region's trace belongs to."""
-        return region.start if _ring_of(self.mesh) is None else 0
+        return region.start if self.ring is None else 0
 
     def _part(self, segment: Segment, *, is_spread: bool) -> Part:
         config = self.model.config
         whole, blocks = (0, config.num_layers), self.params["blocks"]
-        if _ring_of(self.mesh) is not None:
+        if self.ring is not None:
             return Part(blocks, None, None, segment, whole, True)
         span = (segment.start, segment.stop)
         blocks = cut(config, blocks, *span)
@@ -108,13 +111,3 @@ class Passes:
         if mesh is None or mesh.shape["data"] == 1:
             return tree
         return gather_channels(tree, model.config, mesh, dtype=model.dtype, prefix=prefix, is_one_layer=is_one_layer)
-
-
-def _ring_of(mesh: Mesh | None) -> Mesh | None:
-    """The mesh, where layers are spread over it."""
-    return mesh if mesh is not None and mesh.shape["layer"] > 1 else None
-
-
-def _region_mesh_of(mesh: Mesh | None) -> Mesh | None:
-    """The mesh, where the layers or the batch of a region are spread over it."""
-    return mesh if mesh is not None and mesh.shape["layer"] * mesh.shape["data"] > 1 else None

@@ -69,7 +69,7 @@ class Setup:
             _check_division(self.held_out, config, mesh)
             self.optimizer = optimizer_of(model, config, mesh)
             state = abstract_state(model, self.optimizer, config, mesh)
-            check_state(state, config, mesh)
+            check_state(state, mesh)
             self.observe = make_observe(model, config, mesh) if train_config.frontier_every else None
         check_same("config", to_json(config))
         check_same("corpus", data.content_hash)
