@@ -96,7 +96,7 @@ def _quantize_stack(
 
 def input_squares(model: LanguageModel, params: Params, batches: Iterable[Mapping[str, np.ndarray]]) -> PyTree:
     """E[x_i^2] of what every kernel multiplies in the sequential pass: ``{part: {name: [n, I]}}``, the head a part of
-    one layer. Memory is that of one layer's activations and does not grow with text.
+    one layer. One program of all layers, so that compilation grows with depth; memory does not grow with text.
 
     Args:
         batches: of equal shape, ``tokens`` [B, T + 1] and, where documents are masked, ``document`` [B, T + 1].
