@@ -85,3 +85,11 @@ def test_vocabulary_checks() -> None:
     tokenizer.check_vocab(tokenizer.ByteTokenizer(), 257)
     with pytest.raises(InputError, match="set model.vocab_size to 257"):
         tokenizer.check_vocab(tokenizer.ByteTokenizer(), 256)
+
+
+def test_special_tokens_of_a_model_travel_with_its_tokenizer():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<end>": 1}, unk_token="a"))
+    special = tokenizer.SpecialTokens(1, (), (1, 0), chat_template="{{ messages }}")
+    loaded = tokenizer.load_tokenizer_json(tokenizer.FileTokenizer(backend, special).to_json())
+    assert loaded.special == special and loaded.bos_id == 1
+    assert loaded.vocab_size == 2  # nothing was added to somebody's vocabulary

@@ -4,8 +4,10 @@ A tokenizer turns into JSON text and back (``to_json``, ``load_tokenizer_json``)
 no corpus to be evaluated.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,22 @@ BOS_NAMES = (BOS, "<s>", "<|endoftext|>", "<bos>", "<|begin_of_text|>")
 """Special tokens of other people's files that can stand before a document, best first."""
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What stands around a text, as ids of the vocabulary."""
+
+    separator_id: int
+    """Stands before every document of a training text."""
+    prefix_ids: tuple[int, ...]
+    """Before a prompt and before a text that is scored: the separator, or nothing where the model knows none."""
+    end_ids: tuple[int, ...]
+    """Any of these ends what the model says."""
+    opens_windows: bool = False
+    """Whether the model was trained with ``prefix_ids`` at the start of every window, wherever a text was cut."""
+    chat_template: str = ""
+    """A jinja template, or "" for the plain-text one."""
+
+
 class ByteTokenizer:
     """One token a byte of UTF-8, ids 0 to 255, and the document separator 256."""
 
@@ -30,6 +48,7 @@ class ByteTokenizer:
     """One more than the largest id."""
     bos_id = 256
     """Id of the document separator. ``encode`` never gives it, whatever the text says."""
+    special = SpecialTokens(256, (256,), (256,))
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [T], without the separator."""
@@ -54,19 +73,22 @@ class FileTokenizer:
     are not used.
 
     Args:
-      backend: a ``tokenizers.Tokenizer``; it is changed: a ``<|bos|>`` is added where it has no token of ``BOS_NAMES``.
+      backend: a ``tokenizers.Tokenizer``; it is changed: without ``special`` a ``<|bos|>`` is added where it has no
+        token of ``BOS_NAMES``.
+      special: what the model's own files say; by default the separator stands before a text and ends it.
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer") -> None:
-        special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        if not special.keys() & set(BOS_NAMES):
-            backend.add_special_tokens([BOS])
-            special[BOS] = backend.get_vocab(with_added_tokens=True)[BOS]
+    def __init__(self, backend: "tokenizers.Tokenizer", special: SpecialTokens | None = None) -> None:
+        self._is_own = special is None
+        if special is None:
+            bos_id = _find_bos(backend)
+            special = SpecialTokens(bos_id, (bos_id,), (bos_id,))
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|bos|>" written in a document is text, not a separator
         self._backend = backend
-        self.bos_id: int = next(special[name] for name in BOS_NAMES if name in special)
+        self.special = special
+        self.bos_id: int = special.separator_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.name = f"{type(backend.model).__name__.lower()}-{self.vocab_size}"
 
@@ -82,7 +104,20 @@ class FileTokenizer:
         return self._backend.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=True)
 
     def to_json(self) -> str:
-        return self._backend.to_str()
+        if self._is_own:
+            return self._backend.to_str()
+        return json.dumps(
+            {"tokenizer": json.loads(self._backend.to_str()), "special": dataclasses.asdict(self.special)}
+        )
+
+
+def _find_bos(backend: "tokenizers.Tokenizer") -> int:
+    """Id of the first token of ``BOS_NAMES`` that there is; a new one where there is none."""
+    special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    if not special.keys() & set(BOS_NAMES):
+        backend.add_special_tokens([BOS])
+        special[BOS] = backend.get_vocab(with_added_tokens=True)[BOS]
+    return next(special[name] for name in BOS_NAMES if name in special)
 
 
 Tokenizer = ByteTokenizer | FileTokenizer
@@ -95,17 +130,25 @@ def load_tokenizer_json(text: str) -> Tokenizer:
       InputError: the text is neither.
     """
     try:
-        if json.loads(text) == {"type": "byte"}:
-            return ByteTokenizer()
+        content = json.loads(text)
     except ValueError as error:
         raise InputError(f"the tokenizer is not valid JSON ({error}); give a Hugging Face tokenizer.json.") from error
+    if content == {"type": "byte"}:
+        return ByteTokenizer()
 
     import tokenizers
 
     try:
-        return FileTokenizer(tokenizers.Tokenizer.from_str(text))
+        special = None
+        if isinstance(content, dict) and "special" in content:
+            text, special = json.dumps(content["tokenizer"]), _special_of(content["special"])
+        return FileTokenizer(tokenizers.Tokenizer.from_str(text), special)
     except Exception as error:  # the library raises bare Exception for every fault of a file
         raise InputError(f"the tokenizer cannot be loaded ({error}); give a Hugging Face tokenizer.json.") from error
+
+
+def _special_of(saved: dict) -> SpecialTokens:
+    return SpecialTokens(**saved | {name: tuple(saved[name]) for name in ("prefix_ids", "end_ids")})
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
