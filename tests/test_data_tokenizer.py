@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snlp_jax.data import tokenizer
+from snlp_jax.data.prompts import prompt_ids, split_stops
 from snlp_jax.errors import InputError
 
 
@@ -93,3 +94,46 @@ def test_special_tokens_of_a_model_travel_with_its_tokenizer():
     loaded = tokenizer.load_tokenizer_json(tokenizer.FileTokenizer(backend, special).to_json())
     assert loaded.special == special and loaded.bos_id == 1
     assert loaded.vocab_size == 2  # nothing was added to somebody's vocabulary
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(bpe: tokenizer.Tokenizer) -> tokenizer.FileTokenizer:
+    """Of a model with a token before a text, an end of text and the ends of turns."""
+    backend = tokenizers.Tokenizer.from_str(bpe.to_json())
+    backend.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
+    names = backend.get_vocab(with_added_tokens=True)
+    return tokenizer.FileTokenizer(backend, tokenizer.SpecialTokens(names["<s>"], (names["<s>"],), (names["</s>"],)))
+
+
+def test_special_tokens_are_read_where_asked_for(chat_tokenizer: tokenizer.FileTokenizer) -> None:
+    text = "<s>go on<|im_end|>"
+    end, beginning = chat_tokenizer.special_id("<|im_end|>"), chat_tokenizer.special_id("<s>")
+    plain = chat_tokenizer.encode("go on").tolist()
+    assert end is not None and end not in chat_tokenizer.encode(text)
+    assert chat_tokenizer.encode(text, with_special=True).tolist() == [beginning, *plain, end]
+    assert chat_tokenizer.decode(chat_tokenizer.encode(text)) == text  # the copy's switch is its own
+    assert chat_tokenizer.special_id("go") is None and tokenizer.ByteTokenizer().special_id("<s>") is None
+    # Before a text stands the prefix, once.
+    assert prompt_ids(chat_tokenizer, "go on") == [beginning, *plain]
+    assert prompt_ids(chat_tokenizer, text, with_special=True) == [beginning, *plain, end]
+    assert prompt_ids(chat_tokenizer, "") == [beginning]
+
+
+def test_a_model_that_knows_nothing_before_a_text(chat_tokenizer: tokenizer.FileTokenizer) -> None:
+    end = chat_tokenizer.special_id("</s>")
+    backend = tokenizers.Tokenizer.from_str(json.dumps(json.loads(chat_tokenizer.to_json())["tokenizer"]))
+    tok = tokenizer.FileTokenizer(backend, tokenizer.SpecialTokens(end, (), (end,)))
+    assert prompt_ids(tok, "go on") == tok.encode("go on").tolist()
+    assert prompt_ids(tok, "") == [end]
+
+
+def test_names_of_special_tokens_stop_as_tokens(chat_tokenizer: tokenizer.FileTokenizer) -> None:
+    end, turn_end = chat_tokenizer.special_id("</s>"), chat_tokenizer.special_id("<|im_end|>")
+    assert split_stops(chat_tokenizer, ()) == ((end,), ())
+    assert split_stops(chat_tokenizer, ("\n", "<|im_end|>", "</s>", "</s>\n")) == ((end, turn_end), ("\n", "</s>\n"))
+    assert split_stops(tokenizer.ByteTokenizer(), ("</s>",)) == ((256,), ("</s>",))
+
+
+def test_lone_surrogates_do_not_stop_training() -> None:
+    trained, plain = (tokenizer.train_bpe([f"a{char} b" * 9], 270) for char in ("\ud800", "?"))
+    assert trained.to_json() == plain.to_json()

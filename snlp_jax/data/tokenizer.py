@@ -5,6 +5,7 @@ no corpus to be evaluated.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -50,13 +51,18 @@ class ByteTokenizer:
     """Id of the document separator. ``encode`` never gives it, whatever the text says."""
     special = SpecialTokens(256, (256,), (256,))
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [T], without the separator."""
+    def encode(self, text: str, *, with_special: bool = False) -> np.ndarray:
+        """Ids of a text, int32 [T], without what stands before it. ``with_special`` reads the names of special tokens
+        in the text as these tokens; else they are text like any other. Lone surrogates are read as '?'."""
         return np.frombuffer(_to_utf8(text), dtype=np.uint8).astype(np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], *, with_special: bool = False) -> list[np.ndarray]:
         """``encode`` of each text, on several threads where there are any."""
         return [self.encode(text) for text in texts]
+
+    def special_id(self, name: str) -> int | None:
+        """Id of the special token of this name; None where there is none."""
+        return None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids [T]; special tokens are left out and broken UTF-8 becomes U+FFFD."""
@@ -92,13 +98,28 @@ class FileTokenizer:
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.name = f"{type(backend.model).__name__.lower()}-{self.vocab_size}"
 
-    def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, *, with_special: bool = False) -> np.ndarray:
+        return self.encode_batch([text], with_special=with_special)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        valid = [_to_utf8(text).decode("utf-8") for text in texts]
-        encodings = self._backend.encode_batch_fast(valid, add_special_tokens=False)
+    def encode_batch(self, texts: Sequence[str], *, with_special: bool = False) -> list[np.ndarray]:
+        backend = self._reader_of_special if with_special else self._backend
+        encodings = backend.encode_batch_fast([_without_surrogates(text) for text in texts], add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def special_id(self, name: str) -> int | None:
+        return self._special_ids.get(name)
+
+    @functools.cached_property
+    def _special_ids(self) -> dict[str, int]:
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    @functools.cached_property
+    def _reader_of_special(self) -> "tokenizers.Tokenizer":
+        """A copy: the switch belongs to the whole tokenizer, which other threads use at the same time."""
+        copy = type(self._backend).from_str(self._backend.to_str())
+        copy.encode_special_tokens = False
+        return copy
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._backend.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=True)
@@ -169,7 +190,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(documents, trainer=trainer)
+    backend.train_from_iterator(map(_without_surrogates, documents), trainer=trainer)
     return FileTokenizer(backend)
 
 
@@ -180,6 +201,10 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} entries but model.vocab_size is {vocab_size}; "
             f"set model.vocab_size to {tokenizer.vocab_size} or change the tokenizer."
         )
+
+
+def _without_surrogates(text: str) -> str:
+    return _to_utf8(text).decode("utf-8")
 
 
 def _to_utf8(text: str) -> bytes:
