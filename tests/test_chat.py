@@ -192,7 +192,7 @@ def test_mistakes_are_one_sentence(case: str, tmp_path: Path) -> None:
 
 def test_other_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.txt").write_text("hello")
-    with pytest.raises(InputError, match="is no .jsonl file"):
+    with pytest.raises(InputError, match="is no file of records"):
         prepare_chat(DataConfig(source=str(tmp_path / "x.txt"), format="chat"))
     with pytest.raises(InputError, match="the builtin corpus holds no conversations"):
         DataConfig(format="chat")

@@ -258,13 +258,13 @@ GOOD = '{"question": "q", "choices": ["a", "b"], "answer": 1}\n'
 def test_bad_lines_are_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     for lines, keyword in (
-        ("{]\n", "line 2: not valid JSON"),
-        ("[1]\n", "line 2: [1]"),
+        ("{]\n", "bad.jsonl:2 is not valid JSON"),
+        ("[1]\n", "bad.jsonl:2: [1]"),
         ('{"choices": ["a", "b"], "answer": 1}\n', "'question'"),
         ('{"question": 3, "choices": ["a", "b"], "answer": 1}\n', "question is 3"),
         ('{"question": "q", "choices": ["a", ""], "answer": 1}\n', "choices are ['a', '']"),
         ('{"question": "q", "choices": ["a"], "answer": 0}\n', "choices are ['a']"),
-        ('\n{"question": "q", "choices": ["a", "b"], "answer": 2}\n', "line 3: answer is 2"),
+        ('\n{"question": "q", "choices": ["a", "b"], "answer": 2}\n', "bad.jsonl:3: answer is 2"),
         ('{"question": "q", "choices": ["a", "b"], "answer": true}\n', "answer is True"),
         ('{"question": "q", "answer": 4}\n', "answer is 4"),
         ('{"question": "q", "answer": "#### 4"}\n', "some have none"),

@@ -13,14 +13,14 @@ class DataConfig(Checked, section="data"):
     """Where text comes from and how it becomes tokens."""
 
     source: str = "builtin"
-    """'builtin' (the standard-library sources of the running Python), or a file, folder or glob of .txt, .jsonl,
-    .jsonl.gz, .parquet or .arrayrecord (snlp_jax/data/formats.py)."""
+    """'builtin' (the standard-library sources of the running Python), or a file, folder or glob of .txt, .json,
+    .jsonl, .ndjson, .parquet or .arrayrecord, each plain, .gz or .zst (snlp_jax/data/formats.py)."""
     mixture: tuple[str, ...] = ()
     """Several sources instead of one, each as PATH@WEIGHT: windows are drawn from them in these proportions, to train
     and to validate. They share one tokenizer; 'bpe' learns from at most its weight's share of each."""
     format: Literal["text", "chat"] = "text"
-    """chat: .jsonl of conversations, learned from their responses alone (snlp_jax/data/chat.py). A record has either
-    ``messages``, a list of {role, content}, or the three fields named below."""
+    """chat: conversations in any of these formats but text, learned from their responses alone (snlp_jax/data/chat.py).
+    A record has either ``messages``, a list of {role, content}, or the three fields named below."""
     text_field: str = "text"
     """Field of a record, or column, that holds the text."""
     prompt_field: str = "prompt"
@@ -59,7 +59,9 @@ class DataConfig(Checked, section="data"):
         if len(set(names)) < len(names):
             raise InputError(f"data.mixture {names} names one twice; give it the sum of the weights.")
         if self.format == "chat" and self.source == "builtin":
-            raise InputError("the builtin corpus holds no conversations; set data.source to a .jsonl file.")
+            raise InputError(
+                "the builtin corpus holds no conversations; set data.source to a file of them, such as .jsonl."
+            )
 
     @property
     def sources(self) -> dict[str, float]:

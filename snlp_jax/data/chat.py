@@ -8,8 +8,8 @@ A role's name opens a turn; what system and user say ends with a newline, and a 
 which generation stops anyway. No token is added to any vocabulary, so that every pretrained model can read it. The
 price: it is text, and a user who writes a newline and "Assistant:" opens a turn.
 
-A record of a .jsonl file is ``{"messages": [{"role", "content"}, ...]}``, or one question and answer in the fields that
-``data.prompt_field``, ``data.input_field`` and ``data.response_field`` name.
+A record of a file (``snlp_jax/data/formats.py``) is ``{"messages": [{"role", "content"}, ...]}``, or one question and
+answer in the fields that ``data.prompt_field``, ``data.input_field`` and ``data.response_field`` name.
 """
 
 import json
@@ -24,7 +24,7 @@ import numpy as np
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data.corpus import corpus_files, digest_of, key_of, val_limit
-from snlp_jax.data.formats import explained, parts_of, records_of
+from snlp_jax.data.formats import format_of, parts_of, records_of, valid_text
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.data.shards import find_tokenizer, prepare_tokens
 from snlp_jax.data.tokenizer import Tokenizer, train_bpe
@@ -231,12 +231,15 @@ def read_conversations(config: DataConfig) -> Iterator[list[tuple[str, str]]]:
       InputError: names the file and line, the fault and its remedy.
     """
     for path in corpus_files(config):
-        if path.suffix.lower() != ".jsonl":
-            raise InputError(f"data.format is 'chat', but {str(path)!r} is no .jsonl file; leave it out.")
-        with explained(str(path)):
-            (whole,) = parts_of(path, "jsonl", sys.maxsize)
-            for where, record in records_of(whole):
-                yield _parse(record, config, where)
+        form = format_of(path)
+        if form.kind == "text":
+            raise InputError(
+                f"data.format is 'chat', but {str(path)!r} is no file of records, such as .jsonl; leave it out."
+            )
+        for part in parts_of(path, form, sys.maxsize):
+            for where, record in records_of(part):
+                parsed = _parse(record, config, where)
+                yield [(role, valid_text(text)) for role, text in parsed]
 
 
 def _parse(record: Any, config: DataConfig, where: str) -> list[tuple[str, str]]:

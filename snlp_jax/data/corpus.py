@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from snlp_jax.config import DataConfig
-from snlp_jax.data.formats import KINDS, Part, kind_of, parts_of, read_part
+from snlp_jax.data.formats import KINDS, Format, Part, explained, format_of, parts_of, read_part
 from snlp_jax.errors import InputError
 
 BUILTIN_MAX_BYTES = 12_000_000
@@ -88,8 +88,8 @@ def plan_shards(config: DataConfig) -> list[Shard]:
     shards: list[Shard] = [[]]
     size = 0
     for path in corpus_files(config):
-        kind = "python" if config.source == "builtin" else kind_of(path)
-        for part in parts_of(path, kind, SHARD_BYTES):
+        form = Format("python") if config.source == "builtin" else format_of(path)
+        for part in parts_of(path, form, SHARD_BYTES):
             if size >= SHARD_BYTES:
                 shards.append([])
                 size = 0
@@ -99,25 +99,40 @@ def plan_shards(config: DataConfig) -> list[Shard]:
 
 
 def corpus_files(config: DataConfig) -> list[Path]:
-    """Files of ``config.source`` in the order in which they are read, sorted by path. Raises InputError if there are
-    none."""
+    """Files of ``config.source`` in the order in which they are read, sorted by path, each once however many links lead
+    to it.
+
+    Raises:
+      InputError: there are none, or a folder cannot be read.
+    """
     if config.source == "builtin":
         return _builtin_files()
-    path = Path(config.source).expanduser()
+    with explained(config.source):
+        return _files_of(config.source)
+
+
+def _files_of(source: str) -> list[Path]:
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [file for file in _walk(path, skip=set()) if file.name.lower().endswith(tuple(KINDS))]
-        fault = f"folder {config.source!r} holds no {', '.join(KINDS)} file; add some or name another folder."
-    elif glob.has_magic(config.source):
+        found = [file for file in _walk(path, skip=set(), follows=True) if format_of(file).is_known]
+        kinds = f"{', '.join(KINDS)} file (plain, .gz or .zst)"
+        fault = f"folder {source!r} holds no {kinds}; add some or name another folder."
+    elif path.exists():
+        raise InputError(f"data.source {source!r} is neither a file nor a folder; write what comes from it to a file.")
+    elif glob.has_magic(source):
         found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
-        fault = f"data.source {config.source!r} matches no file; check the pattern."
+        fault = f"data.source {source!r} matches no file; check the pattern (a bracket of a name is written [[])."
     else:
         found = []
-        fault = f"data.source {config.source!r} does not exist; give 'builtin' or a file, folder or glob."
+        fault = f"data.source {source!r} does not exist; give 'builtin' or a file, folder or glob."
     if not found:
         raise InputError(fault)
-    return found
+    once: dict[str, Path] = {}
+    for file in found:
+        once.setdefault(os.path.realpath(file), file)
+    return list(once.values())
 
 
 def file_state(path: Path) -> tuple[str, int, int, int]:
@@ -162,7 +177,7 @@ def val_limit(config: DataConfig, min_key: int, max_key: int) -> int:
 def _builtin_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files, num_bytes = [], 0
-    for path in _walk(root, _BUILTIN_SKIP):
+    for path in _walk(root, _BUILTIN_SKIP, follows=False):
         if path.suffix == ".py" and num_bytes + path.stat().st_size <= BUILTIN_MAX_BYTES:
             num_bytes += path.stat().st_size
             files.append(path)
@@ -171,10 +186,22 @@ def _builtin_files() -> list[Path]:
     return files
 
 
-def _walk(root: Path, skip: set[str]) -> list[Path]:
-    """Files below a folder, sorted by their parts; hidden names and the folders of ``skip`` are left out."""
-    found = []
-    for folder, folder_names, file_names in os.walk(root):
-        folder_names[:] = [name for name in folder_names if name not in skip and not name.startswith(".")]
+def _walk(root: Path, skip: set[str], *, follows: bool) -> list[Path]:
+    """Files below a folder, sorted by their parts; hidden names and the folders of ``skip`` are left out. Links to
+    folders are followed where that is asked for, but no folder is read twice. Raises OSError where one cannot be read.
+    """
+    found, seen = [], {os.path.realpath(root)}
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folder_names, file_names in os.walk(root, onerror=refuse, followlinks=follows):
+        kept = []
+        for name in sorted(folder_names):
+            place = os.path.realpath(os.path.join(folder, name))
+            if name not in skip and not name.startswith(".") and place not in seen:
+                seen.add(place)
+                kept.append(name)
+        folder_names[:] = kept
         found += [Path(folder, name) for name in file_names if not name.startswith(".")]
     return sorted(path for path in found if path.is_file())

@@ -1,21 +1,25 @@
 """Files of text to documents, a part of a file at a time, so that a large file can be read in several places at once.
 
-========================  ==========================================================  ==================
-file                      documents                                                   is divided by
-========================  ==========================================================  ==================
-.jsonl                    a line's field ``text_field``                               bytes, at lines
-.jsonl.gz                 the same                                                    not at all
-.parquet                  a row's column ``text_field``                               row groups
-.arrayrecord              a record's field ``text_field`` if the record is a JSON     records
-                          object, else the record itself
-anything else             the file, or pieces of it (:func:`read_part`)               bytes, at lines
-========================  ==========================================================  ==================
+==========================  ==========================================================  ================
+end of the file's name      documents                                                   is divided by
+==========================  ==========================================================  ================
+.jsonl .ndjson              a line's field ``text_field``                               bytes, at lines
+.json                       that field of the object, of each object of an array, or    not at all
+                            of each of several values one after another
+.parquet                    a row's column ``text_field``                               row groups
+.arrayrecord .array_record  a record's field ``text_field`` if the record is a JSON     records
+                            object, else the record itself
+.txt, anything else         the file, or pieces of it (:func:`read_part`)               bytes, at lines
+==========================  ==========================================================  ================
+
+Upper or lower case, and each also with .gz (gzip) or .zst (zstd) behind it, which is then not divided. A name that says
+nothing is read as text unless the file begins with a JSON object, which is refused: records are nobody's text. Of a key
+that stands twice in a JSON object the last counts; NaN and Infinity are numbers.
 
 Nothing here, nor in what it imports, imports jax: the processes that tokenize have no use for it.
 """
 
 import contextlib
-import gzip
 import io
 import json
 import os
@@ -23,6 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
+from snlp_jax.data.json_values import JsonValues
+from snlp_jax.data.packing import FAULTS, PACKINGS, check_start, open_packed, plain_copy
 from snlp_jax.errors import InputError
 from snlp_jax.io.optional import optional
 
@@ -31,7 +37,8 @@ MAX_PIECE_CHARS = 16_384
 KINDS = {
     ".txt": "text",
     ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl.gz",
+    ".ndjson": "jsonl",
+    ".json": "json",
     ".parquet": "parquet",
     ".arrayrecord": "arrayrecord",
     ".array_record": "arrayrecord",
@@ -41,33 +48,53 @@ KINDS = {
 _ROWS = 256  # of a parquet file or an array record that are held at once
 
 
+class Format(NamedTuple):
+    """How a file is read."""
+
+    kind: str
+    """A value of ``KINDS``, or "python" (a file of the builtin corpus)."""
+    packing: str = ""
+    """A value of ``PACKINGS``."""
+    is_known: bool = True
+    """Whether the name says so."""
+
+
 class Part(NamedTuple):
     """A part of a file."""
 
     path: str
     kind: str
-    """A key of ``_READERS``."""
+    packing: str
     start: int
-    """Where it begins, and ``stop`` where it ends: a byte, a row group or a record."""
+    """Where it begins, and ``stop`` where it ends: a byte, a row group or a record. A packed file is one part, whatever
+    they say."""
     stop: int
     size: int
     """About as many bytes of text, uncompressed where the file tells."""
 
 
-def kind_of(path: Path) -> str:
+def format_of(path: Path) -> Format:
     """How a file is read, by its name."""
-    return next((kind for end, kind in KINDS.items() if path.name.lower().endswith(end)), "text")
+    name = path.name.lower()
+    end = next((end for end in PACKINGS if name.endswith(end)), "")
+    name, packing = name.removesuffix(end), PACKINGS.get(end, "")
+    kind = next((kind for end, kind in KINDS.items() if name.endswith(end)), "")
+    return Format(kind or "text", packing, bool(kind))
 
 
-def parts_of(path: Path, kind: str, part_size: int) -> list[Part]:
+def parts_of(path: Path, form: Format, part_size: int) -> list[Part]:
     """The whole file as parts of about ``part_size`` bytes, which depend on nothing but the file.
 
     Raises:
-      InputError: it cannot be read, or a package is missing.
+      InputError: it cannot be read, is not what its name says, or a package is missing.
     """
-    name = str(path)
+    name, kind, packing = str(path), form.kind, form.packing
     with explained(name):
         size = path.stat().st_size
+        is_lines = kind in ("text", "json", "jsonl")
+        check_start(name, packing, is_lines=is_lines, may_be_records=form.is_known)
+        if packing:
+            return [Part(name, kind, packing, 0, size, size)]
         if kind == "parquet":
             return _row_groups(name, part_size)
         count, step = size, part_size if kind in ("text", "jsonl") else max(size, 1)  # of bytes
@@ -76,7 +103,7 @@ def parts_of(path: Path, kind: str, part_size: int) -> list[Part]:
                 count = reader.num_records()
             step = max(1, count * part_size // max(size, 1))
         spans = ((start, min(start + step, count)) for start in range(0, max(count, 1), step))
-        return [Part(name, kind, start, stop, size * (stop - start) // max(count, 1)) for start, stop in spans]
+        return [Part(name, kind, "", start, stop, size * (stop - start) // max(count, 1)) for start, stop in spans]
 
 
 def read_part(part: Part, text_field: str) -> Iterator[str]:
@@ -90,9 +117,33 @@ def read_part(part: Part, text_field: str) -> Iterator[str]:
       InputError: no text in the field, not UTF-8, a bad record, a missing package.
     """
     with explained(part.path):
-        for document in _READERS[part.kind](part, text_field):
+        for document in _documents(part, text_field):
             if document and not document.isspace():
                 yield document
+
+
+def _documents(part: Part, text_field: str) -> Iterator[str]:
+    if part.kind in _TEXTS:
+        return _TEXTS[part.kind](part)
+    may_be_text = part.kind == "arrayrecord"
+    records = records_of(part, text_field)
+    return (
+        record if may_be_text and isinstance(record, str) else text_of(record, text_field, where)
+        for where, record in records
+    )
+
+
+def records_of(part: Part, column: str = "") -> Iterator[tuple[str, Any]]:
+    """Of each record of the part: where it stands, and what it holds. Not for text.
+
+    Args:
+      column: of parquet, the only one that is read.
+
+    Raises:
+      InputError: a record is broken, or the file; there is no such column.
+    """
+    with explained(part.path):
+        yield from _RECORDS[part.kind](part, column)
 
 
 @contextlib.contextmanager
@@ -102,13 +153,14 @@ def explained(path: str) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise InputError(f"file {path!r} is not UTF-8 text ({error.reason}); convert it or leave it out.") from error
-    except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except FAULTS as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"file {path!r} cannot be read ({reason}); mend it or leave it out.") from error
-    except ValueError as error:
-        if type(error).__name__ != "ArrowInvalid":  # pyarrow's, which is a ValueError
+    except Exception as error:
+        if not type(error).__module__.startswith("pyarrow"):
             raise
-        raise InputError(f"file {path!r} is not a whole parquet file ({error}); mend it or leave it out.") from error
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"file {path!r} is not a whole parquet file ({reason}); mend it or leave it out.") from error
 
 
 # -- Lines -------------------------------------------------------------------------------------------------------------
@@ -137,8 +189,8 @@ def _line_start(file: BinaryIO, place: int) -> int:
 
 def _open_text(part: Part) -> tuple[TextIO, int]:
     """The lines that begin in the part, and the byte at which the first does."""
-    if part.kind == "jsonl.gz":
-        return gzip.open(part.path, "rt", encoding="utf-8-sig"), 0
+    if part.packing:
+        return io.TextIOWrapper(open_packed(part.path, part.packing), encoding="utf-8-sig", newline=""), 0
     with open(part.path, "rb") as file:
         start, stop = _line_start(file, part.start), _line_start(file, part.stop)
     encoding = "utf-8" if part.start else "utf-8-sig"
@@ -146,14 +198,20 @@ def _open_text(part: Part) -> tuple[TextIO, int]:
     return io.TextIOWrapper(raw, encoding=encoding, newline=""), start
 
 
-def _read_python(part: Part, _: str) -> Iterator[str]:
+def _read_python(part: Part) -> Iterator[str]:
     with contextlib.suppress(UnicodeDecodeError):  # a few files of the standard library declare another encoding
         yield Path(part.path).read_text(encoding="utf-8-sig")
 
 
-def _read_text(part: Part, _: str) -> Iterator[str]:
-    is_whole = os.path.getsize(part.path) <= MAX_PIECE_CHARS
-    piece = ""
+def _is_one_piece(part: Part) -> bool:
+    if not part.packing:
+        return os.path.getsize(part.path) <= MAX_PIECE_CHARS
+    with open_packed(part.path, part.packing) as file:
+        return len(file.read(MAX_PIECE_CHARS + 1)) <= MAX_PIECE_CHARS
+
+
+def _read_text(part: Part) -> Iterator[str]:
+    is_whole, piece = _is_one_piece(part), ""
     with _open_text(part)[0] as file:
         while line := file.readline(MAX_PIECE_CHARS):  # a longer line comes in parts, so memory stays bounded
             if "\0" in line:
@@ -168,12 +226,10 @@ def _read_text(part: Part, _: str) -> Iterator[str]:
     yield piece
 
 
-def records_of(part: Part) -> Iterator[tuple[str, Any]]:
-    """Of each line of a .jsonl file that is not blank: where it stands, and what it holds.
+# -- JSON --------------------------------------------------------------------------------------------------------------
 
-    Raises:
-      InputError: it is not JSON.
-    """
+
+def _read_jsonl(part: Part, _: str) -> Iterator[tuple[str, Any]]:
     file, first_byte = _open_text(part)
     where = f"{part.path}:" if first_byte == 0 else f"{part.path}, after byte {first_byte}, line "
     with file:
@@ -186,8 +242,17 @@ def records_of(part: Part) -> Iterator[tuple[str, Any]]:
                 yield f"{where}{number}", record
 
 
-def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
-    return (text_of(record, text_field, where) for where, record in records_of(part))
+def _read_json(part: Part, _: str) -> Iterator[tuple[str, Any]]:
+    number = 1
+    with _open_text(part)[0] as file:
+        try:
+            for number, record in enumerate(JsonValues(file), start=2):
+                yield f"{part.path}, record {number - 1},", record
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, UnicodeDecodeError):
+                raise
+            where, reason = f"{part.path}, record {number},", getattr(error, "msg", error)
+            raise InputError(f"{where} is not valid JSON ({reason}); mend or remove it.") from error
 
 
 def text_of(record: Any, text_field: str, where: str) -> str:
@@ -201,14 +266,20 @@ def text_of(record: Any, text_field: str, where: str) -> str:
     text = record[text_field]
     if not isinstance(text, str):
         raise InputError(f"{where} holds {type(text).__name__} in field {text_field!r}; the field must be a string.")
-    return text.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold lone surrogates
+    return valid_text(text)
+
+
+def valid_text(text: str) -> str:
+    """A text with "?" for lone surrogates, which JSON may hold and UTF-8 may not."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 # -- Parquet -----------------------------------------------------------------------------------------------------------
 
 
 def _open_parquet(path: str) -> Any:
-    return optional("pyarrow.parquet", f"file {path!r}", "snlp-jax[parquet]").ParquetFile(path, memory_map=True)
+    parquet = optional("pyarrow.parquet", f"file {path!r}", "snlp-jax[parquet]")
+    return parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
 
 
 def _row_groups(path: str, part_size: int) -> list[Part]:
@@ -219,19 +290,20 @@ def _row_groups(path: str, part_size: int) -> list[Part]:
     for group, more in enumerate(sizes, start=1):
         size += more
         if size >= part_size or group == len(sizes):
-            parts.append(Part(path, "parquet", start, group, size))
+            parts.append(Part(path, "parquet", "", start, group, size))
             start, size = group, 0
     return parts
 
 
-def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
-    with _open_parquet(part.path) as file:
-        if text_field not in file.schema_arrow.names:
-            raise InputError(f"{part.path} has no column {text_field!r}; set data.text_field to that of the text.")
-        groups = list(range(part.start, part.stop))
-        batches = file.iter_batches(_ROWS, row_groups=groups, columns=[text_field], use_threads=False)
+def _read_parquet(part: Part, column: str) -> Iterator[tuple[str, Any]]:
+    with plain_copy(part.path, part.packing) as path, _open_parquet(path) as file:
+        if column and column not in file.schema_arrow.names:
+            raise InputError(f"{part.path} has no column {column!r}; set data.text_field to that of the text.")
+        groups = list(range(file.num_row_groups) if part.packing else range(part.start, part.stop))
+        columns = [column] if column else None
+        batches = file.iter_batches(_ROWS, row_groups=groups, columns=columns, use_threads=False)
         for row, record in enumerate((record for batch in batches for record in batch.to_pylist()), start=1):
-            yield text_of(record, text_field, f"{part.path}, row {row} from row group {part.start} on,")
+            yield f"{part.path}, row {row} from row group {groups[0]} on,", record
 
 
 # -- Array records -----------------------------------------------------------------------------------------------------
@@ -245,22 +317,24 @@ def _open_records(path: str) -> Any:
     return reader
 
 
-def _read_records(part: Part, text_field: str) -> Iterator[str]:
-    with contextlib.closing(_open_records(part.path)) as reader:
-        for start in range(part.start, part.stop, _ROWS):
-            for index, content in enumerate(reader.read(start, min(start + _ROWS, part.stop)), start=start):
+def _read_records(part: Part, _: str) -> Iterator[tuple[str, Any]]:
+    """JSON objects; other records as texts."""
+    with plain_copy(part.path, part.packing) as path, contextlib.closing(_open_records(path)) as reader:
+        first, last = (0, reader.num_records()) if part.packing else (part.start, part.stop)
+        for start in range(first, last, _ROWS):
+            for index, content in enumerate(reader.read(start, min(start + _ROWS, last)), start=start):
                 text, record = content.decode("utf-8"), None
                 if text.startswith("{"):
                     with contextlib.suppress(ValueError, RecursionError):  # text that begins with a brace
                         record = json.loads(text)
-                yield text_of(record, text_field, f"{part.path}, record {index},") if record is not None else text
+                yield f"{part.path}, record {index},", text if record is None else record
 
 
-_READERS: dict[str, Callable[[Part, str], Iterator[str]]] = {
-    "python": _read_python,
-    "text": _read_text,
+_TEXTS: dict[str, Callable[[Part], Iterator[str]]] = {"python": _read_python, "text": _read_text}
+_RECORDS: dict[str, Callable[[Part, str], Iterator[tuple[str, Any]]]] = {
     "jsonl": _read_jsonl,
-    "jsonl.gz": _read_jsonl,
+    "json": _read_json,
     "parquet": _read_parquet,
     "arrayrecord": _read_records,
 }
+"""Of every kind what reads it; a column may be named of a parquet file."""

@@ -13,6 +13,7 @@ builds it again. Several processes may build the same entry at once, and share t
 import itertools
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -47,7 +48,7 @@ def prepare_tokens(config: DataConfig) -> TokenData:
     Raises:
       InputError: a bad corpus or tokenizer, fewer than two different documents, or a cache that cannot be written.
     """
-    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else cache_folder()
+    cache_dir = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_folder()
     found, weights = find_tokenizer(config), list(config.sources.values())
     try:
         corpora = [find_corpus(replace(config, source=name, mixture=())) for name in config.sources]
@@ -82,7 +83,7 @@ def find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer] | None:
         return "byte", ByteTokenizer()
     if config.tokenizer == "bpe":
         return None
-    path = Path(config.tokenizer).expanduser()
+    path = Path(os.path.expanduser(config.tokenizer))
     if not path.is_file():
         raise InputError(
             f"data.tokenizer {config.tokenizer!r} is neither 'byte' nor 'bpe' nor the path of a tokenizer.json."

@@ -1,19 +1,21 @@
-"""Downstream tasks: jsonl files of questions, the prompts made of them, and when an answer is right.
+"""Downstream tasks: files of questions, the prompts made of them, and when an answer is right.
 
     {"question": "...", "choices": ["...", "..."], "answer": 1}      multiple choice; the answer is an index from 0
     {"question": "...", "answer": "... #### 18"}                     generation; the final answer stands after ####
 
+Files are .jsonl, or any other of records (``snlp_jax/data/formats.py``); a name that says nothing is read as .jsonl.
 Other fields are passed over. One file holds one kind.
 """
 
-import json
 import re
+import sys
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from snlp_jax.config import TaskConfig
+from snlp_jax.data.formats import format_of, parts_of, records_of
 from snlp_jax.errors import InputError
 
 DEFAULT_TEMPLATE = "Question: {question}\nAnswer:"
@@ -112,14 +114,10 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         InputError: see :func:`load_tasks`.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"task {str(path)!r} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
-    except OSError as error:
-        raise InputError(f"task {str(path)!r} cannot be read ({error.strerror}); give a jsonl file.") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    examples = [_read_example(line, f"{str(path)!r}, line {number}") for number, line in numbered]
+    form = format_of(path)
+    form = form._replace(kind="jsonl", is_known=True) if form.kind == "text" else form
+    parts = parts_of(path, form, sys.maxsize)
+    examples = [_read_example(record, where) for part in parts for where, record in records_of(part)]
     if not examples:
         raise InputError(f"task {str(path)!r} holds no examples; give one JSON object a line.")
     if len({bool(example.choices) for example in examples}) > 1:
@@ -129,15 +127,11 @@ def read_examples(path: Path) -> list[Example]:
     return examples
 
 
-def _read_example(line: str, where: str) -> Example:
+def _read_example(record: Any, where: str) -> Example:
     def require(is_right: bool, what: str) -> None:
         if not is_right:
-            raise InputError(f"{where}: {what}.")
+            raise InputError(f"{where.rstrip(',')}: {what}.")
 
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error}); write one object a line.") from error
     require(isinstance(record, dict), f"{record!r:.40} is no JSON object; write one a line")
     for name in ("question", "answer"):
         require(name in record, f"there is no field {name!r}; it needs question, answer and, to choose from, choices")
