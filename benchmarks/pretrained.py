@@ -18,11 +18,12 @@
 
 Perplexity and its paired bootstrap interval on held-out windows; multiple choice (``--tasks``); planted keys
 (benchmarks/retrieval.py); ``prefill``, the whole forward of ``--prefill-len`` tokens with all logits; ``decode``, a
-token of the cached engine behind ``--context`` tokens, by the rule last_eval; bytes of the cache and weights. Weights are cast and
-laid out beforehand, every method is compiled in the same layouts of which the faster counts, and a few at a time run
-round robin beside the twin after a warm-up (benchmarks/timing.py): a ratio is the twin's time of the same round over
-the method's, and milliseconds are the twin's median over it. Every method and layout holds weights of its own. Maps,
-surrogates and choices of layers see training text alone. The file is written after each of the three measurements.
+token of the cached engine behind ``--context`` tokens, by the rule last_eval; bytes of the cache and of the weights.
+Weights are cast and laid out beforehand, every method is compiled in the same layouts of which the faster counts, and a
+few at a time run round robin beside the twin after a warm-up (benchmarks/timing.py): a ratio is the twin's time of the
+same round over the method's, and milliseconds are the twin's median over it. Every method and layout holds weights of
+its own. Maps, surrogates and choices of layers see training text alone. The file is written after each of the three
+measurements.
 """
 
 import dataclasses
