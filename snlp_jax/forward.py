@@ -1,6 +1,7 @@
 """Where model and solver meet: the forward pass over weights that are laid out for a schedule."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from snlp_jax.model.block import BlockAux, KeyValue, Shared
 from snlp_jax.parallel.mesh import kernels_on, over_data
 from snlp_jax.parallel.region import first_nodes, on_devices, sequential_sharded, solve_sharded
 from snlp_jax.parts import Part, Weights
+from snlp_jax.pieces import over_time
 from snlp_jax.solver import (
     Chain,
     Chunkwise,
@@ -22,11 +24,15 @@ from snlp_jax.solver import (
     Wanted,
     solve_each,
 )
-from snlp_jax.types import Array, PyTree, is_list
+from snlp_jax.types import Array, Params, PyTree, is_list
 
 CacheRule = Literal["last_eval", "refreshed", "per_iteration"]
 """Whose keys and values are kept of a region: those of the last evaluation, of one more at the corrected trace, or of
 every evaluation, that of the initial trace included, in a tuple."""
+
+
+Ends = tuple[Array, Array]
+"""The two states that the head reads: after the last layer and after the middle one."""
 
 
 class Keep(NamedTuple):
@@ -58,6 +64,10 @@ class States(NamedTuple):
     """Of every parallel region, in order."""
     updates: tuple[CacheUpdate | None, ...]
     """Of every part; None for layers that are left out, or where nothing was asked for."""
+
+    @property
+    def ends(self) -> Ends:
+        return self.h_last, self.h_mid
 
 
 class Output(NamedTuple):
@@ -103,9 +113,38 @@ def forward(
 
 def logits_of(model: Model, weights: Weights, h_last: Array, h_mid: Array, mesh: Mesh | None) -> Array:
     """What the head makes of the two states that it reads."""
-    logits_BTV = model.padded_logits(weights.embed_head, h_last, h_mid)
+    return head_logits(model, weights.embed_head, h_last, h_mid, mesh)
+
+
+def head_logits(model: Model, embed_head: Params, h_last: Array, h_mid: Array, mesh: Mesh | None) -> Array:
+    """:func:`logits_of` for the parameters of the embedding and the head alone."""
+    logits_BTV = model.padded_logits(embed_head, h_last, h_mid)
     # Cropping what is split by vocabulary would move pieces of it about.
     return over_data(mesh, logits_BTV)[..., : model.config.vocab_size]
+
+
+def read_logits(
+    read: Callable[..., PyTree],
+    model: Model,
+    embed_head: Params,
+    ends: Sequence[Ends],
+    *trees: PyTree,
+    mesh: Mesh | None = None,
+) -> PyTree:
+    """``read(*logits, *trees)`` for all tokens, in pieces where the logits are large (snlp_jax/pieces.py).
+
+    Args:
+        read: of logits [B, t, V], one for each of ``ends``, and of what belongs to the same tokens gives a tree with
+            leaves [B, t, ...]; no token's depends on another's.
+        ends: what the head reads of one or several passes.
+        trees: leaves [B, T, ...], of as many tokens.
+    """
+
+    def of_piece(embed_head: Params, ends: Sequence[Ends], *pieces: PyTree) -> PyTree:
+        return read(*(head_logits(model, embed_head, *each, mesh) for each in ends), *pieces)
+
+    size = model.config.padded_vocab_size
+    return over_time(of_piece, embed_head, tuple(ends), *trees, vocab_size=size, mesh=mesh)
 
 
 def run_parts(

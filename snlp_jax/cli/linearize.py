@@ -35,7 +35,7 @@ from snlp_jax.config import Config, LinearizeConfig, MeshConfig
 from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import CalibrationSpec, fit_spec, parse_calibrations, save_fit
-from snlp_jax.eval.fidelity import make_compare_fn
+from snlp_jax.eval.fidelity import pass_over
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import prepare
@@ -214,9 +214,9 @@ def held_out_nll(model: LanguageModel, params: Params, batches: list[dict[str, n
     """Of every target in nats, [windows, T]."""
     first = batches[0]["tokens"]
     weights = prepare(model, params, Schedule.of(model.config.num_layers), num_tokens=first.size, layout="stack")
-    run = make_compare_fn(model)
-    parts = [run(weights, *put_batch(None, (b["tokens"], b.get("document")), is_whole=True))[1] for b in batches]
-    return np.concatenate([np.asarray(part.nll_BT) for part in parts])
+    run = jax.jit(lambda weights, *inputs: pass_over(model, weights, *inputs)[1].nll_BT)
+    parts = (run(weights, *put_batch(None, (b["tokens"], b.get("document")), is_whole=True)) for b in batches)
+    return np.concatenate([*map(np.asarray, parts)])
 
 
 # -- What is written and said ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from snlp_jax.eval.perplexity import token_nll
-from snlp_jax.forward import Output, forward
+from snlp_jax.forward import Ends, States, read_logits, run_parts
 from snlp_jax.model import Model
 from snlp_jax.parts import Weights
 from snlp_jax.solver import ParallelSegment, Schedule, Solution
@@ -39,14 +39,16 @@ class Comparison(NamedTuple):
     """[1, B] of each parallel region: iterations made for each sequence; [batches, B] once joined."""
 
 
-class Reference(NamedTuple):
-    """What other passes over a batch are compared with."""
+class Scores(NamedTuple):
+    """What a pass says of the targets of windows, [B, T]."""
 
-    logits_BTV: Array
-    h_last: Array
+    nll_BT: Array
+    """Negative log-likelihood, in nats."""
+    is_best_BT: Array
+    """Whether no token is likelier."""
 
 
-CompareFn = Callable[..., tuple[Reference, Comparison]]
+CompareFn = Callable[..., tuple[Ends, Comparison]]
 
 
 def pass_over(
@@ -56,42 +58,53 @@ def pass_over(
     document_BT: Array | None = None,
     *,
     mesh: Mesh | None = None,
-    with_stats: bool = False,
-) -> tuple[Output, Array]:
-    """A forward pass over windows [B, T + 1] without their last tokens, and the negative log-likelihoods [B, T] of
-    their targets."""
+) -> tuple[States, Scores]:
+    """A pass over windows [B, T + 1] without their last tokens, and what it says of their targets."""
     document_BT = None if document_BT is None else document_BT[:, :-1]
-    output = forward(model, weights, window_BT[:, :-1], mesh=mesh, with_stats=with_stats, document_BT=document_BT)
-    return output, token_nll(output.logits_BTV, window_BT[:, 1:])
+    states = run_parts(model, weights, window_BT[:, :-1], mesh=mesh, document_BT=document_BT)
+    return states, read_logits(_score, model, weights.embed_head, [states.ends], window_BT[:, 1:], mesh=mesh)
+
+
+def _score(logits_BTV: Array, targets_BT: Array) -> Scores:
+    return Scores(token_nll(logits_BTV, targets_BT), logits_BTV.argmax(-1) == targets_BT)
 
 
 def make_compare_fn(model: Model, mesh: Mesh | None = None) -> CompareFn:
-    """Jitted ``(weights, windows [B, T + 1], documents [B, T + 1] or None, Reference or None) -> (Reference,
+    """Jitted ``(weights, windows [B, T + 1], documents [B, T + 1] or None, Ends or None) -> (Ends,
     Comparison)``, without a reference of the pass with itself; compiles once a schedule.
 
-    Besides the reference only [B, T] arrays leave the device: its logits and last states are the most that is held.
+    Besides the reference's states only [B, T] arrays leave the device.
     """
 
-    @jax.jit
-    def compare(
-        weights: Weights, window_BT: Array, document_BT: Array | None = None, reference: Reference | None = None
-    ) -> tuple[Reference, Comparison]:
-        output, nll_BT = pass_over(model, weights, window_BT, document_BT, mesh=mesh, with_stats=True)
-        reference = reference or Reference(output.logits_BTV, output.h_last)
-        logits_BTV, reference_BTV = output.logits_BTV, reference.logits_BTV
-        size_BT = lambda x: jnp.linalg.norm(x.reshape(*nll_BT.shape, -1), axis=-1)  # noqa: E731
+    def compare_logits(logits_BTV: Array, *others: Array) -> dict[str, Array]:
+        *reference, targets_BT = others
+        reference_BTV = reference[0] if reference else logits_BTV
         dot_BT = lambda x_BTV, y_BTV: jnp.sum(x_BTV * y_BTV, axis=-1)  # noqa: E731
         log_p_BTV, log_q_BTV = jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(logits_BTV)
         # The root of a square, and so 1 for equal logits.
         norms_BT = jnp.sqrt(dot_BT(logits_BTV, logits_BTV) * dot_BT(reference_BTV, reference_BTV))
+        return {
+            "nll_BT": token_nll(logits_BTV, targets_BT),
+            "kl_BT": jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1),
+            "agrees_BT": logits_BTV.argmax(-1) == reference_BTV.argmax(-1),
+            "cosine_BT": dot_BT(logits_BTV, reference_BTV) / jnp.maximum(norms_BT, 1e-30),
+        }
+
+    @jax.jit
+    def compare(
+        weights: Weights, window_BT: Array, document_BT: Array | None = None, reference: Ends | None = None
+    ) -> tuple[Ends, Comparison]:
+        document_BT = None if document_BT is None else document_BT[:, :-1]
+        states = run_parts(model, weights, window_BT[:, :-1], mesh=mesh, with_stats=True, document_BT=document_BT)
+        ends = [states.ends] if reference is None else [states.ends, reference]
+        found = read_logits(compare_logits, model, weights.embed_head, ends, window_BT[:, 1:], mesh=mesh)
+        reference = reference or states.ends
+        size_BT = lambda x: jnp.linalg.norm(x.reshape(*x.shape[:2], -1), axis=-1)  # noqa: E731
         return reference, Comparison(
-            nll_BT=nll_BT,
-            kl_BT=jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1),
-            agrees_BT=logits_BTV.argmax(-1) == reference_BTV.argmax(-1),
-            cosine_BT=dot_BT(logits_BTV, reference_BTV) / jnp.maximum(norms_BT, 1e-30),
-            error_BT=size_BT(output.h_last - reference.h_last) / jnp.maximum(size_BT(reference.h_last), 1e-30),
-            residual_norms=tuple(solution.stats["residual_norm"].mean(-1)[None] for solution in output.solutions),
-            iterations=tuple(made_B[None] for made_B in iterations_of(weights, output.solutions, len(window_BT))),
+            **found,
+            error_BT=size_BT(states.h_last - reference[0]) / jnp.maximum(size_BT(reference[0]), 1e-30),
+            residual_norms=tuple(solution.stats["residual_norm"].mean(-1)[None] for solution in states.solutions),
+            iterations=tuple(made_B[None] for made_B in iterations_of(weights, states.solutions, len(window_BT))),
         )
 
     return compare

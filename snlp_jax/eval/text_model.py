@@ -12,7 +12,7 @@ import numpy as np
 
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
-from snlp_jax.eval.fidelity import pass_over
+from snlp_jax.eval.fidelity import Scores, pass_over
 from snlp_jax.infer import Engine, Placement, Request
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
@@ -129,9 +129,8 @@ class TextModel:
         )
 
         @jax.jit
-        def score(weights: Weights, window_BT: Array) -> tuple[Array, Array]:
-            output, nll_BT = pass_over(self.model, weights, window_BT, mesh=mesh)
-            return nll_BT, output.logits_BTV.argmax(-1) == window_BT[:, 1:]
+        def score(weights: Weights, window_BT: Array) -> Scores:
+            return pass_over(self.model, weights, window_BT, mesh=mesh)[1]
 
         return lambda windows: score(weights, put_batch(mesh, windows, is_whole=True))
 

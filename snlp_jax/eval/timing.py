@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from snlp_jax.config import EvalConfig
 from snlp_jax.eval.weights import prepare_all
-from snlp_jax.forward import forward
+from snlp_jax.forward import read_logits, run_parts
 from snlp_jax.model import Model
 from snlp_jax.parts import Weights
+from snlp_jax.pieces import piece_len
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Array, Params
 
@@ -54,11 +55,17 @@ def interleave(
 
 
 class CompiledForward:
-    """All logits of batches of tokens, which are read in turn: as many as there are rounds, or again."""
+    """All logits of batches of tokens, which are read in turn: as many as there are rounds, or again. Of logits that
+    are computed in pieces (snlp_jax/pieces.py) the likeliest tokens are kept."""
 
     def __init__(self, model: Model, weights: Weights, texts_BT: Sequence[np.ndarray], mesh: Mesh | None = None):
+        num_rows, num_tokens = texts_BT[0].shape
+        is_whole = piece_len(num_rows, num_tokens, model.config.padded_vocab_size, mesh) == num_tokens
+        keep = lambda logits_BTV: logits_BTV if is_whole else logits_BTV.argmax(-1)  # noqa: E731
+
         def logits(weights: Weights, tokens_BT: Array) -> Array:
-            return forward(model, weights, tokens_BT, mesh=mesh).logits_BTV
+            states = run_parts(model, weights, tokens_BT, mesh=mesh)
+            return read_logits(keep, model, weights.embed_head, [states.ends], mesh=mesh)
 
         self.weights, self.compiled = weights, jax.jit(logits).lower(weights, texts_BT[0]).compile()
         self.texts_BT = [jax.device_put(text_BT, self.compiled.input_shardings[0][1]) for text_BT in texts_BT]

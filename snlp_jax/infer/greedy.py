@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from snlp_jax.forward import forward
+from snlp_jax.forward import read_logits, run_parts
 from snlp_jax.model import Model
 from snlp_jax.parts import Weights
 from snlp_jax.types import Array
@@ -24,12 +24,16 @@ def make_greedy_fn(model: Model, *, prompt_len: int, num_tokens: int, mesh: Mesh
     guess (another pass's text) ends it early.
     """
 
+    likeliest = lambda logits_BTV: logits_BTV.argmax(-1)  # noqa: E731
+
     @jax.jit
     def decode(weights: Weights, tokens_BT: Array) -> Array:
         def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             tokens_BT, count, _ = state
-            logits_BTV = forward(model, weights, tokens_BT[:, :-1], mesh=mesh).logits_BTV
-            new_BT = logits_BTV[:, prompt_len - 1 :].argmax(-1).astype(tokens_BT.dtype)
+            states = run_parts(model, weights, tokens_BT[:, :-1], mesh=mesh)
+            h_last, h_mid = (h[:, prompt_len - 1 :] for h in states.ends)
+            new_BT = read_logits(likeliest, model, weights.embed_head, [(h_last, h_mid)], mesh=mesh)
+            new_BT = new_BT.astype(tokens_BT.dtype)
             changed = jnp.any(new_BT != tokens_BT[:, prompt_len:])
             return jnp.concatenate([tokens_BT[:, :prompt_len], new_BT], axis=1), count + 1, changed
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from snlp_jax.forward import forward
+from snlp_jax.forward import read_logits, run_parts
 from snlp_jax.layout import in_order, prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.parts import Weights
@@ -52,15 +52,16 @@ def tune_calibration(
     rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, max(num_steps // 20, 1), max(num_steps, 2))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
+    def divergence(truth_BTV: Array, found_BTV: Array) -> Array:
+        truth_BTV, found_BTV = jax.nn.log_softmax(truth_BTV), jax.nn.log_softmax(found_BTV)
+        return jnp.sum(jnp.exp(truth_BTV) * (truth_BTV - found_BTV), axis=-1)
+
     def loss_fn(fitted: Calibration, weights: Weights, tokens_BT: Array, document_BT: Array | None) -> Array:
         part = dataclasses.replace(weights.parts[position], fit=fitted)
         parts = (*weights.parts[:position], part, *weights.parts[position + 1 :])
-        log_probs = lambda weights: jax.nn.log_softmax(  # noqa: E731
-            forward(model, weights, tokens_BT, document_BT=document_BT).logits_BTV
-        )
-        truth_BTV = jax.lax.stop_gradient(log_probs(in_order(weights)))
-        found_BTV = log_probs(dataclasses.replace(weights, parts=parts))
-        return jnp.mean(jnp.sum(jnp.exp(truth_BTV) * (truth_BTV - found_BTV), axis=-1))
+        run = lambda weights: run_parts(model, weights, tokens_BT, document_BT=document_BT).ends  # noqa: E731
+        truth, found = jax.lax.stop_gradient(run(in_order(weights))), run(dataclasses.replace(weights, parts=parts))
+        return jnp.mean(read_logits(divergence, model, weights.embed_head, [truth, found]))
 
     @jax.jit
     def step(fitted: Calibration, state: optax.OptState, *given: Weights | Array | None) -> tuple:

@@ -78,8 +78,11 @@ def put_batch(mesh: Mesh | None, rows: PyTree, *, is_whole: bool = False) -> PyT
 
 
 def over_data(mesh: Mesh | None, x: jax.Array) -> jax.Array:
-    """``x`` [B, ...] under jit, held to be spread over ``data`` by its batch and whole otherwise."""
-    return x if mesh is None else constrain(x, mesh, PartitionSpec("data"))
+    """``x`` [B, ...] under jit, held to be spread over ``data`` by its batch and whole otherwise. Inside of
+    ``shard_map`` over ``data`` it is so already."""
+    if mesh is None or "data" in jax.sharding.get_abstract_mesh().manual_axes:
+        return x
+    return constrain(x, mesh, PartitionSpec("data"))
 
 
 def kernels_on(mesh: Mesh | None, *, is_spread: bool) -> tuple[Literal["cudnn", "splash", "triton", "mosaic"], ...]:

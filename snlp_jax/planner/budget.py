@@ -17,6 +17,7 @@ from snlp_jax.data.pipeline import TokenData, held_out_batches
 from snlp_jax.data.tokenizer import check_vocab
 from snlp_jax.errors import InputError
 from snlp_jax.eval.report import TABLE_WIDTH
+from snlp_jax.memory import GIB, capacity_of
 from snlp_jax.model import LanguageModel
 from snlp_jax.parallel.chips import Slice, chip_of
 from snlp_jax.parallel.mesh import make_mesh
@@ -24,7 +25,7 @@ from snlp_jax.parallel.processes import is_first
 from snlp_jax.planner.target import plain_kernels, plan_mesh, prepare_environment
 from snlp_jax.train.flops import run_flops, step_flops
 from snlp_jax.train.loss import Plan
-from snlp_jax.train.memory import GIB, capacity_of, refusal, state_bytes
+from snlp_jax.train.memory import refusal, state_bytes
 from snlp_jax.train.optim import param_labels
 from snlp_jax.train.start import data_config
 from snlp_jax.train.step import TrainState, abstract_state, make_step, optimizer_of

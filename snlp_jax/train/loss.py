@@ -23,13 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from snlp_jax.config import HiddenNormConfig, LayerSkipConfig, LossConfig, LossTerm, SolverCEConfig, SolverTerm
 from snlp_jax.errors import InputError
+from snlp_jax.model import Model
 from snlp_jax.notation import CORRECTIONS, INITS
+from snlp_jax.pieces import over_time
 from snlp_jax.solver import Correction, Diagonal, Jacobi, ParallelSegment, PrefixState, relative_norm
 from snlp_jax.train.passes import Exact, Passes
-from snlp_jax.types import Array, Batch
+from snlp_jax.types import Array, Batch, Params
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,8 @@ def loss_fn(
 
 def _ce_of_states(passes: Passes, h_last: Array, h_mid: Array) -> Array:
     """Cross entropy of the logits that the head makes of two states."""
-    logits_BTV = passes.model.padded_logits(passes.params, h_last, h_mid)
     targets_BT, weight_BT = passes.batch.tokens[:, 1:], passes.batch.weight
-    return cross_entropy(logits_BTV, targets_BT, passes.model.config.vocab_size, weight_BT)
+    return cross_entropy(passes.model, passes.params, h_last, h_mid, targets_BT, weight_BT, mesh=passes.mesh)
 
 
 def _hidden_norm(passes: Passes, exact: Exact, term: HiddenNormConfig, n: int) -> Array:
@@ -139,12 +141,17 @@ def _ce_ahead(passes: Passes, exact: Exact, k: int) -> Array:
     have such a token."""
     model, params, batch = passes.model, passes.params, passes.batch
     h_last, h_mid = exact.h_after[model.config.num_layers - 1], exact.h_after[model.config.mid_layer]
-    logits_BTV = model.unembed(params, model.look_ahead(params, model.readout(params, h_last, h_mid)[:, :-k], k))
+    y_BTD = model.readout(params, h_last, h_mid)[:, :-k]
+    nll = lambda params, y_BTD, targets_BT: token_nll(  # noqa: E731
+        model.unembed(params, model.look_ahead(params, y_BTD, k)), targets_BT, model.config.vocab_size
+    )
+    size = model.config.padded_vocab_size
+    nll_BT = over_time(nll, params, y_BTD, batch.tokens[:, k + 1 :], vocab_size=size, mesh=passes.mesh)
     weight_BT = None if batch.weight is None else batch.weight[:, k:]
     if batch.document is not None:
         is_same_BT = (batch.document[:, : -k - 1] == batch.document[:, k + 1 :]).astype(jnp.float32)
         weight_BT = is_same_BT if weight_BT is None else weight_BT * is_same_BT
-    return cross_entropy(logits_BTV, batch.tokens[:, k + 1 :], model.config.vocab_size, weight_BT)
+    return nll_BT.mean() if weight_BT is None else (weight_BT * nll_BT).mean()
 
 
 TERMS: dict[str, Callable[[Passes, Exact, Any, int], Array]] = {
@@ -177,16 +184,34 @@ def balanced(batch: Batch) -> Batch:
     return batch._replace(weight=batch.weight / jnp.maximum(batch.weight.mean(), 1e-9))
 
 
-def cross_entropy(logits_BTV: Array, targets_BT: Array, vocab_size: int, weight_BT: Array | None = None) -> Array:
-    """Mean negative log-likelihood of the targets times their weights, in nats; entries past the vocabulary count for
-    nothing.
+def cross_entropy(
+    model: Model,
+    params: Params,
+    h_last: Array,
+    h_mid: Array,
+    targets_BT: Array,
+    weight_BT: Array | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> Array:
+    """Mean negative log-likelihood of the targets times their weights, in nats, of the logits that the head makes of
+    two states, [B, T, D] or [B, T, R, D]; in pieces where these are large (snlp_jax/pieces.py)."""
+    size = model.config.padded_vocab_size
+    nll = lambda params, h_last, h_mid, targets_BT: token_nll(  # noqa: E731
+        model.padded_logits(params, h_last, h_mid), targets_BT, model.config.vocab_size
+    )
+    nll_BT = over_time(nll, params, h_last, h_mid, targets_BT, vocab_size=size, mesh=mesh)
+    return nll_BT.mean() if weight_BT is None else (weight_BT * nll_BT).mean()
+
+
+def token_nll(logits_BTV: Array, targets_BT: Array, vocab_size: int) -> Array:
+    """Negative log-likelihoods [B, T] of the targets, in nats; entries past the vocabulary count for nothing.
 
     They are masked and not cut off: logits that are split over devices by vocabulary stay where they are.
     """
     is_entry_V = jnp.arange(logits_BTV.shape[-1]) < vocab_size
     masked_BTV = jnp.where(is_entry_V[None, None], logits_BTV, -jnp.inf)
-    nll_BT = optax.softmax_cross_entropy_with_integer_labels(masked_BTV, targets_BT)
-    return nll_BT.mean() if weight_BT is None else (weight_BT * nll_BT).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(masked_BTV, targets_BT)
 
 
 def compared_layers(num_layers: int, stride: int) -> list[int]:

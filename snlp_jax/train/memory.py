@@ -1,17 +1,11 @@
-"""What a training state takes of a device's memory, and what the device has."""
+"""What a training state takes of a device's memory, and whether it fits."""
 
-import os
-from pathlib import Path
-
-import jax
 from jax.sharding import Mesh
 
 from snlp_jax.errors import InputError
+from snlp_jax.memory import GIB, capacity_of
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.train.step import TrainState
-
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-GIB = 2**30
 
 
 def check_state(state: TrainState, mesh: Mesh) -> None:
@@ -35,24 +29,6 @@ def refusal(needed: int | None, capacity: int | None, *, is_state_alone: bool = 
     limit = "" if capacity is None else f" of the {capacity / GIB:.3g} GiB"
     remedies += "spread it over more devices (--mesh.data) or choose a smaller model"
     return f"{what} would take {amount}{limit} on each device; {remedies}."
-
-
-def capacity_of(mesh: Mesh) -> int | None:
-    """Bytes that one device of a mesh may hold; devices of a CPU share the host's memory. None where none tells."""
-    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    limits = [int((device.memory_stats() or {}).get("bytes_limit", 0)) for device in local]
-    if all(limits):
-        return min(limits)
-    return host_bytes() // len(local) if local[0].platform == "cpu" else None
-
-
-def host_bytes() -> int:
-    """Memory of this machine, or of the container that the process lives in."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in map(Path, CGROUP_LIMITS):
-        text = path.read_text().strip() if path.is_file() else ""
-        limits += [int(text)] if text.isdecimal() else []
-    return min(limits)
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:

@@ -18,7 +18,7 @@ from snlp_jax.checks import check_mesh
 from snlp_jax.config import Config
 from snlp_jax.eval.evaluate import parse_settings
 from snlp_jax.eval.solver_file import with_settings
-from snlp_jax.forward import forward
+from snlp_jax.forward import run_parts
 from snlp_jax.io.files import atomic_write, read_json
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import arrange, split, weights_shardings
@@ -81,16 +81,11 @@ def make_observe(model: Model, config: Config, mesh: Mesh) -> Observe:
             weights = jax.lax.with_sharding_constraint(weights, weights_shardings(model, weights, mesh))
         else:
             weights = split(model, params, schedule)
-        output = forward(
-            model,
-            weights,
-            batch.tokens[:, :-1],
-            mesh=mesh if is_spread else None,
-            with_stats=True,
-            document_BT=None if batch.document is None else batch.document[:, :-1],
-        )
-        ce = cross_entropy(output.logits_BTV, batch.tokens[:, 1:], model.config.vocab_size, batch.weight)
-        return ce, tuple(solution.stats["residual_norm"] for solution in output.solutions)
+        on, document_BT = mesh if is_spread else None, None if batch.document is None else batch.document[:, :-1]
+        states = run_parts(model, weights, batch.tokens[:, :-1], mesh=on, with_stats=True, document_BT=document_BT)
+        targets_BT, ends = batch.tokens[:, 1:], (states.h_last, states.h_mid)
+        ce = cross_entropy(model, weights.embed_head, *ends, targets_BT, batch.weight, mesh=on)
+        return ce, tuple(solution.stats["residual_norm"] for solution in states.solutions)
 
     def observe(params: Params, batches: list[Batch]) -> dict[str, float]:
         placed = [put_batch(mesh, batch, is_whole=True) for batch in batches[:NUM_BATCHES]]

@@ -93,8 +93,8 @@ class Quality:
 
         @jax.jit
         def read(weights: Weights, window_BT: Array, document_BT: Array | None) -> tuple[Array, ...]:
-            output, nll_BT = pass_over(self.model, weights, window_BT, document_BT)
-            return nll_BT, *iterations_of(weights, output.solutions, len(window_BT))
+            states, scores = pass_over(self.model, weights, window_BT, document_BT)
+            return scores.nll_BT, *iterations_of(weights, states.solutions, len(window_BT))
 
         return read
 
