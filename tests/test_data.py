@@ -1,8 +1,10 @@
 """Windows and iterators: what is promised of their order, of processes that share them, and of resuming."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import grain
 import numpy as np
@@ -12,6 +14,7 @@ from corpora import make_data, make_documents, starts_of, text_config, with_, wr
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data.pipeline import (
+    Source,
     TokenData,
     WindowSource,
     held_out_batches,
@@ -19,6 +22,7 @@ from snlp_jax.data.pipeline import (
     train_iterator,
 )
 from snlp_jax.data.shards import prepare_tokens
+from snlp_jax.data.tokenizer import SpecialTokens
 from snlp_jax.errors import InputError
 
 
@@ -32,6 +36,32 @@ def test_windows_tile_the_tokens() -> None:
     for index in (3, -4):
         with pytest.raises(IndexError):
             source[index]
+
+
+def test_windows_that_open_as_the_model_was_trained() -> None:
+    """With one token before each window, the targets of all windows are the text, each token once."""
+    text = np.arange(1, 42, dtype=np.uint16)
+    windows = [each["tokens"] for each in WindowSource(text, 10, None, (0,))]  # type: ignore[attr-defined]
+    assert len(windows) == 4 and {(len(window), window[0]) for window in windows} == {(11, 0)}
+    np.testing.assert_array_equal(np.concatenate([window[1:] for window in windows]), text[:40])
+    text[10] = 0  # the text of the second window begins with it by itself
+    np.testing.assert_array_equal(WindowSource(text, 10, None, (0,))[1]["tokens"], text[10:21])
+    assert WindowSource(text, 10, None, (0, 7))[2]["tokens"].tolist() == [0, 7, *range(21, 30)]
+    # Documents are told apart as without it; what a cut document goes on with is the first.
+    assert WindowSource(text, 12, 0, (0,))[0]["document"].tolist() == [1] * 11 + [2] * 2
+
+
+@pytest.mark.parametrize("opens, mixes", [*itertools.product((False, True), (False, True))])
+def test_every_reader_gets_windows_as_the_tokenizer_says(opens: bool, mixes: bool) -> None:
+    data = make_data(num_val=100)
+    special = SpecialTokens(256, (256,), (256,), opens_windows=opens)
+    data = dataclasses.replace(data, tokenizer=SimpleNamespace(special=special))  # type: ignore[arg-type]
+    if mixes:
+        data = dataclasses.replace(data, mixture=(Source("one", 0.5, data), Source("other", 0.5, data)))
+    (held_out,) = held_out_batches(data, seq_len=10, batch_size=4, num_batches=1)
+    batch = next(train_iterator(data, seq_len=10, batch_size=4, seed=0))
+    for tokens in (held_out["tokens"], batch["tokens"]):
+        assert ((tokens[:, 0] == 256) == opens).all() and tokens.shape == (4, 11)
 
 
 def test_each_epoch_has_every_window_in_its_own_order() -> None:

@@ -94,7 +94,9 @@ class TokenData:
     def windows(self, split: Literal["train", "val"], seq_len: int) -> "Windows":
         """Random access to the windows of a split; items have the fields of ``snlp_jax.types.Batch``, without rows."""
         if not self.mixture:
-            return WindowSource(getattr(self, split), seq_len, self.tokenizer.bos_id if self.mask_documents else None)
+            special, masks = self.tokenizer.special, self.mask_documents
+            prefix = special.prefix_ids if special.opens_windows else ()
+            return WindowSource(getattr(self, split), seq_len, special.separator_id if masks else None, prefix)
         sources = [source.data.windows(split, seq_len) for source in self.mixture]
         for source, windows in zip(self.mixture, sources, strict=True):
             if len(windows) == 0:
@@ -127,18 +129,24 @@ class WindowSource:
     With ``bos_id``, the token before each document, there is ``'document': int32 [seq_len + 1]`` too: how many
     documents have begun in the window, the token's own included. The separator before a document belongs to it, and
     stays a target of the document before.
+
+    With ``prefix_ids`` [P] each window begins with them, where its text does not do so by itself, and has so much less
+    of the text. With one of them no token is lost: what was shared is then the first target.
     """
 
-    def __init__(self, tokens: Tokens, seq_len: int, bos_id: int | None = None) -> None:
+    def __init__(self, tokens: Tokens, seq_len: int, bos_id: int | None = None, prefix_ids: Sequence[int] = ()) -> None:
         self._tokens, self._seq_len, self._bos_id = tokens, seq_len, bos_id
+        self._prefix_P = np.asarray(prefix_ids, np.int32)
 
     def __len__(self) -> int:
         return num_windows(self._tokens, self._seq_len)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         index = range(len(self))[index]
-        start = index * self._seq_len
+        start, num_prefix = index * self._seq_len, len(self._prefix_P)
         tokens = np.asarray(self._tokens[start : start + self._seq_len + 1], dtype=np.int32)
+        if not np.array_equal(tokens[:num_prefix], self._prefix_P):
+            tokens = np.concatenate([self._prefix_P, tokens])[: self._seq_len + 1]
         if self._bos_id is None:
             return {"tokens": tokens}
         return {"tokens": tokens, "document": np.cumsum(tokens == self._bos_id, dtype=np.int32)}
