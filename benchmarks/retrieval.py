@@ -112,6 +112,7 @@ def planted_keys(
             if distance is not None:
                 end = len(piece) - distance
                 piece = np.concatenate([piece[: end - len(line)], line, piece[end:]])
-            tokens = np.concatenate([[tokenizer.bos_id], piece[1:], question, value]).astype(np.int32)
+            prefix = tokenizer.special.prefix_ids
+            tokens = np.concatenate([prefix, piece[len(prefix) :], question, value]).astype(np.int32)
             spans[distance].append(Span(tokens, len(value)))
     return Probe(spans)

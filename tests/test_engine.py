@@ -318,6 +318,9 @@ def test_sampled_text_depends_on_the_request_alone():
     np.testing.assert_allclose(again.log_probs, among[-1].log_probs, rtol=0, atol=ROUNDING)
     other_seed = dataclasses.replace(one, sampling=dataclasses.replace(CHOSEN, seed=6))
     assert engine.generate([other_seed, *beside])[0].tokens != among[-1].tokens
+    # A penalty leaves out what ends the text: else a prompt that holds it would make ending less likely.
+    state, _ = engine._prefill([*some, dataclasses.replace(one, stop_tokens=(2,))])
+    assert np.asarray(state.seen_BV)[-1, 1:4].tolist() == [True, among[-1].tokens[0] == 2, True]
 
 
 @pytest.mark.slow

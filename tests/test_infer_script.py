@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tokenizers
 from tiny_run import random_run, tiny
 
 from snlp_jax.cli.entry import run_entry
-from snlp_jax.cli.infer import main
+from snlp_jax.cli.infer import Args, generate, main
+from snlp_jax.data.tokenizer import FileTokenizer, SpecialTokens, train_bpe
 from snlp_jax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +57,25 @@ def test_a_prompt_is_continued(infer):
     assert text_after("layer ", out)
     assert re.fullmatch(CLOSING, err), err
     assert err.startswith("[12 tokens")
+
+
+def test_requests_are_as_the_tokenizer_says(monkeypatch, capsys):
+    """What stands before a prompt, special tokens in it, and what ends the text."""
+    backend = tokenizers.Tokenizer.from_str(train_bpe(["a layer"], 270).to_json())
+    backend.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
+    names = backend.get_vocab(with_added_tokens=True)
+    begin, end, turn_end = names["<s>"], names["</s>"], names["<|im_end|>"]
+    seen = []
+    for prefix, special, expected in (((), True, [turn_end]), ((begin,), False, [begin]), ((), False, [])):
+        tokenizer = FileTokenizer(backend, SpecialTokens(end, prefix, (end,)))
+        engine = SimpleNamespace(tokenizer=tokenizer, check=seen.extend, generate=lambda requests, **_: [])
+        monkeypatch.setattr("snlp_jax.cli.infer.closing_line", lambda engine: "")
+        args = Args(Path(), special=special, stop=("\n", "<|im_end|>"))
+        generate(engine, args, ("<|im_end|>a",))
+        request = seen.pop()
+        assert request.tokens[: len(expected)] == expected
+        assert tokenizer.decode(request.tokens) == ("a" if special else "<|im_end|>a")
+        assert request.stop_tokens == (end, turn_end) and request.stop_strings == ("\n",)
 
 
 MISTAKES = (

@@ -17,20 +17,12 @@ from problems import random_params
 from tiny_run import MODEL, random_run
 
 from snlp_jax.config import EvalConfig, MeshConfig, TaskConfig
-from snlp_jax.data.tokenizer import ByteTokenizer, train_bpe
+from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval.intervals import Z, exact_p_value, paired_ratio_interval, paired_share_interval, wilson_interval
 from snlp_jax.eval.task_data import Example, Task, answer_of, final_answer, load_tasks
 from snlp_jax.eval.tasks import compare_outcomes, match_answers, score_choices, tasks_of_run, window_bytes
-from snlp_jax.eval.text_model import (
-    Prompt,
-    Score,
-    Span,
-    TextModel,
-    encode_pairs,
-    needs_solitude,
-    rolling_spans,
-)
+from snlp_jax.eval.text_model import Prompt, Score, Span, TextModel, needs_solitude
 from snlp_jax.forward import forward
 from snlp_jax.infer import Placement
 from snlp_jax.infer.engine import Request
@@ -143,38 +135,16 @@ def test_long_contexts_lose_their_beginning(model: LanguageModel, params: dict) 
         return windows[:, 1:].astype(np.float32), np.ones(windows[:, 1:].shape, bool)
 
     ours.__dict__["token_fn"] = token_fn
-    text = "".join(np.random.default_rng(0).choice(list("abcd "), longest + 40))
+    text = "".join(np.random.default_rng(0).choice(list("abcd "), longest + 40)) + "."
     (score,) = ours.log_likelihoods([(text, " end")])
     assert ours.num_cut == 1 and score.log_prob == -sum(b" end")
     (window,) = windows_seen
-    assert bytes(window.astype(np.uint8)) == (text + " end").encode()[-longest - 1 :]
+    assert window[0] == 256 and bytes(window[1:].astype(np.uint8)) == (text + " end").encode()[-longest:]
     assert ours.log_likelihoods([(text[: longest - 4], " end")]) and ours.num_cut == 1, "the separator still fits"
     with pytest.raises(InputError, match=f"a continuation of {longest + 1} tokens is longer than the {longest}"):
         ours.log_likelihoods([("", "x" * (longest + 1))])
     with pytest.raises(InputError, match=f"160 new tokens leave no room for a prompt, as the model reads {longest}"):
         ours.complete([Prompt("x", 160)])
-
-
-def test_rolling_spans_score_every_token_once() -> None:
-    for length in (2, 7, 8, 9, 10, 16, 17, 25, 30):
-        tokens = np.arange(length)
-        spans = rolling_spans(tokens, 8)
-        assert np.concatenate([span.tokens[-span.num_scored :] for span in spans]).tolist() == list(range(1, length))
-        assert all(len(span.tokens) == min(9, length) for span in spans), "as much context as there is room for"
-
-
-def test_pairs_are_encoded_as_one_text() -> None:
-    text = "the layers of the layered trace are layers " * 20
-    tokenizer = train_bpe([text], 300)
-    for border in range(len("the layers of the")):
-        context, continuation = text[:border], text[border:17]
-        (span,) = encode_pairs(tokenizer, [(context, continuation)])
-        assert span.tokens[0] == tokenizer.bos_id
-        assert span.tokens[1:].tolist() == tokenizer.encode(context + continuation).tolist()
-        before = tokenizer.decode(span.tokens[: -span.num_scored])
-        assert context.startswith(before) and span.num_scored > 0
-    (span,) = encode_pairs(tokenizer, [("the layer", "s of")])
-    assert tokenizer.decode(span.tokens[-span.num_scored :]).endswith("s of")
 
 
 PROMPTS = [Prompt("layer", 5), Prompt("the depth of", 6), Prompt("a trace", 6)]
@@ -192,6 +162,18 @@ def test_completions_are_asked_for_in_batches_of_one_size(model: LanguageModel, 
     assert batches == [[6, 8], [13, 13]]
     long = "".join(np.random.default_rng(0).choice(list("abcd "), MODEL.max_context))
     assert ours.complete([Prompt(long, 6)]) == [long[-MODEL.max_context + 7 :]] and ours.num_cut == 1
+
+
+def test_completions_stop_where_the_model_ends_a_text(model: LanguageModel, params: dict) -> None:
+    ours, seen = text_model(model, params, "seq"), []
+
+    def generate(requests: list[Request]) -> list[SimpleNamespace]:
+        seen.extend(requests)
+        return [SimpleNamespace(text="") for _ in requests]
+
+    ours.__dict__["engine"] = SimpleNamespace(generate=generate)
+    ours.complete([Prompt("layer", 5, ("\n",))])
+    assert (seen[0].stop_tokens, seen[0].stop_strings) == (ByteTokenizer.special.end_ids, ("\n",))
 
 
 TASK = Task("t", (Example("q1", 0, ("aa", "b")), Example("q2", 2, ("c", "dd", "éé"))), 2)

@@ -94,6 +94,31 @@ def test_any_split_gives_the_text_of_all_tokens(kind, data, cuts, stops):
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20)
+@given(data=st.data(), before=st.text("ab the é猫😀.", max_size=12))
+def test_a_text_goes_on_from_its_prompt(kind, data, before):
+    """Prompt and text together are the decoder's text of both, wherever a decoder drops spaces."""
+    tok, ids = make(kind), data.draw(token_lists(kind))
+    prompt = tok.encode(before).tolist() if before else []
+    stream = TextStream(tok, (), prompt)
+    parts = [stream.push([token]) for token in ids] + [stream.finish()]
+    shown = tok.decode(prompt)
+    if not tok.decode([*prompt, *ids]).startswith(shown):
+        return  # broken bytes of the text spoil good ones of the prompt
+    assert shown + "".join(parts) == tok.decode([*prompt, *ids])
+
+
+def test_the_first_word_keeps_its_space():
+    tok = make("fallback")
+    prompt, new = tok.encode("the a").tolist(), tok.encode("the b").tolist()
+    assert tok.decode(new) == "the b" and TextStream(tok, (), prompt).push(new) == " the b"
+    assert TextStream(tok, [" "], prompt).push(new) == "" and TextStream(tok, ["a"], prompt).push(new) == " the b"
+    special = tok.special.separator_id
+    assert TextStream(tok, (), [*prompt, special]).push(new) == "the b", "behind a special token a text starts anew"
+    assert TextStream(ByteTokenizer(), (), list(b"x\xc3")).push([0xA9]) == "é", "a character that the prompt begins"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20)
 @given(data=st.data(), more=st.data())
 def test_what_is_shown_is_never_taken_back(kind, data, more):
     """Whatever comes next, text given out stays the beginning of the text."""

@@ -25,6 +25,7 @@ import tyro
 from snlp_jax.checks import check_schedule
 from snlp_jax.config import MachineConfig, MeshConfig, WeightPrecision, check_weights
 from snlp_jax.data.chat import render_prompt
+from snlp_jax.data.prompts import prompt_ids, split_stops
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
@@ -47,6 +48,8 @@ class Args:
     run_dir: tyro.conf.Positional[Path]
     """What training wrote."""
     prompt: tuple[str, ...] = ()
+    special: bool = False
+    """Read names of special tokens in a prompt, such as <|im_start|>, as these tokens; else they are text."""
     chat: bool = False
     """Each prompt is what a user says, and the text is the answer (for models fine-tuned with data.format chat)."""
     checkpoint: Literal["best", "last"] = "best"
@@ -70,7 +73,7 @@ class Args:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     """Of the first prompt; the seeds of the others count on."""
     stop: tuple[str, ...] = ()
-    """Texts that end the text, and are not part of it."""
+    """Texts that end the text, and are not part of it. The name of a special token stops at that token."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices over which layers and prompts are spread."""
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -157,24 +160,25 @@ def with_solver_file(args: Args, num_layers: int) -> tuple[Args, SolverFile | No
     return args, found
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, is_chat: bool) -> list[int]:
-    """Tokens as training has shown them: a text begins with the separator, a question stands in the chat template."""
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, is_chat: bool, with_special: bool = False) -> list[int]:
+    """As training has shown them: a text begins as the model knows it, a question stands in the chat template."""
     if is_chat:
         return render_prompt([("user", prompt)], tokenizer).tolist()
-    return [tokenizer.bos_id, *map(int, tokenizer.encode(prompt))]
+    return prompt_ids(tokenizer, prompt, with_special=with_special)
 
 
 def generate(engine: Engine, args: Args, prompts: tuple[str, ...]) -> None:
     """Print the continuations; one prompt's as it comes, several one after another when all are done."""
     tokenizer = engine.tokenizer
     assert tokenizer is not None
+    stop_tokens, stop_strings = split_stops(tokenizer, args.stop)
     requests = [
         Request(
-            prompt_tokens(tokenizer, prompt, is_chat=args.chat),
+            prompt_tokens(tokenizer, prompt, is_chat=args.chat, with_special=args.special),
             args.max_new_tokens,
             dataclasses.replace(args.sampling, seed=args.sampling.seed + row),
-            stop_tokens=(tokenizer.bos_id,),
-            stop_strings=args.stop,
+            stop_tokens,
+            stop_strings,
         )
         for row, prompt in enumerate(prompts)
     ]

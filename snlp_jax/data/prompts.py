@@ -17,16 +17,29 @@ def prompt_ids(tokenizer: Tokenizer, text: str, *, with_special: bool = False) -
     Returns:
       At least one token: an empty text of a model that knows nothing before a text is the separator.
     """
-    return with_prefix(tokenizer, tokenizer.encode(text, with_special=with_special)).tolist()
+    ids_T = tokenizer.encode(text, with_special=with_special)
+    return with_prefix(tokenizer, ids_T, needs_one=not len(ids_T)).tolist()
 
 
-def with_prefix(tokenizer: Tokenizer, ids_T: np.ndarray) -> np.ndarray:
-    """Tokens of a text behind what stands before it, int32 and never empty; see :func:`prompt_ids`."""
+def with_prefix(tokenizer: Tokenizer, ids_T: np.ndarray, *, needs_one: bool) -> np.ndarray:
+    """Tokens [T] of a text behind what stands before it, once, int32.
+
+    Args:
+      needs_one: of a model that knows nothing before a text the separator stands there: for an empty text, and for one
+        whose first token is scored.
+    """
     special = tokenizer.special
-    prefix_P = np.asarray(special.prefix_ids or (() if len(ids_T) else (special.separator_id,)), np.int32)
-    if np.array_equal(ids_T[: len(prefix_P)], prefix_P):
+    prefix_P = np.asarray(special.prefix_ids or (special.separator_id,) * needs_one, np.int32)
+    if len(ids_T) and np.array_equal(ids_T[: len(prefix_P)], prefix_P):
         return np.asarray(ids_T, np.int32)
     return np.concatenate([prefix_P, ids_T]).astype(np.int32)
+
+
+def last_tokens(tokenizer: Tokenizer, ids_T: np.ndarray, size: int) -> np.ndarray:
+    """At most ``size`` tokens: the end of a text [T] and, where it is there, what stands before the text."""
+    prefix_P = tokenizer.special.prefix_ids[: len(ids_T)]
+    num_kept = len(prefix_P) if len(prefix_P) < size and tuple(ids_T[: len(prefix_P)]) == prefix_P else 0
+    return ids_T if len(ids_T) <= size else np.concatenate([ids_T[:num_kept], ids_T[len(ids_T) - size + num_kept :]])
 
 
 def split_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -8,7 +8,10 @@ give ``lm_eval.simple_evaluate`` the model's name, or a :class:`SolverLM`. Becau
 those of a setting are written as semicolons. Needs ``pip install "snlp-jax[lm_eval]"``.
 """
 
+import contextlib
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +39,18 @@ DEFAULT_NEW_TOKENS = 256
 """lm_eval's own."""
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+"""Settings of other decoders with the values that say what this one does anyway."""
+
+_logger = logging.getLogger(__name__)
 
 
 @register_model(NAME)
 class SolverLM(LM):  # type: ignore[misc]  # Any, where lm_eval is not installed
     """A run's model under one setting.
 
-    Log-likelihoods are those of :class:`snlp_jax.eval.text_model.TextModel`, which ``eval.py --tasks`` prints too:
-    every text follows the separator, and the border of context and continuation is found in the joined text.
+    Log-likelihoods are those of :class:`snlp_jax.eval.text_model.TextModel`, which ``eval.py --tasks`` prints too.
+    As with lm_eval's own models, names of special tokens in a text are read as these tokens.
 
     Args:
         run_dir: what training wrote.
@@ -94,20 +101,34 @@ class SolverLM(LM):  # type: ignore[misc]  # Any, where lm_eval is not installed
             rule=rule,
             batch_size=int(batch_size or config.eval.batch_size),
             fits=load_fits(path, params, [schedule]),
+            with_special=True,
         )
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Nats of each continuation after its context, and whether greedy decoding would have said it."""
-        scores = self.text_model.log_likelihoods([request.args for request in requests])
+        with self._told_of_cuts(len(requests)):
+            scores = self.text_model.log_likelihoods([request.args for request in requests])
         return [(score.log_prob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Nats of each whole text after the separator."""
+        """Nats of each whole text after what stands before it."""
         return self.text_model.rolling([text for (text,) in (request.args for request in requests)])
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Continuations by the cached decoder."""
-        return self.text_model.complete([prompt_of(*request.args) for request in requests])
+        with self._told_of_cuts(len(requests)):
+            return self.text_model.complete([prompt_of(*request.args) for request in requests])
+
+    @contextlib.contextmanager
+    def _told_of_cuts(self, num_requests: int) -> Iterator[None]:
+        before = self.text_model.num_cut
+        yield
+        if num_cut := self.text_model.num_cut - before:
+            _logger.warning(
+                "%d of %d contexts are longer than the %d tokens that the model reads and lost their beginning; give "
+                "fewer examples (--num_fewshot).",
+                *(num_cut, num_requests, self.text_model.max_context),
+            )
 
     @property
     def tokenizer_name(self) -> str:
@@ -120,13 +141,14 @@ def prompt_of(context: str, settings: dict[str, Any]) -> Prompt:
     Raises:
         InputError: a setting that the decoder does not have.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value is not None and value != NEUTRAL.get(name)}
     until = given.pop("until", [])
     do_sample = given.pop("do_sample", given.get("temperature", 0.0) > 0)
     lengths = [given.pop(name) for name in LENGTHS if name in given]
     sampled = {name: given.pop(name) for name in SAMPLED if name in given}
     if given:
-        raise InputError(f"generation_kwargs {', '.join(given)} mean nothing to {NAME}; leave them out.")
+        text = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise InputError(f"generation_kwargs {text} mean nothing to {NAME}; leave them out.")
     if do_sample:
         sampled = {"temperature": 1.0} | sampled
     else:

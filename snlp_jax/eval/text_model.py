@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from snlp_jax.data.prompts import last_tokens, prompt_ids, split_stops, with_prefix
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.eval.fidelity import Scores, pass_over
@@ -36,7 +37,7 @@ class Span(NamedTuple):
     """A sequence whose last tokens are scored."""
 
     tokens: np.ndarray
-    """int32 [n], the separator first."""
+    """int32 [n], at least one before those that are scored."""
     num_scored: int
 
 
@@ -60,31 +61,44 @@ class Prompt:
     sampling: Sampling = field(default_factory=Sampling)
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Span]:
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, with_special: bool = False) -> list[Span]:
     """Spans of (context, continuation), whose continuations are scored.
 
-    The joined text is encoded, as training would have done. Its continuation begins at the first token in which it
-    differs from the encoded context: a token that straddles the border belongs to the continuation.
+    The joined text is encoded, as training would have done, and the border is where lm_eval has it: spaces that end a
+    context belong to the continuation, which begins after as many tokens as the context has. Where that leaves none it
+    begins at the first token in which joined text and context differ.
     """
-    contexts = list(dict.fromkeys(context for context, _ in pairs))
-    ids_of = dict(zip(contexts, tokenizer.encode_batch(contexts), strict=True))
+    contexts = [context.rstrip() for context, _ in pairs]
+    different = list(dict.fromkeys(contexts))
+    ids_of = dict(zip(different, tokenizer.encode_batch(different, with_special=with_special), strict=True))
+    texts = tokenizer.encode_batch(["".join(pair) for pair in pairs], with_special=with_special)
     spans = []
-    for (context, _), whole in zip(pairs, tokenizer.encode_batch(["".join(pair) for pair in pairs]), strict=True):
-        shared = min(len(whole), len(ids_of[context]))
-        differs = np.flatnonzero(whole[:shared] != ids_of[context][:shared])
-        start = int(differs[0]) if differs.size else shared
-        spans.append(Span(np.concatenate(([tokenizer.bos_id], whole)).astype(np.int32), len(whole) - start))
+    for context, whole in zip(contexts, texts, strict=True):
+        start = len(ids_of[context])
+        if start >= len(whole):
+            differs = np.flatnonzero(whole != ids_of[context][: len(whole)])
+            start = int(differs[0]) if differs.size else len(whole)
+        spans.append(Span(with_prefix(tokenizer, whole, needs_one=start == 0), len(whole) - start))
     return spans
 
 
-def rolling_spans(tokens: np.ndarray, max_context: int) -> list[Span]:
-    """Spans that score every token of a long text but the first once: ``max_context`` at a time, the rest at the end
-    with as much context as there is room for."""
-    stops = [*range(1 + max_context, len(tokens), max_context), len(tokens)]
-    return [
-        Span(tokens[max(0, stop - max_context - 1) : stop], stop - start)
-        for start, stop in itertools.pairwise([1, *stops])
-    ]
+def rolling_spans(tokens: np.ndarray, max_context: int, prefix_ids: Sequence[int] = ()) -> list[Span]:
+    """Spans that score every token of a long text once, but what stands before it: ``max_context`` at a time, the rest
+    at the end with as much context as there is room for.
+
+    Args:
+        tokens: what stands before the text, ``prefix_ids`` or another token, and the text.
+        prefix_ids: stand before each part of the text.
+    """
+    first = max(len(prefix_ids), 1)
+    step = max_context + 1 - first
+    spans = []
+    for start, stop in itertools.pairwise([first, *range(first + step, len(tokens), step), len(tokens)]):
+        part = tokens[max(0, stop - max_context - 1) : stop]
+        if prefix_ids and stop > max_context + 1:
+            part = np.concatenate([prefix_ids, part[len(prefix_ids) :]])
+        spans.append(Span(part, stop - start))
+    return spans
 
 
 def needs_solitude(schedule: Schedule) -> bool:
@@ -109,6 +123,8 @@ class TextModel:
     """Where the weights lie; scoring takes stacks."""
     fits: Mapping[str, Calibration] | None = None
     """See :func:`snlp_jax.layout.prepare`."""
+    with_special: bool = False
+    """Whether names of special tokens in a text are read as these tokens."""
     on_share: OnShare = lambda share: None
     num_cut: int = 0
     """Contexts so far that were longer than the model reads and lost their beginning."""
@@ -153,14 +169,17 @@ class TextModel:
         Raises:
             InputError: see :meth:`score`.
         """
-        spans = encode_pairs(self.tokenizer, pairs)
+        spans = encode_pairs(self.tokenizer, pairs, with_special=self.with_special)
         self.num_cut += sum(len(span.tokens) - 1 > self.max_context for span in spans)
         return self.score(spans)
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """Log-likelihood in nats of each whole text, of any length."""
-        each = [np.concatenate(([self.tokenizer.bos_id], ids)) for ids in self.tokenizer.encode_batch(texts)]
-        spans = [rolling_spans(tokens, self.max_context) for tokens in each]
+        special = self.tokenizer.special
+        prefix = special.prefix_ids if special.opens_windows else ()
+        encoded = self.tokenizer.encode_batch(texts, with_special=self.with_special)
+        each = [with_prefix(self.tokenizer, ids, needs_one=True) for ids in encoded]
+        spans = [rolling_spans(tokens, self.max_context, prefix) for tokens in each]
         scores = iter(self.score([span for parts in spans for span in parts]))
         return [sum(next(scores).log_prob for _ in parts) for parts in spans]
 
@@ -170,16 +189,21 @@ class TextModel:
         Padding stands on the right, where attention with or without a window, the smear of a token by its predecessor
         and every solver iteration look away from it: what is scored depends neither on it nor on the other rows. Under
         settings for which that is not so (:func:`needs_solitude`) every sequence is scored alone and at its own length.
-        Contexts that are longer than the model reads lose their beginning.
+        Contexts that are longer than the model reads lose their beginning, but not what stands before it.
 
         Raises:
             InputError: the scored tokens alone are more than the model reads.
         """
-        alone, longest = needs_solitude(self.schedule), self.max_context
-        cut = [span.tokens[-longest - 1 :] for span in spans]
+        alone, longest, num_kept = (
+            needs_solitude(self.schedule),
+            self.max_context,
+            len(self.tokenizer.special.prefix_ids),
+        )
+        cut = [last_tokens(self.tokenizer, span.tokens, longest + 1) for span in spans]
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, (tokens, span) in enumerate(zip(cut, spans, strict=True)):
-            if span.num_scored >= len(tokens):
+            is_cut = len(tokens) < len(span.tokens)
+            if span.num_scored > len(tokens) - max(1, num_kept * is_cut):
                 raise InputError(
                     f"a continuation of {span.num_scored} tokens is longer than the {longest} that the model reads; "
                     "shorten it."
@@ -205,7 +229,7 @@ class TextModel:
         return scores
 
     def complete(self, prompts: Sequence[Prompt]) -> list[str]:
-        """What the cached decoder goes on with, up to the separator or a stop string.
+        """What the cached decoder goes on with, up to an end of the text or a stop string.
 
         Raises:
             InputError: more new tokens than the model can take with a prompt of one.
@@ -238,16 +262,18 @@ class TextModel:
         return 1 if self.placement.mesh is None else self.placement.mesh.shape["data"]
 
     def _request(self, prompt: Prompt) -> Request:
-        room, bos_id = self.max_context - prompt.max_new_tokens, self.tokenizer.bos_id
+        room = self.max_context - prompt.max_new_tokens
         if room < 1:
             raise InputError(
                 f"{prompt.max_new_tokens} new tokens leave no room for a prompt, as the model reads "
                 f"{self.max_context} in all; ask for fewer."
             )
-        tokens = [bos_id, *map(int, self.tokenizer.encode(prompt.text))]
+        tokens = prompt_ids(self.tokenizer, prompt.text, with_special=self.with_special)
         self.num_cut += len(tokens) > room
-        length, sampling, stops = prompt.max_new_tokens, prompt.sampling, prompt.stop_strings
-        return Request(tokens[-room:], length, sampling, stop_tokens=(bos_id,), stop_strings=stops)
+        tokens = last_tokens(self.tokenizer, np.asarray(tokens, np.int32), room).tolist()
+        return Request(
+            tokens, prompt.max_new_tokens, prompt.sampling, *split_stops(self.tokenizer, prompt.stop_strings)
+        )
 
 
 def _rounded(count: int, multiple: int) -> int:

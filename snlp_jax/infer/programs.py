@@ -98,8 +98,10 @@ class Programs:
         last_B = length_B - 1
         last = _pick(states.h_last, last_B), _pick(states.h_mid, last_B)
         logits_BV = logits_of(self.model, weights, *last, self.mesh)[:, 0]
-        is_token_BP = jnp.arange(P)[None] < length_B[:, None]
-        seen_BV = seen_in(prompt_BP, is_token_BP, logits_BV.shape[-1]) if self.features.penalizes else None
+        # Ends of texts and turns stand in most prompts; a penalty on them would keep the text from ending.
+        is_stop_BP = (prompt_BP[:, :, None] == stop_BX[:, None]).any(-1)
+        is_seen_BP = (jnp.arange(P)[None] < length_B[:, None]) & ~is_stop_BP
+        seen_BV = seen_in(prompt_BP, is_seen_BP, logits_BV.shape[-1]) if self.features.penalizes else None
         rings: list[Any] = [None] * len(self.plans)
         warm: list[Array | None] = [None] * len(self.plans)
         for index, (plan, update) in enumerate(zip(self.plans, states.updates, strict=True)):

@@ -95,8 +95,8 @@ class Delivery:
     """Hands out the tokens and texts of a batch while they are made, and ends rows whose text holds a stop string."""
 
     def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer | None, on_tokens: OnTokens | None):
-        stream = lambda stops: None if tokenizer is None else TextStream(tokenizer, stops)  # noqa: E731
-        self._rows = [_Row(request, stream(request.stop_strings)) for request in requests]
+        stream = lambda one: None if tokenizer is None else TextStream(tokenizer, one.stop_strings, one.tokens)  # noqa: E731
+        self._rows = [_Row(request, stream(request)) for request in requests]
         self._on_tokens = on_tokens
         self.is_watched = on_tokens is not None or any(request.stop_strings for request in requests)
         """Whether somebody waits for the text before it is finished."""

@@ -36,7 +36,7 @@ class Sampling(Checked):
     """Drops tokens less likely than ``min_p`` times the likeliest; 0 keeps all."""
     repetition_penalty: Annotated[float, Rule(lambda x: 0.01 <= x <= 100, "give 0.01 to 100, and 1 for none")] = 1.0
     """CTRL's (Keskar et al. 2019): divides positive and multiplies negative logits of every token of the prompt and
-    of the output; 1 changes nothing."""
+    of the output, but those that end it; 1 changes nothing."""
     seed: Annotated[int, Rule(lambda seed: 0 <= seed < 2**32, f"give 0 to {2**32 - 1}")] = 0
     """32 bits, which is what fits into a row of the batch."""
 

@@ -14,7 +14,8 @@ that starts here and one that started earlier agree on where the last character 
 
 
 class TextStream:
-    """Joined pushes and ``finish`` = ``tokenizer.decode(all tokens)``, cut before the first stop string.
+    """Joined pushes and ``finish`` = ``tokenizer.decode(all tokens)``, cut before the first stop string; with a prompt,
+    what all tokens add to its text.
 
     The first stop string is the one complete first, and the longest of those complete at the same character. A token is
     decoded together with a few before it, since leading spaces and split characters depend on them: O(1) decoder work
@@ -24,19 +25,22 @@ class TextStream:
 
     Args:
       stop_strings: the text ends before any of them.
+      prompt: tokens before the text. Many decoders drop a space at the start of a text, which one that goes on needs.
+        Behind a special token a text starts anew.
 
     Raises:
       InputError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         if isinstance(stop_strings, str) or not all(stop_strings):
             raise InputError(f"stop strings {stop_strings!r} must be a list of texts, none of them empty.")
         self._tokenizer = tokenizer
         self._stop_strings = tuple(stop_strings)
-        self._window: list[int] = []  # the tokens still decoded,
-        self._counts: list[int] = []  # how many had come with each of them,
-        self._num_final = 0  # and how many characters of their text are final
+        self._window = self._last_texts(prompt)  # the tokens still decoded,
+        self._counts = [0] * len(self._window)  # how many had come with each of them,
+        shown = tokenizer.decode(self._window)
+        self._num_final = len(shown) - shown.endswith(BROKEN)  # and how many characters of their text are final
         self._tail = ""  # final text that may be the start of a stop string
         self._is_finished = False
         self.text = ""
@@ -66,6 +70,12 @@ class TextStream:
                 self.text += self._tail
         self._is_finished = True
         return self.text[start:]
+
+    def _last_texts(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, as far as each has text."""
+        tokens = [int(token) for token in prompt[-CONTEXT:]]
+        has_text = [_has_text(self._tokenizer, token) for token in tokens]  # type: ignore[arg-type]
+        return tokens[len(tokens) - has_text[::-1].index(False) :] if False in has_text else tokens
 
     def _push_one(self, token: int) -> None:
         self.num_tokens += 1
