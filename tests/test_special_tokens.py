@@ -41,16 +41,19 @@ BYTE_LEVEL = {"type": "ByteLevel"}
 @pytest.mark.parametrize(
     "config, model, processor, prefix",
     (
-        # add_bos_token decides where it is there,
+        # add_bos_token decides where the tokenizer itself does nothing,
         ({"bos_token": "<s>", "add_bos_token": True}, {}, None, (S,)),
-        ({"bos_token": "<s>", "add_bos_token": False}, {}, template_of("<s>"), ()),
+        ({"bos_token": "<s>", "add_bos_token": False}, {}, None, ()),
+        ({"bos_token": "<s>", "add_bos_token": None}, {}, None, ()),
         ({"bos_token": {"content": "<｜begin▁of▁sentence｜>"}, "add_bos_token": True}, {}, None, (BEGIN,)),  # noqa: RUF001
         ({"bos_token": "<｜begin▁of▁sentence｜>", "add_bos_token": True}, {"bos_token_id": S}, None, (BEGIN,)),  # noqa: RUF001
         ({"add_bos_token": True}, {"bos_token_id": S}, None, (S,)),
         ({"bos_token": None, "add_bos_token": True}, {"bos_token_id": None}, None, ()),
         ({"bos_token": "<nobody>", "add_bos_token": True}, {"bos_token_id": 99}, None, ()),
-        # else what the tokenizer itself does.
-        ({"bos_token": "<s>", "add_bos_token": None}, {}, template_of("<s>"), (S,)),
+        # else what it does, as in transformers 5.24, whatever the flag says.
+        ({"bos_token": "<s>", "add_bos_token": False}, {}, template_of("<s>"), (S,)),
+        ({"bos_token": "<s>", "add_bos_token": True}, {}, template_of("<|im_start|>", "<s>"), (IM_START, S)),
+        ({"bos_token": "<s>", "add_bos_token": True}, {}, BYTE_LEVEL, ()),
         ({"bos_token": "<s>"}, {"bos_token_id": S}, None, ()),
         ({"bos_token": "<s>"}, {}, BYTE_LEVEL, ()),
         ({}, {}, template_of("<|im_start|>", "<s>"), (IM_START, S)),

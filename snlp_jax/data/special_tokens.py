@@ -30,9 +30,9 @@ def read_special_tokens(
 ) -> SpecialTokens:
     """The special tokens of a model, from the contents of the files that have these names; {} for one that is missing.
 
-    Before a text stands ``bos_token`` of the tokenizer's config, else the token of the model's ``bos_token_id``, if
-    ``add_bos_token`` says so. Without that flag it is what the tokenizer's post-processor puts there, which may be
-    nothing. What a post-processor puts behind a text is left out, since a prompt goes on.
+    Before a text stands what the tokenizer's post-processor puts there, which may be nothing; transformers 5 reads no
+    more than that. A tokenizer without one gets ``bos_token`` of its config, else the token of the model's
+    ``bos_token_id``, if ``add_bos_token`` says so. What is put behind a text is left out, since a prompt goes on.
 
     A text ends at ``eos_token_id`` of the generation config, else of the model's config, and at the tokenizer's
     ``eos_token``. Where those ids are several they are taken at their word. Where there is one or none, tokens of
@@ -57,8 +57,8 @@ def read_special_tokens(
     adds_bos = tokenizer_config.get("add_bos_token")
     if not isinstance(adds_bos, bool | None):
         raise InputError(f"tokenizer_config.json: add_bos_token is {adds_bos!r}; give true, false or null.")
-    prefix = _prefix_of(tokenizer_json.get("post_processor")) if adds_bos is None else bos[:1] * adds_bos
-    prefix = vocabulary.find(prefix)
+    processor = tokenizer_json.get("post_processor")
+    prefix = vocabulary.find(_prefix_of(processor)) if processor else bos[: bool(adds_bos)]
 
     given = _ids_of(generation_config, "eos_token_id", "generation_config.json")
     given = given or _ids_of(model_config, "eos_token_id", "config.json")
