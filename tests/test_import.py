@@ -159,7 +159,7 @@ def test_broken_sources_are_refused_in_one_sentence(tmp_path):
 
 def test_configs_that_are_not_understood_are_refused():
     for change, word in (
-        ({"architectures": None}, "architectures"),
+        ({"architectures": None, "model_type": None}, "architectures"),
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_act": "relu"}, "relu"),

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from snlp_jax.config import ModelConfig, NormConfig, RopeConfig, RopeScaling
+from snlp_jax.config import ModelConfig, NormConfig
 from snlp_jax.errors import InputError
+from snlp_jax.model.convert.fields import REQUIRED, read_fields
+from snlp_jax.model.convert.rotary import read_rotary
 from snlp_jax.model.convert.table import Row, Table, rows_of
 
 TRAINING_LEN = 2048
@@ -40,64 +42,99 @@ GEMMA_NORMS = NORMS | {
     "norms/mlp": "pre_feedforward_layernorm",
     "norms/mlp_post": "post_feedforward_layernorm",
 }
-ACTIVATIONS: dict[str, Literal["swiglu", "geglu"]] = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
-REQUIRED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
-SWITCHES = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+ACTIVATIONS: Mapping[str, Literal["swiglu", "geglu"]] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu",
+    "gelu_new": "geglu",
+    "gelu_fast": "geglu",
+}
+KINDS_OF_LAYERS = {"full_attention": "L", "sliding_attention": "S", "attention": "L"}
+"""Names in ``layer_types``, the last of them an older one -> our letters."""
 
 
 @dataclass(frozen=True)
 class Family:
     """What the models of one architecture have in common."""
 
+    model_type: str
+    """As configs name it."""
     defaults: Mapping[str, Any]
-    """Of the config class, where a saved config may leave them out."""
+    """The fields that the architecture reads, and the config class's defaults, which saved configs may leave out."""
     is_gemma: bool = False
     """Factors 1 + w, norms behind the branches, embeddings times sqrt(D)."""
     has_qk_norm: bool = False
+    windows: Literal["none", "all", "last", "pattern"] = "none"
+    """Which layers have one: none, all, those from ``max_window_layers`` on, or all but every so many; the last two
+    unless ``layer_types`` says it."""
     biases: tuple[str, ...] | None = None
     """Projections of the attention that always have a bias, "qkv" and "out"; None: as ``attention_bias`` says."""
 
 
 _COMMON = {
-    "hidden_act": "silu",
+    "vocab_size": REQUIRED,
+    "hidden_size": REQUIRED,
+    "intermediate_size": REQUIRED,
+    "num_hidden_layers": REQUIRED,
+    "num_attention_heads": REQUIRED,
+    "num_key_value_heads": None,
+    "head_dim": None,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "max_position_embeddings": 2048,
+    "quantization_config": None,
     "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": None,
 }
-_MISTRAL = _COMMON | {"max_position_embeddings": 131_072, "sliding_window": 4096}
-_QWEN = _COMMON | {
+_LLAMA = _COMMON | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_MISTRAL = _COMMON | {
+    "hidden_act": "silu",
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+_QWEN2 = _COMMON | {
+    "hidden_act": "silu",
+    "num_key_value_heads": 32,
     "max_position_embeddings": 32_768,
     "max_window_layers": 28,
     "use_sliding_window": False,
     "sliding_window": 4096,
+    "layer_types": None,
 }
+_QWEN3 = _QWEN2 | {"head_dim": 128, "attention_bias": False}
 _GEMMA2 = _COMMON | {
-    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
     "tie_word_embeddings": True,
+    "num_key_value_heads": 4,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+    "layer_types": None,
     "head_dim": 256,
     "max_position_embeddings": 8192,
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
-    "sliding_window_pattern": 2,
+    "use_bidirectional_attention": None,
 }
-_GEMMA3 = _GEMMA2 | {
+_GEMMA3 = {name: value for name, value in _GEMMA2.items() if name != "attn_logit_softcapping"} | {
     "max_position_embeddings": 131_072,
-    "attn_logit_softcapping": 0.0,
-    "final_logit_softcapping": 0.0,
+    "final_logit_softcapping": None,
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
     "sliding_window_pattern": 6,
 }
 FAMILIES: Mapping[str, Family] = {
-    "LlamaForCausalLM": Family(_COMMON),
-    "MistralForCausalLM": Family(_MISTRAL, biases=()),
-    "Qwen2ForCausalLM": Family(_QWEN, biases=("qkv",)),
-    "Qwen3ForCausalLM": Family(_QWEN | {"head_dim": 128}, has_qk_norm=True),
-    "Gemma2ForCausalLM": Family(_GEMMA2, is_gemma=True),
-    "Gemma3ForCausalLM": Family(_GEMMA3, is_gemma=True, has_qk_norm=True),
+    "LlamaForCausalLM": Family("llama", _LLAMA),
+    "MistralForCausalLM": Family("mistral", _MISTRAL, windows="all", biases=()),
+    "Qwen2ForCausalLM": Family("qwen2", _QWEN2, windows="last", biases=("qkv",)),
+    "Qwen3ForCausalLM": Family("qwen3", _QWEN3, has_qk_norm=True, windows="last"),
+    "Gemma2ForCausalLM": Family("gemma2", _GEMMA2, is_gemma=True, windows="pattern"),
+    "Gemma3ForCausalLM": Family("gemma3_text", _GEMMA3, is_gemma=True, has_qk_norm=True, windows="pattern"),
 }
 """Architecture, as ``config.json`` names it -> what it is."""
 
@@ -106,12 +143,24 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a Hugging Face config, given as a mapping of its fields.
 
     Raises:
-        InputError: the config names no architecture, or one that is not known.
+        InputError: the config names no architecture, one that is not known, or two.
     """
-    names = config.get("architectures") or ["none"]
+    told = read_fields(config, {"architectures": None, "model_type": None})
+    kind, names = told["model_type"], told["architectures"]
+    if not names:
+        names = [name for name, family in FAMILIES.items() if family.model_type == kind] or [f"none ({kind!r})"]
     if names[0] not in FAMILIES:
-        raise InputError(f"the config's field 'architectures' names {names[0]}; known are {', '.join(FAMILIES)}.")
-    return FAMILIES[names[0]]
+        remedy = f"known are {', '.join(FAMILIES)}"
+        if "text_config" in config:
+            remedy = "save the text model in it alone, with a config and tensor names of its own"
+        raise InputError(f"the config's field 'architectures' names {names[0][:80]}; {remedy}.")
+    family = FAMILIES[names[0]]
+    if kind not in (None, family.model_type):
+        raise InputError(
+            f"the config's field 'model_type' is {kind[:80]!r}, but 'architectures' names {names[0]}, which is "
+            f"{family.model_type!r}; correct one of them."
+        )
+    return family
 
 
 def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> ModelConfig:
@@ -121,34 +170,29 @@ def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> M
         vocab_size: entries of the tokenizer, where the model has more, which are kept and whose logits are cut off.
 
     Raises:
-        InputError: see :func:`family_of`; or a field is missing, or says what this library does not have.
+        InputError: see :func:`family_of`; or a field is missing, wrong, or says what this library does not have.
     """
     family = family_of(config)
-    values = _values(family, config)
-    hidden_size, num_heads = values["hidden_size"], values["num_attention_heads"]
-    context, eps = values["max_position_embeddings"], float(values["rms_norm_eps"])
+    values = read_fields(config, family.defaults)
+    _refuse_unknown(values)
+    num_heads, num_kv_heads, head_dim = _heads(values)
     weight: Literal["plain", "plus_one"] = "plus_one" if family.is_gemma else "plain"
     biases = family.biases
     if biases is None:
-        biases = ("qkv", "out") if values.get("attention_bias", False) else ()
-    activation = values.get("hidden_activation", values["hidden_act"])
-    if activation not in ACTIVATIONS:
-        raise InputError(f"the config's activation {activation!r} is not known; known are {', '.join(ACTIVATIONS)}.")
-    letters, window = _windows(values)
-    rope_base, rope = _rope(values, context, uses_local="S" in letters and "rope_local_base_freq" in family.defaults)
-    entries = values["vocab_size"]
-    scalar = values.get("query_pre_attn_scalar", 0)
+        biases = ("qkv", "out") if values["attention_bias"] else ()
+    letters, window = _windows(family, values)
+    base, rope, context = read_rotary(values, has_sliding="S" in letters)
     return ModelConfig(
-        vocab_size=vocab_size or entries,
-        vocab_multiple=entries,
+        vocab_size=vocab_size or values["vocab_size"],
+        vocab_multiple=values["vocab_size"],
         num_layers=values["num_hidden_layers"],
-        embed_dim=hidden_size,
+        embed_dim=values["hidden_size"],
         num_heads=num_heads,
-        num_kv_heads=values.get("num_key_value_heads", num_heads),
-        head_size=values.get("head_dim", hidden_size // num_heads),
-        mlp=ACTIVATIONS[activation],
+        num_kv_heads=num_kv_heads,
+        head_size=head_dim,
+        mlp=_activation(values),
         mlp_dim=values["intermediate_size"],
-        seq_len=min(context, TRAINING_LEN),
+        seq_len=min(values["max_position_embeddings"], TRAINING_LEN),
         context=context,
         window_pattern=_shortest_period(letters),
         short_window=window,
@@ -157,33 +201,52 @@ def family_config(config: Mapping[str, Any], vocab_size: int | None = None) -> M
         use_value_embeds=False,
         use_smear=False,
         use_mid_subtract=False,
-        norm=NormConfig(weight=weight, eps=eps, use_post=family.is_gemma, use_embed=False),
+        norm=NormConfig(weight=weight, eps=float(values["rms_norm_eps"]), use_post=family.is_gemma, use_embed=False),
         use_qkv_bias="qkv" in biases,
         use_out_bias="out" in biases,
-        use_mlp_bias=bool(values.get("mlp_bias", False)),
-        use_tied_head=bool(values["tie_word_embeddings"]),
-        embed_scale=math.sqrt(hidden_size) if family.is_gemma else 1.0,
+        use_mlp_bias=values.get("mlp_bias", False),
+        use_tied_head=values["tie_word_embeddings"],
+        embed_scale=math.sqrt(values["hidden_size"]) if family.is_gemma else 1.0,
         use_qk_norm=family.has_qk_norm,
-        attention_scale=float(scalar) ** -0.5 if scalar else 0.0,
-        attention_softcap=float(values.get("attn_logit_softcapping", 0.0)),
-        logit_softcap=float(values.get("final_logit_softcapping", 0.0)),
-        rope_base=rope_base,
+        attention_scale=float(values["query_pre_attn_scalar"]) ** -0.5 if family.is_gemma else 0.0,
+        attention_softcap=float(values.get("attn_logit_softcapping") or 0.0),
+        logit_softcap=float(values.get("final_logit_softcapping") or 0.0),
+        rope_base=base,
         rope=rope,
     )
 
 
-def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's fields, and the class's defaults of those that it leaves out or sets to null."""
-    given = {name: value for name, value in config.items() if value is not None or name in SWITCHES}
-    values = {**family.defaults, **{name: 0 if value is None else value for name, value in given.items()}}
-    for name in REQUIRED:
-        if name not in values:
-            raise InputError(f"the config lacks the field {name!r}.")
-    if values.get("quantization_config"):
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    if values["quantization_config"]:
         raise InputError("the config has a 'quantization_config'; give the weights before quantization.")
     if values.get("use_bidirectional_attention"):
         raise InputError("the config's 'use_bidirectional_attention' is on; only causal models can be imported.")
-    return values
+
+
+def _heads(values: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Query heads, heads of keys and values, and channels of a head."""
+    width, num_heads = values["hidden_size"], values["num_attention_heads"]
+    num_kv_heads, head_dim = values["num_key_value_heads"] or num_heads, values["head_dim"]
+    if head_dim is None and width % num_heads:
+        raise InputError(
+            f"the config's hidden_size {width} is not a multiple of its num_attention_heads {num_heads}; give head_dim."
+        )
+    head_dim = head_dim or width // num_heads
+    if head_dim % 2:
+        raise InputError(f"the config's heads have {head_dim} channels; rotary embedding needs an even 'head_dim'.")
+    if num_heads % num_kv_heads:
+        raise InputError(
+            f"the config's num_attention_heads {num_heads} is not a multiple of its num_key_value_heads "
+            f"{num_kv_heads}; correct one of them."
+        )
+    return num_heads, num_kv_heads, head_dim
+
+
+def _activation(values: Mapping[str, Any]) -> Literal["swiglu", "geglu"]:
+    name = "hidden_activation" if "hidden_activation" in values else "hidden_act"
+    if values[name] not in ACTIVATIONS:
+        raise InputError(f"the config's field {name!r} is {values[name][:80]!r}; known are {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[values[name]]
 
 
 def family_rows(config: ModelConfig) -> list[Row]:
@@ -199,85 +262,39 @@ def family_rows(config: ModelConfig) -> list[Row]:
     return rows_of(config, table)
 
 
-def _windows(values: Mapping[str, Any]) -> tuple[str, int]:
+def _windows(family: Family, values: Mapping[str, Any]) -> tuple[str, int]:
     """A letter for every layer, and the window of S: theirs counts the token itself, ours those before it."""
-    num_layers = values["num_hidden_layers"]
-    window = values.get("sliding_window", 0)
-    is_qwen = "use_sliding_window" in values
-    if not window or (is_qwen and not values["use_sliding_window"]):
-        return "L" * num_layers, 0
-    if "layer_types" in values:
-        kinds = {"full_attention": "L", "sliding_attention": "S"}
-        types = values["layer_types"]
-        unknown = [kind for kind in types if kind not in kinds]
-        if unknown or len(types) != num_layers:
-            raise InputError(
-                f"the config's layer_types name {len(types)} layers of {num_layers}, "
-                f"of kinds {', '.join(sorted(set(types)))}; known are {', '.join(kinds)}."
-            )
-        letters = "".join(kinds[kind] for kind in types)
-    elif "sliding_window_pattern" in values:
-        letters = "".join("SL"[(i + 1) % values["sliding_window_pattern"] == 0] for i in range(num_layers))
-    else:
-        first = values.get("max_window_layers", 0)
-        letters = "".join("LS"[i >= first] for i in range(num_layers))
-    if "S" in letters and window < 2:
+    window = values.get("sliding_window")
+    if not values.get("use_sliding_window", True):  # Qwen
+        window = None
+    letters = _letters(family, values, has_window=window is not None)
+    if "S" not in letters:
+        return letters, 0
+    if window is None:
+        raise InputError("the config's layer_types name sliding layers, but no sliding_window is on; give one.")
+    if window < 2:
         raise InputError(f"the config's sliding_window is {window}; it must be at least 2.")
-    return letters, window - 1 if "S" in letters else 0
+    return letters, window - 1
 
 
-def _rope(values: Mapping[str, Any], context: int, uses_local: bool) -> tuple[float, RopeConfig]:
-    """Base and the rest, from either form: ``rope_parameters`` (one, or one a kind of layer), or ``rope_theta`` and
-    ``rope_scaling``."""
-    parameters = values.get("rope_parameters") or {}
-    local_base = values.get("rope_local_base_freq", 0.0)
-    if "full_attention" in parameters or "sliding_attention" in parameters:
-        local = parameters.get("sliding_attention", {})
-        if local.get("rope_type", "default") != "default":
-            raise InputError(f"the rotary scaling {local['rope_type']!r} of sliding layers is not known.")
-        local_base, parameters = local.get("rope_theta", local_base), parameters.get("full_attention", {})
-    parameters = {**(values.get("rope_scaling") or {}), **parameters}
-    base = float(parameters.get("rope_theta", values["rope_theta"]))
-    fraction = float(parameters.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)))
-    return base, RopeConfig(
-        "forward", fraction, float(local_base) if uses_local else 0.0, _scaling(parameters, context)
-    )
-
-
-def _scaling(parameters: Mapping[str, Any], context: int) -> RopeScaling:
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return RopeScaling()
-    if kind not in ("linear", "llama3", "yarn"):
-        raise InputError(f"the rotary scaling {kind!r} is not known; known are linear, llama3 and yarn.")
-    if "factor" not in parameters:
-        raise InputError(f"the rotary scaling {kind!r} of the config lacks the field 'factor'.")
-    factor, usual = float(parameters["factor"]), RopeScaling()
-    original = int(parameters.get("original_max_position_embeddings") or context)
-    number = lambda name: float(parameters.get(name) or getattr(usual, name))  # noqa: E731
-    return RopeScaling(
-        kind,
-        factor,
-        usual.original_context if kind == "linear" else original,
-        low_freq_factor=number("low_freq_factor"),
-        high_freq_factor=number("high_freq_factor"),
-        beta_fast=number("beta_fast"),
-        beta_slow=number("beta_slow"),
-        attention_factor=number("attention_factor") or _yarn_factor(factor, parameters) if kind == "yarn" else 0.0,
-        truncate=bool(parameters.get("truncate", True)),
-    )
-
-
-def _yarn_factor(factor: float, parameters: Mapping[str, Any]) -> float:
-    def scale(m: float) -> float:
-        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return scale(parameters["mscale"]) / scale(parameters["mscale_all_dim"])
-    return scale(1.0)
+def _letters(family: Family, values: Mapping[str, Any], has_window: bool) -> str:
+    num_layers, types = values["num_hidden_layers"], values.get("layer_types")
+    if types is not None:
+        known = KINDS_OF_LAYERS if family.windows != "all" else {}
+        if set(types) - set(known) or len(types) != num_layers:
+            raise InputError(
+                f"the config's layer_types name {len(types)} layers of {num_layers}, of kinds "
+                f"{', '.join(sorted(set(types)))[:80]}; known for this architecture are {', '.join(known) or 'none'}."
+            )
+        return "".join(known[kind] for kind in types)
+    if family.windows == "pattern":
+        pattern = values.get("sliding_window_pattern", 2)
+        return "".join("SL"[(i + 1) % pattern == 0] for i in range(num_layers))
+    first = {"all": 0, "last": values.get("max_window_layers"), "none": num_layers}[family.windows]
+    return "".join("LS"[has_window and i >= first] for i in range(num_layers))
 
 
 def _shortest_period(letters: str) -> str:
     """The shortest pattern that, tiled over the layers, gives these letters."""
     n = len(letters)
-    return next(letters[:k] for k in range(1, n + 1) if (letters[:k] * n)[:n] == letters)
+    return next(letters[:k] for k in range(1, n + 1) if (letters[:k] * -(-n // k))[:n] == letters)
