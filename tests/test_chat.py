@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from snlp_jax.config import DataConfig
 from snlp_jax.data import chat
-from snlp_jax.data.chat import ChatData, ChatWindows, pack, prepare_chat, render, render_prompt
+from snlp_jax.data.chat import ChatData, ChatWindows, pack, prepare_chat
 from snlp_jax.data.pipeline import held_out_batches, train_iterator
 from snlp_jax.data.tokenizer import ByteTokenizer, train_bpe
+from snlp_jax.data.turns import chat_format
 from snlp_jax.errors import InputError
 
 BYTES = ByteTokenizer()
+PLAIN = chat_format(BYTES)
 TALK = [("system", "Be short."), ("user", "1+1?"), ("assistant", "2"), ("user", "And 2+2?"), ("assistant", "4, sir.")]
 
 
@@ -35,7 +37,7 @@ def numbered(count: int) -> list[dict]:
 
 
 def test_template() -> None:
-    ids, is_response = render(TALK, BYTES)
+    ids, is_response = PLAIN.learned(TALK)
     assert BYTES.decode(ids) == "System: Be short.\nUser: 1+1?\nAssistant: 2User: And 2+2?\nAssistant: 4, sir."
     assert (ids == BYTES.bos_id).sum() == 3 and ids[0] == ids[-1] == BYTES.bos_id
     assert BYTES.decode(ids[is_response]) == " 2 4, sir."
@@ -46,16 +48,17 @@ def test_template() -> None:
 @pytest.mark.parametrize("kind", ("byte", "bpe"))
 def test_a_prompt_is_what_stands_before_its_response_in_training(kind: str) -> None:
     tokenizer = BYTES if kind == "byte" else train_bpe([text for _, text in TALK] * 3, 280)
-    ids, is_response = render(TALK, tokenizer)
+    form = chat_format(tokenizer)
+    ids, is_response = form.learned(TALK)
     first = int(is_response.argmax())
-    np.testing.assert_array_equal(render_prompt(TALK[:2], tokenizer), ids[:first])
+    np.testing.assert_array_equal(form.prompt(TALK[:2]), ids[:first])
     last = len(ids) - int(is_response[::-1].argmin())
-    np.testing.assert_array_equal(render_prompt(TALK[:4], tokenizer), ids[:last])
+    np.testing.assert_array_equal(form.prompt(TALK[:4]), ids[:last])
     assert tokenizer.decode(ids[last:]) == " 4, sir."
 
 
 def test_what_nobody_answers_is_left_out() -> None:
-    np.testing.assert_array_equal(render([*TALK, ("user", "Thanks")], BYTES).ids_T, render(TALK, BYTES).ids_T)
+    np.testing.assert_array_equal(PLAIN.learned([*TALK, ("user", "Thanks")]).ids_T, PLAIN.learned(TALK).ids_T)
 
 
 # -- Packing -----------------------------------------------------------------------------------------------------------
@@ -72,7 +75,7 @@ def test_packing_loses_nothing_and_fills_no_window_too_full(sizes: list[int], ca
 
 
 def windows_of(talks: list, seq_len: int, with_document: bool = True) -> ChatWindows:
-    rendered = [render(talk, BYTES) for talk in talks]
+    rendered = [PLAIN.learned(talk) for talk in talks]
     return ChatWindows(rendered, seq_len, bos_id=BYTES.bos_id, seed=3, with_document=with_document)
 
 
@@ -81,7 +84,7 @@ def test_every_response_is_a_target_once_and_nothing_else_is() -> None:
     talks = [[("user", "ab" * (i % 5)), ("assistant", chr(97 + i) * (i % 7))] * (1 + i % 2) for i in range(26)]
     expected, seen, num_windows = Counter(), Counter(), set()
     for talk in talks:
-        ids, is_response = render(talk, BYTES)
+        ids, is_response = PLAIN.learned(talk)
         expected.update(tuple(ids[: i + 1]) for i in range(len(ids)) if is_response[i])
     windows = windows_of(talks, 96)
     for window in (windows[i] for i in range(len(windows))):
@@ -102,7 +105,7 @@ def test_every_response_is_a_target_once_and_nothing_else_is() -> None:
 
 def test_long_conversations_are_cut_and_the_count_is_said(caplog: pytest.LogCaptureFixture) -> None:
     talks = [[("user", "a"), ("assistant", "long " * 20)], [("user", "a"), ("assistant", "b")]]
-    rendered = [render(talk, BYTES) for talk in [*talks, [("user", "never " * 20), ("assistant", "b")]]]
+    rendered = [PLAIN.learned(talk) for talk in [*talks, [("user", "never " * 20), ("assistant", "b")]]]
     data = ChatData(BYTES, rendered[0].ids_T, rendered[0].ids_T, "", {"train": rendered}, 0)
     windows = data.windows("train", 40)
     assert "Of 3 conversations (train) 1 are longer than model.seq_len 40" in caplog.text and "1 more" in caplog.text
@@ -176,7 +179,7 @@ MISTAKES = {
     ),
     "response": ({"prompt": "?", "response": 3}, "field 'response'; set data.response_field"),
     "messages": ({"messages": "hello"}, "messages must be a list"),
-    "role": ({"messages": [{"role": "human", "content": "?"}]}, "needs a role of system, user, assistant"),
+    "role": ({"messages": [{"role": "human", "content": "?"}]}, "needs a role of system, user, tool, assistant"),
     "content": ({"messages": [{"role": "user"}]}, "and a text as content"),
     "no answer": ({"messages": [{"role": "user", "content": "?"}]}, "holds no message of the assistant"),
     "one": ({"prompt": "?", "response": "!"}, "holds only one conversation, or copies of one"),

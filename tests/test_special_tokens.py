@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from snlp_jax.data.special_tokens import read_special_tokens
+from snlp_jax.data.template import choose_template
 from snlp_jax.data.tokenizer import SpecialTokens
 from snlp_jax.errors import InputError
 
@@ -106,15 +107,20 @@ def test_what_ends_a_text(
 def test_a_vocabulary_of_scores() -> None:
     unigram = {"type": "Unigram", "vocab": [["<unk>", 0.0], ["<bos>", 0.0], ["a", -1.0]]}
     found = read({"bos_token": "<bos>", "add_bos_token": True}, model={"eos_token_id": 7}, bpe=unigram, added_tokens=[])
-    assert found == SpecialTokens(1, (1,), (1,), opens_windows=True)
+    assert found == SpecialTokens(1, (1,), (1,), opens_windows=True, bos_token="<bos>")
 
 
 @pytest.mark.parametrize("given", ("", "from a file"))
 def test_chat_templates(given: str) -> None:
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    for value, expected in ((None, ""), ("plain", "plain"), (several, "plain"), (several[:1], "")):
+    for value, expected in ((None, ""), ("plain", "plain"), (several, "plain"), ([], "")):
         found = read({"eos_token": "</s>", "chat_template": value}, template=given)
-        assert found.chat_template == (given or expected)
+        assert choose_template(found.chat_template) == (given or expected)
+        assert (found.bos_token, found.eos_token) == ("", "</s>")
+    assert (
+        given
+        or choose_template(read({"eos_token": "</s>", "chat_template": several}).chat_template, "tool_use") == "tools"
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ import tyro
 
 from snlp_jax.checks import check_schedule
 from snlp_jax.config import MachineConfig, MeshConfig, WeightPrecision, check_weights
-from snlp_jax.data.chat import render_prompt
 from snlp_jax.data.prompts import prompt_ids, split_stops
 from snlp_jax.data.tokenizer import Tokenizer
+from snlp_jax.data.turns import chat_format
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.solver_file import SolverFile, is_solver_file, read_solver_file
@@ -163,7 +163,7 @@ def with_solver_file(args: Args, num_layers: int) -> tuple[Args, SolverFile | No
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, is_chat: bool, with_special: bool = False) -> list[int]:
     """As training has shown them: a text begins as the model knows it, a question stands in the chat template."""
     if is_chat:
-        return render_prompt([("user", prompt)], tokenizer).tolist()
+        return chat_format(tokenizer).prompt([("user", prompt)]).tolist()
     return prompt_ids(tokenizer, prompt, with_special=with_special)
 
 

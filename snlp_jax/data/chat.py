@@ -1,12 +1,4 @@
-"""Conversations to windows: a template in plain text, weights on the responses alone, packing.
-
-    <bos>System: ...\n
-    User: ...\n
-    Assistant: ...<bos>
-
-A role's name opens a turn; what system and user say ends with a newline, and a response with the document separator, at
-which generation stops anyway. No token is added to any vocabulary, so that every pretrained model can read it. The
-price: it is text, and a user who writes a newline and "Assistant:" opens a turn.
+"""Conversations to windows: weights on the responses alone, packing. How they are written: snlp_jax/data/turns.py.
 
 A record of a file (``snlp_jax/data/formats.py``) is ``{"messages": [{"role", "content"}, ...]}``, or one question and
 answer in the fields that ``data.prompt_field``, ``data.input_field`` and ``data.response_field`` name.
@@ -18,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,11 +19,9 @@ from snlp_jax.data.corpus import corpus_files, digest_of, key_of, val_limit
 from snlp_jax.data.formats import format_of, parts_of, records_of, valid_text
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.data.shards import find_tokenizer, prepare_tokens
-from snlp_jax.data.tokenizer import Tokenizer, train_bpe
+from snlp_jax.data.tokenizer import train_bpe
+from snlp_jax.data.turns import ROLES, Rendered, chat_format
 from snlp_jax.errors import InputError
-
-ROLES = {"system": "System: ", "user": "User: ", "assistant": "Assistant:"}
-"""What opens a turn. A response begins with a space, which most tokenizers join to its first word."""
 
 MAX_TOKENS = 200_000_000
 """Conversations are held in memory, nine bytes a token: two gigabytes."""
@@ -39,57 +29,6 @@ OPEN_WINDOWS = 64
 """Windows that packing looks at for a place; more leave a little less room empty, and take longer."""
 
 _logger = logging.getLogger(__name__)
-
-Messages = Sequence[tuple[str, str]]
-"""Pairs (role, content)."""
-
-
-# -- The template ------------------------------------------------------------------------------------------------------
-
-
-class Rendered(NamedTuple):
-    """A conversation in tokens, from a separator to the separator that ends its last response."""
-
-    ids_T: np.ndarray
-    """int32."""
-    is_response_T: np.ndarray
-    """bool: of the tokens of responses and the separators that end them."""
-
-
-def render(messages: Messages, tokenizer: Tokenizer) -> Rendered:
-    """A conversation to learn from. What is said after the last response is left out: nothing answers it."""
-    pairs, _ = _turns(messages)
-    return _join(tokenizer.encode_batch([text for pair in pairs for text in pair]), tokenizer.bos_id)
-
-
-def render_prompt(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens that a response to the conversation so far continues, int32 [T]: what :func:`render` gives with the
-    response, up to that response."""
-    pairs, rest = _turns(messages)
-    *said, last = tokenizer.encode_batch([text for pair in pairs for text in pair] + [rest + ROLES["assistant"]])
-    return np.concatenate([_join(said, tokenizer.bos_id).ids_T, last])
-
-
-def _turns(messages: Messages) -> tuple[list[tuple[str, str]], str]:
-    """Pairs (everything since the last response, response), and what follows the last one."""
-    pairs, prompt = [], ""
-    for role, content in messages:
-        if role == "assistant":
-            pairs.append((prompt + ROLES[role], " " + content))
-            prompt = ""
-        else:
-            prompt += f"{ROLES[role]}{content}\n"
-    return pairs, prompt
-
-
-def _join(encoded: Sequence[np.ndarray], bos_id: int) -> Rendered:
-    """Of prompts and responses in turn."""
-    ids, is_response = [np.array([bos_id])], [np.array([False])]
-    for prompt, response in zip(encoded[::2], encoded[1::2], strict=True):
-        ids += [prompt, response, np.array([bos_id])]
-        is_response += [np.zeros(len(prompt), bool), np.ones(len(response) + 1, bool)]
-    return Rendered(np.concatenate(ids).astype(np.int32), np.concatenate(is_response))
-
 
 # -- Packing -----------------------------------------------------------------------------------------------------------
 
@@ -122,9 +61,9 @@ class ChatWindows:
     """Random access to packed windows: item i is ``{'tokens': int32 [T + 1], 'weight': float32 [T]}`` and, where
     documents are masked, ``'document': int32 [T + 1]``.
 
-    Neighbouring conversations share the separator between them, so that one of n tokens has n - 1 targets and the
-    targets of a window are those of its conversations. A weight is 1 where the target is part of a response and 0
-    elsewhere, in the padding of separators too. One longer than a window is cut at its end.
+    A conversation's last token is a separator, in whose place the next one begins: one of n tokens has n - 1 targets,
+    and the targets of a window are those of its conversations. A weight is 1 where the target is part of a response and
+    0 elsewhere, in the padding of separators too. One longer than a window is cut at its end.
     """
 
     def __init__(self, split: Sequence[Rendered], seq_len: int, *, bos_id: int, seed: int, with_document: bool) -> None:
@@ -151,7 +90,7 @@ class ChatWindows:
             num_targets = min(len(ids) - 1, self._seq_len)
             tokens[start : start + num_targets + 1] = ids[: num_targets + 1]
             weight[start : start + num_targets] = is_response[1 : num_targets + 1]
-            document[start : start + num_targets] = number  # the last separator opens what comes next
+            document[start : start + num_targets] = number  # the last token's place is that of what comes next
             start += num_targets
         window = {"tokens": tokens, "weight": weight}
         return window | {"document": document} if self._with_document else window
@@ -197,7 +136,8 @@ def prepare_chat(config: DataConfig) -> ChatData:
     The split is by a hash of each conversation's content, as that of documents is.
 
     Raises:
-      InputError: a bad file, record or tokenizer, fewer than two different conversations, or more than ``MAX_TOKENS``.
+      InputError: a bad file, record, tokenizer or chat template, fewer than two different conversations, or more than
+        ``MAX_TOKENS``.
     """
     conversations = list(read_conversations(config))
     digests = [digest_of(json.dumps(messages)) for messages in conversations]
@@ -208,10 +148,14 @@ def prepare_chat(config: DataConfig) -> ChatData:
     else:
         learned = (messages for messages, key in zip(conversations, keys, strict=True) if key >= limit)
         tokenizer = train_bpe((text for messages in learned for _, text in messages), config.bpe_vocab_size)
+    form = chat_format(tokenizer)
     splits: dict[str, list[Rendered]] = {"train": [], "val": []}
     num_tokens = 0
-    for messages, key in zip(conversations, keys, strict=True):
-        rendered = render(messages, tokenizer)
+    for number, (messages, key) in enumerate(zip(conversations, keys, strict=True), 1):
+        try:
+            rendered = form.learned(messages)
+        except InputError as error:
+            raise InputError(f"conversation {number} of {config.source!r}: {error}") from error
         num_tokens += len(rendered.ids_T)
         if num_tokens > MAX_TOKENS:
             raise InputError(

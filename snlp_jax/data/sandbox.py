@@ -105,10 +105,10 @@ def _fault_of(error: Exception) -> str:
     return f"the chat template {fault}; mend it or give another one."
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The texts of all tasks, or the fault of the first that has none."""
+def answer(template: str, task: dict[str, Any]) -> dict[str, str]:
+    """A text, or the fault for which there is none."""
     try:
-        return {"texts": [_render(request["template"], task) for task in request["tasks"]]}
+        return {"text": _render(template, task)}
     except Exception as error:  # whatever a stranger's template raises
         return {"fault": _fault_of(error)}
 
@@ -132,8 +132,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         _limit(request["seconds"])
-        text = json.dumps(answer(request))
-        sys.stdout.write(text + "\n")
+        answers = [answer(request["template"], task) for task in request["tasks"]]
+        sys.stdout.write(json.dumps(answers) + "\n")
         sys.stdout.flush()
 
 

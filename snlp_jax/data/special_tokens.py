@@ -1,6 +1,7 @@
 """What stands before and after a text, by the files of a pretrained model: nothing is guessed that a file says, and
 nothing is added to somebody's vocabulary."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ def read_special_tokens(
     Ids that no token has, and names that no token has, are passed over: configs often carry those of another model.
 
     Args:
-      chat_template: of a file of its own; without it, that of the tokenizer's config, and of several the "default" one.
+      chat_template: of a file of its own; without it, that of the tokenizer's config, or all of several by their names.
 
     Raises:
       InputError: a field has the wrong type, or no file names a token that could separate documents.
@@ -87,6 +88,8 @@ def read_special_tokens(
         end_ids=tuple(dict.fromkeys([*ends, separator])),
         opens_windows=bool(prefix),
         chat_template=template,
+        bos_token=_name_of(tokenizer_config, "bos_token") or "",
+        eos_token=_name_of(tokenizer_config, "eos_token") or "",
     )
 
 
@@ -164,7 +167,8 @@ def _template_of(tokenizer_config: Mapping[str, Any]) -> str:
     value = tokenizer_config.get("chat_template")
     if isinstance(value, list):
         try:
-            value = {named["name"]: named["template"] for named in value}.get("default")
+            named = [{"name": each["name"], "template": each["template"]} for each in value]
+            value = json.dumps(named, ensure_ascii=False) if named else ""
         except (KeyError, TypeError) as error:
             raise InputError(
                 "tokenizer_config.json: chat_template is a list whose items are not all objects of name and template; "

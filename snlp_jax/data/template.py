@@ -68,8 +68,18 @@ def render_texts(template: str, tasks: Sequence[Task]) -> list[RenderedText]:
       InputError: the template has a mistake, refuses a conversation, reaches for what it may not, or takes too much
         time, memory or text.
     """
+    found = try_texts(template, tasks)
+    for each in found:
+        if isinstance(each, InputError):
+            raise each
+    return [each for each in found if isinstance(each, RenderedText)]
+
+
+def try_texts(template: str, tasks: Sequence[Task]) -> list[RenderedText | InputError]:
+    """:func:`render_texts` with the errors of conversations in their places."""
     (mark,) = free_characters(1, (template, *(content for task in tasks for _, content in task.messages)))
-    return [_without_marks(text, mark) for text in _PROCESS.texts(template, [_request(task, mark) for task in tasks])]
+    answers = _PROCESS.ask(template, [_request(task, mark) for task in tasks])
+    return [_without_marks(each["text"], mark) if "text" in each else InputError(each["fault"]) for each in answers]
 
 
 def free_characters(count: int, texts: Iterable[str]) -> tuple[str, ...]:
@@ -148,15 +158,13 @@ class _Process:
         self._child: subprocess.Popen[str] | None = None
         self._parent = 0
 
-    def texts(self, template: str, tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    def ask(self, template: str, tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+        """A text or a fault for each task."""
         request = json.dumps({"template": template, "tasks": tasks, "seconds": SECONDS})
         with self._lock:
-            answer = self._ask(request)
-        if "fault" in answer:
-            raise InputError(answer["fault"])
-        return answer["texts"]
+            return self._ask(request)
 
-    def _ask(self, request: str) -> dict[str, Any]:
+    def _ask(self, request: str) -> list[dict[str, str]]:
         child = self._started()
         assert child.stdin is not None and child.stdout is not None
         is_late = threading.Event()
@@ -175,7 +183,7 @@ class _Process:
         except (OSError, ValueError):
             self.close()
             fault = f"takes longer than {SECONDS:g} seconds" if is_late.is_set() else "ends the process that renders it"
-            return {"fault": f"the chat template {fault}; mend it or give another one."}
+            raise InputError(f"the chat template {fault}; mend it or give another one.") from None
         except BaseException:  # an interrupt: the answer would be taken for the next one's
             self.close()
             raise

@@ -7,9 +7,9 @@ no corpus to be evaluated.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,21 @@ class SpecialTokens:
     opens_windows: bool = False
     """Whether the model was trained with ``prefix_ids`` at the start of every window, wherever a text was cut."""
     chat_template: str = ""
-    """A jinja template, or "" for the plain-text one."""
+    """A jinja template or several (:func:`snlp_jax.data.template.named_templates`), or "" for the plain-text one."""
+    bos_token: str = ""
+    """What a chat template's variable of this name says; "" where it has none."""
+    eos_token: str = ""
+
+
+class Encoded(NamedTuple):
+    """Tokens and where they stand in their text. Tokens that share a character both stand there."""
+
+    ids_T: np.ndarray
+    """int32."""
+    start_T: np.ndarray
+    """First character."""
+    end_T: np.ndarray
+    """The one after the last."""
 
 
 class ByteTokenizer:
@@ -59,6 +73,15 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str], *, with_special: bool = False) -> list[np.ndarray]:
         """``encode`` of each text, on several threads where there are any."""
         return [self.encode(text) for text in texts]
+
+    def encode_spans(self, text: str, *, with_special: bool = False) -> Encoded:
+        """``encode``, with the characters that each token stands for."""
+        size_C = [len(_to_utf8(character)) for character in text]
+        start_T = np.repeat(np.arange(len(text)), size_C)
+        return Encoded(self.encode(text), start_T, start_T + 1)
+
+    special_ids: Mapping[str, int] = {}
+    """Special tokens by name."""
 
     def special_id(self, name: str) -> int | None:
         """Id of the special token of this name; None where there is none."""
@@ -106,11 +129,17 @@ class FileTokenizer:
         encodings = backend.encode_batch_fast([_without_surrogates(text) for text in texts], add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    def encode_spans(self, text: str, *, with_special: bool = False) -> Encoded:
+        backend = self._reader_of_special if with_special else self._backend
+        encoding = backend.encode(_without_surrogates(text), add_special_tokens=False)
+        span_T2 = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        return Encoded(np.asarray(encoding.ids, dtype=np.int32), span_T2[:, 0], span_T2[:, 1])
+
     def special_id(self, name: str) -> int | None:
-        return self._special_ids.get(name)
+        return self.special_ids.get(name)
 
     @functools.cached_property
-    def _special_ids(self) -> dict[str, int]:
+    def special_ids(self) -> Mapping[str, int]:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
