@@ -9,9 +9,8 @@ import dataclasses  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
 
-import tyro  # noqa: E402
-
 from snlp_jax.cli.entry import run_entry  # noqa: E402
+from snlp_jax.cli.flags import Kind, gathered, kinds_of, parse  # noqa: E402
 from snlp_jax.cli.launch import add_flags, from_flags, is_supervised, joined, supervise  # noqa: E402
 from snlp_jax.config import Config, load_config, load_dial  # noqa: E402
 from snlp_jax.errors import InputError  # noqa: E402
@@ -41,7 +40,8 @@ def main() -> None:
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
         parser.print_help()
         return
-    ours, rest = parser.parse_known_args()
+    own: dict[str, Kind] = {f"--{name}": "switch" for name in ("resume", "distributed")}
+    ours, rest = parser.parse_known_args(gathered(sys.argv[1:], kinds_of(Config) | own))
     processes = from_flags(ours)
     if processes is not None and not is_supervised():
         sys.exit(supervise(processes))
@@ -50,7 +50,7 @@ def main() -> None:
         dial = load_dial(ours.config)
         default = dial.at(ours.depth)
         print(f"{default.name}, before other flags:\n{dial.describe(ours.depth)}", flush=True)
-    config = tyro.cli(Config, default=default, args=rest, prog=f"train.py {ours.config}")
+    config = parse(Config, default=default, args=rest, prog=f"train.py {ours.config}")
     config = profiled(config, ours.profile) if ours.profile is not None else config
     with joined(processes):
         if ours.plan is not None:

@@ -1,4 +1,5 @@
-"""The errors that the command lines turn into one sentence: two exceptions, and a disk that takes no more."""
+"""The errors that the command lines turn into one sentence: two exceptions, a disk that takes no more, and what else
+an operating system refuses every day."""
 
 import contextlib
 import errno
@@ -8,6 +9,14 @@ import sys
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full; free some space or choose another directory")
 _REMEDIES[errno.EFBIG] = "a file may not grow further; raise the limit (ulimit -f) or choose another directory"
 _REMEDY_OF_TEXT = {os.strerror(number): remedy for number, remedy in _REMEDIES.items()}
+
+_OTHER_PLACE = "choose another place"
+_ACCESS = "change its permissions or choose another place"
+_EVERYDAY = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ACCESS)
+_EVERYDAY |= dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), _OTHER_PLACE)
+_EVERYDAY[errno.ENOENT] = "check the path"
+_INTERRUPTED, _NOBODY_READS = 130, 141
+"""Exit codes as shells give them for SIGINT and SIGPIPE."""
 
 
 class InputError(Exception):
@@ -31,12 +40,25 @@ def full_disk(error: BaseException) -> str:
 
 
 def report(error: BaseException) -> int | None:
-    """Print a known error as one line on stderr and return its exit code; None for any other error."""
-    text, remedy = str(error), full_disk(error)
-    if not isinstance(error, InputError | DivergedError):
-        if not remedy:
-            return None
-        text = f"{remedy} ({' '.join(text.split())[:200]})."
+    """Print a known error as one line on stderr and return its exit code: 2 for an InputError and for what the
+    operating system refuses, 1 for divergence, 130 for Ctrl-C, 141 (and no line) where nobody reads the output any
+    more. None for any other error."""
+    if isinstance(error, BrokenPipeError):
+        return _NOBODY_READS
+    text = "interrupted." if isinstance(error, KeyboardInterrupt) else f"error: {_sentence(error)}"
+    if text == "error: ":
+        return None
     with contextlib.suppress(OSError):  # a log on a full disk
-        print(f"error: {text}", file=sys.stderr)
-    return 1 if isinstance(error, DivergedError) else 2
+        print(text, file=sys.stderr)
+    return {DivergedError: 1, KeyboardInterrupt: _INTERRUPTED}.get(type(error), 2)
+
+
+def _sentence(error: BaseException) -> str:
+    """ "" for an error that is not known."""
+    if isinstance(error, InputError | DivergedError):
+        return str(error)
+    if remedy := full_disk(error):
+        return f"{remedy} ({' '.join(str(error).split())[:200]})."
+    remedy = _EVERYDAY.get(getattr(error, "errno", None) or 0, "")
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    return f"{str(path)!r} cannot be used ({error.strerror}); {remedy}." if remedy and path else ""  # type: ignore[attr-defined]

@@ -356,7 +356,7 @@ def test_a_setting_out_of_range_is_named_with_a_remedy():
         "top_p": (0.0, 1.1, -0.5, math.nan),
         "min_p": (-0.1, 1.5, math.nan),
         "repetition_penalty": (0.0, -1.0, 1000.0, math.nan),
-        "seed": (-1, 2**32, 1.5),
+        "seed": (1.5,),
     }.items():
         for value in values:
             with pytest.raises(InputError) as error:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import tyro
 
+from snlp_jax.cli.flags import parse
 from snlp_jax.cli.made import check_free, write_files, write_run
 from snlp_jax.config import Config, MeshConfig, ModelConfig
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
@@ -63,7 +64,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, prog="python -m snlp_jax.model.convert", description=__doc__)
+    args = parse(Args, prog="python -m snlp_jax.model.convert", description=__doc__)
     if args.export:
         export_run(Path(args.source), args.target, args.checkpoint, args.dtype, args.max_shard_gb)
         return

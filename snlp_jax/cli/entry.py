@@ -1,6 +1,7 @@
 """What the command lines share: one sentence for a mistake of the user, and compiled programs kept between runs."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -15,23 +16,45 @@ MIN_COMPILE_SECONDS = 0.5
 
 
 def run_entry(main: Callable[[], object]) -> None:
-    """Set up logging and call ``main``.
+    """Set up the streams and logging, and call ``main``.
 
-    A known error becomes one line on stderr, with exit code 2 for an InputError or a full disk and 1 for divergence.
+    A known error becomes one line on stderr, with the exit code of :func:`snlp_jax.errors.report`.
     """
+    mend_streams()
     logging.basicConfig(format="%(message)s", force=True)  # absl may have put a handler of its own there
     logging.getLogger("snlp_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every file, and of errors that it raises too
     sys.unraisablehook = _tell_of_unraisable
     try:
-        enable_compilation_cache()
-        main()
-    except Exception as error:
+        _run(main)
+    except (Exception, KeyboardInterrupt) as error:
         code = report(error)
         if code is None:
             raise
         _give_up_stdout()
         sys.exit(code)
+
+
+def mend_streams() -> None:
+    """Open what was closed before the process began, and write "?" for what a terminal's encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  as long as the process
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if name == "stderr" else "replace")
+
+
+def _run(main: Callable[[], object]) -> None:
+    """Call ``main`` and write what it has left for stdout. Raises BrokenPipeError where nobody reads it any more."""
+    try:
+        enable_compilation_cache()
+        main()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # rich ends the process by itself
+            raise ended.__context__ from None
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
 
 def _tell_of_unraisable(unraisable: Any) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from snlp_jax.cli.flags import parse
 from snlp_jax.config import Config, EvalConfig, MachineConfig, SearchConfig, TaskConfig
 from snlp_jax.errors import InputError
 
@@ -40,14 +41,14 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, prog="eval.py", description=__doc__)
+    args = parse(Args, prog="eval.py", description=__doc__)
 
     from snlp_jax.eval.solver_file import with_settings  # after --help: it imports jax
     from snlp_jax.run import read_config
 
     config = read_config(args.run_dir)
     saved = dataclasses.replace(args, eval=config.eval, machine=config.machine)
-    args = tyro.cli(Args, prog="eval.py", description=__doc__, default=saved)
+    args = parse(Args, prog="eval.py", description=__doc__, default=saved)
     config = dataclasses.replace(config, machine=args.machine, eval=args.eval)
     if args.diagnose + bool(args.task.tasks) + args.search.search > 1:
         raise InputError("--diagnose, --tasks and --search are different evaluations; give one of them.")

@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 import tyro
 
 from snlp_jax.checks import check_schedule
+from snlp_jax.cli.flags import parse
 from snlp_jax.config import MachineConfig, MeshConfig, WeightPrecision, check_weights
 from snlp_jax.data.prompts import prompt_ids, split_stops
 from snlp_jax.data.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, prog="python -m snlp_jax.infer", description=__doc__)
+    args = parse(Args, prog="python -m snlp_jax.infer", description=__doc__)
     engine = open_engine(args)
     if args.prompt:
         generate(engine, args, args.prompt)

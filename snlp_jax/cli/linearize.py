@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from snlp_jax.cli.flags import parse
 from snlp_jax.cli.made import check_free, write_run
 from snlp_jax.config import Config, LinearizeConfig, MeshConfig
 from snlp_jax.data.pipeline import TokenData, held_out_batches
@@ -47,6 +48,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
 from snlp_jax.run import TEMPLATE_NAME, TOKENIZER_NAME, num_training_windows, read_config, read_data, read_params
+from snlp_jax.seeds import folded
 from snlp_jax.solver import PerLayer, Schedule
 from snlp_jax.types import Params
 
@@ -78,7 +80,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, prog="python -m snlp_jax.linearize", description=__doc__)
+    args = parse(Args, prog="python -m snlp_jax.linearize", description=__doc__)
     linearize_run(args)
 
 
@@ -194,7 +196,7 @@ def draw_text(
             f"the training split has {len(source)} windows of {length} tokens, too few to fit maps to some and try "
             "them on others; give more text with --data, or lower --batch-size."
         )
-    order = np.random.default_rng(options.seed).permutation(len(source))
+    order = np.random.default_rng(folded(options.seed)).permutation(len(source))
 
     def batches(first: int, count: int) -> Batches:
         def stream() -> Any:

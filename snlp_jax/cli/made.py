@@ -1,5 +1,6 @@
 """What commands that make a run of something else share: a free place, and a run written as training leaves one."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,12 @@ from snlp_jax.types import Params
 
 
 def check_free(target: Path, flag: str = "") -> None:
-    """Refuse a place that holds something already. Raises InputError."""
+    """Refuse a place that holds something already, or that nothing can be written to. Raises InputError."""
+    above = next(place for place in target.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise InputError(f"{str(target)!r} cannot be made: {str(above)!r} is a file; name another directory{flag}.")
+    if not target.exists() and not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{str(target)!r} cannot be made: {str(above)!r} may not be written to; name another{flag}.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} exists and is not empty; name another directory{flag}.")
 

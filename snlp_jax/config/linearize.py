@@ -46,7 +46,7 @@ class LinearizeConfig(Checked):
     """Windows of the model's seq_len tokens that are evaluated at once."""
     layers_at_once: Count = 0
     """Layers whose statistics are held at once, each group of which costs a pass over the text; 0 means all."""
-    seed: Count = 0
+    seed: int = 0
     """Of the choice of windows, and of a random choice of layers."""
 
     def __post_init__(self) -> None:

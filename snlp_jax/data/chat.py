@@ -22,6 +22,7 @@ from snlp_jax.data.shards import find_tokenizer, prepare_tokens
 from snlp_jax.data.tokenizer import train_bpe
 from snlp_jax.data.turns import ROLES, Rendered, chat_format
 from snlp_jax.errors import InputError
+from snlp_jax.seeds import folded
 
 MAX_TOKENS = 200_000_000
 """Conversations are held in memory, nine bytes a token: two gigabytes."""
@@ -70,7 +71,7 @@ class ChatWindows:
         self._split, self._seq_len, self._bos_id, self._with_document = split, seq_len, bos_id, with_document
         lengths = np.array([len(one.ids_T) for one in split], np.int64)
         usable = np.array([one.is_response_T.argmax() <= seq_len for one in split], bool)
-        order = np.random.default_rng(seed % 2**32).permutation(len(lengths))
+        order = np.random.default_rng(folded(seed)).permutation(len(lengths))
         order = order[usable[order]]
         self._windows = [order[window] for window in pack((lengths[order] - 1).tolist(), seq_len)]
         self.num_dropped = int((~usable).sum())

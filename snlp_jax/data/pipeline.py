@@ -13,6 +13,7 @@ import numpy as np
 
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
+from snlp_jax.seeds import folded
 
 if TYPE_CHECKING:
     import grain
@@ -205,7 +206,7 @@ def train_iterator(
         )
     # Repeating before slicing keeps the processes in step when the windows cannot be divided evenly among them.
     parts = [
-        grain.MapDataset.source(part).seed((seed + number) % 2**32).shuffle().repeat(None)
+        grain.MapDataset.source(part).seed(folded(seed + number)).shuffle().repeat(None)
         for number, part in enumerate(sources)
     ]
     windows = grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0]

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from snlp_jax.config.check import Checked, Rule, Share, require
+from snlp_jax.seeds import folded
 from snlp_jax.types import Array
 
 _DRAW, _ACCEPT, _RESAMPLE = range(3)
@@ -37,8 +38,7 @@ class Sampling(Checked):
     repetition_penalty: Annotated[float, Rule(lambda x: 0.01 <= x <= 100, "give 0.01 to 100, and 1 for none")] = 1.0
     """CTRL's (Keskar et al. 2019): divides positive and multiplies negative logits of every token of the prompt and
     of the output, but those that end it; 1 changes nothing."""
-    seed: Annotated[int, Rule(lambda seed: 0 <= seed < 2**32, f"give 0 to {2**32 - 1}")] = 0
-    """32 bits, which is what fits into a row of the batch."""
+    seed: int = 0
 
 
 class Rows(NamedTuple):
@@ -76,6 +76,7 @@ def rows_of(samplings: Sequence[Sampling]) -> tuple[Rows, Features]:
     require(len(samplings) > 0, "there are no requests to sample for; give at least one.")
     dtypes = {"top_k": np.int32, "seed": np.uint32}
     columns = {name: [getattr(sampling, name) for sampling in samplings] for name in Rows._fields}
+    columns["seed"] = [folded(sampling.seed) for sampling in samplings]
     rows = Rows(*(jnp.asarray(np.asarray(column, dtypes.get(name, np.float32))) for name, column in columns.items()))
     sampled = [sampling for sampling in samplings if sampling.temperature > 0]
     features = Features(

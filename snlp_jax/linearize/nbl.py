@@ -23,6 +23,7 @@ from snlp_jax.linearize.maps import BranchMap, cca_bound, check_samples, fit_map
 from snlp_jax.linearize.replace import check_rank, replace
 from snlp_jax.linearize.statistics import PARTS, Batches, Branch, Place, branch_moments, whole_layers
 from snlp_jax.model import LanguageModel
+from snlp_jax.seeds import folded
 from snlp_jax.types import Params
 
 
@@ -163,7 +164,7 @@ def choose(
         taken = {layer for name, layer in chosen if name == "block"}
         free = [each for each in candidates if each.branch == branch and each.layer not in taken]
         if config.rank_by == "random":
-            order = np.random.default_rng([seed, position]).permutation(len(free))
+            order = np.random.default_rng([folded(seed), position]).permutation(len(free))
             free = [free[i] for i in order]
         else:
             free.sort(key=lambda each: (each.score(config.rank_by), -each.layer))

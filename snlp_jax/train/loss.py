@@ -30,6 +30,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.model import Model
 from snlp_jax.notation import CORRECTIONS, INITS
 from snlp_jax.pieces import over_time
+from snlp_jax.seeds import folded
 from snlp_jax.solver import Correction, Diagonal, Jacobi, ParallelSegment, PrefixState, relative_norm
 from snlp_jax.train.passes import Exact, Passes
 from snlp_jax.types import Array, Batch, Params
@@ -50,7 +51,7 @@ def make_plan(config: LossConfig, step: int, num_steps: int, seed: int) -> Plan:
             continue
         chosen = term.region_sizes
         if term.sample_region:
-            draw = np.random.default_rng((seed, step, index)).integers(len(chosen))
+            draw = np.random.default_rng((folded(seed), step, index)).integers(len(chosen))
             chosen = (chosen[draw],)
         sizes.append((name, chosen))
     return Plan(tuple(sizes))

@@ -14,6 +14,7 @@ from snlp_jax.config import Config
 from snlp_jax.errors import InputError
 from snlp_jax.model import Model
 from snlp_jax.parallel.sharding import TRAINING, shardings_of, spread_matrices, with_shardings
+from snlp_jax.seeds import folded
 from snlp_jax.train.lora import init_adapters, make_lora_optimizer, merge
 from snlp_jax.train.loss import Plan, balanced, loss_fn, term_weight
 from snlp_jax.train.optim import make_optimizer
@@ -30,7 +31,7 @@ def init_state(
     model: Model, optimizer: optax.GradientTransformation, config: Config, params: Params | None = None
 ) -> TrainState:
     """The state of step 0, from fresh parameters or ``params``, with what ``config`` wants carried along. Jit it."""
-    key = jax.random.key(config.train.seed)
+    key = jax.random.key(folded(config.train.seed))
     params = model.init(key) if params is None else params
     extras: dict[str, Any] = {}
     if config.lora.rank > 0:
@@ -150,7 +151,7 @@ def make_step(
 
     def gradient(state: TrainState, rows: Batch, plan: Plan) -> tuple[Any, dict[str, Array]]:
         """Of the loss by ``state["params"]``, and the metrics."""
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
+        key = jax.random.fold_in(jax.random.key(folded(config.train.seed)), state["step"])
         weights = {name: term_weight(terms[name], state["step"], num_steps) for name, _ in plan.sizes}
 
         def loss(trained: Any) -> tuple[Array, dict[str, Array]]:
