@@ -42,7 +42,7 @@ from benchmarks.pretrained_args import Args, options_of
 from benchmarks.pretrained_measures import measure_decoding, measure_prefill, measure_quality, prompts_of
 from benchmarks.pretrained_methods import make_methods, say
 from benchmarks.pretrained_report import calibrated_share, draw, mark_fronts, table_of
-from benchmarks.retrieval import planted_keys
+from benchmarks.retrieval import Probe, planted_keys
 from snlp_jax.cli.entry import run_entry
 from snlp_jax.config import Config, TaskConfig
 from snlp_jax.data.pipeline import held_out_batches
@@ -65,7 +65,9 @@ def main(args: Args) -> dict[str, Any]:
     sizes = {"batch_size": args.batch_size, "num_batches": -(-args.num_windows // args.batch_size)}
     windows = held_out_batches(data, seq_len=config.model.seq_len, **sizes)
     batches = [window["tokens"] for window in windows]
-    probe = planted_keys(data.tokenizer, data.val, args.distances, args.num_keys, config.model.max_context)
+    probe = Probe({})
+    if args.distances:
+        probe = planted_keys(data.tokenizer, data.val, args.distances, args.num_keys, config.model.max_context)
     step, params = read_params(args.run_dir, model, args.checkpoint)
     report = header(config.model, dataclasses.asdict(args) | {"run_dir": str(args.run_dir)})
     report = {name: value for name, value in report.items() if name not in ("limits", "cells", "skipped")}

@@ -38,7 +38,10 @@ class Args:
     """Tokens of each window that no map is fitted to."""
     fit_tokens: int = 524_288
     """Of training text, for the maps."""
+    rankings: bool = True
+    """Also one number of attentions chosen by other measures, by chance and one by one."""
     calibration_tokens: int = 65_536
+    """Of training text; 0 leaves calibrated solvers out."""
     tune_steps: int = 200
     """Of the tuned calibrations."""
     num_windows: int = 256
@@ -47,7 +50,7 @@ class Args:
     """Files of multiple choice, see snlp_jax/eval/task_data.py."""
     num_examples: int = 200
     distances: tuple[int, ...] = AUTO
-    """Tokens between a planted key and the question for it."""
+    """Tokens between a planted key and the question for it; none asks for no keys."""
     num_keys: int = 64
     prefill_len: int = 512
     context: int = 512

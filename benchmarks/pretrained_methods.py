@@ -60,8 +60,8 @@ def make_methods(
             for count in sizes_of[branch]:
                 made = replaced(branch, count, drop)
                 methods.append(Method(f"{what} {branch}", f"{what} {branch} {count}", *made, sequential))
-    for text, own in _rankings(model, params, fit, held_out, candidates, args):
-        methods.append(Method("nbl, ranking", text, *own, sequential))
+    rankings = _rankings(model, params, fit, held_out, candidates, args) if args.rankings else ()
+    methods += [Method("nbl, ranking", text, *chosen, sequential) for text, chosen in rankings]
     if args.int8:
         methods.append(Method("int8", "int8", model, quantize(params, "int8"), sequential))
     rounds = [(n, k) for n in args.regions for k in args.iterations if k <= n]
@@ -71,6 +71,8 @@ def make_methods(
     settings += [f"skip:{L - 1 - count}-{L - 1}" for count in args.blocks if count < L - 1]
     for text in settings:
         methods.append(Method(text.partition(":")[0], text, model, params, parse_schedule(text, L)))
+    if not args.calibration_tokens:
+        return methods, [each.row() for each in candidates]
     for n in args.regions:
         most = max((k for k in args.iterations if k <= n), default=0)
         fits = [(k, 0) for k in args.iterations if k <= n] + [(most, args.tune_steps)] * (most > 0)

@@ -30,7 +30,7 @@ def calibrated_share(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def table_of(rows: Sequence[dict[str, Any]], distances: Sequence[int], tasks: Sequence[str]) -> Table:
     """One row a method; a star marks the front of time and perplexity."""
     names = ["PPL", "change", "95 %", "prefill ms", "ratio", "decode ms", "ratio", "cache"]
-    names += [f"key at {d}" for d in distances] + ["absent"] + [Path(task).stem for task in tasks]
+    names += [f"key at {d}" for d in distances] + ["absent"] * bool(distances) + [Path(task).stem for task in tasks]
     table = Table("method", *(Column(name, justify="right") for name in names), padding=(0, 0))
     for row in rows:
         low, high = row["ppl_interval"] or (math.nan, math.nan)
