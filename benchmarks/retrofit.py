@@ -135,8 +135,7 @@ def config_of(arm: str, base: Config, args: Args) -> Config:
             num_windows=args.num_windows,
             batch_size=4,
             greedy_prompts=0,
-            timing_len=1,
-            timing_repeats=5,
+            timing_repeats=0,
         ),
     )
 
