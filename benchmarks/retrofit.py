@@ -45,7 +45,7 @@ from snlp_jax.notation import parse_schedule
 from snlp_jax.run import load_run, read_config, read_data
 from snlp_jax.train.loop import train
 
-MATRICES: tuple[Target, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+MATRICES: tuple[Target, ...] = ("query", "key", "value", "out", "up", "down")
 ADAPTER_LR = 1e-3
 ARMS = ("plain", "weak", "strong", "norm", "lora")
 
@@ -107,6 +107,7 @@ def config_of(arm: str, base: Config, args: Args) -> Config:
     term = SolverCEConfig(weight=weight, region_sizes=(args.region,), num_iters=2, ramp_fraction=0.1)
     norm = HiddenNormConfig(weight=0.5 * (arm == "norm"), region_sizes=(args.region,))
     every = max(args.steps // 4, 1)
+    targets = MATRICES if base.model.mlp == "relu2" else (*MATRICES, "gate")
     return dataclasses.replace(
         base,
         name=arm,
@@ -114,7 +115,7 @@ def config_of(arm: str, base: Config, args: Args) -> Config:
         model=dataclasses.replace(base.model, seq_len=args.seq_len),
         data=dataclasses.replace(base.data, source=args.text or base.data.source),
         loss=LossConfig(solver_ce=term, hidden_norm=norm),
-        lora=LoraConfig(rank=16, targets=MATRICES, lr=ADAPTER_LR / args.lr_scale) if arm == "lora" else base.lora,
+        lora=LoraConfig(rank=16, targets=targets, lr=ADAPTER_LR / args.lr_scale) if arm == "lora" else base.lora,
         optim=dataclasses.replace(base.optim, lr_scale=args.lr_scale, max_grad_norm=1.0),
         train=dataclasses.replace(
             base.train,
