@@ -18,6 +18,7 @@ with epy.lazy_api_imports(globals()):
     from snlp_jax.layout import prepare
     from snlp_jax.model import LanguageModel
     from snlp_jax.notation import parse_schedule, register_correction
+    from snlp_jax.pretrained import from_pretrained
     from snlp_jax.run import Run, load_run
     from snlp_jax.solver import (
         BatchForward,

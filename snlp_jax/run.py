@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from snlp_jax.config import Config, MachineConfig, WeightPrecision, from_json
@@ -15,7 +16,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
 from snlp_jax.model import LanguageModel
 from snlp_jax.quantize import input_squares, quantize
-from snlp_jax.types import Params
+from snlp_jax.types import Params, PyTree
 
 TOKENIZER_NAME = "tokenizer.json"
 TEMPLATE_NAME = "chat_template.jinja"
@@ -81,8 +82,11 @@ def read_text(run_dir: Path, name: str) -> str:
     return (run_dir / name).read_text(encoding="utf-8")
 
 
-def read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int, Params]:
+def read_params(run_dir: Path, model: LanguageModel, which: Which, shardings: PyTree = None) -> tuple[int, Params]:
     """Step and parameters of a run's checkpoint; for ``which`` see :func:`load_run`.
+
+    Args:
+        shardings: a tree like the parameters; the first device where there is none.
 
     Raises:
         InputError: there is no good checkpoint, or it is of another model.
@@ -92,7 +96,14 @@ def read_params(run_dir: Path, model: LanguageModel, which: Which) -> tuple[int,
             if checkpointer.latest_step is not None:
                 note(f"no checkpoint in {str(run_dir)!r} has a validation loss; taking the last one.")
             which = "last"
-        return checkpointer.restore_params(model.abstract_params(), which)
+        abstract = model.abstract_params()
+        if shardings is not None:
+            abstract = jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                abstract,
+                shardings,
+            )
+        return checkpointer.restore_params(abstract, which)
 
 
 def read_tokenizer(run_dir: Path) -> Tokenizer:

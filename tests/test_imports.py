@@ -13,7 +13,7 @@ STDLIB = ("__future__", "abc", "collections.abc", "dataclasses", "enum", "functo
 ROOMS = (
     *("types", "errors", "seeds", "config", "solver", "model", "parallel", "pieces", "memory"),
     *("checks", "parts", "layout", "chains", "cache", "forward", "notation", "quantize"),
-    *("io", "data", "run", "linearize", "infer", "eval", "train", "planner", "cli"),
+    *("io", "data", "run", "pretrained", "linearize", "infer", "eval", "train", "planner", "cli"),
 )
 """Packages and modules of the first level, from the ground to the roof: each imports those before it alone."""
 ALLOWED = {

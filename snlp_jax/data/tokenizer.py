@@ -96,6 +96,10 @@ class ByteTokenizer:
         """What ``load_tokenizer_json`` reads."""
         return json.dumps({"type": "byte"})
 
+    def to_plain_json(self) -> str:
+        """``to_json`` without what stands around a text: for other readers, who have it in files of its own."""
+        return self.to_json()
+
 
 class FileTokenizer:
     """A Hugging Face tokenizer, which does what :class:`ByteTokenizer` does. Its own truncation, padding and templates
@@ -153,9 +157,12 @@ class FileTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._backend.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=True)
 
+    def to_plain_json(self) -> str:
+        return self._backend.to_str()
+
     def to_json(self) -> str:
         if self._is_own:
-            return self._backend.to_str()
+            return self.to_plain_json()
         return json.dumps(
             {"tokenizer": json.loads(self._backend.to_str()), "special": dataclasses.asdict(self.special)}
         )

@@ -73,7 +73,7 @@ def nanochat_config(config: Mapping[str, Any]) -> ModelConfig:
         num_heads=config["n_head"],
         num_kv_heads=config["n_kv_head"],
         embed_dim=config["n_embd"],
-        window_pattern=config.get("window_pattern", "SSSL"),
+        window_pattern=str(config.get("window_pattern", "SSSL")).upper(),
         use_x0_resid=not (config.get("no_x0_resid") or use_mhc),
         use_value_embeds=not config.get("no_ve"),
         num_mtp_heads=config.get("num_mtp_steps", 0),
