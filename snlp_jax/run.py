@@ -10,10 +10,11 @@ import numpy as np
 
 from snlp_jax.config import Config, MachineConfig, WeightPrecision, from_json
 from snlp_jax.data.chat import prepare_data
-from snlp_jax.data.pipeline import TokenData
+from snlp_jax.data.pipeline import TokenData, in_parts
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
+from snlp_jax.memory import rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.quantize import input_squares, quantize
 from snlp_jax.types import Params, PyTree
@@ -168,9 +169,8 @@ def quantized_params(
     if calibration:
         assert data is not None
         windows = training_windows(data, model.config.seq_len, calibration)
-        starts = range(0, len(windows["tokens"]), BATCH_SIZE)
-        batches = ({name: rows[i : i + BATCH_SIZE] for name, rows in windows.items()} for i in starts)
-        squares = input_squares(model, params, batches)
+        size = rows_at_once(model.config, model.config.seq_len, BATCH_SIZE, backend=model.backend)
+        squares = input_squares(model, params, in_parts([windows], size))
     return quantize(params, weights, squares)
 
 

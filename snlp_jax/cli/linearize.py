@@ -27,23 +27,24 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from snlp_jax.cli.flags import parse
 from snlp_jax.cli.made import check_free, write_run
 from snlp_jax.config import Config, LinearizeConfig, MeshConfig
-from snlp_jax.data.pipeline import TokenData, held_out_batches
+from snlp_jax.data.pipeline import TokenData, held_out_batches, in_parts
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import CalibrationSpec, fit_spec, parse_calibrations, save_fit
 from snlp_jax.eval.fidelity import pass_over
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
+from snlp_jax.io.progress import Progress
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import prepare
 from snlp_jax.linearize.maps import check_samples
 from snlp_jax.linearize.nbl import Linearized, Round, check_linearize, linearize, num_passes
 from snlp_jax.linearize.statistics import Batches
 from snlp_jax.linearize.store import fingerprint
+from snlp_jax.memory import rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
@@ -110,13 +111,12 @@ def linearize_run(args: Args) -> Path:
     size = min(options.batch_size, args.num_windows)
     num_batches = args.num_windows // size
     windows = held_out_batches(tokens, seq_len=config.model.seq_len, batch_size=size, num_batches=num_batches)
+    windows = in_parts(windows, rows_at_once(config.model, config.model.seq_len, len(windows[0]["tokens"])))
     step, params = read_params(run_dir, model, args.checkpoint)
     before = held_out_nll(model, params, windows)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("statistics", total=num_passes(model, options) * about["batches"])
-        advance = lambda: progress.advance(task)  # noqa: E731
-        tell = lambda each: progress.console.print(_choice(each, options), highlight=False)  # noqa: E731
-        made = linearize(model, params, fit, held_out, options, mesh=mesh, on_batch=advance, on_round=tell)
+    with Progress("taking statistics", num_passes(model, options) * about["batches"]) as progress:
+        tell = lambda each: progress.note(_choice(each, options))  # noqa: E731
+        made = linearize(model, params, fit, held_out, options, mesh=mesh, on_batch=progress.advance, on_round=tell)
     after = held_out_nll(made.model, made.params, windows)
     fits = [(spec, *fit_spec(made.model, made.params, tokens, spec)) for spec in specs]
     ppl = _perplexities(before, after, windows, config)
@@ -197,18 +197,20 @@ def draw_text(
             "them on others; give more text with --data, or lower --batch-size."
         )
     order = np.random.default_rng(folded(options.seed)).permutation(len(source))
+    at_once = rows_at_once(config.model, length, size, backend=jax.default_backend(), multiple=rows)
 
     def batches(first: int, count: int) -> Batches:
         def stream() -> Any:
-            for start in range(first * size, (first + count) * size, size):
-                items = [source[int(index)] for index in order[start : start + size]]
+            for start in range(first * size, (first + count) * size, at_once):
+                items = [source[int(index)] for index in order[start : start + at_once]]
                 kept = [name for name in ("tokens", "document") if name in items[0]]
                 yield {name: np.stack([item[name] for item in items]) for name in kept}
 
         return stream
 
     counts = {"tokens": num_fit * size * length, "held_out_tokens": num_held_out * size * length}
-    about = counts | {"batch_size": size, "batches": num_fit + num_held_out, "skip_first": options.skip_first}
+    num_batches = (num_fit + num_held_out) * (size // at_once)
+    about = counts | {"batch_size": at_once, "batches": num_batches, "skip_first": options.skip_first}
     return batches(0, num_fit), batches(num_fit, num_held_out), about
 
 
@@ -217,8 +219,13 @@ def held_out_nll(model: LanguageModel, params: Params, batches: list[dict[str, n
     first = batches[0]["tokens"]
     weights = prepare(model, params, Schedule.of(model.config.num_layers), num_tokens=first.size, layout="stack")
     run = jax.jit(lambda weights, *inputs: pass_over(model, weights, *inputs)[1].nll_BT)
-    parts = (run(weights, *put_batch(None, (b["tokens"], b.get("document")), is_whole=True)) for b in batches)
-    return np.concatenate([*map(np.asarray, parts)])
+    parts = []
+    with Progress("measuring perplexity", len(batches)) as progress:
+        for batch in batches:
+            inputs = put_batch(None, (batch["tokens"], batch.get("document")), is_whole=True)
+            parts.append(np.asarray(run(weights, *inputs)))
+            progress.advance()
+    return np.concatenate(parts)
 
 
 # -- What is written and said ------------------------------------------------------------------------------------------

@@ -43,9 +43,11 @@ class LinearizeConfig(Checked):
     skip_first: Count = 0
     """Tokens at the beginning of each window that are left out of the statistics."""
     batch_size: Size = 32
-    """Windows of the model's seq_len tokens that are evaluated at once."""
+    """Windows of the model's seq_len tokens that are drawn together; fewer are evaluated at once where their states
+    are large."""
     layers_at_once: Count = 0
-    """Layers whose statistics are held at once, each group of which costs a pass over the text; 0 means all."""
+    """Layers whose statistics are held at once, each group of which costs a pass over the text; 0 means as many as half
+    of the free memory holds."""
     seed: int = 0
     """Of the choice of windows, and of a random choice of layers."""
 

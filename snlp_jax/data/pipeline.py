@@ -108,6 +108,12 @@ class TokenData:
         return MixedWindows(sources, [source.weight for source in self.mixture])
 
 
+def in_parts(batches: Sequence[dict[str, np.ndarray]], num_rows: int) -> list[dict[str, np.ndarray]]:
+    """The same rows in the same order, ``num_rows`` at a time, which divides those of every batch."""
+    starts = range(0, len(next(iter(batches[0].values()))), num_rows)
+    return [{name: leaf[i : i + num_rows] for name, leaf in batch.items()} for batch in batches for i in starts]
+
+
 class Windows(Protocol):
     """Random access to windows."""
 

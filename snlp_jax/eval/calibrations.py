@@ -27,10 +27,12 @@ from snlp_jax.chains import chains_of
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.errors import InputError
 from snlp_jax.forward import run_parts
+from snlp_jax.io.progress import Progress
 from snlp_jax.layout import split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
 from snlp_jax.linearize.store import stage_text
 from snlp_jax.linearize.tune import TUNE_BATCH, tune_calibration
+from snlp_jax.memory import rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import INITS, look_up, parse_fields, parse_number, parse_span, parse_stage
 from snlp_jax.run import BATCH_SIZE, SEED, num_training_windows, training_windows
@@ -133,17 +135,21 @@ def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: Calibr
     # More text is tuned to than is fitted to; it begins with the same windows.
     drawn = training_windows(data, config.seq_len, max(spec.num_tokens, steps * TUNE_BATCH * config.seq_len))
     windows, documents = drawn["tokens"], drawn.get("document")
-    calibration = fit_calibration(
-        region_chains(model, params, spec.region, windows[:num_windows], documents),
-        num_iters=spec.region.num_iters,
-        kind=spec.kind,
-        rank=min(spec.rank, config.embed_dim),
-        intercept=spec.intercept,
-        init=spec.region.init,
-        init_rank=min(spec.init_rank, config.embed_dim),
-    )
-    if steps:
-        calibration = tune_calibration(model, params, spec.region, calibration, windows, documents, num_steps=steps)
+    num_passes = spec.region.num_iters * (1 + (spec.kind == "basis")) + spec.init_name.startswith(("cal", "pre"))
+    with Progress(f"calibrating {spec.name}", num_passes * num_windows + TUNE_BATCH * steps) as progress:
+        calibration = fit_calibration(
+            region_chains(model, params, spec.region, windows[:num_windows], documents, progress.advance),
+            num_iters=spec.region.num_iters,
+            kind=spec.kind,
+            rank=min(spec.rank, config.embed_dim),
+            intercept=spec.intercept,
+            init=spec.region.init,
+            init_rank=min(spec.init_rank, config.embed_dim),
+        )
+        if steps:
+            on_step = partial(progress.advance, TUNE_BATCH)
+            given = model, params, spec.region, calibration, windows, documents
+            calibration = tune_calibration(*given, num_steps=steps, on_step=on_step)
     return calibration, num_windows * (windows.shape[1] - 1)
 
 
@@ -164,10 +170,13 @@ def region_chains(
     region: ParallelSegment,
     windows: np.ndarray,
     documents: np.ndarray | None = None,
+    on_rows: Callable[[int], None] = lambda count: None,
 ) -> Callable[[], Iterator[tuple[Chain, MethodData]]]:
-    """The region's chains on batches of windows, int32 [n, T + 1], made anew at every call: nothing is kept.
+    """The region's chains on batches of windows, int32 [n, T + 1], made anew at every call: nothing is kept. As many
+    windows at once as memory is budgeted for (:func:`snlp_jax.memory.rows_at_once`).
 
-    ``documents`` numbers each token's document, [n, T + 1], where tokens attend to their own alone.
+    ``documents`` numbers each token's document, [n, T + 1], where tokens attend to their own alone. ``on_rows`` is
+    told how many windows have been read.
     """
     alone = dataclasses.replace(region, fit="")  # what is being fitted is not there yet
     weights = split(model, model.cast(params), Schedule.of(model.config.num_layers, alone))
@@ -175,13 +184,16 @@ def region_chains(
     part, before = weights.parts[position], weights.before(position)
     enter = jax.jit(partial(run_parts, model))
 
+    num_rows = rows_at_once(model.config, windows.shape[1] - 1, BATCH_SIZE, backend=model.backend)
+
     def stream() -> Iterator[tuple[Chain, MethodData]]:
-        for start in range(0, len(windows) - BATCH_SIZE + 1, BATCH_SIZE):
-            rows = slice(start, start + BATCH_SIZE)
+        for start in range(0, len(windows) // BATCH_SIZE * BATCH_SIZE, num_rows):
+            rows = slice(start, start + num_rows)
             tokens_BT = jnp.asarray(windows[rows, :-1])
             document_BT = None if documents is None else jnp.asarray(documents[rows, :-1])
             states = enter(before, tokens_BT, document_BT=document_BT)
             (chain,) = chains_of(model, weights.embed_head, part, tokens_BT, states.shared, states.h_last)
             yield chain, MethodData(anchor=states.shared.x0_BTD)
+            on_rows(num_rows)
 
     return stream

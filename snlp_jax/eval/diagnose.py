@@ -13,8 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from snlp_jax.chains import chains_of, correction_of, method_data
@@ -26,6 +24,7 @@ from snlp_jax.eval.frontier import to_png
 from snlp_jax.eval.report import Record, make_table
 from snlp_jax.eval.run import open_run
 from snlp_jax.forward import run_parts
+from snlp_jax.io.progress import Progress
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
@@ -149,8 +148,9 @@ def diagnose(
     params = model.cast(params)
     measure = jax.jit(lambda weights, *windows: jax.lax.map(partial(_measure, model, weights), windows))
     results = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for name, region in progress.track(regions.items(), description="diagnosing"):
+    with Progress("diagnosing", len(regions)) as progress:
+        for name, region in regions.items():
+            progress.begin(name)
             weights = split(model, params, Schedule.of(model.config.num_layers, region), fits)
             errors, residuals, norms, left = jax.device_get(measure(weights, tokens_BT, document_BT))
             results.append(

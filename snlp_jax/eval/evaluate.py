@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import Progress
 
 from snlp_jax.checks import check_mesh, check_schedule
 from snlp_jax.config import EvalConfig, MeshConfig, ModelConfig
+from snlp_jax.data.pipeline import in_parts
 from snlp_jax.errors import InputError
 from snlp_jax.eval.fidelity import (
     Comparison,
@@ -29,7 +28,9 @@ from snlp_jax.eval.report import Report, SettingResult
 from snlp_jax.eval.timing import LAYOUTS, TIMING_SEED, Timing, time_schedules
 from snlp_jax.eval.weights import prepare_all
 from snlp_jax.infer.greedy import make_greedy_fn
+from snlp_jax.io.progress import Progress
 from snlp_jax.io.provenance import circumstances
+from snlp_jax.memory import check_room, program_bytes, rows_at_once
 from snlp_jax.model import Model, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
@@ -124,27 +125,29 @@ def evaluate(
     mesh = mesh_of(config, schedules, num_rows)
     windows = np.concatenate(batches)
     model.check_tokens(windows)
+    inputs = [{"tokens": rows} for rows in batches]
+    if documents is not None:
+        inputs = [batch | {"document": rows} for batch, rows in zip(inputs, documents, strict=True)]
+    inputs = in_parts(inputs, _rows_at_once(model, batches[0], mesh))
     timings: Sequence[Timing | None] = [None] * len(schedules)
-    num_steps = len(schedules) * (len(batches) + _has_greedy(config))
+    num_steps = len(schedules) * (1 + len(inputs) + _has_greedy(config))
     num_steps += len(LAYOUTS) * len(schedules) + config.timing_repeats if config.timing_repeats else 0
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=num_steps)
-        advance = lambda text: progress.update(task, description=text, advance=1)  # noqa: E731
+    with Progress("evaluating", num_steps) as progress:
         weights = prepare_all(
             model,
             params,
             schedules,
-            num_tokens=batches[0].size,
+            num_tokens=inputs[0]["tokens"].size,
             layout="stack",
             mesh=mesh,
             sequential=config.sequential,
             fits=fits,
         )
-        comparisons = _compare(model, weights, batches, documents, mesh, advance)
-        greedy = _decode(model, weights, windows, config, mesh, advance)
+        comparisons = _compare(model, dict(zip(settings, weights, strict=True)), inputs, mesh, progress.begin)
+        greedy = _decode(model, weights, windows, config, mesh, progress.begin)
         del weights
         if config.timing_repeats:
-            timings = time_schedules(model, params, schedules, config, mesh=mesh, fits=fits, on_progress=advance)
+            timings = time_schedules(model, params, schedules, config, mesh=mesh, fits=fits, on_progress=progress.begin)
     weight_WT = None if target_weights is None else np.concatenate(target_weights)
     results = []
     for (text, schedule), found, matches, timing in zip(settings.items(), comparisons, greedy, timings, strict=True):
@@ -174,23 +177,42 @@ def _circumstances(
     }
 
 
+def _rows_at_once(model: Model, window_BT: np.ndarray, mesh: Mesh | None) -> int:
+    num_rows, num_tokens = window_BT.shape[0], window_BT.shape[1] - 1
+    multiple = 1 if mesh is None else mesh.shape["data"]
+    return rows_at_once(model.config, num_tokens, num_rows, backend=model.backend, multiple=multiple)
+
+
 def _compare(
     model: Model,
-    weights: Sequence[Weights],
-    batches: Sequence[np.ndarray],
-    documents: Sequence[np.ndarray] | None,
+    weights: Mapping[str, Weights],
+    batches: Sequence[Mapping[str, np.ndarray]],
     mesh: Mesh | None,
     step: OnProgress,
 ) -> list[Comparison]:
-    """Every setting over all batches; the first one is the reference, run once a batch."""
-    compare = make_compare_fn(model, mesh)
+    """Every setting over all batches; the first one is the reference, run once a batch.
+
+    Raises:
+        InputError: a setting takes more memory than is free; all are compiled before any but the first runs.
+    """
+    compare: Any = make_compare_fn(model, mesh)
+    place = lambda batch: put_batch(mesh, (batch["tokens"], batch.get("document")), is_whole=True)  # noqa: E731
+    reference, programs = None, []
+    num_rows, num_tokens = batches[0]["tokens"].shape
+    for name, laid_out in weights.items():
+        step(f"compiling {name}")
+        inputs = laid_out, *place(batches[0]), reference
+        programs.append(compare.lower(*inputs).compile())
+        what = f"setting {name!r} on {num_rows} windows of {num_tokens - 1} tokens"
+        check_room(what, program_bytes(programs[-1]), "lower --seq-len or --batch-size, or evaluate smaller regions")
+        if reference is None:
+            reference, _ = programs[0](*inputs)
     rounds: list[list[Comparison]] = []
-    for index, rows in enumerate(batches):
-        batch, document = put_batch(mesh, (rows, documents[index] if documents else None), is_whole=True)
-        reference, found = None, []
-        for laid_out in weights:
-            step("comparing")
-            reference, comparison = compare(laid_out, batch, document, reference)
+    for number, batch in enumerate(batches, 1):
+        inputs, reference, found = place(batch), None, []
+        for (name, laid_out), program in zip(weights.items(), programs, strict=True):
+            step(f"{name}, windows {number} of {len(batches)}")
+            reference, comparison = program(laid_out, *inputs, reference)
             found.append(jax.device_get(comparison))
         rounds.append(found)
     return [join_comparisons(parts) for parts in zip(*rounds, strict=True)]

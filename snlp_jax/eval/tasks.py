@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import Progress
 
 from snlp_jax.config import Config, EvalConfig, TaskConfig
 from snlp_jax.data.tokenizer import Tokenizer
@@ -19,6 +17,7 @@ from snlp_jax.eval.task_data import SEPARATOR, Task, answer_of, load_tasks
 from snlp_jax.eval.task_report import Accuracy, Bits, HeldOutResult, TaskReport, TaskResult
 from snlp_jax.eval.text_model import Prompt, Score, Span, TextModel, needs_solitude
 from snlp_jax.infer.rules import Placement, check_settings
+from snlp_jax.io.progress import Progress
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import canonical
 from snlp_jax.run import Which
@@ -146,8 +145,7 @@ def evaluate_tasks(
     references: dict[str, Outcome] = {}  # those of the sequential pass, which is the first setting
     bits: list[np.ndarray] = []  # of every window, by setting
     results, held_out = [], []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(run.settings) * (len(tasks) + 1))
+    with Progress("asking", len(run.settings) * (len(tasks) + bool(spans))) as progress:
         for setting, schedule in run.settings.items():
             text_model = TextModel(
                 run.model,
@@ -158,12 +156,12 @@ def evaluate_tasks(
                 batch_size=config.batch_size,
                 placement=Placement(mesh, config.sequential),
                 fits=run.fits,
-                on_share=lambda share: progress.update(bar, advance=share),
+                on_share=progress.advance,
             )
-            progress.update(bar, description=setting)
             if needs_solitude(schedule):
-                progress.console.print(f"note: {setting} scores every text alone, with a program for every length.")
+                progress.note(f"note: {setting} scores every text alone, with a program for every length.")
             for task in tasks:
+                progress.step = f"{setting}, {task.name}"
                 text_model.num_cut = 0
                 outcome = _answer(text_model, task, task_config.max_new_tokens)
                 reference = references.setdefault(task.name, outcome)

@@ -18,6 +18,7 @@ from snlp_jax.infer import Engine, Placement, Request
 from snlp_jax.infer.rules import CacheRule
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.layout import prepare
+from snlp_jax.memory import rows_at_once
 from snlp_jax.model import Model
 from snlp_jax.parallel import put_batch
 from snlp_jax.parts import Weights
@@ -255,7 +256,8 @@ class TextModel:
 
     @property
     def _batch_tokens(self) -> int:
-        return self.batch_size * self.model.config.seq_len
+        config = self.model.config
+        return config.seq_len * rows_at_once(config, config.seq_len, self.batch_size, backend=self.model.backend)
 
     @property
     def _row_multiple(self) -> int:

@@ -22,6 +22,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.linearize.maps import BranchMap, cca_bound, check_samples, fit_map, nmse
 from snlp_jax.linearize.replace import check_rank, replace
 from snlp_jax.linearize.statistics import PARTS, Batches, Branch, Place, branch_moments, whole_layers
+from snlp_jax.memory import free_host_bytes
 from snlp_jax.model import LanguageModel
 from snlp_jax.seeds import folded
 from snlp_jax.types import Params
@@ -139,7 +140,7 @@ def measure(
 ) -> list[Candidate]:
     """The map of every place and what it leaves, from a pass over both texts for each ``config.layers_at_once``."""
     layers = sorted({layer for each in places.values() for layer in each})
-    step = config.layers_at_once or max(len(layers), 1)
+    step = layers_at_once(model, config)
     found = []
     run = functools.partial(branch_moments, skip_first=config.skip_first, mesh=mesh, on_batch=on_batch)
     for start in range(0, len(layers), step):
@@ -196,8 +197,23 @@ def check_linearize(model: LanguageModel, config: LinearizeConfig) -> None:
 
 def num_passes(model: LanguageModel, config: LinearizeConfig) -> int:
     """Passes over both texts in all rounds, at most."""
-    num_layers = model.config.num_layers
-    return len(_rounds(config)) * -(-num_layers // (config.layers_at_once or num_layers))
+    return len(_rounds(config)) * -(-model.config.num_layers // layers_at_once(model, config))
+
+
+def layers_at_once(model: LanguageModel, config: LinearizeConfig) -> int:
+    """Layers whose statistics are held at once: as many as were asked for, or else as half of the free memory holds."""
+    if config.layers_at_once:
+        return config.layers_at_once
+    most = free_host_bytes() // 2 // layer_bytes(model, config)
+    return min(max(most, 1), model.config.num_layers)
+
+
+def layer_bytes(model: LanguageModel, config: LinearizeConfig) -> int:
+    """What the statistics of a layer take on the host while they are gathered: of each branch three matrices in float64
+    for the text that is done and for the text at hand, these again while a batch is merged into them, and the batch's
+    in float32."""
+    matrix, num_branches = model.config.embed_dim**2, len(_counts(config))
+    return num_branches * 3 * matrix * (3 * 8 + 4)
 
 
 def _counts(config: LinearizeConfig) -> dict[Branch, int]:

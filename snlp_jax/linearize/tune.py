@@ -10,6 +10,7 @@ sequential pass, and the region's evaluations with their gradient; layers before
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import optax
 
 from snlp_jax.forward import read_logits, run_parts
 from snlp_jax.layout import in_order, prepare
+from snlp_jax.memory import rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibrated, Calibration, ParallelSegment, Schedule
@@ -38,15 +40,20 @@ def tune_calibration(
     documents: np.ndarray | None = None,
     *,
     num_steps: int,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """The calibration of a region after ``num_steps`` steps on windows, int32 [n, T + 1], taken in turns.
 
     The region's correction counts as ``Calibrated``, whatever it is; its initial trace, its number of iterations and
-    its stage are those that the numbers are tuned for. ``documents`` as in ``eval/calibrations.py``.
+    its stage are those that the numbers are tuned for. ``documents`` as in ``eval/calibrations.py``; ``on_step`` is
+    called after each step.
     """
     segment = dataclasses.replace(region, correction=Calibrated())
     schedule, fits = Schedule.of(model.config.num_layers, segment), {region.fit: calibration}
     num_tokens = TUNE_BATCH * (windows.shape[1] - 1)
+    num_rows = rows_at_once(model.config, windows.shape[1] - 1, TUNE_BATCH, backend=model.backend)
+    if num_rows < TUNE_BATCH:  # neither does a gradient keep what lies within a layer
+        model = LanguageModel(dataclasses.replace(model.config, remat=True), model.machine, backend=model.backend)
     weights = prepare(model, params, schedule, num_tokens=num_tokens, layout="stack", fits=fits)
     position = weights.segments.index(segment)
     rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, max(num_steps // 20, 1), max(num_steps, 2))
@@ -63,9 +70,16 @@ def tune_calibration(
         truth, found = jax.lax.stop_gradient(run(in_order(weights))), run(dataclasses.replace(weights, parts=parts))
         return jnp.mean(read_logits(divergence, model, weights.embed_head, [truth, found]))
 
+    def gradient_of(fitted: Calibration, weights: Weights, *batch: Array | None) -> Calibration:
+        if num_rows == TUNE_BATCH:
+            return jax.grad(loss_fn)(fitted, weights, *batch)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, num_rows, *leaf.shape[1:]), batch)
+        of_parts = jax.lax.map(lambda part: jax.grad(loss_fn)(fitted, weights, *part), parts)
+        return jax.tree.map(lambda leaf: leaf.mean(0), of_parts)
+
     @jax.jit
-    def step(fitted: Calibration, state: optax.OptState, *given: Weights | Array | None) -> tuple:
-        gradient = jax.grad(loss_fn)(fitted, *given)
+    def step(fitted: Calibration, state: optax.OptState, weights: Weights, *batch: Array | None) -> tuple:
+        gradient = gradient_of(fitted, weights, *batch)
         updates, state = optimizer.update(gradient, state, fitted)
         return optax.apply_updates(fitted, updates), state
 
@@ -74,4 +88,5 @@ def tune_calibration(
         rows = np.arange(index * TUNE_BATCH, (index + 1) * TUNE_BATCH) % len(windows)
         document_BT = None if documents is None else jnp.asarray(documents[rows, :-1])
         calibration, state = step(calibration, state, weights, jnp.asarray(windows[rows, :-1]), document_BT)
+        on_step()
     return calibration

@@ -1,9 +1,9 @@
 """What a setting changes of perplexity: paired differences to the sequential pass on held-out windows, and bounds."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from scipy.special import stdtrit
 
 from snlp_jax.eval.fidelity import iterations_of, pass_over
 from snlp_jax.layout import prepare
+from snlp_jax.memory import check_room, program_bytes, rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, Schedule
@@ -74,7 +75,9 @@ class Quality:
         self.tokens, self.documents = windows["tokens"], windows.get("document")
         self.num_windows, self.num_tokens = self.tokens[:, 1:].shape
         self.weight_WT = np.asarray(windows.get("weight", np.ones((self.num_windows, self.num_tokens))), np.float64)
-        self.batch_size = min(batch_size, self.num_windows)
+        rows = min(batch_size, self.num_windows)
+        self.batch_size = rows_at_once(model.config, self.num_tokens, rows, backend=model.backend)
+        self._programs: dict[Schedule, Any] = {}
 
     def measure(self, schedule: Schedule, start: int, stop: int) -> Measured:
         """Windows ``start`` to ``stop``."""
@@ -87,25 +90,36 @@ class Quality:
     def _sequential_WT(self) -> np.ndarray:
         return self._run(Schedule.of(self.model.config.num_layers), 0, self.num_windows)[0]
 
-    @cached_property
-    def _read(self) -> Callable[..., tuple[Array, ...]]:
-        """Negative log-likelihoods [B, T] of windows, and [B] iterations of each region; compiles once a setting."""
+    def _inputs(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return self.tokens[rows], None if self.documents is None else self.documents[rows]
 
-        @jax.jit
-        def read(weights: Weights, window_BT: Array, document_BT: Array | None) -> tuple[Array, ...]:
-            states, scores = pass_over(self.model, weights, window_BT, document_BT)
-            return scores.nll_BT, *iterations_of(weights, states.solutions, len(window_BT))
+    def _program(self, schedule: Schedule, weights: Weights) -> Any:
+        """Negative log-likelihoods [B, T] of windows, and [B] iterations of each region; compiled once a setting.
 
-        return read
+        Raises:
+            InputError: it takes more memory than is free.
+        """
+        if schedule not in self._programs:
+
+            def read(weights: Weights, window_BT: Array, document_BT: Array | None) -> tuple[Array, ...]:
+                states, scores = pass_over(self.model, weights, window_BT, document_BT)
+                return scores.nll_BT, *iterations_of(weights, states.solutions, len(window_BT))
+
+            inputs = self._inputs(np.resize(np.arange(self.num_windows), self.batch_size))
+            program = self._programs[schedule] = jax.jit(read).lower(weights, *inputs).compile()
+            what = f"a setting of the search on {self.batch_size} windows of {self.num_tokens} tokens"
+            check_room(what, program_bytes(program), "lower --seq-len or --batch-size, or give smaller --region-sizes")
+        return self._programs[schedule]
 
     def _run(self, schedule: Schedule, start: int, stop: int) -> list[np.ndarray]:
-        """As ``_read``, of windows ``start`` to ``stop``; as many at once every time, the last ones again and again."""
+        """As ``_program``, of windows ``start`` to ``stop``; as many at once every time, the last ones again."""
         num_tokens = self.batch_size * self.num_tokens
         weights = prepare(self.model, self.params, schedule, num_tokens=num_tokens, layout="stack", fits=self.fits)
+        read = self._program(schedule, weights)
         parts = []
         for first in range(start, stop, self.batch_size):
             chosen = np.arange(first, min(first + self.batch_size, stop))
             rows = np.resize(chosen, self.batch_size)
-            found = self._read(weights, self.tokens[rows], None if self.documents is None else self.documents[rows])
+            found = read(weights, *self._inputs(rows))
             parts.append([np.asarray(each, np.float64)[: len(chosen)] for each in found])
         return [np.concatenate(each) for each in zip(*parts, strict=True)]

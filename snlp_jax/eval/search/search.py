@@ -24,7 +24,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 from snlp_jax.config import Config, MeshConfig, SearchConfig
 from snlp_jax.data.pipeline import held_out_batches
@@ -39,6 +38,7 @@ from snlp_jax.eval.search.record import Found, Row
 from snlp_jax.eval.search.space import Candidate, Line, lines_of, lossless_of
 from snlp_jax.eval.solver_file import SolverFile
 from snlp_jax.eval.timing import LAYOUTS, interleave
+from snlp_jax.io.progress import Progress
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import Layout, canonical
 from snlp_jax.linearize import fingerprint, stored_calibrations
@@ -103,7 +103,7 @@ class Search:
     def run(self) -> Found:
         """The lines, timing, confirmation; until the fastest stands."""
         began, alpha = time.perf_counter(), 1 - self.search.confidence
-        with Console(stderr=True).status("searching"):
+        with self.progress:
             standing = self._last_within()
             for attempt in range(1, len(self.candidates) + 1):  # each refutes one, and the sequential pass stands
                 winner = self._fastest([*self.lossless, *(line.candidates[i] for line, i in standing.items())])
@@ -117,6 +117,10 @@ class Search:
                 standing |= {} if place is None else {line: place}
         return self._found(winner, confirmed, time.perf_counter() - began)
 
+    @cached_property
+    def progress(self) -> Progress:
+        return Progress("searching", len(self.lines) + 2)
+
     # -- Quality -------------------------------------------------------------------------------------------------------
 
     def _last_within(self) -> dict[Line, int]:
@@ -124,6 +128,7 @@ class Search:
         found: dict[Line, int] = {}
         most: dict[str, int] = {}
         for line in self.lines:
+            self.progress.begin(line.candidates[-1].name)
             family, candidates = line.family or line.candidates[0].setting, line.candidates
             standing = [self.cost(other.candidates[i]) for other, i in found.items()]
             known = -1  # the last that is within as its family says, or gains nothing over what stands
@@ -153,6 +158,7 @@ class Search:
         rungs = [FIRST_RUNG * 2**i for i in range(32) if FIRST_RUNG * 2**i < self.num_windows] + [self.num_windows]
         half = (1 - self.search.confidence) / 2
         for start, stop in itertools.pairwise([0, *rungs]):
+            self.progress.step = f"{candidate.name} on {stop} windows"
             part = self.quality.measure(candidate.schedule, start, stop)
             self.measured[candidate] = self.measured[candidate].join(part) if start else part
             alpha = half if stop == self.num_windows else half / (len(rungs) - 1)
@@ -167,6 +173,7 @@ class Search:
         """On windows that nothing was chosen by."""
         if winner.is_lossless:
             return EXACT
+        self.progress.step = f"confirming {winner.name}"
         return self.quality.measure(winner.schedule, self.num_windows, self.quality.num_windows).bounds(alpha)
 
     # -- Cost ----------------------------------------------------------------------------------------------------------
@@ -179,6 +186,7 @@ class Search:
 
     def _fastest(self, candidates: list[Candidate]) -> Candidate:
         costs = [self.cost(candidate) for candidate in candidates]
+        self.progress.begin("comparing what is within the limit")
         if self.clock is None:
             return candidates[min(range(len(candidates)), key=lambda i: costs[i])]
         front = [each for each, is_on in zip(candidates, pareto_front(costs), strict=True) if is_on]
