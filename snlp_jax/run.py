@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from snlp_jax.config import Config, MachineConfig, WeightPrecision, from_json
 from snlp_jax.data.chat import prepare_data
+from snlp_jax.data.corpus import SEVERAL, first_documents, hash_of
 from snlp_jax.data.pipeline import TokenData, in_parts
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
@@ -133,6 +135,40 @@ def read_data(run_dir: Path, config: Config) -> TokenData:
     return data
 
 
+def with_sources(run_dir: Path, config: Config, sources: Sequence[str]) -> Config:
+    """The config with other text than the run's own, one corpus of files, folders or globs, in the tokens of the run.
+    A run on conversations reads files of lines as such, and others as text."""
+    is_chat = config.data.format == "chat" and all(name.lower().endswith((".jsonl", ".ndjson")) for name in sources)
+    data = dataclasses.replace(
+        config.data,
+        source=SEVERAL.join(sources),
+        mixture=(),
+        format="chat" if is_chat else "text",
+        tokenizer=str(run_dir / TOKENIZER_NAME),
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def read_given_text(run_dir: Path, config: Config, sources: Sequence[str], *, has_fits: bool) -> TokenData:
+    """Text that is no training text of the run: all of it is held out, or where ``has_fits`` the half of its documents
+    that comes first by a hash of their content; ``train`` is then the other half, for fits.
+
+    Raises:
+        InputError: it cannot be read, or is one document that fits and measurements would have to share.
+    """
+    config = with_sources(run_dir, config, sources)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_fraction=0.5))
+    if has_fits:
+        return read_data(run_dir, config)
+    if config.data.format == "text" and len(documents := first_documents(config.data, 2)) == 1:
+        tokenizer = read_tokenizer(run_dir)
+        check_vocab(tokenizer, config.model.vocab_size)
+        tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(documents[0])]).astype(np.int32)
+        masks = config.data.mask_documents
+        return TokenData(tokenizer, tokens[:0], tokens, hash_of(documents), mask_documents=masks)
+    return read_data(run_dir, config).all_held_out()
+
+
 def num_training_windows(data: TokenData, seq_len: int, num_tokens: int) -> int:
     """Windows of training text that hold about ``num_tokens`` tokens, whole batches of them.
 
@@ -158,9 +194,15 @@ def training_windows(data: TokenData, seq_len: int, num_tokens: int) -> dict[str
 
 
 def quantized_params(
-    model: LanguageModel, params: Params, weights: WeightPrecision, calibration: int, data: TokenData | None
+    model: LanguageModel,
+    params: Params,
+    weights: WeightPrecision,
+    calibration: int,
+    data: TokenData | None,
+    seq_len: int = 0,
 ) -> Params:
-    """:func:`snlp_jax.quantize.quantize`, clipped by about ``calibration`` tokens of the training text in ``data``.
+    """:func:`snlp_jax.quantize.quantize`, clipped by about ``calibration`` tokens of the training text in ``data``,
+    in windows of ``seq_len`` (by default the model's).
 
     Raises:
         InputError: too little text for one batch.
@@ -168,8 +210,9 @@ def quantized_params(
     squares = None
     if calibration:
         assert data is not None
-        windows = training_windows(data, model.config.seq_len, calibration)
-        size = rows_at_once(model.config, model.config.seq_len, BATCH_SIZE, backend=model.backend)
+        seq_len = seq_len or model.config.seq_len
+        windows = training_windows(data, seq_len, calibration)
+        size = rows_at_once(model.config, seq_len, BATCH_SIZE, backend=model.backend)
         squares = input_squares(model, params, in_parts([windows], size))
     return quantize(params, weights, squares)
 

@@ -48,7 +48,15 @@ from snlp_jax.memory import rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
-from snlp_jax.run import TEMPLATE_NAME, TOKENIZER_NAME, num_training_windows, read_config, read_data, read_params
+from snlp_jax.run import (
+    TEMPLATE_NAME,
+    TOKENIZER_NAME,
+    num_training_windows,
+    read_config,
+    read_data,
+    read_params,
+    with_sources,
+)
 from snlp_jax.seeds import folded
 from snlp_jax.solver import PerLayer, Schedule
 from snlp_jax.types import Params
@@ -61,8 +69,9 @@ class Args:
     run_dir: tyro.conf.Positional[Path]
     """What training, an import or an earlier linearization wrote."""
     linearize: Annotated[LinearizeConfig, tyro.conf.arg(name="")]
-    data: str = ""
-    """Text to fit to and to measure on, as --data.source of train.py; empty takes the run's own."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of text to fit to and, on documents that are held out, to measure on; by default the
+    run's own corpus."""
     out: str = ""
     """The run directory that is made; empty means RUN_DIR-nblN, or RUN_DIR-dropN, N replaced sub-layers."""
     calibrations: tuple[str, ...] = ()
@@ -100,10 +109,7 @@ def linearize_run(args: Args) -> Path:
     specs = _specs_of(args.calibrations, config.model.num_layers)
     mesh = _mesh_of(args.mesh_data)
     if args.data:
-        tokenizer = str(run_dir / TOKENIZER_NAME)
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, source=args.data, mixture=(), tokenizer=tokenizer)
-        )
+        config = with_sources(run_dir, config, args.data)
     tokens = read_data(run_dir, config)
     fit, held_out, about = draw_text(tokens, config, options, mesh)
     for spec in specs:

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from snlp_jax.config.check import Checked, Count, Size, require
 from snlp_jax.config.mesh import MeshConfig
+from snlp_jax.config.model import ModelConfig
 
 WeightPrecision = Literal["compute", "int8", "float8"]
 
@@ -34,9 +35,16 @@ class EvalConfig(Checked, section="eval"):
     calibrations: tuple[str, ...] = ()
     """Calibrations to fit on training text before the evaluation, which settings then name by ``fit=``; written as in
     snlp_jax/eval/calibrations.py. They are saved beside the checkpoint, where later evaluations find them."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of text to evaluate on in place of the run's own corpus, in the tokens of the run. All of
+    it is held out; where something is fitted or read that was fitted (calibrations, clipped kernels), one half of its
+    documents, chosen by their content, is for fits and the other is measured on."""
+    seq_len: Count = 0
+    """Tokens of a window, up to the model's context; 0 means the model's ``seq_len``."""
     num_windows: Size = 64
-    """Held-out windows of ``seq_len`` tokens."""
+    """Held-out windows."""
     batch_size: Size = 8
+    """Windows that are drawn together; fewer are evaluated at once where their states are large."""
     num_bootstrap: Size = 2000
     greedy_prompts: Count = 8
     greedy_prompt_len: Count = 64
@@ -44,7 +52,7 @@ class EvalConfig(Checked, section="eval"):
     """0 leaves out the free-running comparison."""
     timing_batch: Size = 1
     timing_len: Count = 0
-    """Tokens of the timed forward; 0 means the model's ``seq_len``."""
+    """Tokens of the timed forward; 0 means those of a window."""
     timing_repeats: Count = 20
     """0 leaves out the timing."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -56,6 +64,10 @@ class EvalConfig(Checked, section="eval"):
     """Kernels in the compute dtype, or of eight bits with a scale an output channel (snlp_jax/quantize.py)."""
     weight_calibration: int = 0
     """Tokens of training text on which the channels of such kernels are clipped to the least error; 0 clips none."""
+
+    def window_len(self, model: ModelConfig) -> int:
+        """Tokens of a window."""
+        return self.seq_len or model.seq_len
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -107,6 +107,11 @@ class ChatData(TokenData):
 
     splits: dict[str, list[Rendered]]
     seed: int
+
+    def all_held_out(self) -> "ChatData":
+        """See :meth:`TokenData.all_held_out`."""
+        splits: dict[str, list[Rendered]] = {"train": [], "val": self.splits["train"] + self.splits["val"]}
+        return replace(self, train=self.train[:0], val=np.concatenate([self.train, self.val]), splits=splits)
 
     def windows(self, split: Literal["train", "val"], seq_len: int) -> ChatWindows:
         """Pack a split; says how many conversations are too long.

@@ -18,6 +18,9 @@ BUILTIN_MAX_BYTES = 12_000_000
 SHARD_BYTES = 1 << 26
 """About as much text is tokenized into one shard, whoever does it."""
 
+SEVERAL = "\n"
+"""Between several files, folders or globs that are one corpus."""
+
 _FORMAT = 3  # part of the name of what is made of a corpus: raise it when documents, splits or files change
 _BUILTIN_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
@@ -79,6 +82,12 @@ def documents_of(shard: Shard, text_field: str) -> Iterator[str]:
     return itertools.chain.from_iterable(read_part(part, text_field) for part in shard)
 
 
+def first_documents(config: DataConfig, count: int) -> list[str]:
+    """At most the first ``count`` documents of a corpus. Raises InputError where it cannot be read."""
+    shards = (documents_of(shard, config.text_field) for shard in find_corpus(config).shards)
+    return list(itertools.islice(itertools.chain.from_iterable(shards), count))
+
+
 def plan_shards(config: DataConfig) -> list[Shard]:
     """The corpus as shards of about ``SHARD_BYTES`` of text, which depend on its files alone.
 
@@ -107,8 +116,12 @@ def corpus_files(config: DataConfig) -> list[Path]:
     """
     if config.source == "builtin":
         return _builtin_files()
-    with explained(config.source):
-        return _files_of(config.source)
+    found: dict[str, Path] = {}
+    for source in config.source.split(SEVERAL):
+        with explained(source):
+            for file in _files_of(source):
+                found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
 
 
 def _files_of(source: str) -> list[Path]:

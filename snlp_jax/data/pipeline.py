@@ -5,7 +5,7 @@ Iterators count batches, so that what one number of processes began another may 
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -106,6 +106,14 @@ class TokenData:
                     f"of {seq_len} needs {seq_len + 1}; give it more text, or leave it out of data.mixture."
                 )
         return MixedWindows(sources, [source.weight for source in self.mixture])
+
+    def all_held_out(self) -> "TokenData":
+        """The same text with nothing to train on. Not for a mixture."""
+        if isinstance(self.train, ShardedTokens) and isinstance(self.val, ShardedTokens):
+            val: Tokens = self.train + self.val
+        else:
+            val = np.concatenate([self.train[:], self.val[:]])
+        return replace(self, train=self.train[:0], val=val)
 
 
 def in_parts(batches: Sequence[dict[str, np.ndarray]], num_rows: int) -> list[dict[str, np.ndarray]]:

@@ -124,16 +124,20 @@ def save_fit(run_dir: Path, params: Params, spec: CalibrationSpec, calibration: 
     return save_calibration(run_dir, spec.name, calibration, about)
 
 
-def fit_spec(model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec) -> tuple[Calibration, int]:
+def fit_spec(
+    model: LanguageModel, params: Params, data: TokenData, spec: CalibrationSpec, seq_len: int = 0
+) -> tuple[Calibration, int]:
     """The calibration, and the number of tokens of training text that it is fitted to, before any tuning.
+
+    ``seq_len`` are tokens of a window, by default the model's.
 
     Raises:
         InputError: a kind or rank that the model cannot have, or too little text for one batch.
     """
-    config, steps = model.config, spec.tune_steps
-    num_windows = num_training_windows(data, config.seq_len, spec.num_tokens)
+    config, steps, seq_len = model.config, spec.tune_steps, seq_len or model.config.seq_len
+    num_windows = num_training_windows(data, seq_len, spec.num_tokens)
     # More text is tuned to than is fitted to; it begins with the same windows.
-    drawn = training_windows(data, config.seq_len, max(spec.num_tokens, steps * TUNE_BATCH * config.seq_len))
+    drawn = training_windows(data, seq_len, max(spec.num_tokens, steps * TUNE_BATCH * seq_len))
     windows, documents = drawn["tokens"], drawn.get("document")
     num_passes = spec.region.num_iters * (1 + (spec.kind == "basis")) + spec.init_name.startswith(("cal", "pre"))
     with Progress(f"calibrating {spec.name}", num_passes * num_windows + TUNE_BATCH * steps) as progress:

@@ -107,7 +107,8 @@ def diagnose_run(run_dir: Path, config: Config, which: Which = "best") -> Diagno
     """
     regions = parallel_regions(parse_settings(config.model, config.eval))  # refused before anything is read or fitted
     run = open_run(run_dir, config, which)
-    (windows,) = held_out_batches(run.data, seq_len=config.model.seq_len, batch_size=NUM_WINDOWS, num_batches=1)
+    seq_len = config.eval.window_len(config.model)
+    (windows,) = held_out_batches(run.data, seq_len=seq_len, batch_size=NUM_WINDOWS, num_batches=1)
     tokens_BT, document_BT = windows["tokens"][:, :-1], windows["document"][:, :-1] if "document" in windows else None
     diagnosis = diagnose(run.model, run.params, tokens_BT, regions, run.fits, document_BT)
     return dataclasses.replace(diagnosis, info=run.about | diagnosis.info)

@@ -57,7 +57,8 @@ def parse_settings(model: ModelConfig, config: EvalConfig) -> dict[str, Schedule
         InputError: names the setting that the model cannot run, or the length that it cannot read.
     """
     greedy_len = config.greedy_prompt_len + config.greedy_tokens if _has_greedy(config) else 0
-    for what, length in (("eval.timing_len", config.timing_len), ("the greedy comparison", greedy_len)):
+    lengths = {"eval.seq_len": config.seq_len, "eval.timing_len": config.timing_len}
+    for what, length in (lengths | {"the greedy comparison": greedy_len}).items():
         check_length(what, length, model)
     if _has_greedy(config) and config.greedy_prompt_len == 0:
         raise InputError("eval.greedy_prompt_len is 0; give at least 1, or set eval.greedy_tokens to 0.")
@@ -171,7 +172,7 @@ def _circumstances(
         "num_targets": windows[:, 1:].size if weight_WT is None else float(weight_WT.sum()),
         "greedy_prompt_len": _prompt_len(windows, config),
         "timing_batch": config.timing_batch,
-        "timing_len": config.timing_len or model.config.seq_len,
+        "timing_len": config.timing_len or config.window_len(model.config),
         "timing_repeats": config.timing_repeats,
         "seeds": {"bootstrap": BOOTSTRAP_SEED, "timing": TIMING_SEED},
     }

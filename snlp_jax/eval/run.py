@@ -12,7 +12,7 @@ from snlp_jax.eval.calibrations import fit_spec, load_fits, parse_calibrations, 
 from snlp_jax.eval.evaluate import evaluate, parse_settings
 from snlp_jax.eval.report import Report
 from snlp_jax.model import LanguageModel
-from snlp_jax.run import Which, note, quantized_params, read_data, read_params
+from snlp_jax.run import Which, note, quantized_params, read_data, read_given_text, read_params
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
 
@@ -31,7 +31,7 @@ class OpenRun(NamedTuple):
     """Name, checkpoint, step, corpus: for the record."""
 
 
-def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
+def open_run(run_dir: Path, config: Config, which: Which = "best", *, has_fits: bool = False) -> OpenRun:
     """Read a run's checkpoint and corpus and the settings of ``config.eval``.
 
     Calibrations that the config asks for are fitted, those that settings name are read from the run's folder; both
@@ -41,6 +41,8 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
         config: the run's, with the ``eval`` section that is wanted.
         which: the checkpoint of the lowest validation loss (with a notice the newest, where none is known), or the
             newest.
+        has_fits: whether what was fitted to a part of ``config.eval.data`` will be read; where settings say so it is
+            known.
 
     Raises:
         InputError: no good checkpoint, another tokenizer, a setting that the model cannot run, a calibration that is
@@ -51,22 +53,40 @@ def open_run(run_dir: Path, config: Config, which: Which = "best") -> OpenRun:
     specs = parse_calibrations(config.eval.calibrations, config.model.num_layers)
     model = LanguageModel(config.model, config.machine)
     step, params = read_params(run_dir, model, which)
-    data = read_data(run_dir, config)
+    data, seq_len = read_evaluation_text(run_dir, config, has_fits=has_fits), config.eval.window_len(config.model)
     for spec in specs:
-        path = save_fit(run_dir, params, spec, *fit_spec(model, params, data, spec))
+        path = save_fit(run_dir, params, spec, *fit_spec(model, params, data, spec, seq_len))
         note(f"fitted calibration {spec.name!r} in {path}.")
     fits = load_fits(run_dir, params, list(settings.values()))
-    params = quantized_params(model, params, config.eval.weights, config.eval.weight_calibration, data)
+    clipped_on = config.eval.weight_calibration, data, seq_len
+    params = quantized_params(model, params, config.eval.weights, *clipped_on)
     about = {"name": config.name, "run_dir": str(run_dir), "checkpoint": which, "step": step}
     about |= {"tokenizer": data.tokenizer.name, "corpus_hash": data.content_hash}
+    if config.eval.data:
+        share = "half of the documents" if len(data.train) else "all"
+        about["text"] = {"sources": list(config.eval.data), "hash": data.content_hash, "measured_on": share}
     return OpenRun(model, params, data, settings, fits, about)
+
+
+def read_evaluation_text(run_dir: Path, config: Config, *, has_fits: bool) -> TokenData:
+    """The run's corpus, or the text that ``config.eval.data`` names, see ``snlp_jax/config/evaluate.py``.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    evaluation = config.eval
+    if not evaluation.data:
+        return read_data(run_dir, config)
+    schedules = parse_settings(config.model, evaluation).values()
+    has_fits |= bool(evaluation.calibrations or evaluation.weight_calibration)
+    has_fits |= any(region.fit for schedule in schedules for region in schedule.regions)
+    return read_given_text(run_dir, config, evaluation.data, has_fits=has_fits)
 
 
 def held_out(data: TokenData, config: Config) -> list[dict[str, np.ndarray]]:
     """Batches of ``config.eval.num_windows`` held-out windows, or as many as there are."""
-    size = min(config.eval.batch_size, config.eval.num_windows)
-    num_batches = config.eval.num_windows // size
-    return held_out_batches(data, seq_len=config.model.seq_len, batch_size=size, num_batches=num_batches)
+    size, seq_len = min(config.eval.batch_size, config.eval.num_windows), config.eval.window_len(config.model)
+    return held_out_batches(data, seq_len=seq_len, batch_size=size, num_batches=config.eval.num_windows // size)
 
 
 def evaluate_run(run_dir: Path, config: Config, which: Which = "best") -> Report:

@@ -123,7 +123,7 @@ def time_schedules(
         fits: calibrations by the names that schedules give.
         on_progress: called with a word before each compilation (two a schedule) and each round of runs.
     """
-    shape = config.timing_batch, config.timing_len or model.config.seq_len
+    shape = config.timing_batch, config.timing_len or config.window_len(model.config)
     tokens_BT = np.random.default_rng(TIMING_SEED).integers(model.config.vocab_size, size=shape, dtype=np.int32)
     passes: list[CompiledForward] = []
     for layout in LAYOUTS:

@@ -46,7 +46,7 @@ class Clock:
         """Of a candidate and a layout: one run of it, compiled."""
         rows, self.num_tokens = config.eval.timing_batch, 0
         if objective == "prefill":
-            length, num_texts = config.eval.timing_len or config.model.seq_len, NUM_TEXTS
+            length, num_texts = config.eval.timing_len or config.eval.window_len(config.model), NUM_TEXTS
             check_length("eval.timing_len", length, config.model)
             self.what = f"ms a forward of {rows} x {length} tokens"
         else:

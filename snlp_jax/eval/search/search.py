@@ -42,6 +42,7 @@ from snlp_jax.io.progress import Progress
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import Layout, canonical
 from snlp_jax.linearize import fingerprint, stored_calibrations
+from snlp_jax.linearize.store import FOLDER
 from snlp_jax.run import Which
 
 SEED = 0
@@ -69,7 +70,8 @@ class Search:
             raise InputError(f"--search measures weights in the compute dtype; leave out {what}.")
         lines_of(config.model, search, {})  # a bad size should not wait for the corpus
         evaluation = dataclasses.replace(config.eval, solvers=("seq",), calibrations=())
-        opened = open_run(run_dir, dataclasses.replace(config, eval=evaluation), which)
+        has_fits = any((run_dir / FOLDER).glob("*.npz"))  # which the space may hold
+        opened = open_run(run_dir, dataclasses.replace(config, eval=evaluation), which, has_fits=has_fits)
         self.config, self.search, self.about = config, search, opened.about
         self.fingerprint = fingerprint(opened.params)
         self.lines = lines_of(config.model, search, stored_calibrations(run_dir, self.fingerprint))
@@ -77,9 +79,8 @@ class Search:
         self.candidates = [*self.lossless, *(each for line in self.lines for each in line.candidates)]
         fits = load_fits(run_dir, opened.params, [each.schedule for each in self.candidates])
         params = canonical(opened.model, opened.params)  # one copy for all candidates
-        batches = held_out_batches(
-            opened.data, seq_len=config.model.seq_len, batch_size=1, num_batches=2 * config.eval.num_windows
-        )
+        seq_len = config.eval.window_len(config.model)
+        batches = held_out_batches(opened.data, seq_len=seq_len, batch_size=1, num_batches=2 * config.eval.num_windows)
         total = len(batches)
         order = np.random.default_rng(SEED).permutation(total)
         windows = {name: np.concatenate([batches[index][name] for index in order]) for name in batches[0]}
@@ -87,7 +88,7 @@ class Search:
         """To choose on; the others confirm. They share no token as targets, but may be of one document."""
         if total - self.num_windows < 2:
             raise InputError(
-                f"a search needs at least 4 held-out windows, but there are {total} of {config.model.seq_len} tokens "
+                f"a search needs at least 4 held-out windows, but there are {total} of {seq_len} tokens "
                 f"with eval.num_windows {config.eval.num_windows}; give more."
             )
         self.quality = Quality(opened.model, params, windows, min(config.eval.batch_size, FIRST_RUNG), fits)
