@@ -1,7 +1,9 @@
 """Theorems about the diagnostics of the solver, and the diagnosis of a run that they make up."""
 
 import dataclasses
+import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +30,13 @@ from problems import (
 
 from snlp_jax.errors import InputError
 from snlp_jax.eval.diagnose import diagnose, parallel_regions
+from snlp_jax.eval.iterations import Gains, exponent, iterations_needed, predict, predicted_errors
 from snlp_jax.forward import forward
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
-from snlp_jax.solver import Chain, Diagonal, LayerFns, PrefixState, Wanted, solve
-from snlp_jax.solver.diagnostics import contraction, spectral_norms, trace_errors
+from snlp_jax.solver import Chain, Diagonal, LayerFns, PrefixState, Wanted, sequential, solve
+from snlp_jax.solver.diagnostics import contraction, perturbation_growth, spectral_norms, trace_errors
 
 MODEL = dataclasses.replace(PLAIN, num_layers=4, embed_dim=16)
 STEPS = 200
@@ -153,6 +156,93 @@ def test_nothing_is_left_by_a_correction_of_the_chain_s_class():
     np.testing.assert_allclose(identity, np.abs(scales - 1), rtol=1e-5, atol=1e-6)
 
 
+# ---------------------------------------------------------------- growth of perturbations
+
+
+def product(w, h, ctx, shared):
+    return h @ w, ()
+
+
+def matrices(w_LDD):
+    """``h -> h W_l``."""
+    h_in = jnp.asarray(np.random.default_rng(8).normal(size=(3, w_LDD.shape[-1])), jnp.float32)
+    return Chain.of(product, jnp.asarray(w_LDD, jnp.float32), h_in)
+
+
+@functools.cache
+def grower(*corrections):
+    def run(chain):
+        trace = sequential(chain, with_trace=True).trace
+        return [perturbation_growth(chain, correction, trace) for correction in corrections]
+
+    return jax.jit(run)
+
+
+def grown(chain, *corrections):
+    return jax.device_get(grower(*corrections)(chain))
+
+
+def test_growth_does_not_tell_a_turn_from_a_stretch_but_what_is_left_does():
+    """Layers that double a perturbation and turn it by 90 degrees: the exponent is log 2 as of layers that double it
+    alone, of which Identity leaves 1 and not the root of 5."""
+    turn = np.asarray([[0.0, 2.0], [-2.0, 0.0]])
+    for w, left in ((turn, 5**0.5), (2 * np.eye(2), 1.0)):
+        identity, jacobi = grown(matrices(np.stack([w] * 4)), IDENTITY, JACOBI)
+        np.testing.assert_allclose(identity.log_growth, math.log(2), rtol=1e-5)  # float32 norms
+        np.testing.assert_allclose(identity.left, left, rtol=1e-5)
+        np.testing.assert_allclose(identity.carried, 1.0, rtol=1e-5)
+        np.testing.assert_allclose(jacobi.left, 2.0, rtol=1e-5)
+        assert np.all(jacobi.carried == 0)
+        np.testing.assert_allclose(identity.sizes[1:] / identity.sizes[:-1], 2.0, rtol=1e-5)
+
+
+def test_the_exponent_tends_to_the_largest_eigenvalue_and_stays_below_the_norms():
+    """Of one matrix over and over, far from normal; over few layers of any matrices it is below the norms' mean log."""
+    w = np.asarray([[0.9, 3.0, 0.0], [0.0, 0.6, 2.0], [0.0, 0.0, 0.3]])
+    (deep,) = grown(matrices(np.stack([w] * 60)), IDENTITY)
+    np.testing.assert_allclose(deep.log_growth[30:], math.log(0.9), atol=1e-4)  # (0.6 / 0.9)^30 = 5e-6
+    assert deep.log_growth[0] > math.log(0.9), "a perturbation grows at first"
+    (few,) = grown(affine(), IDENTITY)
+    norms = two_norms(affine().params["w"])
+    assert exponent(few.log_growth) < np.log(norms).mean() and np.all(few.log_growth <= np.log(norms) + 1e-5)
+
+
+def test_predicted_iterations_are_those_of_a_chain_of_one_number():
+    """Layers ``h -> m h + c``, one number m and one direction: there the recursion of norms is that of the errors."""
+    num_layers, w = 8, np.full((8, 1, 1), 1.25)
+    chain = dataclasses.replace(matrices(w), h_in=jnp.ones((1, 1)), ctx=jnp.ones(num_layers))
+    chain = dataclasses.replace(chain, fns=LayerFns(lambda w, h, ctx, shared: (h @ w + ctx, ())))
+    corrections = (JACOBI, IDENTITY, HALF)
+    run = jax.jit(lambda c: [trace_errors(c, each, PrefixState(), num_iters=num_layers).error for each in corrections])
+    counts = []
+    for error, growth in zip(jax.device_get(run(chain)), grown(chain, *corrections), strict=True):
+        gains = Gains(*(np.asarray(values).tolist() for values in growth))
+        curve = predicted_errors(error[0].tolist(), gains.left, gains)
+        np.testing.assert_allclose(curve, error[:, -1], rtol=1e-4, atol=1e-6)  # float32 errors of states of 20
+        for tolerance in (0.3, 0.03, 0.003):
+            counts.append(iterations_needed(error[:, -1].tolist(), tolerance))
+            assert predict(error[0].tolist(), gains, gains.left, tolerance) == (counts[-1],) * 3
+    assert len(set(counts)) > 4
+
+
+def test_the_closed_form_of_the_documentation():
+    """Errors that grow evenly with depth, one exponent, Identity: ``(e^x - 1)^k C(N - 1, k) / (k + 1)`` of the error is
+    left after k iterations."""
+    N, left = 10, math.exp(0.2) - 1
+    gains = Gains([0.2] * N, [left] * N, [1.0] * N, [1.0] * (N + 1))
+    curve = predicted_errors([0.1 * node for node in range(1, N + 1)], gains.left, gains)
+    expected = [left**k * math.comb(N - 1, k) / (k + 1) for k in range(N + 1)]
+    np.testing.assert_allclose(curve, expected, rtol=1e-9)
+
+
+def test_what_counts_as_solved():
+    assert [iterations_needed(curve, 0.1) for curve in ([1, 0.5, 0], [0.1, 0], [1, 0.05, 0.2, 0])] == [2, 0, 3]
+    nan = float("nan")
+    assert iterations_needed([nan, nan, 0.0]) == 2
+    gains = Gains([500.0] * 3, [1e300] * 3, [1.0] * 3, [1.0] * 4)
+    assert predict([1.0, 1.0, 1.0], gains, [math.inf] * 3) == (3, 3, 3)
+
+
 def test_bad_numbers_are_refused():
     chain = affine()
     with pytest.raises(ValueError, match="num_iters is 0"):
@@ -189,6 +279,10 @@ def test_diagnosis_of_a_language_model_is_that_of_its_forward_pass():
         assert max(row[:k]) < 1e-5  # float32 rounding of batched against single products
     for region in diagnosis.regions:
         assert region.errors[0][-1] > 1e-2 and min(region.spectral_norms) > 1 and min(region.contractions) > 1e-2
+        assert region.exponent < np.log(region.spectral_norms).mean() and region.predicted.by_norms == len(
+            region.layers
+        )
+    assert (fused.needed, shared.needed) == (2, None) and 0 < diagnosis.exponent < 1
 
     weights = split(model, params, parse_schedule(settings[1], 4))
     run = jax.jit(lambda w, p: (forward(model, w, tokens_BT).h_last, forward(model, p, tokens_BT).h_last))

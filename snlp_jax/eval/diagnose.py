@@ -1,10 +1,11 @@
-"""Where a region's error sits and why: the error of every layer after every iteration, and the sizes of the layers'
-Jacobians and of what each correction leaves of them, at the states of held-out text."""
+"""Where a region's error sits and why: the error of every layer after every iteration, the sizes of the layers'
+Jacobians and of what each correction leaves of them, and how perturbations grow down the depth, at the states of
+held-out text."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.evaluate import parse_settings
 from snlp_jax.eval.frontier import to_png
+from snlp_jax.eval.iterations import TOLERANCE, Gains, Predictions, exponent, iterations_needed, predict
 from snlp_jax.eval.report import Record, make_table
 from snlp_jax.eval.run import open_run
 from snlp_jax.forward import run_parts
@@ -35,12 +37,22 @@ from snlp_jax.solver import (
     Chain,
     Exact,
     FusedSplit,
+    Identity,
     ParallelSegment,
     PerLayer,
     Schedule,
     sequential,
 )
-from snlp_jax.solver.diagnostics import NUM_STEPS, contraction, spectral_norms, trace_errors
+from snlp_jax.solver.chain import MethodData
+from snlp_jax.solver.diagnostics import (
+    NUM_PROBES,
+    NUM_STEPS,
+    Growth,
+    contraction,
+    perturbation_growth,
+    spectral_norms,
+    trace_errors,
+)
 from snlp_jax.types import Array, Params
 
 NUM_WINDOWS = 4
@@ -68,6 +80,13 @@ class RegionDiagnosis:
     """||J_l||_2 at the exact trace, largest of the windows."""
     contractions: list[float]
     """||J_l - A_l||_2 with the first iteration's A_l at the exact trace, largest of the windows."""
+    exponent: float
+    """Largest Lyapunov exponent over the region: mean log growth of a perturbation of its input, a node."""
+    gains: Gains
+    """Of every node, means of the windows."""
+    needed: int | None
+    """Iterations until the output's error is at most the tolerance; None where the stage does not iterate."""
+    predicted: Predictions
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,8 @@ class Diagnosis(Record):
 
     stem = "diagnose"
     regions: tuple[RegionDiagnosis, ...]
+    exponent: float
+    """Largest Lyapunov exponent over all layers of the model."""
     info: dict[str, Any]
 
     def to_png(self) -> bytes:
@@ -97,6 +118,16 @@ class Diagnosis(Record):
             norms = (region.spectral_norms, region.contractions)
             rows.append([region.setting, *errors, *(f"{np.median(each):.3g}, {max(each):.3g}" for each in norms)])
         yield make_table(title, [*(f"k={k}" for k in SHOWN_ITERS), "||J||", "||J - A||"], rows, first="region")
+        title = (
+            f"Iterations to a relative error of {TOLERANCE:g}, and those that the growth of perturbations predicts; "
+            f"largest Lyapunov exponent over all layers: {self.exponent:+.3f} a layer"
+        )
+        rows = []
+        for region in self.regions:
+            needed = "-" if region.needed is None else str(region.needed)
+            rows.append([region.setting, f"{region.exponent:+.3f}", needed, *map(str, region.predicted)])
+        columns = ["exponent", "needed", "by the exponent", "by what A leaves", "by ||J - A||"]
+        yield make_table(title, columns, rows, first="region")
 
 
 def diagnose_run(run_dir: Path, config: Config, which: Which = "best") -> Diagnosis:
@@ -153,43 +184,68 @@ def diagnose(
         for name, region in regions.items():
             progress.begin(name)
             weights = split(model, params, Schedule.of(model.config.num_layers, region), fits)
-            errors, residuals, norms, left = jax.device_get(measure(weights, tokens_BT, document_BT))
-            results.append(
-                RegionDiagnosis(
-                    name,
-                    _surrogate_of(region),
-                    layers=list(range(region.start + region.layers_per_node - 1, region.stop, region.layers_per_node)),
-                    errors=errors.mean(0).tolist(),
-                    residuals=residuals.mean(0).tolist(),
-                    spectral_norms=norms.max(0).tolist(),
-                    contractions=left.max(0).tolist(),
-                )
-            )
+            results.append(_of_region(name, region, *jax.device_get(measure(weights, tokens_BT, document_BT))))
+        weights = split(model, params, Schedule.of(model.config.num_layers, whole_depth(model)))
+        grow = jax.jit(lambda weights, *windows: jax.lax.map(partial(_grow, model, weights), windows))
+        growth = jax.device_get(grow(weights, tokens_BT, document_BT))
     info = circumstances() | {
         "dtype": jnp.dtype(model.dtype).name,
         "num_layers": model.config.num_layers,
         "num_windows": tokens_BT.shape[0],
         "window_len": tokens_BT.shape[1],
         "power_iteration_steps": NUM_STEPS,
+        "perturbations": NUM_PROBES,
+        "tolerance": TOLERANCE,
     }
-    return Diagnosis(tuple(results), info)
+    return Diagnosis(tuple(results), exponent(growth.log_growth.mean(0)), info)
 
 
-def _measure(model: LanguageModel, weights: Weights, window: tuple[Array, Array | None]) -> tuple[Array, ...]:
-    """Errors and residuals, iterations by nodes, spectral norms and contractions of one window: tokens [T], and their
-    documents. The layers after the region are not run."""
-    tokens_BT, document_BT = jax.tree.map(lambda x: x[None], window)
-    position, region = next((i, s) for i, s in enumerate(weights.segments) if isinstance(s, ParallelSegment))
-    part, correction = weights.parts[position], correction_of(model.config, region)
-    states = run_parts(model, weights.before(position), tokens_BT, document_BT=document_BT)
+def whole_depth(model: LanguageModel) -> ParallelSegment:
+    """All layers as one region."""
+    return ParallelSegment(0, model.config.num_layers, num_iters=1, correction=Identity())
 
-    def chain_of(region: ParallelSegment) -> Chain:
-        posed = dataclasses.replace(part, segment=region)
-        (chain,) = chains_of(model, weights.embed_head, posed, tokens_BT, states.shared, states.h_last)
-        return chain
 
-    chain = chain_of(region)
-    data = method_data(part, states.shared, chain)
+def _of_region(
+    name: str,
+    region: ParallelSegment,
+    errors: np.ndarray,
+    residuals: np.ndarray,
+    norms: np.ndarray,
+    contractions: np.ndarray,
+    growth: Growth,
+) -> RegionDiagnosis:
+    """From what :func:`_measure` gives, with a leading axis of windows."""
+    errors_KN, contractions_N = errors.mean(0), contractions.max(0)
+    gains = Gains(*(np.asarray(values.mean(0)).tolist() for values in growth))
+    is_split = isinstance(region.stage, FusedSplit)
+    return RegionDiagnosis(
+        name,
+        _surrogate_of(region),
+        layers=list(range(region.start + region.layers_per_node - 1, region.stop, region.layers_per_node)),
+        errors=errors_KN.tolist(),
+        residuals=residuals.mean(0).tolist(),
+        spectral_norms=norms.max(0).tolist(),
+        contractions=contractions_N.tolist(),
+        exponent=exponent(gains.log_growth),
+        gains=gains,
+        needed=None if is_split else iterations_needed(errors_KN[:, -1].tolist()),
+        predicted=predict(errors_KN[0].tolist(), gains, contractions_N.tolist()),
+    )
+
+
+def _grow(model: LanguageModel, weights: Weights, window: tuple[Array, Array | None]) -> Growth:
+    """Of perturbations of the embedding, over all layers, for one window; see :func:`_measure`."""
+    chain_of, region, _ = _region_chain(model, weights, window)
+    chain = chain_of(dataclasses.replace(region, correction=Exact()))
+    return perturbation_growth(chain, Identity(), sequential(chain, with_trace=True).trace)
+
+
+def _measure(model: LanguageModel, weights: Weights, window: tuple[Array, Array | None]) -> tuple[Any, ...]:
+    """Errors and residuals, iterations by nodes, spectral norms, contractions and the growth of perturbations, of one
+    window: tokens [T], and their documents. The layers after the region are not run."""
+    chain_of, region, data_of = _region_chain(model, weights, window)
+    chain, correction = chain_of(region), correction_of(model.config, region)
+    data = data_of(chain)
     is_split = isinstance(region.stage, FusedSplit)
     errors = trace_errors(chain, correction, region.init, data, num_iters=1 if is_split else region.num_nodes)
     # Exact asks for layers with a forward mode. A split stage is another way to evaluate the layers: the Jacobians are
@@ -197,7 +253,26 @@ def _measure(model: LanguageModel, weights: Weights, window: tuple[Array, Array 
     stage = PerLayer() if is_split else region.stage
     chain = chain_of(dataclasses.replace(region, correction=Exact(), stage=stage))
     trace = sequential(chain, with_trace=True).trace
-    return *errors, spectral_norms(chain, trace), contraction(chain, correction, trace, data)
+    left = contraction(chain, correction, trace, data)
+    return *errors, spectral_norms(chain, trace), left, perturbation_growth(chain, correction, trace, data)
+
+
+def _region_chain(
+    model: LanguageModel, weights: Weights, window: tuple[Array, Array | None]
+) -> tuple[Callable[[ParallelSegment], Chain], ParallelSegment, Callable[[Chain], MethodData]]:
+    """What makes the chain of the first region of these weights, or of it with other fields; that region; and what
+    gives a chain the data of its method."""
+    tokens_BT, document_BT = jax.tree.map(lambda x: x[None], window)
+    position, region = next((i, s) for i, s in enumerate(weights.segments) if isinstance(s, ParallelSegment))
+    part = weights.parts[position]
+    states = run_parts(model, weights.before(position), tokens_BT, document_BT=document_BT)
+
+    def chain_of(region: ParallelSegment) -> Chain:
+        posed = dataclasses.replace(part, segment=region)
+        (chain,) = chains_of(model, weights.embed_head, posed, tokens_BT, states.shared, states.h_last)
+        return chain
+
+    return chain_of, region, lambda chain: method_data(part, states.shared, chain)
 
 
 def _surrogate_of(region: ParallelSegment) -> str:
