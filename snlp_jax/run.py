@@ -9,21 +9,22 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from snlp_jax.config import Config, MachineConfig, WeightPrecision, from_json
+from snlp_jax.config import Config, MachineConfig, WeightPrecision
+from snlp_jax.config.data import SEVERAL
 from snlp_jax.data.chat import prepare_data
-from snlp_jax.data.corpus import SEVERAL, first_documents, hash_of
+from snlp_jax.data.corpus import first_documents, hash_of
+from snlp_jax.data.formats import format_of
 from snlp_jax.data.pipeline import TokenData, in_parts
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
-from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
+from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer
+from snlp_jax.io.moved import read_run_text, read_saved
 from snlp_jax.memory import rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.quantize import input_squares, quantize
 from snlp_jax.types import Params, PyTree
 
 TOKENIZER_NAME = "tokenizer.json"
-TEMPLATE_NAME = "chat_template.jinja"
-"""Of an imported model."""
 BATCH_SIZE = 32
 """Training windows at once, when a calibration is fitted."""
 SEED = 0
@@ -68,21 +69,8 @@ def read_config(run_dir: Path) -> Config:
     Raises:
         InputError: the directory does not exist or holds no run.
     """
-    config: Config = from_json(read_text(run_dir, CONFIG_NAME))
+    config = read_saved(run_dir)
     return dataclasses.replace(config, machine=MachineConfig().for_run(config.machine))
-
-
-def read_text(run_dir: Path, name: str) -> str:
-    """A file that every run has.
-
-    Raises:
-        InputError: the directory does not exist or holds no run.
-    """
-    if not run_dir.is_dir():
-        raise InputError(f"run directory {str(run_dir)!r} does not exist; train first or name another.")
-    if not (run_dir / name).is_file():
-        raise InputError(f"run directory {str(run_dir)!r} holds no {name}; name one that training has written.")
-    return (run_dir / name).read_text(encoding="utf-8")
 
 
 def read_params(run_dir: Path, model: LanguageModel, which: Which, shardings: PyTree = None) -> tuple[int, Params]:
@@ -115,30 +103,24 @@ def read_tokenizer(run_dir: Path) -> Tokenizer:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    return load_tokenizer_json(read_text(run_dir, TOKENIZER_NAME))
+    return load_tokenizer_json(read_run_text(run_dir, TOKENIZER_NAME))
 
 
 def read_data(run_dir: Path, config: Config) -> TokenData:
-    """The corpus in the tokens of the run, even where it has changed since and would give another tokenizer.
+    """The corpus in the tokens of the run, whatever tokenizer its config names.
 
     Raises:
         InputError: the corpus cannot be read, or its tokens are not the model's.
     """
-    tokenizer = read_tokenizer(run_dir)
-    with_saved_tokenizer = dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME))
-    # Where a run started from another, the corpus never gave the tokenizer.
-    data = prepare_data(with_saved_tokenizer if config.train.init_from else config.data)
-    if data.tokenizer.to_json() != tokenizer.to_json():
-        note("the corpus gives another tokenizer than it did in training; taking the run's own.")
-        data = prepare_data(with_saved_tokenizer)
+    data = prepare_data(dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME)))
     check_vocab(data.tokenizer, config.model.vocab_size)
     return data
 
 
 def with_sources(run_dir: Path, config: Config, sources: Sequence[str]) -> Config:
     """The config with other text than the run's own, one corpus of files, folders or globs, in the tokens of the run.
-    A run on conversations reads files of lines as such, and others as text."""
-    is_chat = config.data.format == "chat" and all(name.lower().endswith((".jsonl", ".ndjson")) for name in sources)
+    A run on conversations reads files of records as such, and others as text."""
+    is_chat = config.data.format == "chat" and all(format_of(Path(name)).kind != "text" for name in sources)
     data = dataclasses.replace(
         config.data,
         source=SEVERAL.join(sources),

@@ -19,21 +19,20 @@ import jax
 import tyro
 
 from snlp_jax.cli.flags import parse
-from snlp_jax.cli.made import check_free, write_files, write_run
-from snlp_jax.config import Config, MeshConfig
+from snlp_jax.cli.made import check_free, write_run
+from snlp_jax.config import Config, MeshConfig, ModelConfig
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CONFIG_NAME
-from snlp_jax.io.files import explain_full_disk
+from snlp_jax.io.files import explain_full_disk, write_files
+from snlp_jax.io.moved import SOURCE_NAME, TEMPLATE_NAME, lost_origin, source_folder
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import families, table
 from snlp_jax.model.convert.nanochat import nanochat_rows
 from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.pretrained.load import import_model
 from snlp_jax.pretrained.source import GENERATION_NAME, KEPT, read_json
-from snlp_jax.run import TEMPLATE_NAME, TOKENIZER_NAME, read_config, read_params, read_tokenizer
-
-SOURCE_NAME = "source"
+from snlp_jax.run import TOKENIZER_NAME, read_config, read_params, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,8 @@ def export_run(run_dir: Path, target: Path, which: Literal["best", "last"], dtyp
     if not max_shard_gb > 0:
         raise InputError(f"--max-shard-gb is {max_shard_gb}; it must be positive.")
     config, tokenizer = read_config(run_dir), read_tokenizer(run_dir)
-    source = _source_of(run_dir)
-    rows = nanochat_rows(config.model) if source is None else families.family_rows(config.model)
+    source = source_folder(run_dir)
+    rows = _nanochat_rows(run_dir, config.model) if source is None else families.family_rows(config.model)
     step, params = read_params(run_dir, LanguageModel(config.model), which)
     with explain_full_disk(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -136,15 +135,18 @@ def _write(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _source_of(run_dir: Path) -> Path | None:
-    """The kept files of the import that a run, or the first of those that it began from, was made by."""
-    seen: set[Path] = set()
-    while run_dir.is_dir() and run_dir.resolve() not in seen:
-        if (run_dir / SOURCE_NAME / CONFIG_NAME).is_file():
-            return run_dir / SOURCE_NAME
-        seen.add(run_dir.resolve())
-        origin = read_config(run_dir).train.init_from
-        if not origin:
-            return None
-        run_dir = Path(origin)
-    return None
+def _nanochat_rows(run_dir: Path, config: ModelConfig) -> list[table.Row]:
+    """Where tensors go that no import has names for.
+
+    Raises:
+        InputError: the model has parts that nanochat lacks; those that the run began from may be gone.
+    """
+    try:
+        return nanochat_rows(config)
+    except InputError as error:
+        if (lost := lost_origin(run_dir)) is None:
+            raise
+        raise InputError(
+            f"{str(run_dir)!r} began from {str(lost)!r}, which is not there, and what tells how its family is written "
+            f"is gone with it; move that run back, or copy its folder {SOURCE_NAME!r} into {str(run_dir)!r}."
+        ) from error

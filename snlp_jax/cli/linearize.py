@@ -37,6 +37,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import CalibrationSpec, fit_spec, parse_calibrations, save_fit
 from snlp_jax.eval.fidelity import pass_over
 from snlp_jax.eval.perplexity import paired_interval, perplexity, relative_change
+from snlp_jax.io.moved import kept_files
 from snlp_jax.io.progress import Progress
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import prepare
@@ -48,15 +49,7 @@ from snlp_jax.memory import rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
-from snlp_jax.run import (
-    TEMPLATE_NAME,
-    TOKENIZER_NAME,
-    num_training_windows,
-    read_config,
-    read_data,
-    read_params,
-    with_sources,
-)
+from snlp_jax.run import TOKENIZER_NAME, num_training_windows, read_config, read_data, read_params, with_sources
 from snlp_jax.seeds import folded
 from snlp_jax.solver import PerLayer, Schedule
 from snlp_jax.types import Params
@@ -131,12 +124,11 @@ def linearize_run(args: Args) -> Path:
     record |= {"run_dir": str(run_dir), "checkpoint": args.checkpoint, "step": step, "fingerprint": fingerprint(params)}
     record |= {"calibrations": {spec.name: {"setting": _setting(spec), "tokens": count} for spec, _, count in fits}}
     record |= {"corpus_hash": tokens.content_hash, "text": about, **circumstances()}
-    names = [name for name in (TOKENIZER_NAME, TEMPLATE_NAME) if (run_dir / name).is_file()]
-    files: dict[str, str | bytes] = {name: (run_dir / name).read_bytes() for name in names}
+    files = kept_files(run_dir) | {TOKENIZER_NAME: (run_dir / TOKENIZER_NAME).read_bytes()}
     files[TABLE_NAME] = json.dumps(record, indent=1) + "\n"
     for each in fits:
         save_fit(target, made.params, *each)
-    config = _config_of(config, target, made, bool(args.data))
+    config = _config_of(config, target, made)
     write_run(target, config, made.params, files, {"val_loss": math.log(ppl["after"])})
     _print(made, ppl)
     for name, each in record["calibrations"].items():
@@ -242,14 +234,13 @@ def _default_target(run_dir: Path, options: LinearizeConfig) -> Path:
     return run_dir.parent / f"{run_dir.absolute().name}-{'drop' if options.drop else 'nbl'}{count}"
 
 
-def _config_of(config: Config, target: Path, made: Linearized, is_elsewhere: bool) -> Config:
+def _config_of(config: Config, target: Path, made: Linearized) -> Config:
     """Of the new run: the old one's, but for what its layers cannot do."""
 
     def runs(setting: str) -> bool:
         schedule = parse_schedule(setting, config.model.num_layers)
         return all(isinstance(region.stage, PerLayer) and not region.fit for region in schedule.regions)
 
-    tokenizer = str(target.absolute() / TOKENIZER_NAME) if is_elsewhere else config.data.tokenizer
     evaluation = dataclasses.replace(
         config.eval, solvers=tuple(filter(runs, config.eval.solvers)), calibrations=()
     )  # fused layers must be alike, and the old run's calibrations are of other parameters
@@ -258,7 +249,6 @@ def _config_of(config: Config, target: Path, made: Linearized, is_elsewhere: boo
         name=target.absolute().name,
         run_dir=str(target),
         model=made.model.config,
-        data=dataclasses.replace(config.data, tokenizer=tokenizer),
         eval=evaluation,
         mesh=MeshConfig(),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from snlp_jax.config import Config, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
-from snlp_jax.io.files import atomic_write, explain_full_disk
+from snlp_jax.io.files import atomic_write, explain_full_disk, write_files
 from snlp_jax.types import Params
 
 
@@ -20,13 +20,6 @@ def check_free(target: Path, flag: str = "") -> None:
         raise InputError(f"{str(target)!r} cannot be made: {str(above)!r} may not be written to; name another{flag}.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} exists and is not empty; name another directory{flag}.")
-
-
-def write_files(target: Path, files: Mapping[str, str | bytes]) -> None:
-    """Files by their names in ``target``, which may lie in folders there."""
-    for name, content in files.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(target / name, content)
 
 
 def write_run(

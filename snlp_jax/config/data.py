@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 from snlp_jax.config.check import Between, Checked, Rule
 from snlp_jax.errors import InputError
 
+SEVERAL = "\n"
+"""Between several files, folders or globs that are one corpus."""
+
 
 @dataclass(frozen=True)
 class DataConfig(Checked, section="data"):

@@ -11,15 +11,13 @@ from hashlib import blake2b
 from pathlib import Path
 
 from snlp_jax.config import DataConfig
+from snlp_jax.config.data import SEVERAL
 from snlp_jax.data.formats import KINDS, Format, Part, explained, format_of, parts_of, read_part
 from snlp_jax.errors import InputError
 
 BUILTIN_MAX_BYTES = 12_000_000
 SHARD_BYTES = 1 << 26
 """About as much text is tokenized into one shard, whoever does it."""
-
-SEVERAL = "\n"
-"""Between several files, folders or globs that are one corpus."""
 
 _FORMAT = 3  # part of the name of what is made of a corpus: raise it when documents, splits or files change
 _BUILTIN_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}

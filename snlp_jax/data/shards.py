@@ -89,10 +89,11 @@ def find_tokenizer(config: DataConfig) -> tuple[str, Tokenizer] | None:
             f"data.tokenizer {config.tokenizer!r} is neither 'byte' nor 'bpe' nor the path of a tokenizer.json."
         )
     try:
-        text = path.read_text(encoding="utf-8")
-        return f"file {hash_of(text)}", load_tokenizer_json(text)
+        tokenizer = load_tokenizer_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, InputError) as error:
         raise InputError(f"data.tokenizer {config.tokenizer!r}: {error}") from error
+    # A run's copy is the tokenizer that it was copied from.
+    return ("byte" if isinstance(tokenizer, ByteTokenizer) else f"file {hash_of(tokenizer.to_json())}"), tokenizer
 
 
 def trained_tokenizer(

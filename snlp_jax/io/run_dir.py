@@ -11,23 +11,30 @@ from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME
 from snlp_jax.io.files import atomic_write, remove_leftovers
 from snlp_jax.io.metrics import FILE_NAME as METRICS_NAME
 
+CORPUS_NAME = "corpus.txt"
+"""The hash of a run's text."""
 MAY_CHANGE = frozenset(
-    {"run_dir", "data.num_workers", "data.cache_dir", "machine.attention", "machine.decode_attention"}
+    {"run_dir", "data.source", "data.mixture", "data.num_workers", "data.cache_dir"}
+    | {"machine.attention", "machine.decode_attention"}
     | {f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_last", "sample_every")}
     | {f"train.{name}" for name in ("sample_tokens", "tensorboard", "eval_batches")}
     | {f"train.{name}" for name in ("wandb_project", "frontier_every", "profile_start", "profile_steps")}
 )
 MAY_CHANGE_SECTIONS = ("eval.", "mesh.")
-"""Config fields and whole sections that a resumed run may change: they do not alter what it learns."""
+"""Config fields and whole sections that a resumed run may change: they do not alter what it learns. Text may lie
+elsewhere; whether it is the same its hash tells."""
 
 
-def check_run_dir(path: str | Path, config: Config, resume: bool) -> None:
+def check_run_dir(path: str | Path, config: Config, resume: bool, corpus_hash: str = "") -> None:
     """Claim a run directory for this config, before anything else is written. One process of a run calls it.
 
     A new or empty one is created and gets ``config.json``; so does it with ``resume``, which then starts fresh. With
     ``resume`` a directory that holds a run is taken if every field of its config agrees, save ``MAY_CHANGE`` and
-    ``MAY_CHANGE_SECTIONS``, and the config on disk becomes this one. Raises InputError when the directory holds a
-    run and ``resume`` is False, holds another config (naming the first field that differs), or cannot be written.
+    ``MAY_CHANGE_SECTIONS``, and the config on disk becomes this one.
+
+    Raises:
+        InputError: the directory holds a run and ``resume`` is False, holds another config (names the first field that
+            differs) or other text (a position in it would mean something else), or cannot be written.
     """
     path = Path(path)
     config_path = path / CONFIG_NAME
@@ -36,6 +43,9 @@ def check_run_dir(path: str | Path, config: Config, resume: bool) -> None:
             raise InputError(f"run directory {str(path)!r} holds another run: {difference}; use another --run-dir.")
         if not resume:
             raise InputError(f"run directory {str(path)!r} holds a run; use --resume or another --run-dir.")
+        saved_hash = path / CORPUS_NAME
+        if saved_hash.exists() and saved_hash.read_text(errors="replace").strip() != corpus_hash:
+            raise InputError(f"the corpus has changed since {str(path)!r} began; restore it or use another --run-dir.")
     else:
         left = [name for name in (METRICS_NAME, CHECKPOINT_NAME) if (path / name).exists()]
         if left:
@@ -44,6 +54,8 @@ def check_run_dir(path: str | Path, config: Config, resume: bool) -> None:
         path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         atomic_write(config_path, to_json(config))
+        if corpus_hash:
+            atomic_write(path / CORPUS_NAME, f"{corpus_hash}\n")
     except OSError as error:
         raise InputError(f"run directory {str(path)!r} cannot be written ({error.strerror}).") from error
 

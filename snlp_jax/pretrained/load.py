@@ -13,12 +13,13 @@ from snlp_jax.data.special_tokens import read_special_tokens
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME
+from snlp_jax.io.moved import TEMPLATE_NAME
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import families, table
 from snlp_jax.parallel.sharding import TRAINING, shardings_of
 from snlp_jax.pretrained.nanochat import read_nanochat
 from snlp_jax.pretrained.source import GENERATION_NAME, TOKENIZER_CONFIG_NAME, Source, find, read_source
-from snlp_jax.run import TEMPLATE_NAME, TOKENIZER_NAME, Which, read_config, read_params, read_tokenizer
+from snlp_jax.run import TOKENIZER_NAME, Which, read_config, read_params, read_tokenizer
 from snlp_jax.types import Params, PyTree
 
 

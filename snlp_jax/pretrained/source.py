@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CONFIG_NAME
+from snlp_jax.io.moved import TEMPLATE_NAME
 from snlp_jax.io.optional import optional
 from snlp_jax.model.convert.tensor_files import TensorFiles
 from snlp_jax.pretrained.gguf_header import read_gguf_header
 from snlp_jax.pretrained.gguf_model import GgufTensors, gguf_config
 from snlp_jax.pretrained.gguf_tokenizer import gguf_ids, gguf_template, gguf_tokenizer, gguf_tokenizer_config
-from snlp_jax.run import TEMPLATE_NAME, TOKENIZER_NAME
+from snlp_jax.run import TOKENIZER_NAME
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from snlp_jax.config import Config, from_json
+from snlp_jax.config import Config
 from snlp_jax.io.files import atomic_write, read_json
 from snlp_jax.io.metrics import FILE_NAME, read_metrics
+from snlp_jax.io.moved import read_saved
 from snlp_jax.io.run_dir import flatten
-from snlp_jax.run import read_text
 from snlp_jax.train.observe import read_record
 
 REPORT_NAME = "report.html"
@@ -59,7 +59,7 @@ def write_html(run_dir: str | Path) -> Path:
         InputError: the directory holds no run, or its metrics cannot be read.
     """
     run_dir = Path(run_dir)
-    config: Config = from_json(read_text(run_dir, "config.json"))
+    config = read_saved(run_dir)
     evaluation = read_json(run_dir / "eval" / "eval.json")
     page = make_html(config, read_metrics(run_dir / FILE_NAME), read_record(run_dir), evaluation)
     atomic_write(run_dir / REPORT_NAME, page)

@@ -14,13 +14,15 @@ from snlp_jax.data.pipeline import TokenData, held_out_batches, train_iterator
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab
 from snlp_jax.errors import InputError
 from snlp_jax.infer.greedy import make_greedy_fn
-from snlp_jax.io.files import atomic_write
+from snlp_jax.io.files import atomic_write, write_files
+from snlp_jax.io.moved import SOURCE_NAME, kept_files
 from snlp_jax.io.run_dir import check_run_dir
 from snlp_jax.layout import training_weights
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
 from snlp_jax.parallel.processes import all_or_none, check_same, is_first
 from snlp_jax.parallel.sharding import bytes_per_device
+from snlp_jax.run import TOKENIZER_NAME
 from snlp_jax.train.loss import Plan, balanced, loss_fn, make_correction, start_step
 from snlp_jax.train.memory import check_state
 from snlp_jax.train.observe import make_observe
@@ -75,9 +77,9 @@ class Setup:
         check_same("corpus", data.content_hash)
         with all_or_none():
             if is_first():
-                check_run_dir(config.run_path, config, resume)
-                _check_corpus(config.run_path, data)
-                atomic_write(config.run_path / "tokenizer.json", data.tokenizer.to_json())
+                check_run_dir(config.run_path, config, resume, data.content_hash)
+                atomic_write(config.run_path / TOKENIZER_NAME, data.tokenizer.to_json())
+                keep_files(config)
         self.description = _describe(config, model, data, mesh, state)
         self.saved = abstract_saved(state, model, mesh)
         """Shapes and shardings of what a checkpoint holds."""
@@ -87,12 +89,12 @@ class Setup:
         self.sample = _make_sample(model, config, self.held_out, data.tokenizer, mesh)
 
 
-def _check_corpus(run_path: Path, data: TokenData) -> None:
-    """Refuse to continue a run on other text: the position in the data would mean something else."""
-    path = run_path / "corpus.txt"
-    if path.exists() and path.read_text().strip() != data.content_hash:
-        raise InputError(f"the corpus has changed since {str(run_path)!r} began; restore it or use another --run-dir.")
-    atomic_write(path, data.content_hash + "\n")
+def keep_files(config: Config) -> None:
+    """Copy what the run's origin keeps of an import, before it may go elsewhere."""
+    if not config.train.init_from or (config.run_path / SOURCE_NAME).exists():
+        return
+    if Path(config.train.init_from).is_dir():
+        write_files(config.run_path, kept_files(Path(config.train.init_from)))
 
 
 def _check_division(held_out: list[Batch], config: Config, mesh: Mesh) -> None:

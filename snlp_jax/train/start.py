@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snlp_jax.config import Config, DataConfig
 from snlp_jax.errors import InputError
-from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer
+from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
 from snlp_jax.run import TOKENIZER_NAME, read_config, read_tokenizer
 from snlp_jax.types import Params
 
@@ -14,14 +14,14 @@ MAY_DIFFER = ("seq_len", "rotary_multiple", "remat")
 
 
 def data_config(config: Config, resume: bool) -> DataConfig:
-    """``config.data``, with the tokenizer of the run: the copy that it keeps, where it has begun; the one of
-    ``train.init_from``, where it starts from another run.
+    """``config.data``, with the tokenizer of the run: the copy that it keeps, where it has begun, whatever has become
+    of the file that it was copied from; the one of ``train.init_from``, where it starts from another run.
 
     Raises:
         InputError: see :func:`check_origin`.
     """
     tokenizer = config.run_path / TOKENIZER_NAME
-    if resume and tokenizer.is_file() and (config.train.init_from or config.data.tokenizer == "bpe"):
+    if resume and tokenizer.is_file() and (config.run_path / CONFIG_NAME).is_file():
         return dataclasses.replace(config.data, tokenizer=str(tokenizer))
     if not config.train.init_from:
         return config.data
