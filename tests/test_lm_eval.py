@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,8 +166,28 @@ def test_generation_settings() -> None:
     sampled = prompt_of("x", {"do_sample": True, "top_p": 0.9, "max_new_tokens": 5, "top_k": None})
     assert sampled == Prompt("x", 5, (), Sampling(temperature=1.0, top_p=0.9))
     assert prompt_of("x", {"temperature": 0.5}).sampling == Sampling(temperature=0.5)
-    with pytest.raises(InputError, match="generation_kwargs num_beams mean nothing to snlp_jax"):
-        prompt_of("x", {"num_beams": 4})
+    everyday = {"until": [], "do_sample": True, "temperature": 1, "top_k": -1, "max_gen_toks": 32, "num_beams": 1}
+    assert prompt_of("x", everyday) == Prompt("x", 32, (), Sampling(temperature=1))
+    assert prompt_of("x", {"do_sample": True, "temperature": 0.0, "use_cache": True}).sampling == Sampling()
+    for settings, sentence in (
+        ({"num_beams": 4}, "generation_kwargs num_beams=4 mean nothing to snlp_jax"),
+        ({"max_gen_toks": "many"}, "generation_kwargs max_gen_toks is 'many'; it must be of type int"),
+        ({"until": [1]}, r"generation_kwargs until.0. is 1; it must be of type str"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            prompt_of("x", settings)
+
+
+def test_chat_templates_and_cut_contexts(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = SolverLM(str(run_dir))
+    assert model.chat_template(False) is None and model.chat_template(True) == "" and model.tokenizer_name == "byte"
+    history = [{"role": "user", "content": "Why?"}]
+    assert model.apply_chat_template(history) == "User: Why?\nAssistant:"
+    answer = [*history, {"role": "assistant", "content": "So"}]
+    assert model.apply_chat_template(answer, add_generation_prompt=False) == "User: Why?\nAssistant: So"
+    asked = [("a" * 40, " b"), ("a" * 400, " b")]
+    scores = model.loglikelihood([SimpleNamespace(args=args) for args in asked])
+    assert len(scores) == 2 and "1 of 2 contexts are longer than the 160 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

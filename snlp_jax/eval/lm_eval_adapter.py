@@ -9,6 +9,7 @@ those of a setting are written as semicolons. Needs ``pip install "snlp-jax[lm_e
 """
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ except ImportError:
 
 from snlp_jax.checks import check_schedule
 from snlp_jax.config.check import check_value
+from snlp_jax.data.template import choose_template
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
+from snlp_jax.eval.chat_text import chat_text
 from snlp_jax.eval.solver_file import setting_of
 from snlp_jax.eval.text_model import Prompt, TextModel
 from snlp_jax.infer.rules import CacheRule
@@ -85,6 +88,7 @@ class SolverLM(LM):  # type: ignore[misc]  # Any, where lm_eval is not installed
         if not run_dir:
             raise InputError(f"{NAME} needs model_args run_dir=RUN_DIR, a directory that training has written.")
         check_value(Which, checkpoint, "checkpoint")
+        self._template: str | None = None
         path = Path(str(run_dir))
         config = read_config(path)
         num_layers = config.model.num_layers
@@ -130,6 +134,32 @@ class SolverLM(LM):  # type: ignore[misc]  # Any, where lm_eval is not installed
                 *(num_cut, num_requests, self.text_model.max_context),
             )
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that :meth:`apply_chat_template` takes from now on: the model's default one, or that of a name
+        or file. None where none is asked for, "" for the plain-text one."""
+        if chat_template is False:
+            return None
+        choice = "" if isinstance(chat_template, bool) else chat_template
+        self._template = choose_template(self.text_model.tokenizer.special.chat_template, choice)
+        return self._template
+
+    def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """A conversation in the model's template; without what the system says where the template refuses that."""
+        if self._template is None:
+            self.chat_template(True)
+        write = functools.partial(
+            chat_text, self.text_model.tokenizer, self._template or "", opens_answer=add_generation_prompt
+        )
+        try:
+            return write(chat_history)
+        except InputError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            text = write(others)
+            _logger.warning("The chat template refuses what the system says, which is left out.")
+            return text
+
     @property
     def tokenizer_name(self) -> str:
         return self.text_model.tokenizer.name
@@ -143,18 +173,22 @@ def prompt_of(context: str, settings: dict[str, Any]) -> Prompt:
     """
     given = {name: value for name, value in settings.items() if value is not None and value != NEUTRAL.get(name)}
     until = given.pop("until", [])
-    do_sample = given.pop("do_sample", given.get("temperature", 0.0) > 0)
     lengths = [given.pop(name) for name in LENGTHS if name in given]
     sampled = {name: given.pop(name) for name in SAMPLED if name in given}
+    do_sample = given.pop("do_sample", sampled.get("temperature", 0) != 0)
     if given:
         text = ", ".join(f"{name}={value}" for name, value in given.items())
         raise InputError(f"generation_kwargs {text} mean nothing to {NAME}; leave them out.")
     if do_sample:
         sampled = {"temperature": 1.0} | sampled
+        sampled |= {"top_k": 0} if sampled.get("top_k") == -1 else {}  # as others write that all are kept
     else:
         sampled = {name: sampled[name] for name in ("repetition_penalty",) if name in sampled}
-    stops = tuple(filter(None, [until] if isinstance(until, str) else until))
-    return Prompt(context, int(lengths[0] if lengths else DEFAULT_NEW_TOKENS), stops, Sampling(**sampled))
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    check_value(tuple[str, ...], stops, "generation_kwargs until")
+    length = lengths[0] if lengths else DEFAULT_NEW_TOKENS
+    check_value(int, length, "generation_kwargs max_gen_toks")
+    return Prompt(context, length, tuple(filter(None, stops)), Sampling(**sampled))
 
 
 if __name__ == "__main__":
