@@ -114,6 +114,22 @@ def append(rings: Rings, kv: KeyValue | list[KeyValue], length_B: Array, *, is_o
     return Rings(tuple(map(of_group, rings.groups, rings.members)), rings.members)
 
 
+def resized(plan: RingPlan, rings: Rings, length_B: Array) -> Rings:
+    """The last of each row's first ``length_B`` tokens in the rings of another plan, none of which is shorter: of the
+    same layers and ``block``, for longer texts."""
+
+    def of_group(size: int, members: tuple[int, ...]) -> Ring:
+        # Layers whose rings agree now agreed before.
+        known = rings.groups[rings.members.index(members)] if members in rings.members else None
+        group = known or stack([rings.layer(index) for index in members])
+        num_slots = group.key_BKSH.shape[3]
+        index_BS = slot_positions(length_B, size) % num_slots
+        take = jax.vmap(lambda x_nKSH, index_S: x_nKSH[:, :, index_S], in_axes=(1, 0), out_axes=1)
+        return group if size == num_slots else Ring(*(take(leaf, index_BS) for leaf in group))
+
+    return Rings(tuple(map(of_group, plan.sizes, plan.members)), plan.members)
+
+
 def _members_of(kv: KeyValue | list[KeyValue], members: Sequence[int]) -> KeyValue:
     """Keys and values of some layers, [n, B, T, K, H]."""
     if isinstance(kv, list):

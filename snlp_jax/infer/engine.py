@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from snlp_jax.cache import plan_rings
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.errors import InputError
+from snlp_jax.infer.prefix import BLOCK, PrefixCache
 from snlp_jax.infer.programs import Programs, State, warm_segments
 from snlp_jax.infer.requests import Completion, Delivery, OnTokens, Request, Statistics, check_request
 from snlp_jax.infer.rules import CacheRule, Drafting, Placement, check_settings
@@ -102,18 +103,26 @@ class Engine:
         self._programs: dict[Any, Any] = {}
         self._compile_seconds = 0.0
 
-    def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[Request], on_tokens: OnTokens | None = None, kept: PrefixCache | None = None
+    ) -> list[Completion]:
         """Go on from every prompt.
+
+        Args:
+            on_tokens: is handed the text while it is made.
+            kept: with one request, what the last one left and this one may go on from.
 
         Raises:
             InputError: no request, an empty prompt, a token outside the vocabulary, more tokens than the rotary
                 embedding reaches, no tokens asked for, a stop string without a tokenizer. Nothing is compiled before.
         """
         self.check(requests)
+        if kept is not None and len(requests) != 1:
+            raise InputError(f"{len(requests)} requests cannot go on from one text; give one, or no kept cache.")
         self._compile_seconds = 0.0
         delivery = Delivery(requests, self.tokenizer, on_tokens)
         began = time.perf_counter()
-        state, programs = self._prefill(requests)
+        state, programs = self._prefill(requests, kept)
         jax.block_until_ready(state)
         prefill_seconds, prefill_compile = time.perf_counter() - began - self._compile_seconds, self._compile_seconds
         began = time.perf_counter()
@@ -129,6 +138,9 @@ class Engine:
             state = self._advance(programs, state, delivery.is_watched)
         decode_seconds = time.perf_counter() - began - (self._compile_seconds - prefill_compile)
         completions = delivery.completions(np.asarray(state.log_probs_BS))
+        if kept is not None:
+            is_exact = self.schedule.is_sequential or self.rule == "per_iteration"
+            kept.keep(state, programs, len(requests[0].tokens), is_exact=is_exact)
         counts = jax.tree.map(int, jax.device_get(state.counts))
         self.statistics = Statistics(
             prompt_tokens=sum(len(request.tokens) for request in requests),
@@ -161,24 +173,30 @@ class Engine:
 
     # -- Programs ------------------------------------------------------------------------------------------------------
 
-    def _prefill(self, requests: Sequence[Request]) -> tuple[State, Programs]:
+    def _prefill(self, requests: Sequence[Request], kept: PrefixCache | None = None) -> tuple[State, Programs]:
         lengths = np.asarray([len(request.tokens) for request in requests], np.int32)
         targets = lengths + np.asarray([request.max_new_tokens for request in requests], np.int32)
         longest = self.model.config.max_context
-        capacity = min(bucket(int(targets.max())), longest)
-        prompt_BP = np.zeros((len(requests), min(bucket(int(lengths.max())), longest)), np.int32)
+        capacity, width = (min(bucket(int(count.max())), longest) for count in (targets, lengths))
+        before = None
+        if kept is not None:
+            windows = [self.model.config.windows[i] for i in self.model.config.attention_layers]
+            before = kept.begin(requests[0].tokens, windows)
+            capacity = max(capacity, kept.capacity)
+        prompt_BP = np.zeros((len(requests), width if before is None else capacity), np.int32)
         num_stops = bucket(max(len(request.stop_tokens) for request in requests), 1)
         stop_BX = np.full((len(requests), num_stops), -1, np.int32)
         for row, request in enumerate(requests):
             prompt_BP[row, : len(request.tokens)] = request.tokens
             stop_BX[row, : len(request.stop_tokens)] = request.stop_tokens
         rows, features = rows_of([request.sampling for request in requests])
-        programs = self._programs_for(capacity, features)
+        programs = self._programs_for(capacity, features, 1 if kept is None else BLOCK)
         arguments = (*map(jnp.asarray, (prompt_BP, lengths, targets, stop_BX)), rows)
         if self.mesh is not None:
             arguments = jax.device_put(arguments, jax.tree.map(self._by_row, arguments))
         weights = self.exact if self.draft or self.rule == "per_iteration" else in_order(self.weights)
-        return self._compiled(programs, "prefill", (weights, *arguments))(weights, *arguments), programs
+        name, arguments = ("prefill", arguments) if before is None else ("extend", (before, *arguments))
+        return self._compiled(programs, name, (weights, *arguments))(weights, *arguments), programs
 
     def _advance(self, programs: Programs, state: State, is_watched: bool) -> State:
         """Some steps: as many as there are, or as the host waits for."""
@@ -206,8 +224,9 @@ class Engine:
             jax.block_until_ready(state)
         return state, time.perf_counter() - began
 
-    def _programs_for(self, capacity: int, features: Features) -> Programs:
-        block = self.max_draft + 1
+    def _programs_for(self, capacity: int, features: Features, block: int) -> Programs:
+        """Programs for texts of up to ``capacity`` tokens, ``block`` of which or more are written at once."""
+        block = max(block, self.max_draft + 1)
         plans = plan_rings(self.model, self.weights, capacity, block, self.mesh)
         if self.draft is not None:  # layers that the drafter leaves out are the verifier's alone
             others = plan_rings(self.model, self.exact, capacity, block, self.mesh)
@@ -222,6 +241,7 @@ class Engine:
             warm_segments=warm_segments(self.weights),
             max_draft=self.max_draft,
             by_heads=self.draft == "mtp",
+            block=block,
         )
 
     def _compiled(self, programs: Programs, name: str, arguments: tuple[Any, ...]) -> Any:

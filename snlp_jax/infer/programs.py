@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from snlp_jax.cache import Past, RingPlan, append, fill
+from snlp_jax.cache import Past, RingPlan, append, fill, resized
 from snlp_jax.forward import CacheRule, Keep, States, logits_of, run_parts
 from snlp_jax.infer.sampling import Features, Rows, accept, distribution, draw, seen_in, seen_with_drafts
 from snlp_jax.model import Model
@@ -70,6 +70,15 @@ class State(NamedTuple):
         return self._replace(counts=self.counts._replace(**added))
 
 
+class Kept(NamedTuple):
+    """What is kept of one text for another that begins with it."""
+
+    length_B: Array
+    """Tokens of it, 1 or more."""
+    rings: "tuple[Rings | tuple[Rings, ...] | None, ...]"
+    warm: tuple[Array | None, ...]
+
+
 @dataclass(frozen=True)
 class Programs:
     """Builds the functions; see the module."""
@@ -87,21 +96,16 @@ class Programs:
     """Most drafts of a round: a verification evaluates one token more."""
     by_heads: bool = False
     """Whether the model's heads that look further ahead draft, and no layer."""
+    block: int = 1
+    """Tokens that are written to the rings at once where a text goes on."""
 
     def prefill(
         self, weights: Weights, prompt_BP: Array, length_B: Array, target_B: Array, stop_BX: Array, rows: Rows
     ) -> State:
         """Evaluate the prompts, filled up to one length behind their ends, and draw every row's first token."""
-        B, P = prompt_BP.shape
         keep = Keep(self.rule, self.warm_segments)
         states = run_parts(self.model, weights, prompt_BP, mesh=self.mesh, keep=keep)
         last_B = length_B - 1
-        last = _pick(states.h_last, last_B), _pick(states.h_mid, last_B)
-        logits_BV = logits_of(self.model, weights, *last, self.mesh)[:, 0]
-        # Ends of texts and turns stand in most prompts; a penalty on them would keep the text from ending.
-        is_stop_BP = (prompt_BP[:, :, None] == stop_BX[:, None]).any(-1)
-        is_seen_BP = (jnp.arange(P)[None] < length_B[:, None]) & ~is_stop_BP
-        seen_BV = seen_in(prompt_BP, is_seen_BP, logits_BV.shape[-1]) if self.features.penalizes else None
         rings: list[Any] = [None] * len(self.plans)
         warm: list[Array | None] = [None] * len(self.plans)
         for index, (plan, update) in enumerate(zip(self.plans, states.updates, strict=True)):
@@ -109,22 +113,73 @@ class Programs:
                 rings[index] = _each(functools.partial(fill, plan, length_B=length_B), update.kv)
             if update is not None and update.trace is not None and index in self.warm_segments:
                 warm[index] = _pick(update.trace, last_B, axis=2)
+        kept = Kept(last_B, tuple(rings), tuple(warm))
+        last = _pick(states.h_last, last_B), _pick(states.h_mid, last_B)
+        state = self._begin(kept, prompt_BP, length_B, target_B, stop_BX, rows)
+        return self._take_first(weights, state._replace(last=last))
+
+    def extend(
+        self,
+        weights: Weights,
+        kept: Kept,
+        prompt_BP: Array,
+        length_B: Array,
+        target_B: Array,
+        stop_BX: Array,
+        rows: Rows,
+    ) -> State:
+        """:meth:`prefill` of one prompt that begins with the text of ``kept``: evaluates the tokens behind it alone."""
+        state = self._begin(kept, prompt_BP, length_B, target_B, stop_BX, rows)
+        pairs = zip(self.plans, kept.rings, strict=True)
+        rings = [
+            ring
+            if plan is None or ring is None
+            else _each(lambda ring, plan=plan: resized(plan, ring, kept.length_B), ring)
+            for plan, ring in pairs
+        ]
+        shapes = jax.eval_shape(lambda state: self._evaluate(weights, state, kept.length_B, 1), state)
+        last = jnp.zeros_like(shapes.h_last), jnp.zeros_like(shapes.h_mid)
+
+        def one(carry: tuple[State, Array]) -> tuple[State, Array]:
+            state, start_B = carry
+            states = self._evaluate(weights, state, start_B, self.block)
+            last_B = jnp.clip(length_B - 1 - start_B, 0, self.block - 1)
+            return self._remember(state, states, start_B, last_B), start_B + self.block
+
+        state = state._replace(rings=tuple(rings), last=last)
+        state, _ = jax.lax.while_loop(lambda carry: (carry[1] < length_B).any(), one, (state, kept.length_B))
+        return self._take_first(weights, state)
+
+    def _begin(
+        self, kept: Kept, prompt_BP: Array, length_B: Array, target_B: Array, stop_BX: Array, rows: Rows
+    ) -> State:
+        """Prompts whose tokens are still to be evaluated, or are in ``kept``."""
+        B, P = prompt_BP.shape
+        # Ends of texts and turns stand in most prompts; a penalty on them would keep the text from ending.
+        is_stop_BP = (prompt_BP[:, :, None] == stop_BX[:, None]).any(-1)
+        is_seen_BP = (jnp.arange(P)[None] < length_B[:, None]) & ~is_stop_BP
+        seen_BV = seen_in(prompt_BP, is_seen_BP, self.model.config.vocab_size) if self.features.penalizes else None
         zero = jnp.zeros((), jnp.int32)
-        state = State(
+        return State(
             tokens_BS=jnp.zeros((B, self.num_slots), jnp.int32).at[:, :P].set(prompt_BP),
             log_probs_BS=jnp.zeros((B, self.num_slots)),
-            length_B=last_B,
+            length_B=length_B - 1,
             target_B=target_B,
             is_active_B=length_B < target_B,
             stop_BX=stop_BX,
             seen_BV=seen_BV,
             rows=rows,
-            rings=tuple(rings),
-            warm=tuple(warm),
-            last=last if self.by_heads else None,
+            rings=kept.rings,
+            warm=kept.warm,
+            last=None,
             counts=Counts(zero - 1, zero, zero, zero, zero, zero),  # the prefill is no step
         )
-        return self._take(state, logits_BV)
+
+    def _take_first(self, weights: Weights, state: State) -> State:
+        """Draw every row's first token by what the head reads of the prompt's last."""
+        assert state.last is not None
+        logits_BV = logits_of(self.model, weights, *state.last, self.mesh)[:, 0]
+        return self._take(state if self.by_heads else state._replace(last=None), logits_BV)
 
     def decode(self, weights: Weights, state: State, num_steps: Array) -> State:
         """Plain steps."""

@@ -11,8 +11,9 @@ from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.infer.sampling import Sampling
 from snlp_jax.infer.text import TextStream
 
-OnTokens = Callable[[int, list[int], str], None]
-"""Called with a row, its new tokens and their text ("" without a tokenizer), some tokens at a time."""
+OnTokens = Callable[[int, list[int], str], bool | None]
+"""Called with a row, its new tokens and their text ("" without a tokenizer), some tokens at a time. True ends the
+row."""
 Finish = Literal["length", "stop"]
 
 
@@ -114,8 +115,8 @@ class Delivery:
             if row.is_done:
                 continue
             new, text = row.take(tokens_BS[index, : int(length_B[index]) + 1], is_last=not is_active_B[index])
-            if self._on_tokens is not None and (new or text):
-                self._on_tokens(index, new, text)
+            if self._on_tokens is not None and (new or text) and self._on_tokens(index, new, text):
+                row.is_done, row.finish = True, "stop"
         return np.asarray([not row.is_done for row in self._rows])
 
     def completions(self, log_probs_BS: np.ndarray) -> list[Completion]:
