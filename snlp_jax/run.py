@@ -1,6 +1,7 @@
 """A run directory: the config, tokenizer, checkpoints and corpus that training, an import or a linearisation left."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from snlp_jax.data.pipeline import TokenData, in_parts
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer
+from snlp_jax.io.files import cache_folder, may_be_made
 from snlp_jax.io.moved import read_run_text, read_saved
 from snlp_jax.memory import rows_at_once
 from snlp_jax.model import LanguageModel
@@ -112,7 +114,11 @@ def read_data(run_dir: Path, config: Config) -> TokenData:
     Raises:
         InputError: the corpus cannot be read, or its tokens are not the model's.
     """
-    data = prepare_data(dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME)))
+    wanted = dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME))
+    if wanted.cache_dir and not may_be_made(Path(os.path.expanduser(wanted.cache_dir))):
+        note(f"the run's token cache {wanted.cache_dir!r} may not be written to; taking {str(cache_folder())!r}.")
+        wanted = dataclasses.replace(wanted, cache_dir="")
+    data = prepare_data(wanted)
     check_vocab(data.tokenizer, config.model.vocab_size)
     return data
 

@@ -132,3 +132,13 @@ def test_a_run_is_opened_where_nothing_may_be_written(tmp_path: Path, monkeypatc
     loaded = load_run(run, "last")
     assert loaded.model.config == MODEL and np.isfinite(np.asarray(loaded.params["embed"]["token"])).all()
     assert {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]} == before
+
+
+def test_tokens_are_kept_elsewhere_where_their_folder_may_not_be_written(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("one two three " * 9000)
+    data = DataConfig(source=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "cache"))
+    run = write_run(tmp_path / "run", Config(data=data))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    assert len(read_data(run, read_config(run)).train) > 1
+    assert (tmp_path / "home" / "snlp_jax" / "tokens").is_dir() and not (tmp_path / "cache").exists()

@@ -1,13 +1,12 @@
 """What commands that make a run of something else share: a free place, and a run written as training leaves one."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from snlp_jax.config import Config, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
-from snlp_jax.io.files import atomic_write, explain_full_disk, write_files
+from snlp_jax.io.files import atomic_write, explain_full_disk, may_be_made, write_files
 from snlp_jax.types import Params
 
 
@@ -16,8 +15,9 @@ def check_free(target: Path, flag: str = "") -> None:
     above = next(place for place in target.absolute().parents if place.exists())
     if not above.is_dir():
         raise InputError(f"{str(target)!r} cannot be made: {str(above)!r} is a file; name another directory{flag}.")
-    if not target.exists() and not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{str(target)!r} cannot be made: {str(above)!r} may not be written to; name another{flag}.")
+    if not may_be_made(target):
+        place = target if target.exists() else above
+        raise InputError(f"{str(place)!r} may not be written to; name another directory{flag}.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} exists and is not empty; name another directory{flag}.")
 

@@ -59,7 +59,7 @@ def prepare_tokens(config: DataConfig) -> TokenData:
     except OSError as error:
         raise InputError(
             f"the token cache {str(cache_dir)!r} cannot be written ({error.strerror or error}); "
-            "make room there or set data.cache_dir to another folder."
+            "make room there, or set data.cache_dir or XDG_CACHE_HOME to another folder."
         ) from error
     if len(entries) == 1:
         return entries[0]

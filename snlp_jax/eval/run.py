@@ -8,9 +8,12 @@ import numpy as np
 
 from snlp_jax.config import Config
 from snlp_jax.data.pipeline import TokenData, held_out_batches
+from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import fit_spec, load_fits, parse_calibrations, save_fit
 from snlp_jax.eval.evaluate import evaluate, parse_settings
 from snlp_jax.eval.report import Report
+from snlp_jax.io.files import may_be_made
+from snlp_jax.linearize.store import FOLDER as CALIBRATIONS
 from snlp_jax.model import LanguageModel
 from snlp_jax.run import Which, note, quantized_params, read_data, read_given_text, read_params
 from snlp_jax.solver import Calibration, Schedule
@@ -51,6 +54,8 @@ def open_run(run_dir: Path, config: Config, which: Which = "best", *, has_fits: 
     # A bad setting should not wait for the corpus.
     settings = parse_settings(config.model, config.eval)
     specs = parse_calibrations(config.eval.calibrations, config.model.num_layers)
+    if specs and not may_be_made(run_dir / CALIBRATIONS):
+        raise InputError(f"{str(run_dir)!r} may not be written to, but calibrations are kept in it; copy the run.")
     model = LanguageModel(config.model, config.machine)
     step, params = read_params(run_dir, model, which)
     data, seq_len = read_evaluation_text(run_dir, config, has_fits=has_fits), config.eval.window_len(config.model)

@@ -20,6 +20,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snlp_jax"
 
 
+def may_be_made(path: Path) -> bool:
+    """Whether a file or folder may be written at a place, or is there and may be written to."""
+    path = path.absolute()
+    above = next(place for place in (path, *path.parents) if place.exists())
+    return os.access(above, os.W_OK) and (above.is_dir() or above == path)
+
+
 def atomic_write(path: str | Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash, finds the old content or the new, never a part.
 
