@@ -54,6 +54,16 @@ def capacity_of(mesh: Mesh) -> int | None:
     return host_bytes() // len(local) if local[0].platform == "cpu" else None
 
 
+def free_of(mesh: Mesh) -> int | None:
+    """Bytes that can still be taken on each device of a mesh; devices of a CPU share what the host has. None where none
+    tells."""
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() or {} for device in local]
+    if all(each.get("bytes_limit", 0) for each in stats):
+        return min(int(each["bytes_limit"]) - int(each.get("bytes_in_use", 0)) for each in stats)
+    return free_host_bytes() // len(local) if local[0].platform == "cpu" else None
+
+
 def program_bytes(compiled: Any) -> int | None:
     """What running a compiled program takes on one device besides its arguments, as XLA counts it; None where the
     backend does not tell."""
@@ -65,18 +75,19 @@ def program_bytes(compiled: Any) -> int | None:
         return None
 
 
-def check_room(what: str, needed: int | None, remedy: str) -> None:
+def check_room(what: str, needed: int | None, remedy: str, *, on_host: bool = False) -> None:
     """Refuse what takes more than is free, before the system kills the process for it.
 
     Args:
         what: the subject of the sentence.
         needed: bytes; None where it is not known.
         remedy: what the user can do, as the end of the sentence.
+        on_host: in the host's memory, not in the first device's.
 
     Raises:
         InputError: one sentence that says what needs how much of how much.
     """
-    free = free_bytes()
+    free = free_host_bytes() if on_host else free_bytes()
     if needed is not None and free is not None and needed > free:
         raise InputError(f"{what} would take {needed / GIB:.3g} GiB, but {free / GIB:.3g} GiB are free; {remedy}.")
 

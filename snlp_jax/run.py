@@ -21,7 +21,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, Checkpointer
 from snlp_jax.io.files import cache_folder, may_be_made
 from snlp_jax.io.moved import read_run_text, read_saved
-from snlp_jax.memory import rows_at_once
+from snlp_jax.memory import check_room, rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.quantize import input_squares, quantize
 from snlp_jax.types import Params, PyTree
@@ -82,7 +82,7 @@ def read_params(run_dir: Path, model: LanguageModel, which: Which, shardings: Py
         shardings: a tree like the parameters; the first device where there is none.
 
     Raises:
-        InputError: there is no good checkpoint, or it is of another model.
+        InputError: there is no good checkpoint, or it is of another model; or they take more memory than is free.
     """
     with Checkpointer(run_dir / CHECKPOINT_NAME, read_only=True) as checkpointer:
         if which == "best" and checkpointer.best_step is None:
@@ -96,6 +96,9 @@ def read_params(run_dir: Path, model: LanguageModel, which: Which, shardings: Py
                 abstract,
                 shardings,
             )
+        else:
+            needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+            check_room(f"the parameters of {str(run_dir)!r}", needed, "end other programs, or take a larger machine")
         return checkpointer.restore_params(abstract, which)
 
 

@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from tiny_run import MODEL, tiny
 
@@ -148,13 +149,30 @@ def test_what_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for module in (budget, memory):
         monkeypatch.setattr(module, "capacity_of", lambda _: needed)
     check_state(state, mesh)
-    monkeypatch.setattr(budget, "_measure_step", lambda *_: needed + 1)
+    monkeypatch.setattr(budget, "step_bytes", lambda *_: needed + 1)
     with pytest.raises(InputError, match=r"training step would take .*num_microbatches.*remat.*mesh\.data"):
         plan_run(config)
     monkeypatch.setattr(memory, "capacity_of", lambda _: needed - 1)
     with pytest.raises(InputError, match=r"parameters, the optimizer's state .*on each device.*smaller model"):
         train(config)
     assert not config.run_path.exists()
+
+
+def test_a_step_that_cannot_fit_is_refused_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled only where the state is not small beside what is free."""
+    config, asked = plain(tmp_path / "run"), []
+    state = abstract_state(LanguageModel(config.model), optimizer_of(LanguageModel(config.model), config), config)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    monkeypatch.setattr(memory, "step_bytes", lambda *given: asked.append(given) or 30 * held)
+    monkeypatch.setattr(memory, "free_of", lambda _: 29 * held)
+    with pytest.raises(InputError, match=r"training step would take .*num_microbatches.*remat.*mesh\.data"):
+        train(config)
+    assert len(asked) == 1 and not config.run_path.exists()
+    _, _, mesh, state, row = asked[0]
+    assert row["tokens"].shape[1] == config.model.seq_len + 1
+    monkeypatch.setattr(memory, "free_of", lambda _: 1000 * held)
+    memory.check_step(LanguageModel(config.model), config, mesh, state, row)
+    assert len(asked) == 1
 
 
 def test_devices_of_a_cpu_share_its_memory() -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from snlp_jax import memory
-from snlp_jax.config import ModelConfig
+from snlp_jax.config import LinearizeConfig, ModelConfig
 from snlp_jax.errors import InputError
+from snlp_jax.linearize import nbl
 from snlp_jax.memory import GIB, check_room, free_bytes, free_host_bytes, host_bytes, rows_at_once
+from snlp_jax.model import LanguageModel
 
 LARGE = ModelConfig(num_layers=30, embed_dim=576, num_heads=9, num_kv_heads=3, seq_len=2048)
 
@@ -54,3 +56,17 @@ def test_what_needs_more_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch
         check_room("setting 'x'", 9 * GIB // 2, "lower --seq-len")
     monkeypatch.setattr(memory, "free_bytes", lambda: None)
     check_room("it", 2**60, "lower it")
+
+
+def test_statistics_are_taken_in_turns_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many layers as half of what is free holds, at least one; a number that is asked for stays."""
+    model, options = LanguageModel(LARGE), LinearizeConfig(attention=2, mlp=2)
+    one = nbl.layer_bytes(model, options)
+    assert one == 2 * nbl.layer_bytes(model, LinearizeConfig(attention=1))
+    for free, layers in ((0, 1), (7 * one, 3), (10**15, 30)):
+        monkeypatch.setattr(nbl, "free_host_bytes", lambda free=free: free)
+        assert nbl.layers_at_once(model, options) == layers
+    monkeypatch.setattr(nbl, "free_host_bytes", lambda: 8 * one)
+    assert nbl.num_steps(model, options, 5) == -(-30 // 4) * 5 + 2 * 30
+    assert nbl.statistics_bytes(model, options) > 4 * one
+    assert nbl.layers_at_once(model, LinearizeConfig(attention=1, layers_at_once=7)) == 7

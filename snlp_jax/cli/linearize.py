@@ -42,10 +42,10 @@ from snlp_jax.io.progress import Progress
 from snlp_jax.io.provenance import circumstances
 from snlp_jax.layout import prepare
 from snlp_jax.linearize.maps import check_samples
-from snlp_jax.linearize.nbl import Linearized, Round, check_linearize, linearize, num_passes
+from snlp_jax.linearize.nbl import Linearized, Round, check_linearize, linearize, num_steps, statistics_bytes
 from snlp_jax.linearize.statistics import Batches
 from snlp_jax.linearize.store import fingerprint
-from snlp_jax.memory import rows_at_once
+from snlp_jax.memory import check_room, rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
@@ -112,10 +112,12 @@ def linearize_run(args: Args) -> Path:
     windows = held_out_batches(tokens, seq_len=config.model.seq_len, batch_size=size, num_batches=num_batches)
     windows = in_parts(windows, rows_at_once(config.model, config.model.seq_len, len(windows[0]["tokens"])))
     step, params = read_params(run_dir, model, args.checkpoint)
+    remedy = "lower --layers-at-once, or replace one kind of branch after another"
+    check_room("statistics and maps", statistics_bytes(model, options), remedy, on_host=True)
     before = held_out_nll(model, params, windows)
-    with Progress("taking statistics", num_passes(model, options) * about["batches"]) as progress:
+    with Progress("fitting maps", num_steps(model, options, about["batches"])) as progress:
         tell = lambda each: progress.note(_choice(each, options))  # noqa: E731
-        made = linearize(model, params, fit, held_out, options, mesh=mesh, on_batch=progress.advance, on_round=tell)
+        made = linearize(model, params, fit, held_out, options, mesh=mesh, on_step=progress.advance, on_round=tell)
     after = held_out_nll(made.model, made.params, windows)
     fits = [(spec, *fit_spec(made.model, made.params, tokens, spec)) for spec in specs]
     ppl = _perplexities(before, after, windows, config)

@@ -79,7 +79,7 @@ def linearize(
     config: LinearizeConfig,
     *,
     mesh: Mesh | None = None,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
     on_round: Callable[[Round], None] = lambda _: None,
 ) -> Linearized:
     """Replace, or with ``config.drop`` drop, as many branches as ``config`` asks for.
@@ -89,7 +89,7 @@ def linearize(
 
     Args:
         fit, held_out: different text; the second chooses ridges and, by default, ranks.
-        on_batch: called after every batch of a pass, of which there are ``num_passes``.
+        on_step: called after every batch of a pass and every map that was fitted, see :func:`num_steps`.
 
     Raises:
         InputError: see :func:`check_linearize`, :func:`snlp_jax.linearize.statistics.branch_moments`.
@@ -98,7 +98,7 @@ def linearize(
     rounds = []
     for number, counts in enumerate(_rounds(config)):
         places = {branch: whole_layers(model, branch) for branch in counts}
-        candidates = measure(model, params, fit, held_out, places, config, mesh=mesh, on_batch=on_batch)
+        candidates = measure(model, params, fit, held_out, places, config, mesh=mesh, on_step=on_step)
         chosen = choose(candidates, counts, config, seed=config.seed + number)
         model, params = apply(model, params, candidates, chosen, drop=config.drop, rank=config.rank)
         rounds.append(Round(tuple(sorted(candidates, key=lambda each: each.layer)), chosen))
@@ -136,13 +136,13 @@ def measure(
     config: LinearizeConfig,
     *,
     mesh: Mesh | None = None,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Candidate]:
     """The map of every place and what it leaves, from a pass over both texts for each ``config.layers_at_once``."""
     layers = sorted({layer for each in places.values() for layer in each})
     step = layers_at_once(model, config)
     found = []
-    run = functools.partial(branch_moments, skip_first=config.skip_first, mesh=mesh, on_batch=on_batch)
+    run = functools.partial(branch_moments, skip_first=config.skip_first, mesh=mesh, on_batch=on_step)
     for start in range(0, len(layers), step):
         part = layers[start : start + step]
         wanted = {branch: [layer for layer in each if layer in part] for branch, each in places.items()}
@@ -153,6 +153,7 @@ def measure(
             best = fit_map(moments, unseen, ridge=config.ridge, shrinkage=config.shrinkage, rank=config.rank)
             errors = nmse(best, moments), nmse(best, moments, residual=True), nmse(best, unseen, residual=True)
             found.append(Candidate(layer, branch, best, *errors, cca_bound(moments.with_residual())))
+            on_step()
     return found
 
 
@@ -195,9 +196,11 @@ def check_linearize(model: LanguageModel, config: LinearizeConfig) -> None:
         check_rank(model.config, config.rank)
 
 
-def num_passes(model: LanguageModel, config: LinearizeConfig) -> int:
-    """Passes over both texts in all rounds, at most."""
-    return len(_rounds(config)) * -(-model.config.num_layers // layers_at_once(model, config))
+def num_steps(model: LanguageModel, config: LinearizeConfig, num_batches: int) -> int:
+    """Batches of all passes over both texts, of which there are ``num_batches``, and maps of all rounds, at most."""
+    num_layers = model.config.num_layers
+    num_passes = -(-num_layers // layers_at_once(model, config))
+    return sum(num_passes * num_batches + num_layers * len(counts) for counts in _rounds(config))
 
 
 def layers_at_once(model: LanguageModel, config: LinearizeConfig) -> int:
@@ -214,6 +217,12 @@ def layer_bytes(model: LanguageModel, config: LinearizeConfig) -> int:
     in float32."""
     matrix, num_branches = model.config.embed_dim**2, len(_counts(config))
     return num_branches * 3 * matrix * (3 * 8 + 4)
+
+
+def statistics_bytes(model: LanguageModel, config: LinearizeConfig) -> int:
+    """That of the layers at once, and the maps of all candidates in float64, which are kept until some are chosen."""
+    maps = 8 * model.config.num_layers * len(_counts(config)) * model.config.embed_dim**2
+    return layers_at_once(model, config) * layer_bytes(model, config) + maps
 
 
 def _counts(config: LinearizeConfig) -> dict[Branch, int]:

@@ -2,11 +2,9 @@
 
 import dataclasses
 from collections import Counter
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -25,11 +23,10 @@ from snlp_jax.parallel.processes import is_first
 from snlp_jax.planner.target import plain_kernels, plan_mesh, prepare_environment
 from snlp_jax.train.flops import run_flops, step_flops
 from snlp_jax.train.loss import Plan
-from snlp_jax.train.memory import refusal, state_bytes
+from snlp_jax.train.memory import refusal, state_bytes, step_bytes
 from snlp_jax.train.optim import param_labels
 from snlp_jax.train.start import data_config
-from snlp_jax.train.step import TrainState, abstract_state, make_step, optimizer_of
-from snlp_jax.types import Batch
+from snlp_jax.train.step import abstract_state, optimizer_of
 
 ASSUMED_MFU = 0.4
 """Share of the data sheet's peak that a step is taken to reach. An assumption: nothing is run for it."""
@@ -68,7 +65,10 @@ class Budget:
         self.seconds = None if chip is None else self.run_flops / (ASSUMED_MFU * chip.bf16_flops * mesh.size)
         """At ``ASSUMED_MFU``; None where the peak of the device is not known."""
         self.state_bytes = state_bytes(state)
-        self.step_bytes = _measure_step(model, config, mesh, state, data)
+        seq_len, row = config.model.seq_len, None
+        if data is not None:
+            row = held_out_batches(data, seq_len=seq_len, batch_size=1, num_batches=1)[0]
+        self.step_bytes = step_bytes(model, config, mesh, state, row)
         """Of the compiled step: the state, and what it needs besides; None where the compiler refused."""
         self.capacity: int | None = capacity
         """None where the device does not tell."""
@@ -111,34 +111,6 @@ def _params_by_group(model: LanguageModel) -> dict[str, int]:
     for label, leaf in zip(jax.tree.leaves(param_labels(params)), jax.tree.leaves(params), strict=True):
         groups[label] += leaf.size
     return dict(groups.most_common())
-
-
-def _measure_step(
-    model: LanguageModel, config: Config, mesh: Mesh, state: TrainState, data: TokenData | None
-) -> int | None:
-    """Bytes of the compiled step that computes all terms, those that draw a size with their largest."""
-    largest = lambda term: (max(term.region_sizes),) if term.sample_region else term.region_sizes  # noqa: E731
-    plan = Plan(tuple((name, largest(term)) for name, term in config.loss.terms.items()))
-    step: Any = make_step(model, optimizer_of(model, config, mesh), config, mesh)
-    try:
-        memory = step.lower(state, _abstract_batch(config, mesh, data), plan=plan).compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return None
-        raise
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return needed + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-
-
-def _abstract_batch(config: Config, mesh: Mesh, data: TokenData | None) -> Batch:
-    """The shapes of a batch, with weights and documents where the data has them."""
-    seq_len, rows = config.model.seq_len, config.train.batch_size
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    row = {"tokens": np.zeros((1, seq_len + 1), np.int32)}
-    if data is not None:
-        row = held_out_batches(data, seq_len=seq_len, batch_size=1, num_batches=1)[0]
-    place = lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=sharding)  # noqa: E731
-    return Batch(**jax.tree.map(place, dict(row)))
 
 
 def make_table(budget: Budget) -> Table:

@@ -24,7 +24,7 @@ from snlp_jax.parallel.processes import all_or_none, check_same, is_first
 from snlp_jax.parallel.sharding import bytes_per_device
 from snlp_jax.run import TOKENIZER_NAME
 from snlp_jax.train.loss import Plan, balanced, loss_fn, make_correction, start_step
-from snlp_jax.train.memory import check_state
+from snlp_jax.train.memory import check_state, check_step
 from snlp_jax.train.observe import make_observe
 from snlp_jax.train.passes import Passes
 from snlp_jax.train.start import data_config
@@ -72,6 +72,7 @@ class Setup:
             self.optimizer = optimizer_of(model, config, mesh)
             state = abstract_state(model, self.optimizer, config, mesh)
             check_state(state, mesh)
+            check_step(model, config, mesh, state, windows[0])
             self.observe = make_observe(model, config, mesh) if train_config.frontier_every else None
         check_same("config", to_json(config))
         check_same("corpus", data.content_hash)
