@@ -91,6 +91,10 @@ MISTAKES = (
     (("--stop", ""), "stop strings"),
     (("--mesh.layer", "16"), "mesh"),
     (("--solver", "cal:n=2,k=1,fit=mine"), "'mine'"),
+    (("--system", "Be short."), "--system is for conversations; give --chat too"),
+    (("--chat-template", "x"), "--chat-template is for conversations"),
+    (("--chat", "--special"), "leave --special out"),
+    (("--chat", "--chat-template", "rag"), "'rag' is no file and not the model's own (it has none)"),
 )
 
 
@@ -149,6 +153,26 @@ def test_lines_of_a_pipe_are_prompts(infer):
     closings = [line for line in err.splitlines() if line.startswith("[")]
     assert len(closings) == 2 and sum(line.startswith("error: a prompt of 161") for line in err.splitlines()) == 1
     assert infer(*flags, stdin="") == (0, "", "")
+
+
+def test_a_template_that_refuses_is_a_sentence_before_weights_are_read(infer, tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ ().__class__ }}")
+    code, out, err = infer("--chat", "--chat-template", tmp_path / "mine.jinja", "--checkpoint", "last")
+    assert (code, out) == (2, "") and err.startswith("error: the chat template reaches for what it may not")
+
+
+@pytest.mark.slow
+def test_lines_are_turns_of_a_conversation(infer, tmp_path):
+    """In the template of a file, behind what the system says; the second turn reads its new tokens alone."""
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>")
+    flags = ("--chat", "--chat-template", tmp_path / "mine.jinja", "--system", "Be short.", "--max-new-tokens", 5)
+    code, out, err = infer(*flags, stdin="one\n\ntwo\n")
+    assert code == 0 and out.startswith("one\n") and "\ntwo\n" in out
+    first, second = (line for line in err.splitlines() if line.startswith("["))
+    assert ", 0 of 34 tokens before it kept]" in first
+    assert re.search(r", 2\d of \d+ tokens before it kept]", second)
+    alone = infer(*flags, "--prompt", "one")[1]
+    assert out.startswith(alone)
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from problems import random_params
 from tiny_run import MODEL as FOUR_LAYERS
 from tiny_run import tiny, two_layers
 
-from snlp_jax.cli.infer import prompt_tokens
 from snlp_jax.config import Config, DataConfig, EvalConfig, LoraConfig, LossConfig, SolverCEConfig, TrainConfig, to_json
 from snlp_jax.data.tokenizer import ByteTokenizer
+from snlp_jax.data.turns import chat_format
 from snlp_jax.errors import InputError
 from snlp_jax.eval import evaluate_run
 from snlp_jax.eval.perplexity import paired_interval, perplexity
@@ -270,6 +270,5 @@ def test_only_weighted_targets_are_evaluated() -> None:
 
 def test_a_question_is_asked_in_the_template() -> None:
     tokenizer = ByteTokenizer()
-    tokens = prompt_tokens(tokenizer, "Why?", is_chat=True)
+    tokens = chat_format(tokenizer).prompt([("user", "Why?")])
     assert tokens[0] == tokenizer.bos_id and tokenizer.decode(tokens) == "User: Why?\nAssistant:"
-    assert tokenizer.decode(prompt_tokens(tokenizer, "Why?", is_chat=False)) == "Why?"

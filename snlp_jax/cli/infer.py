@@ -23,14 +23,15 @@ from typing import Annotated, Literal
 import tyro
 
 from snlp_jax.checks import check_schedule
+from snlp_jax.cli.chat import talk
 from snlp_jax.cli.flags import parse
 from snlp_jax.config import MachineConfig, MeshConfig, WeightPrecision, check_weights
 from snlp_jax.data.prompts import prompt_ids, split_stops
-from snlp_jax.data.tokenizer import Tokenizer
-from snlp_jax.data.turns import chat_format
+from snlp_jax.data.turns import ChatFormat, chat_format
 from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import load_fits
 from snlp_jax.eval.solver_file import SolverFile, is_solver_file, read_solver_file
+from snlp_jax.infer.conversation import Conversation
 from snlp_jax.infer.engine import Engine
 from snlp_jax.infer.requests import Request
 from snlp_jax.infer.rules import CacheRule, Drafting, Placement, check_settings
@@ -52,7 +53,12 @@ class Args:
     special: bool = False
     """Read names of special tokens in a prompt, such as <|im_start|>, as these tokens; else they are text."""
     chat: bool = False
-    """Each prompt is what a user says, and the text is the answer (for models fine-tuned with data.format chat)."""
+    """Each prompt is what a user says, and the text is the answer, in the model's own chat template or else in that of
+    data.format chat. Lines are turns of one conversation, whose cache is kept. Ctrl-C ends an answer, Ctrl-D all."""
+    system: str = ""
+    """With --chat: what the system says first."""
+    chat_template: str = ""
+    """With --chat: the name of another of the model's own templates, or a jinja file."""
     checkpoint: Literal["best", "last"] = "best"
     """The one of the lowest validation loss, or the newest."""
     solver: str = "seq"
@@ -90,15 +96,47 @@ class Args:
 
 def main() -> None:
     args = parse(Args, prog="python -m snlp_jax.infer", description=__doc__)
+    form = open_form(args)
     engine = open_engine(args)
     if args.prompt:
-        generate(engine, args, args.prompt)
+        generate(engine, args, args.prompt, form)
+        return
+    if form is not None:
+        like = Request((), args.max_new_tokens, args.sampling, *split_stops(form.tokenizer, args.stop))
+        conversation = Conversation(engine, form, args.system, like)
+        talk(conversation, _lines(), lambda: closing_line(engine))
         return
     for line in _lines():
         try:
             generate(engine, args, (line,))
         except InputError as error:  # a prompt that is too long should not end the session
             print(f"error: {error}", file=sys.stderr)
+
+
+def open_form(args: Args) -> ChatFormat | None:
+    """How conversations are written; None without ``--chat``.
+
+    Raises:
+        InputError: flags that belong to conversations or to texts alone, no such template, or one that refuses even
+            a question.
+    """
+    if not args.chat:
+        given = [name for name in ("system", "chat_template") if getattr(args, name)]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} is for conversations; give --chat too, or leave it out.")
+        return None
+    if args.special:
+        raise InputError(
+            "what is said in a chat is text, and its template writes the special tokens; leave --special out."
+        )
+    form = chat_format(read_tokenizer(args.run_dir), args.chat_template)
+    form.prompt(asked(args, "?"))
+    return form
+
+
+def asked(args: Args, question: str) -> list[tuple[str, str]]:
+    """A conversation of one question."""
+    return [("system", args.system), ("user", question)][not args.system :]
 
 
 def open_engine(args: Args) -> Engine:
@@ -161,27 +199,20 @@ def with_solver_file(args: Args, num_layers: int) -> tuple[Args, SolverFile | No
     return args, found
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, is_chat: bool, with_special: bool = False) -> list[int]:
-    """As training has shown them: a text begins as the model knows it, a question stands in the chat template."""
-    if is_chat:
-        return chat_format(tokenizer).prompt([("user", prompt)]).tolist()
-    return prompt_ids(tokenizer, prompt, with_special=with_special)
-
-
-def generate(engine: Engine, args: Args, prompts: tuple[str, ...]) -> None:
+def generate(engine: Engine, args: Args, prompts: tuple[str, ...], form: ChatFormat | None = None) -> None:
     """Print the continuations; one prompt's as it comes, several one after another when all are done."""
     tokenizer = engine.tokenizer
     assert tokenizer is not None
     stop_tokens, stop_strings = split_stops(tokenizer, args.stop)
+    if form is None:
+        texts = [prompt_ids(tokenizer, prompt, with_special=args.special) for prompt in prompts]
+    else:
+        texts = [form.prompt(asked(args, prompt)).tolist() for prompt in prompts]
+        stop_tokens = tuple(dict.fromkeys([*form.end_ids, *stop_tokens]))
+    samplings = (dataclasses.replace(args.sampling, seed=args.sampling.seed + row) for row in range(len(prompts)))
     requests = [
-        Request(
-            prompt_tokens(tokenizer, prompt, is_chat=args.chat, with_special=args.special),
-            args.max_new_tokens,
-            dataclasses.replace(args.sampling, seed=args.sampling.seed + row),
-            stop_tokens,
-            stop_strings,
-        )
-        for row, prompt in enumerate(prompts)
+        Request(tokens, args.max_new_tokens, sampling, stop_tokens, stop_strings)
+        for tokens, sampling in zip(texts, samplings, strict=False)
     ]
     engine.check(requests)  # before anything is printed
     if len(prompts) == 1:

@@ -56,14 +56,14 @@ class PlainFormat:
     """Conversations as text; see the module."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.end_ids: tuple[int, ...] = tokenizer.special.end_ids
         """Any of these ends an answer."""
 
     def prompt(self, messages: Messages) -> np.ndarray:
         """The tokens that an answer to the conversation so far continues, int32 [T]."""
         pairs, rest = _pairs(messages)
-        opened = self._tokenizer.encode(rest + ROLES["assistant"])
+        opened = self.tokenizer.encode(rest + ROLES["assistant"])
         return np.concatenate([self._join(pairs).ids_T, opened])
 
     def learned(self, messages: Messages) -> Rendered:
@@ -71,10 +71,10 @@ class PlainFormat:
         return self._join(_pairs(messages)[0])
 
     def _join(self, pairs: Sequence[tuple[str, str]]) -> Rendered:
-        separator = self._tokenizer.bos_id
+        separator = self.tokenizer.bos_id
         ids, is_response = [np.array([separator])], [np.array([False])]
         for prompt, answer in pairs:
-            encoded = self._tokenizer.encode_spans(prompt + answer)  # at once: no tokenizer adds a space between them
+            encoded = self.tokenizer.encode_spans(prompt + answer)  # at once: no tokenizer adds a space between them
             ids += [encoded.ids_T, np.array([separator])]
             is_response += [encoded.end_T > len(prompt), np.array([True])]
         return Rendered(np.concatenate(ids).astype(np.int32), np.concatenate(is_response))
