@@ -14,16 +14,18 @@ from tiny_run import MODEL, tiny
 lm_eval = pytest.importorskip("lm_eval", reason='needs lm_eval: pip install "snlp-jax[lm_eval]"')
 
 from lm_eval.__main__ import cli_evaluate  # noqa: E402
+from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from snlp_jax.cli.entry import run_entry  # noqa: E402
 from snlp_jax.config import TaskConfig, to_json  # noqa: E402
-from snlp_jax.data.tokenizer import ByteTokenizer  # noqa: E402
+from snlp_jax.data.prompts import prompt_ids  # noqa: E402
+from snlp_jax.data.tokenizer import ByteTokenizer, SpecialTokens, train_bpe  # noqa: E402
 from snlp_jax.errors import InputError  # noqa: E402
 from snlp_jax.eval.lm_eval_adapter import SolverLM, prompt_of  # noqa: E402
 from snlp_jax.eval.task_data import load_tasks  # noqa: E402
 from snlp_jax.eval.tasks import match_answers, score_choices  # noqa: E402
-from snlp_jax.eval.text_model import Prompt, TextModel  # noqa: E402
+from snlp_jax.eval.text_model import Prompt, TextModel, encode_pairs  # noqa: E402
 from snlp_jax.infer.sampling import Sampling  # noqa: E402
 from snlp_jax.io.checkpoint import Checkpointer  # noqa: E402
 from snlp_jax.model import LanguageModel  # noqa: E402
@@ -158,6 +160,22 @@ def test_long_texts_have_our_bits_per_byte(found: dict, folder: Path, text_model
     assert found["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(expected, abs=TOLERANCE)
     (whole,) = text_model.log_likelihoods([("", texts[0])])
     assert nats[0] == pytest.approx(whole.log_prob, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("prefix", ((), (0,)))
+def test_continuations_begin_where_lm_eval_has_them(prefix: tuple[int, ...]) -> None:
+    text = "the layers of the layered trace are  layers\n\n of a  trace "
+    tokenizer = train_bpe([text * 20], 300)
+    tokenizer.special = SpecialTokens(0, prefix, (0,))
+    theirs = SimpleNamespace(backend="causal", tok_encode=lambda text: prompt_ids(tokenizer, text) if text else [])
+    pairs = [(text[:border], text[border:stop]) for border in range(1, 40) for stop in range(border + 1, len(text), 3)]
+    num_compared = 0
+    for (context, continuation), span in zip(pairs, encode_pairs(tokenizer, pairs), strict=True):
+        before, scored = TemplateLM._encode_pair(theirs, context, continuation)  # type: ignore[arg-type]
+        if before and scored:
+            num_compared += 1
+            assert (span.tokens.tolist(), span.num_scored) == ([*before, *scored], len(scored))
+    assert num_compared > 400
 
 
 def test_generation_settings() -> None:

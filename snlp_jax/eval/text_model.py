@@ -65,9 +65,9 @@ class Prompt:
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, with_special: bool = False) -> list[Span]:
     """Spans of (context, continuation), whose continuations are scored.
 
-    The joined text is encoded, as training would have done, and the border is where lm_eval has it: spaces that end a
-    context belong to the continuation, which begins after as many tokens as the context has. Where that leaves none it
-    begins at the first token in which joined text and context differ.
+    As in lm_eval the spaces that end a context belong to the continuation, and the tokens are those of the context and
+    those that the joined text has after as many. Where there are none, the joined text is scored from the first token
+    in which it differs from the context.
     """
     contexts = [context.rstrip() for context, _ in pairs]
     different = list(dict.fromkeys(contexts))
@@ -75,11 +75,12 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, with
     texts = tokenizer.encode_batch(["".join(pair) for pair in pairs], with_special=with_special)
     spans = []
     for context, whole in zip(contexts, texts, strict=True):
-        start = len(ids_of[context])
-        if start >= len(whole):
-            differs = np.flatnonzero(whole != ids_of[context][: len(whole)])
-            start = int(differs[0]) if differs.size else len(whole)
-        spans.append(Span(with_prefix(tokenizer, whole, needs_one=start == 0), len(whole) - start))
+        before = ids_of[context]
+        if len(before) >= len(whole):
+            differs = np.flatnonzero(whole != before[: len(whole)])
+            before = before[: differs[0] if differs.size else len(whole)]
+        tokens = np.concatenate([before, whole[len(before) :]])
+        spans.append(Span(with_prefix(tokenizer, tokens, needs_one=not len(before)), len(whole) - len(before)))
     return spans
 
 
