@@ -53,6 +53,9 @@ def main() -> None:
     config = parse(Config, default=default, args=rest, prog=f"train.py {ours.config}")
     config = profiled(config, ours.profile) if ours.profile is not None else config
     with joined(processes):
+        from snlp_jax.train.start import with_origin_model
+
+        config = with_origin_model(config, default)
         if ours.plan is not None:
             from snlp_jax.planner.budget import plan_run
 

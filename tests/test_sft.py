@@ -26,6 +26,7 @@ from snlp_jax.model import LanguageModel
 from snlp_jax.train.loop import train
 from snlp_jax.train.lora import init_adapters, merge
 from snlp_jax.train.loss import Plan
+from snlp_jax.train.start import with_origin_model
 from snlp_jax.train.step import (
     abstract_saved,
     abstract_state,
@@ -193,6 +194,19 @@ def test_a_run_of_adapters_on_conversations(base, adapted: Config) -> None:
     )
     chex.assert_trees_all_equal(whole["base"], base)
     chex.assert_trees_all_equal(whole["params"]["embed"], base["embed"])
+
+
+def test_a_recipe_fits_any_model_that_a_flag_names(base_dir: Path) -> None:
+    """Unless a flag asks for a model too; a file that names a run describes its model."""
+    file = Config(model=dataclasses.replace(MODEL, num_layers=8, num_heads=4, seq_len=48), loss=SOLVER)
+    named = dataclasses.replace(file, train=TrainConfig(init_from=str(base_dir)))
+    fitted = with_origin_model(named, file)
+    assert fitted == dataclasses.replace(named, model=dataclasses.replace(MODEL, seq_len=48))
+    assert with_origin_model(named, named) is named and with_origin_model(file, file) is file
+    chosen = dataclasses.replace(named, model=dataclasses.replace(MODEL, num_layers=4))
+    assert with_origin_model(chosen, file) is chosen
+    with pytest.raises(InputError, match="'nowhere' does not exist"):
+        with_origin_model(dataclasses.replace(file, train=TrainConfig(init_from="nowhere")), file)
 
 
 MISMATCHES = {

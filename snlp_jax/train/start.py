@@ -6,7 +6,7 @@ from pathlib import Path
 from snlp_jax.config import Config, DataConfig
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
-from snlp_jax.run import TOKENIZER_NAME, read_config, read_tokenizer
+from snlp_jax.run import TOKENIZER_NAME, note, read_config, read_tokenizer
 from snlp_jax.types import Params
 
 MAY_DIFFER = ("seq_len", "rotary_multiple", "remat")
@@ -27,6 +27,28 @@ def data_config(config: Config, resume: bool) -> DataConfig:
         return config.data
     check_origin(config)
     return dataclasses.replace(config.data, tokenizer=str(Path(config.train.init_from) / TOKENIZER_NAME))
+
+
+def with_origin_model(config: Config, file: Config) -> Config:
+    """The config with the model of the run that a flag has named in ``train.init_from``, where the config file
+    describes another and no flag does: recipes fit any model. Windows of training stay as long as they are.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    origin = config.train.init_from
+    if origin == file.train.init_from or not origin or _essence(config) != _essence(file):
+        return config
+    found = read_config(Path(origin))
+    if _essence(found) == _essence(config):
+        return config
+    model = dataclasses.replace(found.model, seq_len=config.model.seq_len, remat=config.model.remat)
+    note(f"the model is that of {origin!r}, in windows of {model.seq_len} tokens.")
+    return dataclasses.replace(config, model=model)
+
+
+def _essence(config: Config) -> dict[str, object]:
+    return {name: value for name, value in dataclasses.asdict(config.model).items() if name not in MAY_DIFFER}
 
 
 def check_origin(config: Config) -> None:
