@@ -86,6 +86,11 @@ def test_the_export_of_a_tuned_run_names_the_end_that_it_was_taught(tmp_path):
         export_run(tmp_path / name, tmp_path / f"{name}-out", "last", "float32", 1.0)
         out = json.loads((tmp_path / f"{name}-out" / "generation_config.json").read_text())
         assert out == {"eos_token_id": ends, "temperature": 0.6}
+    assert not (tmp_path / "tuned-out" / "chat_template.jinja").exists()
+    talk = dataclasses.replace(tuned, data=dataclasses.replace(tuned.data, source="talk.jsonl", format="chat"))
+    write_run(tmp_path / "chat", talk, params, {"tokenizer.json": tokenizer.to_json()}, {})
+    export_run(tmp_path / "chat", tmp_path / "chat-out", "last", "float32", 1.0)
+    assert "Assistant:" in (tmp_path / "chat-out" / "chat_template.jinja").read_text()
     plain = json.loads((tmp_path / "tuned-out" / "tokenizer.json").read_text())
     assert "special" not in plain and "model" in plain
     assert read_tokenizer(tmp_path / "tuned").special.end_ids == (7, 39)

@@ -88,6 +88,14 @@ def test_no_space_is_doubled_behind_a_role() -> None:
     assert names_of(tokenizer, ids[is_response]) == " yes⟦<s>⟧"
 
 
+def test_plain_text_as_a_template_for_others() -> None:
+    tokenizer = tokenizer_of()
+    plain = PlainFormat(tokenizer)
+    same = TemplateFormat(tokenizer, plain.jinja())
+    for talk in (TALK, TALK[:2], [("tool", "<s>'\""), ("user", "y")]):
+        np.testing.assert_array_equal(plain.prompt(talk), same.prompt(talk))
+
+
 # -- Templates ---------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from snlp_jax.cli.flags import parse
 from snlp_jax.cli.made import check_free, write_run
 from snlp_jax.config import Config, MeshConfig, ModelConfig
 from snlp_jax.data.tokenizer import Tokenizer
+from snlp_jax.data.turns import PlainFormat, chat_format
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CONFIG_NAME
 from snlp_jax.io.files import explain_full_disk, write_files
@@ -115,20 +116,27 @@ def export_run(run_dir: Path, target: Path, which: Literal["best", "last"], dtyp
         if source is None:
             files[CONFIG_NAME] = (run_dir / CONFIG_NAME).read_bytes()
         else:
-            files |= _files_of(source, tokenizer if config.train.init_from else None, dtype)
+            files |= _files_of(source, dtype)
+            if config.train.init_from:
+                files |= _tuned_files(files, tokenizer, is_chat=config.data.format == "chat")
         write_files(target, files)
     print(f"exported step {step} in {dtype}: {', '.join(path.name for path in paths)}; wrote {target}")
 
 
-def _files_of(source: Path, tuned: Tokenizer | None, dtype: str) -> dict[str, str | bytes]:
-    """The kept files of an import; of a tuned run, whose tokenizer it is, with the ends that tuning taught."""
+def _files_of(source: Path, dtype: str) -> dict[str, str | bytes]:
+    """The kept files of an import."""
     files: dict[str, str | bytes] = {name: (source / name).read_bytes() for name in KEPT if (source / name).is_file()}
     config = read_json(source / CONFIG_NAME)
-    generation = read_json(source / GENERATION_NAME) if GENERATION_NAME in files else {}
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if tuned is not None:
-        files[GENERATION_NAME] = _write(generation | {"eos_token_id": list(tuned.special.end_ids)})
     return files | {CONFIG_NAME: _write(config | {key: dtype})}
+
+
+def _tuned_files(files: Mapping[str, str | bytes], tokenizer: Tokenizer, *, is_chat: bool) -> dict[str, str | bytes]:
+    """Those of a run that was tuned: with the ends that it was taught, and how it was taught to converse."""
+    generation = json.loads(files.get(GENERATION_NAME, "{}"))
+    form = chat_format(tokenizer) if is_chat else PlainFormat(tokenizer)
+    tuned: dict[str, str | bytes] = {GENERATION_NAME: _write(generation | {"eos_token_id": list(form.end_ids)})}
+    return tuned | ({TEMPLATE_NAME: form.jinja()} if is_chat and isinstance(form, PlainFormat) else {})
 
 
 def _write(value: Mapping[str, Any]) -> str:

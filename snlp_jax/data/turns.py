@@ -22,6 +22,7 @@ token that ends a turn.
 """
 
 import functools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ from snlp_jax.errors import InputError
 
 ROLES = {"system": "System: ", "user": "User: ", "tool": "Tool: ", "assistant": "Assistant:"}
 """What opens a turn of plain text. An answer begins with a space, which most tokenizers join to its first word."""
+PLAIN_JINJA = (
+    "{% set roles = ROLES %}{{ END }}{% for message in messages %}{{ roles[message.role] }}"
+    "{{ ' ' + message.content + END if message.role == 'assistant' else message.content + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ roles.assistant }}{% endif %}"
+)
 TRAINING_DATE = "2024-07-26"
 """What templates that write a date read in training, so that a run is the same on every day."""
 
@@ -69,6 +75,12 @@ class PlainFormat:
     def learned(self, messages: Messages) -> Rendered:
         """A conversation to learn from. What is said after the last answer is left out: nothing answers it."""
         return self._join(_pairs(messages)[0])
+
+    def jinja(self) -> str:
+        """A chat template that writes the same, for other libraries."""
+        names = {index: name for name, index in self.tokenizer.special_ids.items()}
+        roles, end = (json.dumps(value) for value in (ROLES, names.get(self.tokenizer.bos_id, "")))
+        return PLAIN_JINJA.replace("ROLES", roles).replace("END", end)
 
     def _join(self, pairs: Sequence[tuple[str, str]]) -> Rendered:
         separator = self.tokenizer.bos_id
