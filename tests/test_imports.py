@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB = ("__future__", "abc", "collections.abc", "dataclasses", "enum", "functools", "math", "typing")
 ROOMS = (
-    *("types", "errors", "seeds", "config", "solver", "model", "parallel", "pieces", "memory"),
+    *("types", "errors", "seeds", "config", "memory", "solver", "model", "parallel", "pieces"),
     *("checks", "parts", "layout", "chains", "cache", "forward", "notation", "quantize"),
     *("io", "data", "run", "pretrained", "linearize", "infer", "eval", "train", "planner", "cli"),
 )

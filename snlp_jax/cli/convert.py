@@ -27,6 +27,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CONFIG_NAME
 from snlp_jax.io.files import explain_full_disk, write_files
 from snlp_jax.io.moved import SOURCE_NAME, TEMPLATE_NAME, lost_origin, source_folder
+from snlp_jax.io.progress import Progress
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.convert import families, table
 from snlp_jax.model.convert.nanochat import nanochat_rows
@@ -75,7 +76,8 @@ def import_run(source: str, target: Path, tokenizer: str = "", mesh: MeshConfig 
     """
     check_free(target)
     is_spread = mesh is not None and mesh != MeshConfig()
-    imported = import_model(source, tokenizer, make_mesh(mesh) if mesh is not None and is_spread else None)
+    with Progress(f"reading {source}", 1):
+        imported = import_model(source, tokenizer, make_mesh(mesh) if mesh is not None and is_spread else None)
     files: dict[str, str | bytes] = {TOKENIZER_NAME: imported.tokenizer.to_json()}
     files |= {f"{SOURCE_NAME}/{name}": content for name, content in imported.files.items()}
     if template := imported.tokenizer.special.chat_template:
@@ -85,7 +87,8 @@ def import_run(source: str, target: Path, tokenizer: str = "", mesh: MeshConfig 
     # Beside the parameters no more than one leaf, of which reading has held a copy too.
     leaves = jax.tree.leaves(imported.params)
     largest = -(-max(leaf.nbytes for leaf in leaves) // 10**9)
-    write_run(target, run, imported.params, files, {}, concurrent_gb=largest)
+    with Progress(f"writing {target}", 1):
+        write_run(target, run, imported.params, files, {}, concurrent_gb=largest)
     count = sum(leaf.size for leaf in leaves)
     name = imported.tokenizer.name
     print(f"imported {count:,} parameters in {imported.config.num_layers} layers, {name}; wrote {target}")
@@ -109,7 +112,7 @@ def export_run(run_dir: Path, target: Path, which: Literal["best", "last"], dtyp
     source = source_folder(run_dir)
     rows = _nanochat_rows(run_dir, config.model) if source is None else families.family_rows(config.model)
     step, params = read_params(run_dir, LanguageModel(config.model), which)
-    with explain_full_disk(target):
+    with explain_full_disk(target), Progress(f"writing {target}", 1):
         target.mkdir(parents=True, exist_ok=True)
         paths = table.write_params(params, rows, target, dtype, int(max_shard_gb * 2**30))
         files: dict[str, str | bytes] = {TOKENIZER_NAME: tokenizer.to_plain_json()}

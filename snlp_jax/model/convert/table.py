@@ -3,6 +3,7 @@
 torch keeps a Linear weight as [out, in] and the layers apart; here a kernel is [in, out] and the layers are stacked.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
+from snlp_jax.memory import check_room
 from snlp_jax.model.convert.tensor_files import Index, Tensor, TensorFiles, write_files
 from snlp_jax.model.lm import LanguageModel
 from snlp_jax.types import Params, PyTree, flatten, unflatten
@@ -84,7 +86,7 @@ def read_params(files: TensorFiles, rows: Sequence[Row], unused: str = "", shard
 
     Raises:
         InputError: names a tensor that is missing, has the wrong shape or type, or has no place in the model; or a
-            file that is broken.
+            file that is broken; or they take more memory than is free.
     """
     known = {name: row.shape_in_torch for row in rows for name in row.names}
     for name, shape in known.items():  # before anything is read
@@ -92,6 +94,9 @@ def read_params(files: TensorFiles, rows: Sequence[Row], unused: str = "", shard
     for name in files:
         if name not in known and not re.fullmatch(unused, name):
             raise InputError(f"{files} holds the tensor {name!r}, which the model has no place for.")
+    if shardings is None:
+        needed = sum(4 * math.prod(row.shape) for row in rows)
+        check_room(f"the parameters of {files}", needed, "end other programs, or spread them over devices with --mesh")
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding_of = flatten(shardings)
     return unflatten({row.path: _read_leaf(files, row, sharding_of.get(row.path, first)) for row in rows})
