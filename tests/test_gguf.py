@@ -17,7 +17,8 @@ from snlp_jax.model.convert.tensor_files import StateDict
 from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.pretrained import from_pretrained, import_model
 from snlp_jax.pretrained.gguf_header import read_gguf_header
-from snlp_jax.pretrained.gguf_model import KINDS, GgufTensors, llama3_scaling
+from snlp_jax.pretrained.gguf_model import KINDS, GgufTensors, gguf_config, llama3_scaling
+from snlp_jax.pretrained.gguf_tokenizer import gguf_ids, gguf_templates, gguf_tokenizer, gguf_tokenizer_config
 
 
 def twin(name):
@@ -104,7 +105,10 @@ def test_what_is_not_known_is_named(tmp_path):
         ({"llama.expert_count": 8}, "'llama.expert_count' is 8, which is not known"),
         ({"llama.rope.dimension_count": 4}, "'llama.rope.dimension_count' is 4"),
         ({"llama.residual_scale": 0.5}, "'llama.residual_scale' is 0.5"),
-        ({"llama.block_count": None}, "'llama.block_count' is None; it must be 1 or more"),
+        ({"llama.block_count": None}, "lacks the field 'llama.block_count'"),
+        ({"llama.attention.head_count": 0}, "'llama.attention.head_count' is 0; it must be a whole number, 1 or more"),
+        ({"llama.attention.key_length": 8.5}, "'llama.attention.key_length' is 8.5; it must be a whole number"),
+        ({"llama.rope.freq_base": "1e4"}, "'llama.rope.freq_base' is '1e4'; it must be a number"),
         ({"llama.attention.head_count_kv": [2, 2, 2, 1]}, "head_count_kv' differs between layers"),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "longrope"),
         ({"split.count": 2}, "one part of several; join them first with llama-gguf-split --merge"),
@@ -134,6 +138,25 @@ def test_another_tokenizer_takes_the_place_of_one_that_is_not_known(tmp_path):
     source = write_source(tmp_path / "hf", vocab=40)
     path = write_model(tmp_path / "m.gguf", "llama", {"tokenizer.ggml.pre": "falcon"})
     assert import_model(path, str(source / "tokenizer.json")).tokenizer.name == "wordlevel-40"
+
+
+def test_fields_of_the_wrong_type_are_refused(tmp_path):
+    """Whatever a field holds: a sentence, or a model."""
+    path = write_model(tmp_path / "m.gguf", "gemma3")
+    header, num_refused = read_gguf_header(path), 0
+    for key in header.fields:
+        for value in ("x", 1.5, -1, True, [], ["a"], [1] * 40, float("nan")):
+            fields = header.fields | {key: value}
+            try:
+                gguf_config(path, header._replace(fields=fields))
+                gguf_tokenizer(fields)
+                gguf_tokenizer_config(fields)
+                gguf_ids(fields)
+                gguf_templates(path, fields)
+            except InputError as error:
+                num_refused += 1
+                assert "\n" not in str(error)
+    assert num_refused > 100
 
 
 def test_damaged_files_are_refused(tmp_path):

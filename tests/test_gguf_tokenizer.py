@@ -5,6 +5,7 @@ import json
 import pytest
 from gguf_files import VOCABULARY, write_model
 
+from snlp_jax.data.template import named_templates
 from snlp_jax.errors import InputError
 from snlp_jax.pretrained import import_model
 from snlp_jax.pretrained.gguf_tokenizer import SPACE, WORDS, gguf_ids, gguf_tokenizer, gguf_tokenizer_config
@@ -95,6 +96,12 @@ def test_special_tokens_come_along(tmp_path):
     assert json.loads(imported.files["generation_config.json"])["eos_token_id"] == [0, 39]
     plain = import_model(write_model(tmp_path / "n.gguf", "llama", {"tokenizer.ggml.add_bos_token": False}))
     assert plain.tokenizer.special.prefix_ids == () and plain.tokenizer.encode("the").tolist() == [39]
+
+
+def test_several_templates_go_by_their_names(tmp_path):
+    change = {"tokenizer.chat_template": "one", "tokenizer.chat_template.tool_use": "two"}
+    tokenizer = import_model(write_model(tmp_path / "m.gguf", "llama", change)).tokenizer
+    assert named_templates(tokenizer.special.chat_template) == {"default": "one", "tool_use": "two"}
 
 
 def test_begin_of_text_without_a_word_on_it():

@@ -15,6 +15,7 @@ import snlp_jax
 from snlp_jax.cli.convert import export_run, import_run
 from snlp_jax.cli.made import write_run
 from snlp_jax.config import MachineConfig, MeshConfig
+from snlp_jax.data.template import named_templates
 from snlp_jax.errors import InputError
 from snlp_jax.parallel.mesh import make_mesh
 from snlp_jax.pretrained.nanochat import complete
@@ -50,6 +51,17 @@ def test_a_repository_and_its_revision(tmp_path, monkeypatch):
     for name in ("org/model@a b", "org", "a/b/c", "org/../model"):
         with pytest.raises(InputError, match="name a folder, a file or a hub id such as 'org/model'"):
             find(name)
+
+
+def test_templates_in_a_folder_of_their_own(tmp_path):
+    """As transformers 5 saves several."""
+    source = write_source(tmp_path / "hf", vocab=40)
+    (source / "chat_template.jinja").write_text("one")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("two")
+    import_run(str(source), tmp_path / "run")
+    assert named_templates(read_tokenizer(tmp_path / "run").special.chat_template) == {"default": "one", "rag": "two"}
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == "one"
 
 
 def test_a_folder_of_gguf_files(tmp_path):

@@ -21,6 +21,7 @@ import tyro
 from snlp_jax.cli.flags import parse
 from snlp_jax.cli.made import check_free, write_run
 from snlp_jax.config import Config, MeshConfig, ModelConfig
+from snlp_jax.data.template import DEFAULT, named_templates
 from snlp_jax.data.tokenizer import Tokenizer
 from snlp_jax.data.turns import PlainFormat, chat_format
 from snlp_jax.errors import InputError
@@ -80,7 +81,7 @@ def import_run(source: str, target: Path, tokenizer: str = "", mesh: MeshConfig 
         imported = import_model(source, tokenizer, make_mesh(mesh) if mesh is not None and is_spread else None)
     files: dict[str, str | bytes] = {TOKENIZER_NAME: imported.tokenizer.to_json()}
     files |= {f"{SOURCE_NAME}/{name}": content for name, content in imported.files.items()}
-    if template := imported.tokenizer.special.chat_template:
+    if template := named_templates(imported.tokenizer.special.chat_template).get(DEFAULT):
         files[TEMPLATE_NAME] = template
     data = dataclasses.replace(Config().data, tokenizer=str(target.absolute() / TOKENIZER_NAME))
     run = Config(name=target.absolute().name, run_dir=str(target), model=imported.config, data=data)

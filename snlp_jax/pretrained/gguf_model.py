@@ -62,6 +62,14 @@ NEUTRAL: dict[str, Any] = {
 SAME_AS_HEAD = ("rope.dimension_count", "attention.value_length")
 """Fields that must be the size of a head."""
 REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+WHOLE = (
+    *REQUIRED,
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.sliding_window",
+    "rope.scaling.original_context_length",
+)
+"""Fields that are whole numbers."""
 IGNORED = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
 UNUSUAL_SCALE = {"gemma2": 46, "gemma3": 62}
 """Layers of the Gemma of 27 billion parameters, whose scores are divided by sqrt(D/N) and not by sqrt(H)."""
@@ -97,7 +105,7 @@ def gguf_config(path: Path, header: GgufHeader) -> dict[str, Any]:
         InputError: names an architecture, a field or a value that is not known, or what is missing.
     """
     name = header.fields.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(
             f"{str(path)!r} holds a model of the architecture {name!r}; known are {', '.join(ARCHITECTURES)}."
         )
@@ -108,8 +116,11 @@ def gguf_config(path: Path, header: GgufHeader) -> dict[str, Any]:
     fields = {key[len(name) + 1 :]: value for key, value in header.fields.items() if key.startswith(f"{name}.")}
     fields = {key: _single(f"{name}.{key}", value) for key, value in fields.items()}
     for key in REQUIRED:
-        if not isinstance(fields.get(key), int) or fields[key] < 1:
-            raise InputError(f"{str(path)!r}: the field '{name}.{key}' is {fields.get(key)!r}; it must be 1 or more.")
+        if key not in fields:
+            raise InputError(f"{str(path)!r} lacks the field '{name}.{key}'; download it again.")
+    for key, value in fields.items():
+        if (wanted := _wanted(key, value)) is not None:
+            raise InputError(f"{str(path)!r}: the field '{name}.{key}' is {value!r}; it must be {wanted}.")
     config: dict[str, Any] = dict(zip(("architectures", "model_type"), ARCHITECTURES[name], strict=True))
     config["architectures"] = [config["architectures"]]
     config |= {theirs: fields.pop(key) for key, theirs in CONFIG_FIELDS.items() if key in fields}
@@ -131,7 +142,8 @@ def gguf_config(path: Path, header: GgufHeader) -> dict[str, Any]:
 
 def head_size(config: Mapping[str, Any]) -> int:
     """Channels of a head."""
-    return int(config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]))
+    size: int = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    return size
 
 
 def _single(name: str, value: Any) -> Any:
@@ -141,6 +153,17 @@ def _single(name: str, value: Any) -> Any:
             raise InputError(f"the field {name!r} differs between layers, which is not known.")
         value = value[0]
     return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _wanted(key: str, value: Any) -> str | None:
+    """What a field should be, if it is something else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in WHOLE:
+        least = key != "attention.sliding_window"
+        return None if isinstance(value, int) and is_number and least <= value < 2**31 else "a whole number, 1 or more"
+    if key in (*CONFIG_FIELDS, *SCALING_FIELDS, "attention.scale", "rope.scale_linear"):
+        return None if is_number and 0 <= value < math.inf else "a number, 0 or more"
+    return None
 
 
 def _set_windows(name: str, config: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -182,11 +205,11 @@ def _scaling(
     scaling.setdefault("factor", fields.pop("rope.scale_linear", 1.0))
     kind = fields.pop("rope.scaling.type", "linear")
     if ROPE_FACTORS in header.tensors:
-        factors = np.empty(head_size(config) // 2, np.float32)
         tensors = GgufTensors(path, header, config)
-        tensors.check(ROPE_FACTORS, factors.shape)
+        tensors.check(ROPE_FACTORS, (head_size(config) // 2,))
+        factors = np.empty(head_size(config) // 2, np.float32)
         tensors.read_into(ROPE_FACTORS, (slice(None),), factors)
-        return llama3_scaling(factors, float(config.get("rope_theta", 10_000.0)))
+        return llama3_scaling(factors, config.get("rope_theta", 10_000.0))
     if kind == "none" or (kind == "linear" and scaling["factor"] in (0.0, 1.0)):
         return None
     return {"rope_type": kind, **scaling}
@@ -203,7 +226,7 @@ def llama3_scaling(factors: np.ndarray, base: float) -> dict[str, Any] | None:
     """
     factors = factors.astype(np.float64)
     factor = float(str(np.float32(factors.max())))
-    if not np.isfinite(factors).all() or factors.min() < 1:
+    if not np.isfinite(factors).all() or factors.min() < 1 or base <= 1:
         raise InputError(f"the tensor {ROPE_FACTORS!r} holds factors below 1, which are not known.")
     if factor == 1:
         return None

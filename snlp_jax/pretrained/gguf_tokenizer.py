@@ -61,7 +61,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> dict[str, Any]:
         InputError: names a kind of tokenizer that is not known, or what is missing.
     """
     kind, pre = fields.get("tokenizer.ggml.model"), str(fields.get("tokenizer.ggml.pre", ""))
-    tokens, types = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.token_type")
+    tokens, types = _list_of(fields, "tokens", str), _list_of(fields, "token_type", int)
     if kind not in ("gpt2", "llama") or not tokens:
         raise InputError(f"the GGUF file has a tokenizer of the kind {kind!r}; known are gpt2 and llama, so {REMEDY}.")
     types = types or [1] * len(tokens)
@@ -87,7 +87,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def gguf_tokenizer_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a tokenizer_config.json."""
-    tokens = fields.get("tokenizer.ggml.tokens") or []
+    tokens = _list_of(fields, "tokens", str)
     keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: _id_of(fields, key, len(tokens)) for name, key in keys.items()}
     config: dict[str, Any] = {name: tokens[index] for name, index in ids.items() if index is not None}
@@ -97,7 +97,7 @@ def gguf_tokenizer_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 def gguf_ids(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Ids for a config.json and a generation_config.json: what begins a text, and what ends one, a turn or a message
     (eos, eot, eom)."""
-    count = len(fields.get("tokenizer.ggml.tokens") or [])
+    count = len(_list_of(fields, "tokens", str))
     ends = [_id_of(fields, key, count) for key in ("eos", "eot", "eom")]
     distinct = list(dict.fromkeys(index for index in ends if index is not None))
     ids: dict[str, Any] = {
@@ -121,7 +121,7 @@ def _byte_bpe(names: Mapping[int, str], pre: str, fields: Mapping[str, Any]) -> 
             f"the GGUF file cuts texts into words as {pre or 'no name'!r} does; known are {', '.join(WORDS)}, "
             f"so {REMEDY}."
         )
-    merges = [_pair(merge) for merge in fields.get("tokenizer.ggml.merges", [])]
+    merges = [_pair(merge) for merge in _list_of(fields, "merges", str)]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
     return {
         "normalizer": {"type": "NFC"} if pre in NORMALIZED else None,
@@ -137,7 +137,7 @@ def _pair(merge: str) -> list[str]:
 
 
 def _sentencepiece(names: Mapping[int, str], types: Sequence[int], fields: Mapping[str, Any]) -> dict[str, Any]:
-    scores = fields.get("tokenizer.ggml.scores")
+    scores = _list_of(fields, "scores", float)
     if not scores or len(scores) != len(types):
         raise InputError(f"the GGUF file has no scores for its {len(types)} tokens; {REMEDY}.")
     if fields.get("tokenizer.ggml.remove_extra_whitespaces") or fields.get("tokenizer.ggml.precompiled_charsmap"):
@@ -174,7 +174,7 @@ def _merges(scores: Mapping[str, float]) -> list[list[str]]:
 
 def _begin(names: Mapping[int, str], fields: Mapping[str, Any]) -> dict[str, Any] | None:
     """The post-processor that puts a token before a text."""
-    index = _id_of(fields, "bos", len(fields["tokenizer.ggml.tokens"]))
+    index = _id_of(fields, "bos", len(_list_of(fields, "tokens", str)))
     if index is None or index not in names:
         return None
     token = {"SpecialToken": {"id": names[index], "type_id": 0}}
@@ -189,18 +189,28 @@ def _id_of(fields: Mapping[str, Any], name: str, count: int) -> int | None:
     return index if isinstance(index, int) and 0 <= index < count else None
 
 
+def _list_of(fields: Mapping[str, Any], name: str, kind: type) -> list[Any]:
+    """A field that is a list; [] where there is none. Raises InputError."""
+    value = fields.get(f"tokenizer.ggml.{name}", [])
+    if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+        raise InputError(f"the GGUF file's field 'tokenizer.ggml.{name}' is no list of {kind.__name__}; {REMEDY}.")
+    return value
+
+
 def _added(index: int, name: str, is_special: bool) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": index, "content": name, **flags, "special": is_special}
 
 
-def gguf_template(path: Path, fields: Mapping[str, Any]) -> str:
-    """The chat template; "" where there is none.
+def gguf_templates(path: Path, fields: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name, the usual one being "default".
 
     Raises:
-        InputError: it is no text.
+        InputError: one is no text.
     """
-    template = fields.get("tokenizer.chat_template", "")
-    if not isinstance(template, str):
-        raise InputError(f"{str(path)!r}: the field 'tokenizer.chat_template' is no text; download it again.")
-    return template
+    field = "tokenizer.chat_template"
+    found = {key: value for key, value in fields.items() if key == field or key.startswith(f"{field}.")}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise InputError(f"{str(path)!r}: the field {key!r} is no text; download it again.")
+    return {key[len(field) + 1 :] or "default": value for key, value in found.items() if value}

@@ -17,13 +17,14 @@ from snlp_jax.io.optional import optional
 from snlp_jax.model.convert.tensor_files import TensorFiles
 from snlp_jax.pretrained.gguf_header import read_gguf_header
 from snlp_jax.pretrained.gguf_model import GgufTensors, gguf_config
-from snlp_jax.pretrained.gguf_tokenizer import gguf_ids, gguf_template, gguf_tokenizer, gguf_tokenizer_config
+from snlp_jax.pretrained.gguf_tokenizer import gguf_ids, gguf_templates, gguf_tokenizer, gguf_tokenizer_config
 from snlp_jax.run import TOKENIZER_NAME
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
 KEPT = (CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, "special_tokens_map.json", GENERATION_NAME, TEMPLATE_NAME)
 """Files of a Hugging Face folder, beside its weights, that an export gives back."""
+TEMPLATES_FOLDER = "additional_chat_templates"
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
 
 
@@ -99,6 +100,9 @@ def _read_folder(path: Path, files: dict[str, bytes]) -> Source:
     if not (path / CONFIG_NAME).is_file():
         raise InputError(f"there is no {str(path / CONFIG_NAME)!r}; give a folder that holds one, or a GGUF file.")
     files = {name: (path / name).read_bytes() for name in KEPT if (path / name).is_file()} | files
+    more = {each.stem: read_template(each) for each in sorted((path / TEMPLATES_FOLDER).glob("*.jinja"))}
+    if more and TEMPLATE_NAME in files:
+        files = _with_templates(files, {"default": read_template(path / TEMPLATE_NAME)} | more, str(path))
     if TOKENIZER_NAME not in files:
         files[TOKENIZER_NAME] = read_tokenizer_file(path / TOKENIZER_NAME)
     return Source(str(path), files, TensorFiles(path))
@@ -114,9 +118,28 @@ def _read_gguf(path: Path, files: dict[str, bytes]) -> Source:
         TOKENIZER_CONFIG_NAME: _encode(gguf_tokenizer_config(header.fields)),
         GENERATION_NAME: _encode(ids),
     }
-    if template := gguf_template(path, header.fields):
-        files[TEMPLATE_NAME] = template.encode()
+    templates = gguf_templates(path, header.fields)
+    if list(templates) == ["default"]:
+        files[TEMPLATE_NAME] = templates["default"].encode()
+    elif templates:
+        files = _with_templates(files, templates, str(path))
     return Source(str(path), files, GgufTensors(path, header, config))
+
+
+def _with_templates(files: Mapping[str, bytes], templates: Mapping[str, str], name: str) -> dict[str, bytes]:
+    """The files with several chat templates in the tokenizer's config, where every reader finds them."""
+    config = parse_json(files.get(TOKENIZER_CONFIG_NAME, b"{}"), f"{name}/{TOKENIZER_CONFIG_NAME}")
+    config["chat_template"] = [{"name": each, "template": text} for each, text in templates.items()]
+    rest = {each: content for each, content in files.items() if each != TEMPLATE_NAME}
+    return rest | {TOKENIZER_CONFIG_NAME: _encode(config)}
+
+
+def read_template(path: Path) -> str:
+    """Text of a file. Raises InputError where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as text ({error}); download it again.") from error
 
 
 def read_tokenizer_file(path: Path) -> bytes:
