@@ -1,8 +1,13 @@
 """Texts as models read them: what stands before them, where a continuation begins, what ends it."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import tokenizers
 
+from snlp_jax.config import DataConfig
+from snlp_jax.data.chat import prepare_data
 from snlp_jax.data.prompts import last_tokens
 from snlp_jax.data.tokenizer import FileTokenizer, SpecialTokens, train_bpe
 from snlp_jax.eval.text_model import encode_pairs, rolling_spans
@@ -59,3 +64,11 @@ def test_what_stands_before_a_text_is_the_tokenizers() -> None:
     assert encode_pairs(tokenizer, [("a", " layer")])[0].tokens.tolist() == [5, 6, *ids]
     cut = last_tokens(tokenizer, np.asarray([5, 6, 1, 2, 3, 4]), 4)
     assert cut.tolist() == [5, 6, 3, 4] and last_tokens(tokenizer, np.asarray([1, 2, 3, 4]), 3).tolist() == [2, 3, 4]
+
+
+def test_conversations_with_lone_surrogates_train_a_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    record = {"messages": [{"role": "user", "content": "why \ud800"}, {"role": "assistant", "content": "so"}]}
+    path.write_text("".join(json.dumps(record | {"n": n}).replace("so", f"so {n}") + "\n" for n in range(12)))
+    data = prepare_data(DataConfig(source=str(path), format="chat", tokenizer="bpe", bpe_vocab_size=300))
+    assert "why ?\n" in data.tokenizer.decode(np.asarray(data.train))
