@@ -1,6 +1,7 @@
 """A run's logits and greedy text beside those of transformers from the same GGUF file."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,14 @@ class _Theirs:
 
 
 def _transformers(file: Path) -> _Theirs | None:
-    try:
-        return _Theirs(file)
-    except ImportError:
-        return None
+    """None where a package that it needs for GGUF files is missing."""
+    is_there = all(find_spec(name) for name in ("torch", "transformers", "accelerate", "gguf"))
+    return _Theirs(file) if is_there else None
 
 
 def _logits_fn(run: Run) -> Any:
     """Ids [T] -> logits [T, V] by one forward pass without a cache, float32."""
-    weights = prepare(run.model, run.params, Schedule.of(run.config.model.num_layers), num_tokens=NUM_TOKENS)
+    weights = prepare(run.model, run.params, Schedule.of(run.config.model.num_layers), layout="stack")
     whole = jax.jit(lambda weights, tokens_BT: forward(run.model, weights, tokens_BT).logits_BTV[0])
     return lambda ids_T: np.asarray(whole(weights, jnp.asarray(ids_T)[None]))
 
@@ -119,8 +119,8 @@ def _with_cache(engine: Engine, prompt: Sequence[int]) -> list[int]:
 def _without_cache(logits_fn: Any, prompt: Sequence[int]) -> list[int]:
     """Greedy, by a whole pass for every token: tokens to the right of a position do not reach it."""
     length = len(prompt)
-    ids_T = np.zeros(length + NUM_NEW, np.int32)
+    ids_T = np.zeros(2 * NUM_NEW, np.int32)  # one program for all prompts
     ids_T[:length] = prompt
     for stop in range(length, length + NUM_NEW):
         ids_T[stop] = int(logits_fn(ids_T)[stop - 1].argmax())
-    return ids_T[length:].tolist()
+    return ids_T[length : length + NUM_NEW].tolist()
