@@ -1,4 +1,5 @@
 # make demo   train a small model, decode it layer-parallel, print the comparison
+# make real   the same questions of a real model: download SmolLM2 (98 MB), import it, measure what it gives untrained
 # make test   the default test suite          make slow    the tests marked slow
 # make lint   ruff, check only                make format  ruff, rewriting
 # make types  mypy                            make clean-venv
@@ -25,12 +26,15 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile
 STAMP := .venv/.installed-$(JAX)
 
-.PHONY: demo test slow lint format types aot venv clean-venv
+.PHONY: demo real test slow lint format types aot venv clean-venv
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	$(PYTHON) train.py configs/demo.py --resume
 	$(PYTHON) eval.py runs/demo
+
+real: $(STAMP)
+	$(PYTHON) benchmarks/real_models.py --quick $(ARGS)
 
 test: $(STAMP)
 	$(PYTEST) $(ARGS)
