@@ -128,6 +128,12 @@ def test_answers_and_their_ends_are_learned_and_nothing_else(name: str, kind: st
     assert learned(TEMPLATES[name], [*talk, ("user", "Thanks")], kind) == (text, answers)
 
 
+def test_headers_are_not_learned_where_prompts_lack_them() -> None:
+    """With a template that knows no add_generation_prompt."""
+    text = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    assert learned(text)[1] == ANSWERS["chatml"]
+
+
 def test_a_prompt_is_what_stands_before_its_answer_in_training() -> None:
     for name in ("chatml", "llama3", "mistral", "generation"):
         tokenizer = tokenizer_of(TEMPLATES[name])
@@ -192,7 +198,7 @@ REFUSED = {
     "{% for m in messages %}{{ m.content | reverse }}</s>{% endfor %}{% if add_generation_prompt %}>{% endif %}": (
         "writes an answer so that it cannot be found again; give one that puts {% generation %}"
     ),
-    "{{ messages[0].content }}</s>": "ends an answer with no token",
+    "{{ messages[0].content }}</s>": "cannot be found again",
     "{{ raise_exception('no system') }}": "refuses the conversation (no system)",
 }
 

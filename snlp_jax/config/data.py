@@ -22,8 +22,9 @@ class DataConfig(Checked, section="data"):
     """Several sources instead of one, each as PATH@WEIGHT: windows are drawn from them in these proportions, to train
     and to validate. They share one tokenizer; 'bpe' learns from at most its weight's share of each."""
     format: Literal["text", "chat"] = "text"
-    """chat: conversations in any of these formats but text, learned from their responses alone (snlp_jax/data/chat.py).
-    A record has either ``messages``, a list of {role, content}, or the three fields named below."""
+    """chat: conversations in any of these formats but text, in the model's chat template or plain text
+    (snlp_jax/data/turns.py), learned from their responses alone. A record has either ``messages``, a list of
+    {role, content}, or the three fields named below."""
     text_field: str = "text"
     """Field of a record, or column, that holds the text."""
     prompt_field: str = "prompt"

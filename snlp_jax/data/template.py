@@ -196,15 +196,18 @@ class _Process:
         # The child is to find what this process finds, and nothing else of its environment.
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8"}
         environment |= {name: os.environ[name] for name in ("TZ", "SYSTEMROOT") if name in os.environ}
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "snlp_jax.data.sandbox"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is for the terminal's process
-        )
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "snlp_jax.data.sandbox"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C is for the terminal's process
+            )
+        except OSError as error:
+            raise InputError(f"no process can be started to render the chat template ({error}); free some.") from error
         self._parent = os.getpid()
         return self._child
 

@@ -16,9 +16,9 @@ out afterwards. A conversation without such names has the tokens that transforme
 
 Of a conversation to learn from, the answers and the tokens that end them are learned. Where an answer stands is said by
 the template's ``{% generation %}`` blocks. Else it begins where the same conversation up to it, rendered with
-``add_generation_prompt``, ends, since the model is to go on from there. Where that is no beginning of the whole, as
-with templates that put the system's message into the last turn, it begins at its first word. It ends with the first
-token that ends a turn.
+``add_generation_prompt``, ends, since the model is to go on from there. Where that opens no answer, or is no beginning
+of the whole, as with templates that put the system's message into the last turn, it begins at its first word. It ends
+with the first token that ends a turn.
 """
 
 import functools
@@ -140,27 +140,37 @@ class TemplateFormat:
         last = max(index for index, (role, _) in enumerate(messages) if role == "assistant")
         messages, mark = self._escaped(messages[: last + 1])
         answers = [index for index, (role, _) in enumerate(messages) if role == "assistant"]
-        (whole,) = render_texts(self.template, [self._task(messages)])
+        tasks = [self._task(messages[:index], opens_answer=True) for index in answers]
+        whole, closed, *opened = try_texts(
+            self.template, [self._task(messages), self._task(messages[: answers[0]]), *tasks]
+        )
+        if isinstance(whole, InputError):
+            raise whole
         encoded = self._encode(whole.text, mark)
         position = lambda index: index - whole.text.count(mark, 0, index)  # noqa: E731
         if whole.spans:
             starts = [position(start) for start, _ in whole.spans]
             stops = [position(end) + 1 for _, end in whole.spans]  # what ends the turn may stand behind the block
         else:
-            starts = [position(start) for start in self._starts(messages, answers, whole.text, mark)]
+            prompts = ["" if isinstance(each, InputError) else each.text for each in opened]
+            is_opened = isinstance(closed, InputError) or closed.text != prompts[0]
+            found = self._starts(messages, whole.text, prompts, mark, is_opened=is_opened)
+            starts = [position(start) for start in found]
             stops = [*starts[1:], len(whole.text) + 1]
         return self._rendered(encoded, starts, stops)
 
-    def _starts(self, messages: Messages, answers: Sequence[int], whole: str, mark: str) -> list[int]:
-        """Where answers begin in the whole text."""
-        found = try_texts(self.template, [self._task(messages[:index], opens_answer=True) for index in answers])
-        prompts = [each.text if isinstance(each, RenderedText) else "" for each in found]
-        starts = [len(prompt) if prompt and whole.startswith(prompt) else None for prompt in prompts]
-        if None in starts:
-            words = self._first_words(messages, whole, mark)
-            pairs = zip(starts, prompts, words, strict=True)
-            return [_opened(whole, word, prompt) if start is None else start for start, prompt, word in pairs]
-        return [start for start in starts if start is not None]
+    def _starts(
+        self, messages: Messages, whole: str, prompts: Sequence[str], mark: str, *, is_opened: bool
+    ) -> list[int]:
+        """Where answers begin in the whole text. ``is_opened``: prompts hold what opens an answer."""
+        is_prefix = [prompt != "" and whole.startswith(prompt) for prompt in prompts]
+        if is_opened and all(is_prefix):
+            return [len(prompt) for prompt in prompts]
+        words = self._first_words(messages, whole, mark)
+        each = zip(is_prefix, prompts, words, strict=True)
+        return [
+            len(prompt) if is_opened and goes_on else _opened(whole, word, prompt) for goes_on, prompt, word in each
+        ]
 
     def _first_words(self, messages: Messages, whole: str, mark: str) -> list[int]:
         """Where the first words of answers stand in the whole text, by a sign before each of them."""
