@@ -18,6 +18,7 @@ from problems import random_params
 from tiny_run import MODEL, random_run, tiny
 
 import snlp_jax
+from snlp_jax import memory
 from snlp_jax.cli.evaluate import Args
 from snlp_jax.config import Config, EvalConfig, MeshConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData
@@ -81,6 +82,26 @@ def test_exact_setting_changes_nothing_and_others_do(report: Report) -> None:
     assert regions.kl > 1e-3 and regions.cosine < 1 - 1e-4 and math.isfinite(regions.ppl)
     assert [len(norms) for norms in regions.residual_norms] == [1, 1], "one number an iteration, one row a region"
     assert exact.residual_norms[0][0] > 3 * exact.residual_norms[0][1]
+
+
+@pytest.mark.slow
+def test_numbers_do_not_depend_on_the_rows_at_once(
+    model: LanguageModel, params: dict, batches: list[np.ndarray], report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(memory.TRACE_BYTES, "cpu", 1)
+    for alone, together in zip(evaluate(model, params, batches, SETTINGS).results, report.results, strict=True):
+        for name in ("ppl", "ppl_change", "kl", "top1", "state_error"):
+            assert getattr(alone, name) == pytest.approx(getattr(together, name), rel=1e-4, abs=1e-6), name
+        for one, other in zip(alone.residual_norms, together.residual_norms, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_setting_that_cannot_fit_is_refused_before_any_runs(
+    model: LanguageModel, params: dict, batches: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
+    with pytest.raises(InputError, match=r"setting 'seq' on 3 windows of 16 tokens would take .*lower --seq-len"):
+        evaluate(model, params, batches, SETTINGS)
 
 
 def test_numbers_equal_a_direct_computation(

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from snlp_jax import memory
 from snlp_jax.config import ModelConfig
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.data.tokenizer import ByteTokenizer
+from snlp_jax.errors import InputError
 from snlp_jax.eval.calibrations import fit_spec, parse_calibration
 from snlp_jax.forward import forward
 from snlp_jax.layout import prepare
@@ -54,3 +56,30 @@ def test_tuning_brings_the_output_nearer_on_other_text(setup: tuple[LanguageMode
     truth, before, after = (np.asarray(log_probs(each)) for each in (exact, *weights))
     divergences = [np.mean(np.sum(np.exp(truth) * (truth - found), axis=-1)) for found in (before, after)]
     assert 0 < divergences[1] < 0.95 * divergences[0]  # of rank one there is little to tune: 0.93
+
+
+@pytest.mark.slow
+def test_fits_do_not_depend_on_the_rows_at_once(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One window at a time, with each layer computed again for the gradient, as all together."""
+    model, params, data = setup
+    spec = parse_calibration("c:n=3,k=1,kind=channel,init=h0,tokens=512", 3)
+    windows = data.train[:850].astype(np.int32).reshape(50, 17)
+
+    def fitted_and_tuned(start=None):
+        fitted, _ = fit_spec(model, params, data, spec)
+        return fitted, tune_calibration(model, params, spec.region, start or fitted, windows, num_steps=6)
+
+    fitted, tuned = fitted_and_tuned()
+    monkeypatch.setitem(memory.TRACE_BYTES, "cpu", 1)
+    fitted_alone, tuned_alone = fitted_and_tuned(fitted)
+    one = lambda calibration: np.asarray(calibration.layers["channel"])  # noqa: E731
+    np.testing.assert_allclose(one(fitted_alone), one(fitted), rtol=1e-4, atol=1e-5)
+    # Adam divides a gradient by its size, so that rounding counts where there is hardly any.
+    moved = np.abs(one(tuned) - one(fitted)).mean()
+    assert moved > 1e-4 and np.abs(one(tuned_alone) - one(tuned)).mean() < 0.01 * moved
+
+
+def test_a_fit_that_cannot_be_held_is_refused(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 1000)
+    with pytest.raises(InputError, match=r"statistics of calibration 'c' would take .*give fewer layers"):
+        fit_spec(*setup, parse_calibration(SPEC, 3))

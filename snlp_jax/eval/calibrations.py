@@ -32,7 +32,7 @@ from snlp_jax.layout import split
 from snlp_jax.linearize import About, Kind, check_name, fingerprint, fit_calibration, load_calibration, save_calibration
 from snlp_jax.linearize.store import stage_text
 from snlp_jax.linearize.tune import TUNE_BATCH, tune_calibration
-from snlp_jax.memory import rows_at_once
+from snlp_jax.memory import check_room, rows_at_once
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import INITS, look_up, parse_fields, parse_number, parse_span, parse_stage
 from snlp_jax.run import BATCH_SIZE, SEED, num_training_windows, training_windows
@@ -139,7 +139,13 @@ def fit_spec(
     # More text is tuned to than is fitted to; it begins with the same windows.
     drawn = training_windows(data, seq_len, max(spec.num_tokens, steps * TUNE_BATCH * seq_len))
     windows, documents = drawn["tokens"], drawn.get("document")
-    num_passes = spec.region.num_iters * (1 + (spec.kind == "basis")) + spec.init_name.startswith(("cal", "pre"))
+    is_fitted = spec.init_name.startswith(("cal", "pre"))
+    if spec.kind == "basis" or is_fitted:
+        # Of every node two matrices: in float64 of what is done, at hand and merged, in float32 of a batch.
+        needed = 2 * spec.region.num_nodes * config.embed_dim**2 * (3 * 8 + 4)
+        remedy = "give fewer layers, or kind=channel,init=h0"
+        check_room(f"the statistics of calibration {spec.name!r}", needed, remedy, on_host=True)
+    num_passes = spec.region.num_iters * (1 + (spec.kind == "basis")) + is_fitted
     with Progress(f"calibrating {spec.name}", num_passes * num_windows + TUNE_BATCH * steps) as progress:
         calibration = fit_calibration(
             region_chains(model, params, spec.region, windows[:num_windows], documents, progress.advance),
