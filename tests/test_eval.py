@@ -24,7 +24,7 @@ from snlp_jax.config import Config, EvalConfig, MeshConfig, ModelConfig
 from snlp_jax.data.pipeline import TokenData
 from snlp_jax.data.tokenizer import ByteTokenizer
 from snlp_jax.errors import InputError
-from snlp_jax.eval import evaluate_run
+from snlp_jax.eval import evaluate_run, timing
 from snlp_jax.eval.calibrations import fit_spec, load_fits, parse_calibration
 from snlp_jax.eval.evaluate import default_solvers, evaluate, parse_settings
 from snlp_jax.eval.fidelity import greedy_matches
@@ -235,6 +235,16 @@ def test_bad_calibrations(model: LanguageModel, params: dict) -> None:
     ):
         with pytest.raises(InputError, match=re.escape(keyword)):
             fit_spec(model, params, data, parse_calibration(text, 3))
+
+
+@pytest.mark.slow
+def test_an_unrolled_pass_that_takes_too_much_is_not_timed(
+    model: LanguageModel, params: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "LIST_BYTES", 0)
+    config, schedules = dataclasses.replace(SETTINGS, timing_repeats=1), [parse_schedule("idn:n=2,k=1", 3)]
+    (found,) = timing.time_schedules(model, params, schedules, config)
+    assert found.layout == "stack" and set(found.layout_medians_ms) == {"stack"} and found.median_ms > 0
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def evaluate(
     inputs = in_parts(inputs, _rows_at_once(model, batches[0], mesh))
     timings: Sequence[Timing | None] = [None] * len(schedules)
     num_steps = len(schedules) * (1 + len(inputs) + _has_greedy(config))
-    num_steps += len(LAYOUTS) * len(schedules) + config.timing_repeats if config.timing_repeats else 0
+    num_steps += len(LAYOUTS) * len(schedules) + 1 + config.timing_repeats if config.timing_repeats else 0
     with Progress("evaluating", num_steps) as progress:
         weights = prepare_all(
             model,
