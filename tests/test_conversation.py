@@ -14,6 +14,7 @@ from snlp_jax.data.turns import chat_format
 from snlp_jax.errors import InputError
 from snlp_jax.infer import Engine, Request
 from snlp_jax.infer.conversation import Conversation
+from snlp_jax.infer.prefix import PrefixCache
 from snlp_jax.model import LanguageModel
 
 LAST_TWO = """{% for message in messages[-2:] %}{{ '<|im_start|>' + message.role + message.content + '<|im_end|>' }}
@@ -30,7 +31,8 @@ def engine() -> Engine:
 
 
 def fresh(engine: Engine, form, messages, new: int) -> list[int]:
-    (done,) = engine.generate([Request(form.prompt(messages).tolist(), new, stop_tokens=form.end_ids)])
+    request = Request(form.prompt(messages).tolist(), new, stop_tokens=form.end_ids)
+    (done,) = engine.generate([request], kept=PrefixCache())  # the programs of the conversation, with nothing kept
     return done.tokens
 
 
