@@ -371,7 +371,7 @@ def test_full_disk_is_an_input_error(tmp_path, monkeypatch, error):
 def test_new_run_dir_gets_its_config(tmp_path):
     for name, resume in (("a/b", False), ("c", True)):
         check_run_dir(tmp_path / name, Config(), resume)
-        assert [file.name for file in (tmp_path / name).iterdir()] == ["config.json"]
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == ["checksums.json", "config.json"]
         assert (tmp_path / name / "config.json").read_text() == to_json(Config())
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from snlp_jax.config import Config, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Checkpointer
-from snlp_jax.io.files import atomic_write, explain_full_disk, may_be_made, write_files
+from snlp_jax.io.files import explain_full_disk, may_be_made
+from snlp_jax.io.written import write_run_files
 from snlp_jax.types import Params
 
 
@@ -33,7 +34,7 @@ def write_run(
     """A run directory at step 0. Its config comes last: a directory with it is a run."""
     text = to_json(config)
     with explain_full_disk(target):
-        write_files(target, files)
+        write_run_files(target, files)
         with Checkpointer(target / CHECKPOINT_NAME, config_json=text, concurrent_gb=concurrent_gb) as checkpoints:
             checkpoints.save(0, {"params": params}, None, metrics)
-        atomic_write(target / CONFIG_NAME, text)
+        write_run_files(target, {CONFIG_NAME: text})

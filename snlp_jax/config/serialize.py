@@ -32,6 +32,8 @@ def upgraded(values: Any) -> Any:
     """What an older version saved, as this one saves it: precision and kernels were fields of the model."""
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         return values
+    if not isinstance(values.get("machine", {}), dict):
+        return values
     model, machine = dict(values["model"]), dict(values.get("machine", {}))
     for name in (field.name for field in dataclasses.fields(MachineConfig) if field.name in model):
         machine[name] = model.pop(name)

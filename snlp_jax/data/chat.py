@@ -215,9 +215,10 @@ def _parse_messages(messages: Any, where: str) -> list[tuple[str, str]]:
     conversation = []
     for message in messages:
         role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        if role not in ROLES or not isinstance(content, str):
-            text = json.dumps(message)[:80]
-            raise InputError(f"{where}: message {text} needs a role of {', '.join(ROLES)} and a text as content.")
+        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+            raise InputError(
+                f"{where}: message {message!r:.80} needs a role of {', '.join(ROLES)} and a text as content."
+            )
         conversation.append((role, content))
     if not any(role == "assistant" for role, _ in conversation):
         raise InputError(f"{where} holds no message of the assistant, so that nothing is to be learned; remove it.")

@@ -15,6 +15,7 @@ from snlp_jax.config import Config, from_json
 from snlp_jax.config.data import SEVERAL
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CONFIG_NAME
+from snlp_jax.io.written import tell_of_changes
 
 TEMPLATE_NAME = "chat_template.jinja"
 SOURCE_NAME = "source"
@@ -33,7 +34,9 @@ def read_run_text(run_dir: Path, name: str) -> str:
     if not path.is_file():
         raise InputError(f"run directory {str(run_dir)!r} holds no {name}; name one that training has written.")
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        tell_of_changes(run_dir, name, content)
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{str(path)!r} is damaged ({error.reason}); restore it from a copy.") from error
     except OSError as error:
@@ -95,7 +98,10 @@ def lineage(run_dir: Path) -> Iterator[Path]:
 def source_folder(run_dir: Path) -> Path | None:
     """The kept files of the import that a run, or the first of those that it began from, was made by."""
     folders = (each / SOURCE_NAME for each in lineage(run_dir))
-    return next((folder for folder in folders if (folder / CONFIG_NAME).is_file()), None)
+    folder = next((folder for folder in folders if (folder / CONFIG_NAME).is_file()), None)
+    for path in folder.glob("*") if folder is not None else ():
+        tell_of_changes(path.parents[1], f"{SOURCE_NAME}/{path.name}", path.read_bytes())
+    return folder
 
 
 def kept_files(run_dir: Path) -> dict[str, str | bytes]:

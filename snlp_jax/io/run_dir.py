@@ -8,8 +8,9 @@ from typing import Any
 from snlp_jax.config import Config, from_json, to_json
 from snlp_jax.errors import InputError
 from snlp_jax.io.checkpoint import CHECKPOINT_NAME, CONFIG_NAME
-from snlp_jax.io.files import atomic_write, remove_leftovers
+from snlp_jax.io.files import remove_leftovers
 from snlp_jax.io.metrics import FILE_NAME as METRICS_NAME
+from snlp_jax.io.written import write_run_files
 
 CORPUS_NAME = "corpus.txt"
 """The hash of a run's text."""
@@ -53,9 +54,9 @@ def check_run_dir(path: str | Path, config: Config, resume: bool, corpus_hash: s
     try:
         path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        atomic_write(config_path, to_json(config))
-        if corpus_hash:
-            atomic_write(path / CORPUS_NAME, f"{corpus_hash}\n")
+        write_run_files(
+            path, {CONFIG_NAME: to_json(config)} | ({CORPUS_NAME: f"{corpus_hash}\n"} if corpus_hash else {})
+        )
     except OSError as error:
         raise InputError(f"run directory {str(path)!r} cannot be written ({error.strerror}).") from error
 

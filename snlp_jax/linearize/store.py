@@ -19,7 +19,7 @@ from snlp_jax.solver import Calibration, Chunkwise, ParallelSegment
 
 PyTree = Any
 FOLDER = "calibrations"
-_ABOUT = "about"
+_ABOUT, _ARRAYS = "about", "arrays"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,10 @@ def fingerprint(params: PyTree) -> str:
 def save_calibration(run_dir: Path, name: str, calibration: Calibration, about: About) -> Path:
     """Write ``RUN_DIR/calibrations/NAME.npz`` whole or not at all, over an older one of that name."""
     path = _path(run_dir, name)
-    arrays = {_ABOUT: np.asarray(json.dumps(dataclasses.asdict(about), sort_keys=True))}
-    arrays |= {f"layers/{key}": np.asarray(leaf) for key, leaf in calibration.layers.items()}
+    arrays = {f"layers/{key}": np.asarray(leaf) for key, leaf in calibration.layers.items()}
     arrays |= {f"common/{key}": np.asarray(leaf) for key, leaf in calibration.common.items()}
+    told = dataclasses.asdict(about) | {_ARRAYS: sorted(arrays)}
+    arrays[_ABOUT] = np.asarray(json.dumps(told, sort_keys=True))
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def stored_calibrations(run_dir: Path, fingerprint: str) -> dict[str, About]:
     for path in sorted((Path(run_dir) / FOLDER).glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as file:
-                about = About(**json.loads(str(file[_ABOUT])))
+                about, _ = _read_about(file[_ABOUT])
         except Exception:  # a foreign or broken archive fails in many ways; nobody asked for it by name
             continue
         if about.fingerprint == fingerprint:
@@ -88,7 +89,9 @@ def load_calibration(run_dir: Path, region: ParallelSegment, fingerprint: str) -
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        about = About(**json.loads(str(arrays.pop(_ABOUT))))
+        about, names = _read_about(arrays.pop(_ABOUT))
+        if names is not None and names != sorted(arrays):
+            raise ValueError("arrays are missing")
     except Exception as error:  # a foreign or broken archive fails in many ways
         raise InputError(f"{str(path)!r} is no calibration file; fit {name!r} again.") from error
     if about.fingerprint != fingerprint:
@@ -105,6 +108,13 @@ def load_calibration(run_dir: Path, region: ParallelSegment, fingerprint: str) -
         key.removeprefix(prefix): jnp.asarray(leaf) for key, leaf in arrays.items() if key.startswith(prefix)
     }
     return Calibration(part("layers/"), part("common/"))
+
+
+def _read_about(saved: np.ndarray) -> tuple[About, list[str] | None]:
+    """What the calibration was fitted to, and the names of its arrays, which older files do not tell."""
+    told = json.loads(str(saved))
+    names = told.pop(_ARRAYS, None)
+    return About(**told), names
 
 
 def stage_text(region: ParallelSegment) -> str:

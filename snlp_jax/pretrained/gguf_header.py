@@ -56,7 +56,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
             try:
                 return _read(_Cursor(data, 4), gguf)
             except (ValueError, KeyError, IndexError) as error:
-                raise InputError(f"{str(path)!r} is cut off or damaged ({error}); download it again.") from error
+                reason = ascii(str(error))[1:-1][:160]  # names in a damaged file may hold anything
+                raise InputError(f"{str(path)!r} is cut off or damaged ({reason}); download it again.") from error
 
 
 def _read(cursor: "_Cursor", gguf: Any) -> GgufHeader:

@@ -209,7 +209,16 @@ class RunRecord:
 def read_record(run_path: Path) -> dict[str, Any]:
     """A run's ``run.json``, empty where there is none or none that reads: runs are older than it."""
     record = read_json(run_path / RUN_NAME)
-    return record if isinstance(record, dict) and isinstance(record.get("sessions"), list) else {"sessions": []}
+    return record if isinstance(record, dict) and _is_record(record) else {"sessions": []}
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    sessions = record.get("sessions")
+    if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
+        return False
+    facts = [record.get(name, 0) for name in ("num_params", "flops_per_token")]
+    numbers = [*facts, *(session.get("seconds", 0) for session in sessions)]
+    return all(isinstance(number, int | float) and abs(number) < 1e30 for number in numbers)
 
 
 def memory() -> dict[str, float]:

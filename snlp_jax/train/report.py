@@ -86,7 +86,7 @@ def make_html(config: Config, records: Records, record: dict[str, Any], evaluati
             {"": under("frontier/")}, log=True
         ),
         "Residual by layer: relative, of the trace after one iteration": _plot({"": under("residual/")}, log=True),
-        "Evaluation": _evaluation_table(evaluation) if evaluation else "",
+        "Evaluation": _evaluation_section(evaluation) if evaluation else "",
         "Config": _table(
             "Fields that differ from their defaults", changed_fields(config), ("field", "value", "default")
         ),
@@ -145,6 +145,13 @@ def thinned(curve: Curve, num_points: int = MAX_POINTS) -> Curve:
     parts = [part[np.isfinite(part)] for part in np.array_split(values, num_points)]
     means = [part.mean() if part.size else np.nan for part in parts]
     return np.array([part[-1] for part in np.array_split(steps, num_points)]), np.array(means)
+
+
+def _evaluation_section(evaluation: dict[str, Any]) -> str:
+    try:
+        return _evaluation_table(evaluation)
+    except (TypeError, ValueError, AttributeError):
+        return "<p>eval/eval.json is damaged; run eval.py again.</p>"
 
 
 def _evaluation_table(evaluation: dict[str, Any]) -> str:

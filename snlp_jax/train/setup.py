@@ -14,9 +14,9 @@ from snlp_jax.data.pipeline import TokenData, held_out_batches, train_iterator
 from snlp_jax.data.tokenizer import Tokenizer, check_vocab
 from snlp_jax.errors import InputError
 from snlp_jax.infer.greedy import make_greedy_fn
-from snlp_jax.io.files import atomic_write, write_files
 from snlp_jax.io.moved import SOURCE_NAME, kept_files
 from snlp_jax.io.run_dir import check_run_dir
+from snlp_jax.io.written import write_run_files
 from snlp_jax.layout import training_weights
 from snlp_jax.model import LanguageModel, num_params
 from snlp_jax.parallel.mesh import data_shard, make_mesh, put_batch
@@ -79,7 +79,7 @@ class Setup:
         with all_or_none():
             if is_first():
                 check_run_dir(config.run_path, config, resume, data.content_hash)
-                atomic_write(config.run_path / TOKENIZER_NAME, data.tokenizer.to_json())
+                write_run_files(config.run_path, {TOKENIZER_NAME: data.tokenizer.to_json()})
                 keep_files(config)
         self.description = _describe(config, model, data, mesh, state)
         self.saved = abstract_saved(state, model, mesh)
@@ -95,7 +95,7 @@ def keep_files(config: Config) -> None:
     if not config.train.init_from or (config.run_path / SOURCE_NAME).exists():
         return
     if Path(config.train.init_from).is_dir():
-        write_files(config.run_path, kept_files(Path(config.train.init_from)))
+        write_run_files(config.run_path, kept_files(Path(config.train.init_from)))
 
 
 def _check_division(held_out: list[Batch], config: Config, mesh: Mesh) -> None:
