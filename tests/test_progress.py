@@ -31,3 +31,14 @@ def test_nothing_is_said_before_its_time(monkeypatch: pytest.MonkeyPatch, capsys
         time.sleep(0.3)
     said = capsys.readouterr()
     assert said.err.startswith("long: step (0% after 0 s)\n") and said.out == ""
+
+
+def test_names_are_no_markup(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal: a path may hold brackets."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress("reading a[/b]", 2) as bar:
+        bar.begin("c[bold]")
+        bar.note("d[/e]")
+    said = capsys.readouterr()
+    assert "reading a[/b]: c[bold]" in said.err and "d[/e]" in said.err and said.out == ""

@@ -27,7 +27,12 @@ class Progress:
     def __init__(self, what: str, total: float) -> None:
         self.what, self.total, self.done, self.step = what, max(total, 1e-9), 0.0, ""
         self._console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(what, total=self.total)
         self._has_begun, self._ended, self._started = False, threading.Event(), time.monotonic()
