@@ -43,12 +43,12 @@ _QWEN2 = _split(LLAMA3.replace("{1,3}", ""))
 WORDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     **dict.fromkeys(("gpt-2", "gpt2", "mpt", "olmo"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx"), _split(LLAMA3)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _split(LLAMA3)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
     "tekken": _split(TEKKEN),
 }
 """``tokenizer.ggml.pre`` -> pre-tokenizers."""
-WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "tekken")
+WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")
 """Those whose words are looked up whole before anything is merged, and which begin a text by default."""
 NORMALIZED = ("qwen2", "deepseek-r1-qwen")
 """Those that compose characters (NFC)."""

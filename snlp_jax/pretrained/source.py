@@ -93,7 +93,7 @@ def read_source(path: Path, tokenizer: str = "") -> Source:
         InputError: a file is missing, damaged, or says what is not known.
     """
     files = {} if not tokenizer else {TOKENIZER_NAME: read_tokenizer_file(Path(tokenizer))}
-    return _read_gguf(path, files) if path.suffix == ".gguf" else _read_folder(path, files)
+    return _read_gguf(path, files) if path.suffix.lower() == ".gguf" else _read_folder(path, files)
 
 
 def _read_folder(path: Path, files: dict[str, bytes]) -> Source:
