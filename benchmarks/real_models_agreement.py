@@ -26,7 +26,7 @@ TEXT = (
     "The Pacific Ocean is the largest and deepest of Earth's five oceanic divisions. It extends from the Arctic Ocean "
     "in the north to the Southern Ocean in the south, and is bounded by the continents of Asia and Australia in the "
     "west and the Americas in the east. "
-) * 10
+) * 12
 NUM_TOKENS = 600
 """Of the text whose logits are compared."""
 NUM_NEW = 64
@@ -93,7 +93,7 @@ class _Theirs:
 
     def greedy(self, prompt: Sequence[int]) -> list[int]:
         ids = self._torch.tensor([list(prompt)])
-        settings = {"do_sample": False, "max_new_tokens": NUM_NEW, "min_new_tokens": NUM_NEW}
+        settings = {"do_sample": False, "max_new_tokens": NUM_NEW, "eos_token_id": -1}  # through every end token
         with self._torch.no_grad():
             return self._model.generate(ids, **settings)[0, len(prompt) :].tolist()
 
