@@ -30,7 +30,7 @@ from problems import (
 
 from snlp_jax.errors import InputError
 from snlp_jax.eval.diagnose import diagnose, parallel_regions
-from snlp_jax.eval.iterations import Gains, exponent, iterations_needed, predict, predicted_errors
+from snlp_jax.eval.iterations import Gains, Predictions, exponent, iterations_needed, predict, predicted_errors
 from snlp_jax.forward import forward
 from snlp_jax.layout import split
 from snlp_jax.model import LanguageModel
@@ -221,7 +221,7 @@ def test_predicted_iterations_are_those_of_a_chain_of_one_number():
         np.testing.assert_allclose(curve, error[:, -1], rtol=1e-4, atol=1e-6)  # float32 errors of states of 20
         for tolerance in (0.3, 0.03, 0.003):
             counts.append(iterations_needed(error[:, -1].tolist(), tolerance))
-            assert predict(error[0].tolist(), gains, gains.left, tolerance) == (counts[-1],) * 3
+            assert predict(error[0].tolist(), gains, gains.left, tolerance) == Predictions(*[counts[-1]] * 3)
     assert len(set(counts)) > 4
 
 
@@ -240,7 +240,7 @@ def test_what_counts_as_solved():
     nan = float("nan")
     assert iterations_needed([nan, nan, 0.0]) == 2
     gains = Gains([500.0] * 3, [1e300] * 3, [1.0] * 3, [1.0] * 4)
-    assert predict([1.0, 1.0, 1.0], gains, [math.inf] * 3) == (3, 3, 3)
+    assert predict([1.0, 1.0, 1.0], gains, [math.inf] * 3) == Predictions(3, 3, 3)
 
 
 def test_bad_numbers_are_refused():
@@ -289,4 +289,6 @@ def test_diagnosis_of_a_language_model_is_that_of_its_forward_pass():
     h_last, exact = jax.device_get(run(weights, split(model, params, parse_schedule("seq", 4))))
     distance_BT = np.linalg.norm(h_last - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
     assert shared.errors[1][-1] == pytest.approx(distance_BT.mean(), rel=1e-4)  # float32 sums in another order
-    assert len(json.loads(diagnosis.to_json())["regions"]) == 2
+    saved = json.loads(diagnosis.to_json())
+    assert len(saved["regions"]) == 2 and saved["regions"][0]["predicted"]["by_norms"] == 2
+    assert len(saved["regions"][1]["gains"]["sizes"]) == 4

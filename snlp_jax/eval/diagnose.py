@@ -125,7 +125,7 @@ class Diagnosis(Record):
         rows = []
         for region in self.regions:
             needed = "-" if region.needed is None else str(region.needed)
-            rows.append([region.setting, f"{region.exponent:+.3f}", needed, *map(str, region.predicted)])
+            rows.append([region.setting, f"{region.exponent:+.3f}", needed, *map(str, vars(region.predicted).values())])
         columns = ["exponent", "needed", "by the exponent", "by what A leaves", "by ||J - A||"]
         yield make_table(title, columns, rows, first="region")
 

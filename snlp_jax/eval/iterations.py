@@ -6,7 +6,7 @@ with ``e_0 = 0``. With gains in place of the matrices this is a recursion of nor
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +14,8 @@ TOLERANCE = 0.01
 """Relative error of a region's output that counts as solved."""
 
 
-class Gains(NamedTuple):
+@dataclass(frozen=True)
+class Gains:
     """Of the N nodes of a region, as factors of norms."""
 
     log_growth: Sequence[float]
@@ -27,7 +28,8 @@ class Gains(NamedTuple):
     """``||h_l||`` of the input and the N outputs."""
 
 
-class Predictions(NamedTuple):
+@dataclass(frozen=True)
+class Predictions:
     """Iterations until a region's output is within a tolerance."""
 
     by_exponent: int
