@@ -144,7 +144,7 @@ def test_input_is_checked_before_anything_is_compiled(run_dir, monkeypatch):
     short = run_dir.parent / "short.jsonl"
     short.write_text('{"text": "a few words"}\n{"text": "and others"}\n')
     with pytest.raises(InputError, match="too few"):
-        make(run_dir, "never", {"data": str(short)}, attention=1)
+        make(run_dir, "never", {"data": (str(short),)}, attention=1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match="one process"):
         make(run_dir, "never", attention=1)

@@ -34,6 +34,7 @@ from snlp_jax.memory import check_room, program_bytes, rows_at_once
 from snlp_jax.model import Model, num_params
 from snlp_jax.notation import parse_schedule
 from snlp_jax.parallel import make_mesh, put_batch
+from snlp_jax.parallel.sharding import with_shardings
 from snlp_jax.parts import Weights
 from snlp_jax.solver import Calibration, Schedule
 from snlp_jax.types import Params
@@ -194,20 +195,20 @@ def _compare(
     """Every setting over all batches; the first one is the reference, run once a batch.
 
     Raises:
-        InputError: a setting takes more memory than is free; all are compiled before any but the first runs.
+        InputError: a setting takes more memory than is free; all are compiled before any runs.
     """
     compare: Any = make_compare_fn(model, mesh)
     place = lambda batch: put_batch(mesh, (batch["tokens"], batch.get("document")), is_whole=True)  # noqa: E731
-    reference, programs = None, []
+    reference, programs, first = None, [], place(batches[0])
     num_rows, num_tokens = batches[0]["tokens"].shape
     for name, laid_out in weights.items():
         step(f"compiling {name}")
-        inputs = laid_out, *place(batches[0]), reference
-        programs.append(compare.lower(*inputs).compile())
+        programs.append(compare.lower(laid_out, *first, reference).compile())
         what = f"setting {name!r} on {num_rows} windows of {num_tokens - 1} tokens"
         check_room(what, program_bytes(programs[-1]), "lower --seq-len or --batch-size, or evaluate smaller regions")
-        if reference is None:
-            reference, _ = programs[0](*inputs)
+        if reference is None:  # its shapes, as the others will read it
+            made, _ = jax.eval_shape(compare, laid_out, *first)
+            reference = with_shardings(made, programs[0].output_shardings[0])
     rounds: list[list[Comparison]] = []
     for number, batch in enumerate(batches, 1):
         inputs, reference, found = place(batch), None, []
