@@ -3,10 +3,14 @@
 Every name below is imported when it is first used, so that ``import snlp_jax`` takes no time and no jax.
 """
 
+import importlib
 import sys
 from types import ModuleType
 
 from etils import epy
+
+if sys.argv[:1] == ["-m"]:  # a command of this package, python -m snlp_jax.infer, whose parents come first
+    importlib.import_module("snlp_jax.errors").hush_interrupts()
 
 with epy.lazy_api_imports(globals()):
     from snlp_jax.config import Config, ModelConfig

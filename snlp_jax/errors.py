@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import sys
+from types import TracebackType
 
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full; free some space or choose another directory")
 _REMEDIES[errno.EFBIG] = "a file may not grow further; raise the limit (ulimit -f) or choose another directory"
@@ -37,6 +38,19 @@ def full_disk(error: BaseException) -> str:
     """
     remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, "")
     return remedy or next((remedy for text, remedy in _REMEDY_OF_TEXT.items() if text in str(error)), "")
+
+
+def hush_interrupts() -> None:
+    """Say one line, and no traceback, when Ctrl-C comes while a command is still being imported; Python then ends by
+    the signal."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            report(error)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def report(error: BaseException) -> int | None:

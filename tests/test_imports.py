@@ -19,7 +19,7 @@ ROOMS = (
 ALLOWED = {
     "solver": ("jax", "chex", "snlp_jax.solver", "snlp_jax.types", "snlp_jax.errors", *STDLIB),
     "types": ("jax", *STDLIB),
-    "errors": ("contextlib", "errno", "os", "sys", *STDLIB),
+    "errors": ("contextlib", "errno", "os", "sys", "types", *STDLIB),
 }
 FORBIDDEN = {
     "model": ("snlp_jax.solver",),  # a model knows no solver

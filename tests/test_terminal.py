@@ -4,17 +4,20 @@ system refuses every day."""
 import errno
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
 import tyro
 from tiny_run import ROOT
 
-from snlp_jax.cli.entry import mend_streams, run_entry
+from snlp_jax.cli.entry import _tell_of_unraisable, mend_streams, run_entry
 from snlp_jax.cli.evaluate import Args as EvalArgs
 from snlp_jax.cli.flags import gathered, kinds_of, parse
 from snlp_jax.cli.made import check_free
@@ -150,3 +153,18 @@ def test_seeds_of_any_size() -> None:
     assert make_plan(loss, 5, 10, 2**70) == make_plan(loss, 5, 10, folded(2**70))
     assert Config(train=TrainConfig(seed=-(2**70)), data=DataConfig(seed=2**63))
     assert LinearizeConfig(attention=1, seed=-1).seed == -1
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line() -> None:
+    """``-m`` is what Python puts first while it looks for a module of the package."""
+    program = "import sys; sys.argv[0] = '-m'; import snlp_jax; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted.\n")
+
+
+def test_ctrl_c_in_a_callback_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the garbage collector, such as jax has one."""
+    monkeypatch.setattr(sys, "unraisablehook", _tell_of_unraisable)
+    with pytest.raises(KeyboardInterrupt):
+        sys.unraisablehook(SimpleNamespace(exc_value=KeyboardInterrupt()))  # type: ignore[arg-type]
+        time.sleep(5)

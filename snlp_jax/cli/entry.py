@@ -4,11 +4,13 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
-from snlp_jax.errors import report
+from snlp_jax.errors import hush_interrupts, report
 from snlp_jax.io.files import cache_folder
 
 MIN_COMPILE_SECONDS = 0.5
@@ -58,8 +60,11 @@ def _run(main: Callable[[], object]) -> None:
 
 
 def _tell_of_unraisable(unraisable: Any) -> None:
-    """As Python does, but for what tensorstore's threads say of the other files when one could not be written."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """As Python does, but for what tensorstore's threads say of the other files when one could not be written, and for
+    a Ctrl-C that came in a callback which swallows it: that comes again."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
@@ -70,6 +75,9 @@ def _give_up_stdout() -> None:
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+hush_interrupts()  # from the first line of a script on
 
 
 def enable_compilation_cache() -> None:
