@@ -94,8 +94,9 @@ class _Theirs:
     def greedy(self, prompt: Sequence[int]) -> list[int]:
         ids = self._torch.tensor([list(prompt)])
         settings = {"do_sample": False, "max_new_tokens": NUM_NEW, "eos_token_id": -1}  # through every end token
+        every = self._torch.ones_like(ids)  # left to itself it masks what pads, which is in a conversation
         with self._torch.no_grad():
-            return self._model.generate(ids, **settings)[0, len(prompt) :].tolist()
+            return self._model.generate(ids, attention_mask=every, **settings)[0, len(prompt) :].tolist()
 
 
 def _transformers(file: Path) -> _Theirs | None:
