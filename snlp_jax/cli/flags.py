@@ -6,7 +6,7 @@ import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -37,8 +37,9 @@ def parse(
         InputError: a flag is given twice with different values.
     """
     given = gathered(sys.argv[1:] if args is None else args, kinds_of(cls))
-    more: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(cls, prog=prog, description=description, args=given, **more)
+    if default is None:
+        return tyro.cli(cls, prog=prog, description=description, args=given)
+    return tyro.cli(cls, prog=prog, description=description, args=given, default=default)
 
 
 def kinds_of(cls: type, prefix: str = "") -> dict[str, Kind]:

@@ -68,20 +68,7 @@ def read_special_tokens(
         ends = vocabulary.find(
             [*ends, *(name for name in TURN_ENDS if name in template and name in vocabulary.special)]
         )
-    turn_ends = vocabulary.find(TURN_ENDS)
-    candidates = [
-        *prefix[:1],
-        *(end for end in ends if end not in turn_ends),
-        *vocabulary.find(name for name in TEXT_ENDS if name in vocabulary.special),
-        *(*ends, *bos),
-        *vocabulary.find(name for name in BOS_NAMES if name in vocabulary.special),
-    ]
-    if not candidates:
-        raise InputError(
-            "no file of the model names a token that begins or ends a text; set bos_token_id or eos_token_id in its "
-            "config.json."
-        )
-    separator = candidates[0]
+    separator = _separator_of(vocabulary, prefix, ends, bos)
     return SpecialTokens(
         separator_id=separator,
         prefix_ids=tuple(prefix),
@@ -104,6 +91,24 @@ class _Vocabulary(NamedTuple):
         """Ids of names and ids, each once and in order; without those that no token has."""
         found = (self.ids.get(token) if isinstance(token, str) else token for token in tokens)
         return list(dict.fromkeys(token for token in found if token in self.known))
+
+
+def _separator_of(vocabulary: _Vocabulary, prefix: list[int], ends: list[int], bos: list[int]) -> int:
+    """What stands before a text, else an end that ends no turn, else what by its name ends or begins a text."""
+    turn_ends = vocabulary.find(TURN_ENDS)
+    candidates = [
+        *prefix[:1],
+        *(end for end in ends if end not in turn_ends),
+        *vocabulary.find(name for name in TEXT_ENDS if name in vocabulary.special),
+        *(*ends, *bos),
+        *vocabulary.find(name for name in BOS_NAMES if name in vocabulary.special),
+    ]
+    if not candidates:
+        raise InputError(
+            "no file of the model names a token that begins or ends a text; set bos_token_id or eos_token_id in its "
+            "config.json."
+        )
+    return candidates[0]
 
 
 def _vocabulary_of(tokenizer_json: Mapping[str, Any]) -> _Vocabulary:

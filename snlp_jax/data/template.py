@@ -121,9 +121,9 @@ def choose_template(text: str, choice: str = "") -> str:
     if choice in named:
         return named[choice]
     if not Path(choice).is_file():
-        own = ", ".join(named) or "it has none"
+        known = ", ".join(named) or "it has none"
         raise InputError(
-            f"chat template {choice!r} is no file and not the model's own ({own}); give the path of a file."
+            f"chat template {choice!r} is no file and not the model's own ({known}); give the path of a file."
         )
     try:
         return Path(choice).read_text(encoding="utf-8")

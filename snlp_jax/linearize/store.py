@@ -53,8 +53,8 @@ def save_calibration(run_dir: Path, name: str, calibration: Calibration, about: 
     path = _path(run_dir, name)
     arrays = {f"layers/{key}": np.asarray(leaf) for key, leaf in calibration.layers.items()}
     arrays |= {f"common/{key}": np.asarray(leaf) for key, leaf in calibration.common.items()}
-    told = dataclasses.asdict(about) | {_ARRAYS: sorted(arrays)}
-    arrays[_ABOUT] = np.asarray(json.dumps(told, sort_keys=True))
+    record = dataclasses.asdict(about) | {_ARRAYS: sorted(arrays)}
+    arrays[_ABOUT] = np.asarray(json.dumps(record, sort_keys=True))
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +112,9 @@ def load_calibration(run_dir: Path, region: ParallelSegment, fingerprint: str) -
 
 def _read_about(saved: np.ndarray) -> tuple[About, list[str] | None]:
     """What the calibration was fitted to, and the names of its arrays, which older files do not tell."""
-    told = json.loads(str(saved))
-    names = told.pop(_ARRAYS, None)
-    return About(**told), names
+    record = json.loads(str(saved))
+    names = record.pop(_ARRAYS, None)
+    return About(**record), names
 
 
 def stage_text(region: ParallelSegment) -> str:

@@ -145,8 +145,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises:
         InputError: the config names no architecture, one that is not known, or two.
     """
-    told = read_fields(config, {"architectures": None, "model_type": None})
-    kind, names = told["model_type"], told["architectures"]
+    fields = read_fields(config, {"architectures": None, "model_type": None})
+    kind, names = fields["model_type"], fields["architectures"]
     if not names:
         names = [name for name, family in FAMILIES.items() if family.model_type == kind] or [f"none ({kind!r})"]
     if names[0] not in FAMILIES:

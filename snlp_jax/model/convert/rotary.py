@@ -119,8 +119,8 @@ def _scaling(
             f"the config's field 'partial_rotary_factor' is {part} beside the rotary scaling {kind!r}; no known "
             "architecture has both, take the config.json that was saved with the weights."
         )
-    told = {"original_max_position_embeddings": context}
-    inner = read_fields(parameters, told, inside)["original_max_position_embeddings"]
+    usual = {"original_max_position_embeddings": context}
+    inner = read_fields(parameters, usual, inside)["original_max_position_embeddings"]
     if inner is None:
         raise InputError(f"the config's field {inside}.original_max_position_embeddings is null; give a number.")
     original = inner if outside is None or kind == "linear" else outside
