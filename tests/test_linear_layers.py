@@ -192,7 +192,7 @@ def test_the_cache_shrinks_by_the_layers_without_attention():
     def cache_slots(config, params, setting):
         """Of all layers; each is a key and a value of equal size."""
         engine = Engine(LanguageModel(config), params, parse_schedule(setting, 3))
-        plans = engine._programs_for(64, Features(False, False, False)).plans
+        plans = engine._programs_for(64, Features(False, False, False), 1).plans
         return sum(plan.num_slots for plan in plans if plan is not None)
 
     full = cache_slots(config, whole, "seq")

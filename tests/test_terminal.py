@@ -165,6 +165,10 @@ def test_ctrl_c_while_a_command_is_imported_is_one_line() -> None:
 def test_ctrl_c_in_a_callback_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the garbage collector, such as jax has one."""
     monkeypatch.setattr(sys, "unraisablehook", _tell_of_unraisable)
-    with pytest.raises(KeyboardInterrupt):
-        sys.unraisablehook(SimpleNamespace(exc_value=KeyboardInterrupt()))  # type: ignore[arg-type]
-        time.sleep(5)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sys.unraisablehook(SimpleNamespace(exc_value=KeyboardInterrupt()))  # type: ignore[arg-type]
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)
