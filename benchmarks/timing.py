@@ -15,6 +15,7 @@ import numpy as np
 from snlp_jax.errors import InputError
 from snlp_jax.infer import Engine, Request, Statistics
 from snlp_jax.infer.engine import CHUNK
+from snlp_jax.infer.prefix import PrefixCache
 from snlp_jax.infer.programs import Programs, State
 from snlp_jax.layout import Layout
 from snlp_jax.notation import Drafter
@@ -59,8 +60,8 @@ class RecordedEngine(Engine):
         self.rounds[self.draft_len if is_drafting else 0] += int(state.counts.steps) - before
         return state, seconds
 
-    def _prefill(self, requests: Sequence[Request]) -> Any:
-        state, programs = super()._prefill(requests)
+    def _prefill(self, requests: Sequence[Request], kept: PrefixCache | None = None) -> Any:
+        state, programs = super()._prefill(requests, kept)
         self.num_cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.rings))
         return state, programs
 

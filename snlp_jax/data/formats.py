@@ -322,7 +322,11 @@ def _read_records(part: Part, _: str) -> Iterator[tuple[str, Any]]:
     with plain_copy(part.path, part.packing) as path, contextlib.closing(_open_records(path)) as reader:
         first, last = (0, reader.num_records()) if part.packing else (part.start, part.stop)
         for start in range(first, last, _ROWS):
-            for index, content in enumerate(reader.read(start, min(start + _ROWS, last)), start=start):
+            try:
+                contents = reader.read(start, min(start + _ROWS, last))
+            except RuntimeError as error:  # what the library calls a checksum that is wrong
+                raise OSError(str(error)) from error
+            for index, content in enumerate(contents, start=start):
                 text, record = content.decode("utf-8"), None
                 if text.startswith("{"):
                     with contextlib.suppress(ValueError, RecursionError):  # text that begins with a brace

@@ -92,6 +92,8 @@ def load_calibration(run_dir: Path, region: ParallelSegment, fingerprint: str) -
         about, names = _read_about(arrays.pop(_ABOUT))
         if names is not None and names != sorted(arrays):
             raise ValueError("arrays are missing")
+        if not all(np.issubdtype(leaf.dtype, np.number) for leaf in arrays.values()):
+            raise ValueError("arrays that hold no numbers")
     except Exception as error:  # a foreign or broken archive fails in many ways
         raise InputError(f"{str(path)!r} is no calibration file; fit {name!r} again.") from error
     if about.fingerprint != fingerprint:

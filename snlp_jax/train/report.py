@@ -62,7 +62,7 @@ def write_html(run_dir: str | Path) -> Path:
     config = read_saved(run_dir)
     evaluation = read_json(run_dir / "eval" / "eval.json")
     page = make_html(config, read_metrics(run_dir / FILE_NAME), read_record(run_dir), evaluation)
-    atomic_write(run_dir / REPORT_NAME, page)
+    atomic_write(run_dir / REPORT_NAME, page.encode(errors="replace"))  # a damaged record may hold half a character
     return run_dir / REPORT_NAME
 
 
