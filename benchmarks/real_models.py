@@ -45,6 +45,7 @@ from snlp_jax.errors import InputError
 from snlp_jax.eval.diagnose import diagnose, parallel_regions
 from snlp_jax.io.checkpoint import CONFIG_NAME
 from snlp_jax.io.files import atomic_write
+from snlp_jax.io.written import write_run_files
 from snlp_jax.notation import parse_schedule
 from snlp_jax.run import load_run, read_config, read_data
 
@@ -168,7 +169,7 @@ def imported(file: Path, run_dir: Path, args: Args) -> Path:
         data=dataclasses.replace(config.data, source=args.text),
     )
     if wanted != config:
-        atomic_write(run_dir / CONFIG_NAME, to_json(wanted))
+        write_run_files(run_dir, {CONFIG_NAME: to_json(wanted)})
     return run_dir
 
 
