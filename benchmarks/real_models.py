@@ -13,7 +13,7 @@ and Gemma 3 270M (Gemma terms). For each this script
     measures by depth how nearly linear the sub-layers are, and how far one and two iterations come in each region.
 
 Neither model was trained for layer-parallel passes: what is measured is what can be had without that. Writes
-real_NAME_DEVICE_DATE.json after each part, and draws the last two measurements.
+real_NAME_DEVICE_DATE.json (real_quick_...) after each part, and draws the last two measurements.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def measure_model(name: Name, args: Args) -> dict[str, Any]:
     config = read_config(run_dir)
     report = header(config.model, {"model": name, "text": args.text, "quick": args.quick})
     report = {key: value for key, value in report.items() if key not in ("limits", "cells", "skipped", "failed")}
-    out = out_path(args.out and args.out.replace(".json", f"_{name}.json"), f"real_{name}", report)
+    out = out_path(args.out and args.out.replace(".json", f"_{name}.json"), f"real_{'quick_' * args.quick}{name}", report)
 
     def write() -> None:
         report["elapsed_s"] = round(time.perf_counter() - began, 1)
