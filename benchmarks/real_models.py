@@ -109,7 +109,9 @@ def measure_model(name: Name, args: Args) -> dict[str, Any]:
     config = read_config(run_dir)
     report = header(config.model, {"model": name, "text": args.text, "quick": args.quick})
     report = {key: value for key, value in report.items() if key not in ("limits", "cells", "skipped", "failed")}
-    out = out_path(args.out and args.out.replace(".json", f"_{name}.json"), f"real_{'quick_' * args.quick}{name}", report)
+    out = out_path(
+        args.out and args.out.replace(".json", f"_{name}.json"), f"real_{'quick_' * args.quick}{name}", report
+    )
 
     def write() -> None:
         report["elapsed_s"] = round(time.perf_counter() - began, 1)
