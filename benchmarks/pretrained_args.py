@@ -1,6 +1,7 @@
 """The flags of benchmarks/pretrained.py."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,6 +50,8 @@ class Args:
     tasks: tuple[str, ...] = ()
     """Files of multiple choice, see snlp_jax/eval/task_data.py."""
     num_examples: int = 200
+    tasks_up_to: float = math.inf
+    """Change of perplexity past which a method is asked no tasks, 0.5 for +50 %: questions take longer than text."""
     distances: tuple[int, ...] = AUTO
     """Tokens between a planted key and the question for it; none asks for no keys."""
     num_keys: int = 64

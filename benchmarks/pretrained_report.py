@@ -41,7 +41,7 @@ def table_of(rows: Sequence[dict[str, Any]], distances: Sequence[int], tasks: Se
         share = row.get("cache_bytes", math.nan) / rows[0].get("cache_bytes", math.nan)
         cells.append(f"{share:.0%}")
         cells += [f"{found['log_prob']:.1f} {found['exact']:.0%}" for found in row["retrieval"].values()]
-        cells += [f"{found['per_byte']['share']:.1%}" for found in row["tasks"].values()]
+        cells += [f"{found['per_byte']['share']:.1%}" for found in row["tasks"].values()] or ["--"] * len(tasks)
         table.add_row(row["name"], *cells)
     return table
 

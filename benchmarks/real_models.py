@@ -85,9 +85,9 @@ class Args:
     """Files of text for maps, calibration and perplexity; builtin: Python sources, which every machine has."""
     tasks: tuple[str, ...] = ()
     """Files of multiple choice, see snlp_jax/eval/task_data.py."""
-    seq_len: int = 512
+    seq_len: int = 256
     """Tokens of a window."""
-    num_windows: int = 32
+    num_windows: int = 16
     quick: bool = False
     """SmolLM2 alone, a few methods, short text."""
     out: str = ""
@@ -181,18 +181,19 @@ def method_args(run_dir: Path, config: Config, args: Args) -> pretrained.Args:
     chosen = pretrained.Args(
         run_dir,
         attention=(2, 4, 8),
-        mlp=(2, 4),
-        blocks=(1, 2, 4),
+        mlp=(4,),
+        blocks=(1, 2),
         regions=(L // 4, L // 2),
         iterations=(1, 2, 4),
         int8=True,
-        rankings=not args.quick,
+        rankings=False,
         fit_tokens=65_536,
         calibration_tokens=32 * T,
-        tune_steps=20,
+        tune_steps=10,
         num_windows=args.num_windows,
         batch_size=4,
         tasks=args.tasks,
+        tasks_up_to=0.1,  # 200 questions of two tasks take five minutes a method
         distances=(),
         prefill_len=256,
         context=256,
@@ -223,7 +224,7 @@ def regions_by_depth(run_dir: Path, config: Config, num_windows: int) -> list[di
     """Errors and residuals of a quarter of the layers wherever it may begin, by iteration of Identity."""
     run = load_run(run_dir)
     L, count = config.model.num_layers, max(config.model.num_layers // 4, 2)
-    starts = range(0, L - count + 1, max(count // 2, 1))
+    starts = sorted({*range(0, L - count, max(count // 2, 1)), L - count})  # the last layers are among them
     schedules = {f"idn:{start}-{start + count},k=1": None for start in starts}
     regions = parallel_regions({text: parse_schedule(text, L) for text in schedules})
     (windows,) = held_out_batches(

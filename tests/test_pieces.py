@@ -170,6 +170,8 @@ def test_nothing_holds_the_logits_of_a_batch(monkeypatch: pytest.MonkeyPatch) ->
     ends, _ = jax.eval_shape(compare, weights, rows.tokens)
     assert largest_logits(compare, weights, rows.tokens, None, ends) == limit
     assert largest_logits(lambda w, t: pass_over(model, w, t), weights, rows.tokens) == limit
+    places = np.zeros((len(rows.tokens), 1), np.int32)
+    assert largest_logits(lambda w, t: pass_over(model, w, t, places_BS=places), weights, rows.tokens) == NUM_ROWS
     assert largest_logits(make_greedy_fn(model, prompt_len=2, num_tokens=10), weights, rows.tokens[:, :12]) <= limit
 
 

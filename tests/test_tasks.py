@@ -84,11 +84,11 @@ def test_padding_and_batches_change_nothing() -> None:
     rng = np.random.default_rng(0)
     spans = [Span(rng.integers(1, 257, n).astype(np.int32), min(n - 1, 4)) for n in (3, 9, 12, 5)]
 
-    def with_noise(windows: np.ndarray) -> tuple:
-        return token_fn(np.where(windows == 0, rng.integers(1, 257, windows.shape), windows).astype(np.int32))
+    def with_noise(windows: np.ndarray, places: np.ndarray) -> tuple:
+        return token_fn(np.where(windows == 0, rng.integers(1, 257, windows.shape), windows).astype(np.int32), places)
 
-    def with_more(windows: np.ndarray) -> tuple:
-        return token_fn(np.pad(windows, ((0, 0), (0, 7))))
+    def with_more(windows: np.ndarray, places: np.ndarray) -> tuple:
+        return token_fn(np.pad(windows, ((0, 0), (0, 7))), places)
 
     together, backwards = ours.score(spans), ours.score(spans[::-1])[::-1]
     ours.__dict__["token_fn"] = with_noise
@@ -106,9 +106,9 @@ def test_settings_that_see_other_tokens_are_scored_alone() -> None:
         assert needs_solitude(parse_schedule(setting, 4)) == expected, setting
     shapes = []
 
-    def token_fn(windows: np.ndarray) -> tuple:
+    def token_fn(windows: np.ndarray, places: np.ndarray) -> tuple:
         shapes.append(windows.shape)
-        return np.zeros(windows[:, 1:].shape), np.ones(windows[:, 1:].shape, bool)
+        return np.zeros(places.shape), np.ones(places.shape, bool)
 
     spans = [Span(np.ones(n, np.int32), 1) for n in (5, 9, 5, 40)]
 
@@ -130,9 +130,10 @@ def test_long_contexts_lose_their_beginning(model: LanguageModel, params: dict) 
     longest = MODEL.max_context
     ours, windows_seen = text_model(model, params, "seq"), []
 
-    def token_fn(windows: np.ndarray) -> tuple:
+    def token_fn(windows: np.ndarray, places: np.ndarray) -> tuple:
         windows_seen.extend(windows)
-        return windows[:, 1:].astype(np.float32), np.ones(windows[:, 1:].shape, bool)
+        targets = np.take_along_axis(windows[:, 1:], places, axis=1)
+        return targets.astype(np.float32), np.ones(targets.shape, bool)
 
     ours.__dict__["token_fn"] = token_fn
     text = "".join(np.random.default_rng(0).choice(list("abcd "), longest + 40)) + "."

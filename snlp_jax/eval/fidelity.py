@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a pass says of the targets of windows, [B, T]."""
+    """What a pass says of the targets of windows: [B, T], or [B, S] of those that were asked for."""
 
     nll_BT: Array
     """Negative log-likelihood, in nats."""
@@ -57,12 +57,22 @@ def pass_over(
     window_BT: Array,
     document_BT: Array | None = None,
     *,
+    places_BS: Array | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[States, Scores]:
-    """A pass over windows [B, T + 1] without their last tokens, and what it says of their targets."""
+    """A pass over windows [B, T + 1] without their last tokens, and what it says of their targets.
+
+    Args:
+        places_BS: int, the S targets of each window that are asked for, from 0; None asks for all T. The head, more
+            than half of the work where the vocabulary is large, reads no other.
+    """
     document_BT = None if document_BT is None else document_BT[:, :-1]
     states = run_parts(model, weights, window_BT[:, :-1], mesh=mesh, document_BT=document_BT)
-    return states, read_logits(_score, model, weights.embed_head, [states.ends], window_BT[:, 1:], mesh=mesh)
+    ends, targets_BS = states.ends, window_BT[:, 1:]
+    if places_BS is not None:
+        rows_B1 = jnp.arange(len(window_BT))[:, None]
+        ends, targets_BS = jax.tree.map(lambda leaf: leaf[rows_B1, places_BS], (ends, targets_BS))
+    return states, read_logits(_score, model, weights.embed_head, [ends], targets_BS, mesh=mesh)
 
 
 def _score(logits_BTV: Array, targets_BT: Array) -> Scores:

@@ -28,8 +28,9 @@ from snlp_jax.types import Array, Params
 MIN_BUCKET = 16
 """Shortest padded length, in tokens."""
 
-TokenFn = Callable[[np.ndarray], tuple[Any, Any]]
-"""Windows [B, T + 1] -> (negative log-likelihood in nats, whether it is the likeliest) of every target, [B, T]."""
+TokenFn = Callable[..., tuple[Any, Any]]
+"""``(windows [B, T + 1], places [B, S] or None)`` -> (negative log-likelihood in nats, whether it is the likeliest) of
+the targets at these places, [B, S], or of all, [B, T]."""
 OnShare = Callable[[float], None]
 """Called after every batch with the share of the work that it was."""
 
@@ -147,10 +148,10 @@ class TextModel:
         )
 
         @jax.jit
-        def score(weights: Weights, window_BT: Array) -> Scores:
-            return pass_over(self.model, weights, window_BT, mesh=mesh)[1]
+        def score(weights: Weights, window_BT: Array, places_BS: Array | None) -> Scores:
+            return pass_over(self.model, weights, window_BT, places_BS=places_BS, mesh=mesh)[1]
 
-        return lambda windows: score(weights, put_batch(mesh, windows, is_whole=True))
+        return lambda windows, places=None: score(weights, *put_batch(mesh, (windows, places), is_whole=True))
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -186,7 +187,9 @@ class TextModel:
         return [sum(next(scores).log_prob for _ in parts) for parts in spans]
 
     def score(self, spans: Sequence[Span]) -> list[Score]:
-        """Log-likelihoods of the scored tokens, in batches of equal padded length, one program for each length.
+        """Log-likelihoods of the scored tokens, in batches of equal padded length.
+
+        There is one program for each length and power of two of scored tokens.
 
         Padding stands on the right, where attention with or without a window, the smear of a token by its predecessor
         and every solver iteration look away from it: what is scored depends neither on it nor on the other rows. Under
@@ -211,22 +214,24 @@ class TextModel:
                     "shorten it."
                 )
             count = len(tokens) - 1
-            by_length[count if alone else min(max(MIN_BUCKET, 1 << (count - 1).bit_length()), longest)].append(index)
+            by_length[count if alone else min(max(MIN_BUCKET, _power_of_two(count)), longest)].append(index)
         scores = [Score(0.0, 0, True)] * len(spans)
         for length, members in sorted(by_length.items()):
             rows = _rounded(min(max(1, self._batch_tokens // length), len(members)), self._row_multiple)
             step, rows = (1, self._row_multiple) if alone else (rows, rows)
+            num_places = min(_power_of_two(max(spans[index].num_scored for index in members)), length)
             for start in range(0, len(members), step):
                 part = members[start : start + step]
-                windows = np.zeros((rows, length + 1), np.int32)
+                windows, firsts = np.zeros((rows, length + 1), np.int32), np.zeros((rows, 1), np.int32)
                 for row, index in enumerate(part):
                     windows[row, : len(cut[index])] = cut[index]
-                nll_BT, is_best_BT = jax.device_get(self.token_fn(windows))
+                    firsts[row] = len(cut[index]) - 1 - spans[index].num_scored
+                places_BS = np.minimum(firsts + np.arange(num_places, dtype=np.int32), length - 1)
+                nll_BS, is_best_BS = jax.device_get(self.token_fn(windows, places_BS))
                 for row, index in enumerate(part):
-                    stop, num_scored = len(cut[index]) - 1, spans[index].num_scored
-                    scored = slice(stop - num_scored, stop)
-                    log_prob = -float(nll_BT[row, scored].sum(dtype=np.float64))
-                    scores[index] = Score(log_prob, num_scored, bool(is_best_BT[row, scored].all()))
+                    num_scored = spans[index].num_scored
+                    log_prob = -float(nll_BS[row, :num_scored].sum(dtype=np.float64))
+                    scores[index] = Score(log_prob, num_scored, bool(is_best_BS[row, :num_scored].all()))
                 self.on_share(len(part) / len(spans))
         return scores
 
@@ -281,3 +286,8 @@ class TextModel:
 
 def _rounded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
+
+
+def _power_of_two(count: int) -> int:
+    """The least that is not below ``count``."""
+    return 1 << (count - 1).bit_length()
