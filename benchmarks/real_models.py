@@ -13,7 +13,8 @@ and Gemma 3 270M (Gemma terms). For each this script
     measures by depth how nearly linear the sub-layers are, and how far one and two iterations come in each region.
 
 Neither model was trained for layer-parallel passes: what is measured is what can be had without that. Writes
-real_NAME_DEVICE_DATE.json (real_quick_...) after each part, and draws the last two measurements.
+real_NAME_DEVICE_DATE.json (real_quick_...) after each part, takes over the parts that it finds there, and draws the
+last two measurements.
 """
 
 import dataclasses
@@ -113,18 +114,20 @@ def measure_model(name: Name, args: Args) -> dict[str, Any]:
         args.out and args.out.replace(".json", f"_{name}.json"), f"real_{'quick_' * args.quick}{name}", report
     )
 
-    def write() -> None:
-        report["elapsed_s"] = round(time.perf_counter() - began, 1)
-        atomic_write(out, json.dumps(report, indent=1) + "\n")
-
-    say(f"{name}: logits and greedy text beside transformers")
-    report["agreement"] = agreement(run_dir, file, num_prompts=2 if args.quick else 5)
-    write()
-    say(f"{name}: regions by depth")
-    report["regions"] = regions_by_depth(run_dir, config, num_windows=1 if args.quick else 4)
-    write()
-    report["methods"] = pretrained.main(method_args(run_dir, config, args))
-    write()
+    if out.is_file() and (earlier := json.loads(out.read_text()))["args"] == report["args"]:
+        report |= {key: value for key, value in earlier.items() if key not in ("load_average", "elapsed_s")}
+        began -= earlier["elapsed_s"]
+    parts = {
+        "agreement": lambda: agreement(run_dir, file, num_prompts=2 if args.quick else 5),
+        "regions": lambda: regions_by_depth(run_dir, config, num_windows=1 if args.quick else 4),
+        "methods": lambda: pretrained.main(method_args(run_dir, config, args)),
+    }
+    for part, measure in parts.items():
+        if part not in report:
+            say(f"{name}: {part}")
+            report[part] = measure()
+            report["elapsed_s"] = round(time.perf_counter() - began, 1)
+            atomic_write(out, json.dumps(report, indent=1) + "\n")
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(agreement_table(name, report["agreement"]), regions_table(report["regions"]))
     atomic_write(out.with_suffix(".png"), draw(name, report))
@@ -193,7 +196,7 @@ def method_args(run_dir: Path, config: Config, args: Args) -> pretrained.Args:
         num_windows=args.num_windows,
         batch_size=4,
         tasks=args.tasks,
-        tasks_up_to=0.1,  # 200 questions of two tasks take five minutes a method
+        tasks_up_to=0.05,  # 200 questions of two tasks take five minutes a method
         distances=(),
         prefill_len=256,
         context=256,
