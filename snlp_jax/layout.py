@@ -18,7 +18,7 @@ from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import Model
 from snlp_jax.model.kinds import cut, layer_of, rows_of
-from snlp_jax.model.projections import join_projections
+from snlp_jax.model.projections import FEW_TOKENS, join_projections, transpose_kernels
 from snlp_jax.model.value_embed import lay_out_tables
 from snlp_jax.parallel.region import num_padded, pad_layers
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, shardings_of, with_shardings
@@ -82,19 +82,22 @@ def prepare(
         weights = arrange(model, model.cast(params), schedule, mesh, sequential, fits)
         return jax.device_put(weights, weights_shardings(model, weights, mesh))
     segments = _cut_further(model.config, _checked(model.config, schedule))
-    return _laid_out(model, canonical(model, params), segments, _form_of(model, num_tokens, layout), fits)
+    return _laid_out(model, canonical(model, params, num_tokens), segments, _form_of(model, num_tokens, layout), fits)
 
 
-def canonical(model: Model, params: Params) -> Params:
+def canonical(model: Model, params: Params, num_tokens: int = 1) -> Params:
     """The one copy of the parameters that weights of all schedules read, without a mesh: in the compute dtype.
 
-    On a GPU kernels that read one input are joined (:mod:`snlp_jax.model.projections`), which copies them. Elsewhere
-    that gains nothing (docs/log.md). What needs neither is not copied.
+    On a GPU kernels that read one input are joined, on a CPU those of a wide model transposed, where ``num_tokens``
+    (batch x length) are few at a time (:mod:`snlp_jax.model.projections`). Both copy the kernels once; what is in its
+    form already is not copied.
     """
     params = model.cast(params)
-    if model.backend != "gpu":
-        return params
-    return params | {"blocks": join_projections(params["blocks"])}
+    if model.backend == "gpu":
+        return params | {"blocks": join_projections(params["blocks"])}
+    if model.backend == "cpu" and model.config.embed_dim >= model.transposed_from and num_tokens <= FEW_TOKENS:
+        return transpose_kernels(params)
+    return params
 
 
 def split(model: Model, params: Params, schedule: Schedule, fits: Mapping[str, Calibration] | None = None) -> Weights:

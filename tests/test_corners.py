@@ -53,6 +53,8 @@ class Corner(NamedTuple):
     sequential: str = "tensor"
     dtype: str = "float32"
     backend: str | None = None
+    is_transposed: bool = False
+    """Whether kernels are kept transposed, as a CPU has those of a wide model."""
     is_slow: bool = False
     """Whether it runs with the slow tests: others meet the same code in pairs."""
 
@@ -72,7 +74,12 @@ CORNERS = [
     Corner("sid:n=3,k=3,init=batch_forward", model="linear", rule="per_iteration", is_slow=True),
     Corner("idn:n=3,k=2", model="affine"),  # as many as there are other layers
     Corner("diag:n=3,k=3", model="affine", rule="refreshed", is_slow=True),
+    Corner("seq", is_transposed=True, layout="stack", model="mixed", rule="last_eval"),
+    Corner("idn:n=3,k=3", is_transposed=True, model="linear", rule="last_eval"),
+    Corner("idn:n=3,k=3", is_transposed=True, layout="list", rule="refreshed", is_slow=True),
+    Corner("hcn:n=3,k=3", is_transposed=True, model="dynamic", is_slow=True),
     # stages
+    Corner("idn:n=3,k=3,stage=3xF1", is_transposed=True),
     Corner("idn:n=3,k=3,stage=3xF1", rule="per_iteration"),
     Corner("idn:n=3,k=3,stage=3xF1", layout="list", rule="per_iteration", is_slow=True),
     Corner("idn:n=3,k=3,stage=3xF1", layout="list", model="mixed"),
@@ -145,6 +152,7 @@ def calibration(num_iters=3):
 def logits_of(corner: Corner):
     """Logits of the four tokens at once, or of the last two behind a cache of the first two."""
     model = LanguageModel(MODELS[corner.model], MachineConfig(compute_dtype=corner.dtype), backend=corner.backend)
+    model = model.adapted(transposed_from=1 if corner.is_transposed else None)
     schedule = parse_schedule(corner.setting, 3)
     mesh = make_mesh(corner.mesh) if corner.mesh else None
     fits = {"corner": calibration()} if "fit=" in corner.setting else None

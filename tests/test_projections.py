@@ -1,4 +1,5 @@
-"""Joined projections, as a GPU reads them, are the separate ones: in every family, layout and pass."""
+"""Joined kernels, as a GPU reads them, and transposed ones, as a CPU does, are those of training: in every family,
+layout and pass."""
 
 import dataclasses
 
@@ -12,15 +13,18 @@ from benchmarks.hlo import read_program
 from benchmarks.speed_cells import decoding
 from snlp_jax.config import MachineConfig
 from snlp_jax.forward import forward
-from snlp_jax.layout import prepare
+from snlp_jax.infer import Engine, Placement
+from snlp_jax.layout import canonical, prepare
 from snlp_jax.model import LanguageModel
 from snlp_jax.model.projections import join_projections
 from snlp_jax.notation import parse_schedule
+from snlp_jax.quantize import quantize
 
 ROUNDING = 2e-5
 """Relative to the largest entry: the same float32 sums, which a wider product may add up in another order."""
 QWEN, GEMMA, LINEARIZED = (dataclasses.replace(config, num_layers=3) for config in (QWEN, GEMMA, LINEARIZED))
 CASES = {
+    "split": (QWEN, "idn:n=2,k=1,stage=split", "stack"),
     "chunks": (QWEN, "idn:n=2,k=1,stage=1xF2", "stack"),
     "gemma": (GEMMA, "idn:n=2,k=1", "list"),
     "replaced": (LINEARIZED, "idn:n=3,k=1", "stack"),
@@ -50,6 +54,56 @@ def test_logits_equal_those_of_separate_kernels(case):
         assert all(("up_gate" in tree["mlp"]) == (joined and config.mlp != "relu2") for tree in trees if "mlp" in tree)
         logits.append(jax.jit(lambda w, t, model=model: forward(model, w, t).logits_BTV)(weights, tokens))
     assert relative_error(*logits) < ROUNDING
+
+
+@pytest.mark.parametrize("precision", ("compute", "int8"))
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transposed_kernels(case, precision):
+    config, setting, layout = CASES[case]
+    tokens, logits = random_tokens(config, length=6), []
+    plain = models(config)[1]
+    params, schedule = quantize(random_params(plain), precision), parse_schedule(setting, config.num_layers)
+    for model in (plain, plain.adapted(transposed_from=1)):
+        weights = prepare(model, params, schedule, num_tokens=tokens.size, layout=layout)
+        names = {name for part in weights.parts for tree in stacks_of(part.blocks) for name in tree.get("mlp", ())}
+        assert ("up_t" in names) == (model is not plain) and ("up" in names) == (model is plain)
+        logits.append(jax.jit(lambda w, t, model=model: forward(model, w, t).logits_BTV)(weights, tokens))
+    assert relative_error(*logits) < ROUNDING
+
+
+def test_transposing_copies_once_and_for_few_tokens_alone():
+    model = LanguageModel(dataclasses.replace(QWEN, use_tied_head=False)).adapted(transposed_from=1)
+    params = random_params(model)
+    assert "query" in canonical(model, params, 65)["blocks"]["attn"]
+    made = canonical(model, params)
+    for part, name in (("attn", "query"), ("mlp", "down")):
+        assert (made["blocks"][part][f"{name}_t"] == params["blocks"][part][name].swapaxes(1, 2)).all()
+        assert name not in made["blocks"][part]
+    assert (made["head"]["kernel_t"] == params["head"]["kernel"].T).all() and "kernel" not in made["head"]
+    assert jax.tree.structure(made["embed"]) == jax.tree.structure(params["embed"])
+    again = canonical(model, made)
+    assert all(one is other for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(made), strict=True))
+
+
+def test_a_drafter_and_its_verifier_hold_one_copy():
+    for backend in ("cpu", "gpu"):
+        model = LanguageModel(dataclasses.replace(QWEN, window_pattern="L"), backend=backend)
+        model = model.adapted(transposed_from=1)
+        engine = Engine(model, random_params(model), draft="idn:n=2,k=1", placement=Placement(layout="stack"))
+        pointers = lambda weights: {  # noqa: E731
+            leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(weights) if leaf.ndim == 3
+        }
+        assert pointers(engine.weights) == pointers(engine.exact)
+
+
+def test_the_kernel_stays_on_the_left():
+    """Without the barrier the compiler turns ``(W x)^T`` into ``x^T W^T``, whose right operand is packed anew."""
+    model = LanguageModel(QWEN).adapted(transposed_from=1)
+    weights = prepare(model, random_params(model), parse_schedule("seq", QWEN.num_layers), layout="list")
+    tokens = jnp.zeros((3, 1), jnp.int32)
+    text = jax.jit(lambda w, t: forward(model, w, t).logits_BTV).lower(weights, tokens).compile().as_text()
+    width, hidden = QWEN.embed_dim, QWEN.mlp_width
+    assert f"f32[{hidden},3]" in text and f"f32[{width},3]" in text, "up and down, outputs before rows"
 
 
 def test_joining_moves_numbers_and_changes_none():

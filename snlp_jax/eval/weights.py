@@ -24,7 +24,7 @@ def prepare_all(
 ) -> list[Weights]:
     """``prepare`` for every schedule, every array held once; on a mesh by schedules that cut the layers alike."""
     if mesh is None:
-        params = canonical(model, params)
+        params = canonical(model, params, num_tokens)
         return [prepare(model, params, each, num_tokens=num_tokens, layout=layout, fits=fits) for each in schedules]
     params = model.cast(params)
     by_cut: dict[tuple, Weights] = {}

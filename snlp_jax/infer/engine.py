@@ -32,7 +32,7 @@ from snlp_jax.infer.requests import Completion, Delivery, OnTokens, Request, Sta
 from snlp_jax.infer.rules import CacheRule, Drafting, Placement, check_settings
 from snlp_jax.infer.sampling import Features, rows_of
 from snlp_jax.infer.switch import DraftSwitch
-from snlp_jax.layout import in_order, prepare, verifier
+from snlp_jax.layout import canonical, in_order, prepare, verifier
 from snlp_jax.model import Model
 from snlp_jax.notation import Drafter, parse_schedule
 from snlp_jax.parallel.sharding import BY_FEATURE, BY_LAYER, spec_of
@@ -86,11 +86,15 @@ class Engine:
         self.model, self.schedule, self.rule, self.draft = model, schedule, rule, drafter
         self.mesh, self.tokenizer = placement.mesh, tokenizer
         self.draft_len, self.max_draft = drafting.lengths(config.num_mtp_heads) if drafting else (0, 0)
-        # One token at a time a scan over a stack is as fast as unrolled layers and compiles several times faster; but
-        # it cannot go through layers whose rings differ.
-        is_scanned = placement.layout == "auto" and placement.mesh is None and len(set(config.windows)) == 1
+        # One token at a time a scan over a small stack is as fast as unrolled layers and compiles several times faster;
+        # but it cannot go through layers whose rings differ, and copies kernels that a CPU reads from its memory.
+        is_small = model.backend != "cpu" or config.embed_dim < model.transposed_from
+        is_scanned = (
+            placement.layout == "auto" and placement.mesh is None and is_small and len(set(config.windows)) == 1
+        )
         layout, mesh, sequential = "stack" if is_scanned else placement.layout, placement.mesh, placement.sequential
         first = drafter if isinstance(drafter, Schedule) else schedule
+        params = canonical(model, params) if mesh is None else params  # one copy for both
         self.weights = prepare(model, params, first, layout=layout, mesh=mesh, sequential=sequential, fits=fits)
         """Of plain steps, or of the layers that draft."""
         self.exact = self.weights

@@ -79,7 +79,7 @@ def branch_moments(
     names_L = [tuple(name for name in PARTS if l in wanted.get(name, ())) for l in range(num_layers)]
     whole = dataclasses.replace(model.config, linear_attention=(), linear_mlp=(), dropped_attention=(), dropped_mlp=())
     enter, step = _programs(whole, model.machine, model.backend, skip_first, mesh)
-    weights = prepare(model, params, Schedule.of(num_layers), num_tokens=1, layout="list")
+    weights = prepare(model, params, Schedule.of(num_layers), num_tokens=first["tokens"].size, layout="list")
     stop = max((l + 1 for l, names in enumerate(names_L) if names), default=0)
     ends, blocks = weights.embed_head, [tree for part in weights.parts for tree in part.blocks][:stop]
     if mesh is not None:

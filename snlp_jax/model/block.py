@@ -132,7 +132,7 @@ class Block:
         part = f"linear_{branch}"
         if part not in self.params:
             return jnp.zeros_like(x_BTD)
-        if "kernel" in self.params[part]:
+        if not {"kernel", "kernel_t"}.isdisjoint(self.params[part]):
             y_BTD = self.linear(part, "kernel", x_BTD)
         else:
             y_BTD = self.linear(part, "up", self.linear(part, "down", x_BTD, self.dtype))
@@ -202,8 +202,9 @@ class Block:
         ``out_dtype``, see :func:`snlp_jax.model.layers.project`."""
         if self.on_input is not None:
             self.on_input(part, name, x)
-        tree = self.params[part]
-        return project(x, tree[name], self.dtype, tree.get(f"{name}_bias"), tree.get(f"{name}_scale"), out_dtype)
+        tree, is_transposed = self.params[part], f"{name}_t" in self.params[part]
+        kernel, bias, scale = tree[name + "_t" * is_transposed], tree.get(f"{name}_bias"), tree.get(f"{name}_scale")
+        return project(x, kernel, self.dtype, bias, scale, out_dtype, is_transposed=is_transposed)
 
     def linear_of_each(self, part: str, widths: Sequence[int], x: Array) -> Sequence[Array]:
         """The products, in ``dtype``, of one input with the kernels that :data:`JOINED` names, in whichever form the

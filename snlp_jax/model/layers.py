@@ -43,6 +43,8 @@ def project(
     bias: Array | None = None,
     scale: Array | None = None,
     out_dtype: Any = jnp.float32,
+    *,
+    is_transposed: bool = False,
 ) -> Array:
     """``(x @ kernel) * scale + bias`` with operands in ``dtype``, summed in float32: [..., I], [I, O] -> [..., O].
 
@@ -52,9 +54,11 @@ def project(
     Args:
         out_dtype: of the result. What is added to the residual stream stays float32; what only the next product reads
             may be in ``dtype``, and is then stored so for the backward pass.
+        is_transposed: the kernel is [O, I], see :data:`snlp_jax.model.projections.TRANSPOSED_FROM`.
     """
-    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    product = _product(rows, kernel.astype(dtype), out_dtype).reshape(*x.shape[:-1], kernel.shape[-1])
+    rows, multiply = x.reshape(-1, x.shape[-1]).astype(dtype), _product_transposed if is_transposed else _product
+    product = multiply(rows, kernel.astype(dtype), out_dtype)
+    product = product.reshape(*x.shape[:-1], product.shape[-1])
     product = product if scale is None else product * _along_last(scale, x.ndim)
     product = product if bias is None else product + _along_last(bias, x.ndim)
     return product.astype(out_dtype)
@@ -78,6 +82,20 @@ def _product(x_SI: Array, kernel_IO: Array, out_dtype: Any) -> Array:
         return product(x_SI)
     with_zeros = lambda x_SI: product(jnp.pad(x_SI, ((0, 1), (0, 0))))[:1]  # noqa: E731
     return jax.lax.platform_dependent(x_SI, cuda=with_zeros, rocm=with_zeros, default=product)
+
+
+def _product_transposed(x_SI: Array, kernel_OI: Array, out_dtype: Any) -> Array:
+    """The same product with the kernel on the left, where a CPU reads it as it lies.
+
+    Its library packs the right operand anew for every product, which for a few rows takes longer than the arithmetic.
+    The barrier keeps the compiler from turning the operands round together with their result. A single row is no matrix
+    product, and faster without.
+    """
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=out_dtype)
+    contract_inputs = (((1,), (1,)), ((), ()))
+    if len(x_SI) == 1:
+        return product(x_SI, kernel_OI, contract_inputs)
+    return jax.lax.optimization_barrier(product(kernel_OI, x_SI, contract_inputs)).T
 
 
 def einsum(formula: str, x: Array, y: Array, out_dtype: Any = jnp.float32) -> Array:

@@ -7,6 +7,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from math import prod
 from typing import Any, Literal, get_args
 
 import jax
@@ -22,7 +23,7 @@ from snlp_jax.model.kinds import join, kinds_in, take
 from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, small_product, weigh
 from snlp_jax.model.nodes import LARGE_STATE, ChooseKernel, ChunkNode, LayerNode, NodeFn, NodeFns, node_fns, split_sweep
 from snlp_jax.model.parameters import Embedding, Head, Layer, fresh
-from snlp_jax.model.projections import head_widths, separate_projections
+from snlp_jax.model.projections import FEW_TOKENS, TRANSPOSED_FROM, head_widths, separate_projections
 from snlp_jax.model.value_embed import gather
 from snlp_jax.types import Array, Params, PyTree
 
@@ -43,6 +44,7 @@ class LanguageModel:
         self._wrap_path: Callable[[Any], Any] = lambda path: path
         self._on_input: OnInput | None = None
         self._one_by_one_from = LARGE_STATE
+        self.transposed_from = TRANSPOSED_FROM
 
     def __call__(self, params: Params, tokens_BT: Array, document_BT: Array | None = None) -> Array:
         """``logits_BTV``: one layer after another, with no schedule, no cache and no mesh.
@@ -97,6 +99,7 @@ class LanguageModel:
         wrap_path: Callable[[Any], Any] | None = None,
         on_input: OnInput | None = None,
         one_by_one_from: int | None = None,
+        transposed_from: int | None = None,
     ) -> "LanguageModel":
         """The same model for programs over several devices, that look into its layers, or that are compared.
 
@@ -108,12 +111,14 @@ class LanguageModel:
             on_input: called with part, name and input of every product of a layer, or of the head, with a kernel, while
                 they are traced.
             one_by_one_from: in place of ``LARGE_STATE`` (``snlp_jax/model/nodes.py``).
+            transposed_from: in place of ``TRANSPOSED_FROM`` (``snlp_jax/model/projections.py``).
         """
         model = copy.copy(self)
         model._fetch, model._wrap_path = fetch or self._fetch, wrap_path or self._wrap_path
         model._on_input = on_input or self._on_input
         model._kernels = self._kernels if kernels is None else self._kernels & {"xla", *kernels}
         model._one_by_one_from = self._one_by_one_from if one_by_one_from is None else one_by_one_from
+        model.transposed_from = self.transposed_from if transposed_from is None else transposed_from
         return model
 
     @property
@@ -257,8 +262,14 @@ class LanguageModel:
         head, cap, x_BTD = params["head"], self.config.logit_softcap, self.head_input(params, y_BTD)
         if self._on_input is not None:
             self._on_input("head", "kernel", x_BTD)
-        kernel_DV = params["embed"]["token"].T if self.config.use_tied_head else head["kernel"]
-        z_BTV = project(x_BTD, kernel_DV, self.dtype, scale=head.get("kernel_scale"))
+        if self.config.use_tied_head:  # the table is a transposed kernel, as few rows on a CPU want it
+            table_VD = params["embed"]["token"]
+            is_transposed = self.backend == "cpu" and prod(x_BTD.shape[:-1]) <= FEW_TOKENS
+            kernel = table_VD if is_transposed else table_VD.T
+        else:
+            is_transposed = "kernel_t" in head
+            kernel = head["kernel_t" if is_transposed else "kernel"]
+        z_BTV = project(x_BTD, kernel, self.dtype, scale=head.get("kernel_scale"), is_transposed=is_transposed)
         return cap * jnp.tanh(z_BTV / cap) if cap else z_BTV
 
     def head_input(self, params: Params, y_BTD: Array) -> Array:

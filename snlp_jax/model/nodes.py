@@ -139,9 +139,11 @@ class ChunkNode(LayerNode):
     def _add_up(
         self, part: str, name: str, branch: Callable[[Block, Array], Array], params: PyTree, x_MBTX: Array
     ) -> Array:
-        """``sum_j w_j branch_j(x_j)``: one product, unless each layer has a norm, a bias or scales of its own."""
+        """``sum_j w_j branch_j(x_j)``: one product, unless each layer has a norm, a bias or scales of its own, or
+        its kernel is kept transposed."""
         weights_M = self._branch_weights(params)
-        is_product = not self.config.norm.use_post and not {f"{name}_bias", f"{name}_scale"} & params[part].keys()
+        is_alone = name in params[part] and not {f"{name}_bias", f"{name}_scale"} & params[part].keys()
+        is_product = is_alone and not self.config.norm.use_post
         out = x_MBTX if is_product else jax.vmap(lambda p, x: branch(self.merge(p), x))(params, x_MBTX)
         if weights_M is not None:
             out = out * weights_M[:, None, None, None]
@@ -162,7 +164,7 @@ class ChunkNode(LayerNode):
 
     def _branch_weights(self, params: PyTree) -> Array | None:
         """w_j; None where all are 1."""
-        num_layers = params["mlp"]["down"].shape[0]
+        num_layers = jax.tree.leaves(params["mlp"])[0].shape[0]
         divisor = num_layers if self.branches == "mean" else 1
         if self.scales == "own" and self.config.use_x0_resid:
             return _products_after(params["resid_scale"]) / divisor

@@ -5,16 +5,17 @@
 Those that read one input may be joined into one kernel, ``W = [W_q | W_k | W_v]`` or ``[W_up | W_gate]``, with their
 biases and scales: every output is then the same sum, and one product is issued in place of two or three. The names of a
 layer's leaves say which form it has: ``query``, ``key``, ``value`` or ``qkv``; ``NAME_scale`` beside a kernel of eight
-bits (``snlp_jax/quantize.py``).
+bits (``snlp_jax/quantize.py``); ``NAME_t``, [O, I], for a kernel that is kept transposed.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate
 
+import jax
 import jax.numpy as jnp
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.types import PyTree
+from snlp_jax.types import Params, PyTree
 
 PARTS = ("attn", "mlp", "linear_attn", "linear_mlp")
 """Sub-trees of a layer that hold kernels."""
@@ -23,6 +24,11 @@ JOINED: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlp": ("up_gate", ("up", "gate")),
 }
 """By part: the name of the joined kernel, and those that it is made of."""
+TRANSPOSED_FROM = 512
+"""Width from which a CPU that evaluates few tokens at once keeps kernels transposed: those of narrower layers stay in
+its cache, where both forms are as fast (``benchmarks/formulation.py``)."""
+FEW_TOKENS = 64
+"""Up to how many tokens (batch x length) of a pass a CPU is faster with transposed kernels."""
 
 
 def head_widths(config: ModelConfig) -> tuple[int, int, int]:
@@ -43,6 +49,26 @@ def join_projections(blocks: PyTree) -> PyTree:
                 tree[joined + what] = jnp.concatenate([tree.pop(name + what) for name in names], axis=-1)
         made[part] = tree
     return made
+
+
+def transpose_kernels(params: Params) -> Params:
+    """Every kernel [.., I, O] of the layers and of an untied head as ``NAME_t`` [.., O, I]; copies those that are not
+    so yet."""
+
+    def of_part(tree: PyTree, num_axes: int) -> PyTree:
+        names = [name for name, leaf in tree.items() if leaf.ndim == num_axes and not name.endswith("_t")]
+        return {name: leaf for name, leaf in tree.items() if name not in names} | {
+            f"{name}_t": _swapped(tree[name]) for name in names
+        }
+
+    blocks, head = params["blocks"], params["head"]
+    blocks = {name: of_part(tree, 3) if name in PARTS else tree for name, tree in blocks.items()}
+    if "kernel" in head:
+        head = {name: leaf for name, leaf in head.items() if name != "kernel"} | {"kernel_t": _swapped(head["kernel"])}
+    return params | {"blocks": blocks, "head": head}
+
+
+_swapped = jax.jit(lambda kernel: jnp.swapaxes(kernel, -1, -2))
 
 
 def separate_projections(layer: PyTree, part: str, widths: Sequence[int]) -> PyTree:

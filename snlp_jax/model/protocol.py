@@ -13,7 +13,7 @@ from snlp_jax.model.lm import LanguageModel
 Model = LanguageModel
 """The name by which functions take any model that has these:"""
 READ_OF_A_MODEL = (
-    *("config", "backend", "dtype"),
+    *("config", "backend", "dtype", "transposed_from"),
     *("init", "abstract_params", "cast", "adapted"),
     # before the layers
     *("check_tokens", "embed", "expand", "shared", "context", "batch_axes"),
