@@ -106,7 +106,7 @@ def main(args: Args) -> dict[str, Any]:
     solvers, drafters = settings_of(args, config)
     report = header(config, dataclasses.asdict(args) | {"out": ""})
     if run_config:
-        by_layers = (setting for setting in drafters if setting != "mtp")
+        by_layers = (setting for setting in drafters if setting not in ("mtp", "ngram"))
         evaluation = EvalConfig(solvers=("seq", *solvers, *by_layers), greedy_tokens=0)
         run_config = dataclasses.replace(run_config, machine=machine, eval=evaluation)
         model, params, _, data, _, fits, report["run"] = open_run(run_dir, run_config, args.checkpoint)

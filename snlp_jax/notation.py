@@ -52,7 +52,7 @@ from snlp_jax.solver import (
 )
 
 T = TypeVar("T")
-Drafter = Schedule | Literal["mtp"]
+Drafter = Schedule | Literal["mtp", "ngram"]
 """What drafts in speculative decoding: layers, or the model's heads that look further ahead."""
 
 CORRECTIONS: dict[str, type[Correction]] = {
@@ -76,7 +76,7 @@ TRUSTED = ("idn", "sid", "diag")
 """Corrections of scalars and diagonals, which a trust region can hold back."""
 DIAGONAL_MODES = {"jvp": "jvp", "vjp": "vjp", "fd": "finite_difference"}
 
-CONTROLS = ("seq", "skip", "exit", "pairs", "mtp")
+CONTROLS = ("seq", "skip", "exit", "pairs", "mtp", "ngram")
 """Settings that are no corrections."""
 
 
@@ -135,12 +135,13 @@ def parse_schedule(text: str, num_layers: int) -> Schedule:
 
 
 def parse_drafter(text: str, num_layers: int) -> Drafter:
-    """``mtp``, or the schedule that ``text`` describes.
+    """``mtp``, ``ngram``, or the schedule that ``text`` describes.
 
     Raises:
         InputError: see :func:`parse_schedule`.
     """
-    return "mtp" if text.strip() == "mtp" else parse_schedule(text, num_layers)
+    name = text.strip()
+    return name if name == "mtp" or name == "ngram" else parse_schedule(text, num_layers)
 
 
 def _translate(paper: re.Match[str]) -> str:

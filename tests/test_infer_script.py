@@ -59,6 +59,14 @@ def test_a_prompt_is_continued(infer):
     assert err.startswith("[12 tokens")
 
 
+def test_text_that_drafts_itself_is_the_plain_text(infer):
+    """Also where it is sampled, which no other drafter promises."""
+    flags = ("--prompt", "ab ab ab ", "--max-new-tokens", 20, "--temperature", 0.8, "--seed", 5)
+    plain, drafted = infer(*flags), infer(*flags, "--speculate", "ngram", "--draft-len", 4)
+    assert plain[0] == drafted[0] == 0 and plain[1] == drafted[1]
+    assert re.search("acceptance|none drafted", drafted[2])
+
+
 def test_requests_are_as_the_tokenizer_says(monkeypatch, capsys):
     """What stands before a prompt, special tokens in it, and what ends the text."""
     backend = tokenizers.Tokenizer.from_str(train_bpe(["a layer"], 270).to_json())

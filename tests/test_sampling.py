@@ -369,8 +369,6 @@ def test_what_is_missing_is_named():
     with pytest.raises(InputError, match="no requests"):
         rows_of([])
     rows, features = rows_of([SETTINGS["everything"]])
-    log_probs_BXV, drafts_BG = jnp.zeros((1, 2, VOCAB)), jnp.zeros((1, 1), jnp.int32)
+    log_probs_BXV = jnp.zeros((1, 2, VOCAB))
     with pytest.raises(ValueError, match="seen_BTV"):
         distribution(log_probs_BXV, None, rows, features)
-    with pytest.raises(ValueError, match="draft_log_probs_BGV"):
-        accept(drafts_BG, 1, None, log_probs_BXV, rows, jnp.zeros(1, jnp.int32), features)

@@ -4,6 +4,7 @@
     python -m snlp_jax.infer runs/demo --prompt "import " "class A:" --solver idn:n=8,k=2 --temperature 0.8
     python -m snlp_jax.infer runs/demo --speculate idn:n=8,k=1
     python -m snlp_jax.infer runs/demo --speculate mtp
+    python -m snlp_jax.infer runs/demo --speculate ngram
     python -m snlp_jax.infer runs/demo --solver auto
     python -m snlp_jax.infer runs/sft_dialogue --chat --prompt "What is a fable?"
 
@@ -69,11 +70,12 @@ class Args:
     otherwise), of the corrected trace, or of every evaluation: the solver on the whole text, however few its
     iterations."""
     speculate: str = ""
-    """Draft with this setting, or mtp for the model's multi-token-prediction heads, and verify with the sequential
-    pass: the same text, faster where drafts are good."""
+    """Draft with this setting, with mtp (the model's multi-token-prediction heads) or with ngram (what followed the
+    last tokens earlier in the text, for any model), and verify with the sequential pass: the same text, faster where
+    drafts are good."""
     draft_len: int = 0
-    """Drafts a round. 0 takes that of the solver file, or else 3 (with mtp the number of heads), and drafts none while
-    that is measured slower than plain decoding."""
+    """Drafts a round. 0 takes that of the solver file, or else 3 (with mtp the number of heads, with ngram 7), and
+    drafts none while that is measured slower than plain decoding."""
     max_draft: int | None = None
     """Most drafts a round; by default the draft length."""
     max_new_tokens: int = 128

@@ -11,7 +11,9 @@ Speculation (Leviathan et al. 2023) drafts with any schedule and verifies with t
 In float32 greedy text is that of ``seq`` up to ties of logits, and sampled text has its distribution. In bfloat16 the
 verification of several tokens rounds its sums in another order than a step of one token does: where two logits are
 closer than that rounding, the text may take the other token. A model with heads that look further ahead drafts with
-them instead, without any layer (Gloeckle et al. 2024): ``draft="mtp"``.
+them instead, without any layer (Gloeckle et al. 2024): ``draft="mtp"``. Any model drafts with ``draft="ngram"`` what
+followed the last tokens where they stood before (:mod:`snlp_jax.infer.ngram`); sampled text, too, is then that of plain
+decoding with the same seeds.
 """
 
 import time
@@ -55,7 +57,8 @@ class Engine:
     Args:
         schedule: how a token is decoded, as text ("idn:n=8,k=2") or parsed; the sequential pass by default.
         rule: what the cache keeps of a parallel region, see the module.
-        draft: speculate with this schedule as the drafter, or with the model's multi-token-prediction heads ("mtp");
+        draft: speculate with this schedule as the drafter, with the model's multi-token-prediction heads ("mtp"), or
+            with the text so far ("ngram");
             ``schedule`` must then be sequential. With a :class:`Drafting` the number of drafts is chosen too.
         placement: devices and layout.
         fits: calibrations by the names that the schedule's regions give.
@@ -244,7 +247,7 @@ class Engine:
             num_slots=capacity + block,
             warm_segments=warm_segments(self.weights),
             max_draft=self.max_draft,
-            by_heads=self.draft == "mtp",
+            drafter=self.draft if isinstance(self.draft, str) else "layers",
             block=block,
         )
 

@@ -1,17 +1,17 @@
 """The compiled parts of decoding: prefill, plain steps and speculative rounds, as functions of (weights, state).
 
 A row's text lies in ``tokens_BS``; its first ``length_B`` tokens are in the cache and the one after them, the newest,
-is not yet. A plain step evaluates the newest token and draws the next. A speculative round drafts up to G tokens with
-one set of weights, which read and write the same cache, or with the heads that look further ahead, which read what the
-last evaluation has left; then it evaluates the newest token and all drafts with the exact weights and keeps what
-:func:`snlp_jax.infer.sampling.accept` says. Both loops run on the device until every row is done or a given number of
-steps is made.
+is not yet. A plain step evaluates the newest token and draws the next. A speculative round drafts up to G tokens: with
+one set of weights, which read and write the same cache; with the heads that look further ahead, which read what the
+last evaluation has left; or out of the text itself. Then it evaluates the newest token and all drafts with the exact
+weights and keeps what :func:`snlp_jax.infer.sampling.accept` says. Both loops run on the device until every row is done
+or a given number of steps is made.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from snlp_jax.cache import Past, RingPlan, append, fill, resized
 from snlp_jax.forward import CacheRule, Keep, States, logits_of, run_parts
+from snlp_jax.infer.ngram import look_up
 from snlp_jax.infer.sampling import Features, Rows, accept, distribution, draw, seen_in, seen_with_drafts
 from snlp_jax.model import Model
 from snlp_jax.model.block import Rings
@@ -94,8 +95,8 @@ class Programs:
     """Segments whose trace of the last token is the guess for the next."""
     max_draft: int = 0
     """Most drafts of a round: a verification evaluates one token more."""
-    by_heads: bool = False
-    """Whether the model's heads that look further ahead draft, and no layer."""
+    drafter: Literal["layers", "mtp", "ngram"] = "layers"
+    """What drafts: layers, the model's heads that look further ahead, or the text itself."""
     block: int = 1
     """Tokens that are written to the rings at once where a text goes on."""
 
@@ -179,7 +180,7 @@ class Programs:
         """Draw every row's first token by what the head reads of the prompt's last."""
         assert state.last is not None
         logits_BV = logits_of(self.model, weights, *state.last, self.mesh)[:, 0]
-        return self._take(state if self.by_heads else state._replace(last=None), logits_BV)
+        return self._take(state if self.drafter == "mtp" else state._replace(last=None), logits_BV)
 
     def decode(self, weights: Weights, state: State, num_steps: Array) -> State:
         """Plain steps."""
@@ -196,6 +197,12 @@ class Programs:
         """Rounds of ``draft_len`` <= ``max_draft`` drafts and one verification of ``max_draft + 1`` tokens."""
 
         def one_round(state: State) -> State:
+            if self.drafter == "ngram":
+                drafts_BG, count_B = look_up(state.tokens_BS, state.length_B, self.max_draft)
+                is_draft_BG = jnp.ones(drafts_BG.shape, bool)
+                tokens_BS = _put(state.tokens_BS, drafts_BG, is_draft_BG, state.length_B + 1)
+                state = state._replace(tokens_BS=tokens_BS)
+                return self._verify(exact, state, None, jnp.minimum(count_B, draft_len))
             state, log_probs_BGV = self._draft(drafter, state, draft_len)
             return self._verify(exact, state, log_probs_BGV, draft_len)
 
@@ -232,7 +239,8 @@ class Programs:
         return state, log_probs_BGV
 
     def _verify(self, exact: Weights, state: State, draft_log_probs_BGV: Array | None, draft_len: Array) -> State:
-        """Keep the drafts that the exact pass accepts, and the token after them."""
+        """Keep the drafts that the exact pass accepts, and the token after them; ``draft_len`` of each row or of all,
+        ``draft_log_probs_BGV`` as in :func:`snlp_jax.infer.sampling.accept`."""
         start_B, is_active_B, X = state.length_B, state.is_active_B, self.max_draft + 1
         block_BX = _slices(state.tokens_BS, start_B, X)
         states = self._evaluate(exact, state, start_B, X)

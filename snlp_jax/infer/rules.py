@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from snlp_jax.config.check import require
 from snlp_jax.errors import InputError
 from snlp_jax.forward import CacheRule
+from snlp_jax.infer import ngram
 from snlp_jax.layout import Layout, Spread
 from snlp_jax.notation import Drafter, parse_drafter
 from snlp_jax.solver import Diagonal, Exact, ParallelSegment, PerLayer, Schedule, SequentialSegment
@@ -35,9 +36,11 @@ class Drafting:
     """Speculative decoding: what drafts, and how many tokens a round."""
 
     by: Drafter | str
-    """A schedule, as text or parsed, or "mtp": the model's heads that look further ahead."""
+    """A schedule, as text or parsed; "mtp": the model's heads that look further ahead; or "ngram": what followed the
+    last tokens where they stood before."""
     length: int | None = None
-    """Drafts a round. None takes 3, or as many as there are heads, and drafts none while that is measured slower."""
+    """Drafts a round. None takes 3, or as many as there are heads, or 7 with ngram, and drafts none while that is
+    measured slower."""
     most: int | None = None
     """Drafts that the programs are compiled for, the length by default: the verification evaluates one token more."""
 
@@ -48,7 +51,7 @@ class Drafting:
 
     def lengths(self, num_heads: int) -> tuple[int, int]:
         """Drafts a round, and the most that the programs are compiled for."""
-        usual = num_heads if self.by == "mtp" else DRAFT_LEN
+        usual = num_heads if self.by == "mtp" else ngram.DRAFT_LEN if self.by == "ngram" else DRAFT_LEN
         length = self.length or min(usual, self.most or usual)
         return length, self.most or length
 

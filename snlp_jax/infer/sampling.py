@@ -146,23 +146,25 @@ def accept(
     drafts that are the likeliest tokens, and the likeliest token after it. Without drafts it is :func:`draw`, with
     q = p it gives the tokens that :func:`draw` gives.
 
+    Drafts that nothing was drawn for (``draft_log_probs_BGV`` None) are accepted where :func:`draw` gives the same
+    token: with probability p(d), as for a law q that is certain, and the text is that of plain draws, token for token.
+
     ``target_log_probs_BXV[:, i]`` is the law after i drafts, ``draft_len`` a number or one for each row, at most G,
     and ``position_B`` the first draft's position. Cost: G numbers of p and q and one row of each; where no row
-    samples only a comparison with the likeliest tokens, and ``draft_log_probs_BGV`` is not read.
+    samples only a comparison with the likeliest tokens, and ``draft_log_probs_BGV`` is not read; G + 1 draws where
+    drafts have no law.
     """
     num_rows, num_drafts = drafts_BG.shape
     length_B = jnp.broadcast_to(jnp.asarray(draft_len, jnp.int32), num_rows)
     is_tested_BG = jnp.arange(num_drafts)[None] < length_B[:, None]
     row_B = jnp.arange(num_rows)
 
-    if not features.samples:
-        best_BX = target_log_probs_BXV.argmax(-1).astype(jnp.int32)
-        count_B = _count_leading(is_tested_BG & (drafts_BG == best_BX[:, :num_drafts]))
-        return Accepted(count_B, best_BX[row_B, count_B])
-    if num_drafts == 0:
-        return Accepted(jnp.zeros_like(length_B), draw(target_log_probs_BXV[:, 0], rows, position_B, features))
-    if draft_log_probs_BGV is None:
-        raise ValueError("drafts of rows that sample are tested against draft_log_probs_BGV; give them.")
+    if not features.samples or draft_log_probs_BGV is None or num_drafts == 0:
+        position_BX = position_B[:, None] + jnp.arange(num_drafts + 1)[None]
+        draw_all = jax.vmap(lambda p_BV, at_B: draw(p_BV, rows, at_B, features), in_axes=1, out_axes=1)
+        drawn_BX = draw_all(target_log_probs_BXV, position_BX)
+        count_B = _count_leading(is_tested_BG & (drafts_BG == drawn_BX[:, :num_drafts]))
+        return Accepted(count_B, drawn_BX[row_B, count_B])
 
     p_BG, q_BG = (
         jnp.exp(jnp.take_along_axis(log_probs_BTV[:, :num_drafts], drafts_BG[:, :, None], axis=-1)[:, :, 0])

@@ -7,6 +7,7 @@ from snlp_jax.checks import check_schedule
 from snlp_jax.config import ModelConfig, SearchConfig
 from snlp_jax.errors import InputError
 from snlp_jax.eval.fidelity import mean_cost
+from snlp_jax.infer import ngram
 from snlp_jax.infer.rules import CacheRule, check_settings
 from snlp_jax.linearize import About
 from snlp_jax.notation import parse_schedule, registered
@@ -99,13 +100,15 @@ def lines_of(model: ModelConfig, search: SearchConfig, calibrations: Mapping[str
 
 
 def lossless_of(model: ModelConfig, search: SearchConfig) -> list[Candidate]:
-    """The sequential pass; for decoding also with drafts of few layers, of the solver, and of the model's heads."""
+    """The sequential pass; for decoding also with drafts of the text, of few layers, of the solver, and of the model's
+    heads."""
     L, sequential = model.num_layers, Schedule.of(model.num_layers)
     if search.objective != "decode":
         return [Candidate("seq", sequential)]
     drafters = [f"skip:{start}-{L - 1}" for start in sorted({max(1, L // 4), max(1, L // 2)}) if start < L - 1]
     drafters += [f"idn:n={max(2, 3 * L // 4)},k=1"] if L > 2 else []
     found = [Candidate("seq", sequential), *(Candidate("seq", sequential, each, DRAFT_LEN) for each in drafters)]
+    found.append(Candidate("seq", sequential, "ngram", ngram.DRAFT_LEN))
     num_heads = model.num_mtp_heads
     return [*found, Candidate("seq", sequential, "mtp", min(DRAFT_LEN, num_heads))] if num_heads else found
 
