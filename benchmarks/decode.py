@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks.draft_costs import fit_costs
-from benchmarks.machine import Dtype, ShapeArgs, header, made_up, measure_limits, out_path, random_params, work
+from benchmarks.machine import Dtype, ShapeArgs, header, made_up, out_path, random_params, work
 from benchmarks.timing import Arm, RecordedEngine, Run, first_line, quartiles, round_robin
 from snlp_jax.checks import check_schedule
 from snlp_jax.config import EvalConfig, MachineConfig, ModelConfig
@@ -47,6 +47,7 @@ from snlp_jax.data.pipeline import held_out_batches
 from snlp_jax.errors import InputError
 from snlp_jax.eval.run import open_run
 from snlp_jax.infer import Drafting, Placement, Request
+from snlp_jax.infer.bench import measure_limits
 from snlp_jax.infer.rules import check_settings
 from snlp_jax.io.files import atomic_write
 from snlp_jax.layout import Layout

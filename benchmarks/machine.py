@@ -4,8 +4,6 @@ import dataclasses
 import os
 import platform
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -94,29 +92,6 @@ def work(config: ModelConfig, schedule: Schedule, batch: int, length: int, dtype
             pairs = int(np.minimum(np.arange(length), window).sum()) + length
             flops += 4 * evals * batch * D * pairs
     return num_bytes, flops
-
-
-def measure_limits(dtype: Any, on_cpu: bool) -> dict[str, float]:
-    """What this machine reaches now: bytes read plus written by an addition in place, and FLOPs of a square product."""
-    num_bytes, side = (2**26, 1024) if on_cpu else (2**30, 8192)
-    a = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
-    copy = jax.jit(lambda x: x + jnp.ones((), dtype), donate_argnums=0)  # into the same memory: no new pages
-    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
-
-    def fastest(run: Callable[[jax.Array], jax.Array], x: jax.Array, in_place: bool) -> float:
-        readings = []
-        for _ in range(11):  # the first compiles
-            began = time.perf_counter()
-            y = jax.block_until_ready(run(x))
-            readings.append(time.perf_counter() - began)
-            x = y if in_place else x
-        return min(readings)
-
-    x = jnp.ones(num_bytes // dtype.itemsize, dtype)
-    return {
-        "copy_bytes_per_s": 2 * num_bytes / fastest(copy, x, True),
-        "matmul_flops_per_s": 2 * side**3 / fastest(product, a, False),
-    }
 
 
 def made_up(args: ShapeArgs) -> ModelConfig:

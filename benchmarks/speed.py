@@ -40,7 +40,6 @@ from benchmarks.machine import (
     ShapeArgs,
     header,
     made_up,
-    measure_limits,
     memory_left,
     out_path,
     random_params,
@@ -62,6 +61,7 @@ from benchmarks.speed_presets import PRESETS, default_settings
 from benchmarks.speed_report import markdown, plot, terminal_table
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
+from snlp_jax.infer.bench import measure_limits
 from snlp_jax.io.files import atomic_write
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_schedule

@@ -141,7 +141,7 @@ def parse_drafter(text: str, num_layers: int) -> Drafter:
         InputError: see :func:`parse_schedule`.
     """
     name = text.strip()
-    return name if name == "mtp" or name == "ngram" else parse_schedule(text, num_layers)
+    return "mtp" if name == "mtp" else "ngram" if name == "ngram" else parse_schedule(text, num_layers)
 
 
 def _translate(paper: re.Match[str]) -> str:

@@ -6,6 +6,7 @@
     python -m snlp_jax.infer runs/demo --speculate mtp
     python -m snlp_jax.infer runs/demo --speculate ngram
     python -m snlp_jax.infer runs/demo --solver auto
+    python -m snlp_jax.infer runs/demo --bench
     python -m snlp_jax.infer runs/sft_dialogue --chat --prompt "What is a fable?"
 
 Text appears as it is made; a line with speed, acceptance of drafts and solver iterations goes to stderr. Without a
@@ -15,18 +16,22 @@ snlp_jax/notation.py.
 
 import contextlib
 import dataclasses
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import tyro
 
 from snlp_jax.checks import check_schedule
+from snlp_jax.cli.bench import BenchArgs, print_bench
 from snlp_jax.cli.chat import talk
 from snlp_jax.cli.flags import parse
-from snlp_jax.config import MachineConfig, MeshConfig, WeightPrecision, check_weights
+from snlp_jax.config import MachineConfig, MeshConfig, ModelConfig, WeightPrecision, check_weights
+from snlp_jax.config.check import require
 from snlp_jax.data.prompts import prompt_ids, split_stops
 from snlp_jax.data.turns import ChatFormat, chat_format
 from snlp_jax.errors import InputError
@@ -37,7 +42,7 @@ from snlp_jax.infer.engine import Engine
 from snlp_jax.infer.requests import Request
 from snlp_jax.infer.rules import CacheRule, Drafting, Placement, check_settings
 from snlp_jax.infer.sampling import Sampling
-from snlp_jax.layout import Spread
+from snlp_jax.layout import Spread, canonical
 from snlp_jax.linearize import fingerprint
 from snlp_jax.model import LanguageModel
 from snlp_jax.notation import parse_drafter, parse_schedule
@@ -94,10 +99,14 @@ class Args:
     --speculate gives the text of these."""
     weight_calibration: int = 0
     """Tokens of the run's training text on which kernels of eight bits are clipped; 0 clips none."""
+    bench: Annotated[BenchArgs, tyro.conf.arg(name="")] = field(default_factory=BenchArgs)
 
 
 def main() -> None:
     args = parse(Args, prog="python -m snlp_jax.infer", description=__doc__)
+    if args.bench.bench:
+        run_bench(args)
+        return
     form = open_form(args)
     engine = open_engine(args)
     if args.prompt:
@@ -145,43 +154,69 @@ def open_engine(args: Args) -> Engine:
     """The run's model behind the engine that the flags ask for.
 
     Raises:
+        InputError: see :func:`open_engines`.
+    """
+    return open_engines(args, [args])[0]
+
+
+def open_engines(args: Args, variants: Sequence[Args]) -> list[Engine]:
+    """The run's model behind one engine for each of the variants of ``args``, which may differ in solver, rule and
+    drafts. They hold every weight once.
+
+    Raises:
         InputError: see :class:`snlp_jax.infer.engine.Engine` and :func:`snlp_jax.eval.run.open_run`.
     """
     config = read_config(args.run_dir)
-    num_layers = config.model.num_layers
-    args, found = with_solver_file(args, num_layers)
-    rule = args.rule or "last_eval"
-    schedule = parse_schedule(args.solver, num_layers)
-    draft = None
-    if args.speculate:
-        draft = Drafting(parse_drafter(args.speculate, num_layers), args.draft_len or None, args.max_draft)
     # Mistakes are told before anything is read.
     check_weights(args.weights, args.weight_calibration)
-    check_settings(schedule, rule, draft, config.model.num_mtp_heads)
-    schedules = [each for each in (schedule, draft and draft.by) if isinstance(each, Schedule)]
-    for each in schedules:
-        check_schedule(config.model, each)
+    settings = [settings_of(each, config.model) for each in variants]
     if args.mesh.ring_microbatches != 1:
         raise InputError("mesh.ring_microbatches is for training, which alone cuts its batches; leave it out.")
     mesh = make_mesh(args.mesh) if args.mesh != MeshConfig() else None
     model = LanguageModel(config.model, args.machine.for_run(config.machine))
     tokenizer = read_tokenizer(args.run_dir)
     _, params = read_params(args.run_dir, model, args.checkpoint)
-    if found is not None and found.fingerprint != fingerprint(params):
+    if any(each.file is not None and each.file.fingerprint != fingerprint(params) for each in settings):
         text = "note: this solver file was made for another checkpoint; what it says of quality may not hold."
         print(text, file=sys.stderr)
-    fits = load_fits(args.run_dir, params, schedules)
+    fits = load_fits(args.run_dir, params, [schedule for each in settings for schedule in each.schedules])
     data = read_data(args.run_dir, config) if args.weight_calibration else None
-    return Engine(
-        model,
-        quantized_params(model, params, args.weights, args.weight_calibration, data),
-        schedule,
-        rule=rule,
-        draft=draft,
-        placement=Placement(mesh, args.sequential),
-        fits=fits,
-        tokenizer=tokenizer,
-    )
+    params = quantized_params(model, params, args.weights, args.weight_calibration, data)
+    params = params if mesh is not None else canonical(model, params)
+    how: dict[str, Any] = {"placement": Placement(mesh, args.sequential), "fits": fits, "tokenizer": tokenizer}
+    return [Engine(model, params, each.schedule, rule=each.rule, draft=each.draft, **how) for each in settings]
+
+
+class Settings(NamedTuple):
+    """What an engine is asked for."""
+
+    schedule: Schedule
+    rule: CacheRule
+    draft: Drafting | None
+    file: SolverFile | None
+    """The solver file that says so, if one does."""
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """Those of plain steps and of drafts."""
+        return [each for each in (self.schedule, self.draft and self.draft.by) if isinstance(each, Schedule)]
+
+
+def settings_of(args: Args, model: ModelConfig) -> Settings:
+    """What the flags ask of an engine, checked against the model.
+
+    Raises:
+        InputError: see :func:`snlp_jax.infer.rules.check_settings` and :func:`snlp_jax.checks.check_schedule`.
+    """
+    args, found = with_solver_file(args, model.num_layers)
+    draft = None
+    if args.speculate:
+        draft = Drafting(parse_drafter(args.speculate, model.num_layers), args.draft_len or None, args.max_draft)
+    settings = Settings(parse_schedule(args.solver, model.num_layers), args.rule or "last_eval", draft, found)
+    check_settings(settings.schedule, settings.rule, draft, model.num_mtp_heads)
+    for each in settings.schedules:
+        check_schedule(model, each)
+    return settings
 
 
 def with_solver_file(args: Args, num_layers: int) -> tuple[Args, SolverFile | None]:
@@ -225,6 +260,34 @@ def generate(engine: Engine, args: Args, prompts: tuple[str, ...], form: ChatFor
         for prompt, done in zip(prompts, engine.generate(requests), strict=True):
             print(prompt + "\n" * args.chat + f"{done.text}\n{'-' * 40}")
     print(closing_line(engine), file=sys.stderr)
+
+
+def run_bench(args: Args) -> None:
+    """Time the run's engines: a table, and a last line of JSON.
+
+    Raises:
+        InputError: flags that mean nothing here; see :func:`open_engines`.
+    """
+    if args.chat:
+        raise InputError("--bench times plain texts; leave --chat out.")
+    require(args.max_new_tokens >= 2, "--bench decodes at least 2 tokens, as the prefill makes one; raise them.")
+    num_layers = read_config(args.run_dir).model.num_layers
+    plain = dataclasses.replace(args, solver="seq", rule=None, speculate="", draft_len=0, max_draft=None)
+    variants = {"seq": plain}
+    if args.solver != "seq" or args.speculate:
+        drafts = args.speculate and f"drafts of {args.speculate}"
+        variants[" + ".join(filter(None, [args.solver, drafts]))] = args
+    else:
+        half = f"idn:n={max(num_layers // 2, 1)},k=1"
+        variants[half] = dataclasses.replace(plain, solver=half)
+        variants["drafts of ngram"] = dataclasses.replace(plain, speculate="ngram")
+    engines = dict(zip(variants, open_engines(args, list(variants.values())), strict=True))
+    tokenizer = engines["seq"].tokenizer
+    assert tokenizer is not None
+    text = "".join(args.prompt) or inspect.getsource(dataclasses)
+    tokens = prompt_ids(tokenizer, text, with_special=args.special)
+    prompt = np.resize(np.asarray(tokens, np.int32), args.bench.bench_prompt).tolist()
+    print_bench(engines, prompt, args.max_new_tokens, args.bench)
 
 
 def closing_line(engine: Engine) -> str:

@@ -11,7 +11,7 @@ or a given number of steps is made.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +95,8 @@ class Programs:
     """Segments whose trace of the last token is the guess for the next."""
     max_draft: int = 0
     """Most drafts of a round: a verification evaluates one token more."""
-    drafter: Literal["layers", "mtp", "ngram"] = "layers"
-    """What drafts: layers, the model's heads that look further ahead, or the text itself."""
+    drafter: str = "layers"
+    """What drafts: "layers", the heads that look further ahead ("mtp"), or the text itself ("ngram")."""
     block: int = 1
     """Tokens that are written to the rings at once where a text goes on."""
 
