@@ -78,7 +78,7 @@ def make_methods(
         fits = [(k, 0) for k in args.iterations if k <= n] + [(most, args.tune_steps)] * (most > 0)
         methods += [_calibrated("", model, params, data, (n, k, steps), args) for k, steps in fits]
     n, k = args.regions[-1], min(2, args.iterations[-1])
-    for count in args.attention[: 1 if args.quick else 2]:
+    for count in args.attention[:1]:
         linearised = replaced("attention", count)
         methods.append(_calibrated(f"nbl {count} + ", *linearised, data, (n, k, args.tune_steps), args))
     return methods, [each.row() for each in candidates]

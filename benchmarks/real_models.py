@@ -191,7 +191,7 @@ def method_args(run_dir: Path, config: Config, args: Args) -> pretrained.Args:
         int8=True,
         rankings=False,
         fit_tokens=65_536,
-        calibration_tokens=32 * T,
+        calibration_tokens=16 * T,
         tune_steps=10,
         num_windows=args.num_windows,
         batch_size=4,

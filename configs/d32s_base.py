@@ -21,7 +21,6 @@ config = Config(
         num_kv_heads=5,
         seq_len=2048,
         window_pattern="SSSL",
-        remat=True,
     ),
     data=DataConfig(tokenizer="bpe", bpe_vocab_size=32_768),
     # The published rates hold at 524,288 tokens a step; this batch, twice that, multiplies them by sqrt(2).

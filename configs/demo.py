@@ -19,7 +19,6 @@ config = Config(
         num_kv_heads=4,
         seq_len=128,
         use_x0_resid=False,
-        remat=True,  # faster on a CPU too: storing what a block leaves costs more than its forward pass
     ),
     data=DataConfig(source="builtin", tokenizer="byte"),
     loss=LossConfig(

@@ -17,7 +17,6 @@ dial = Dial(
             seq_len=2048,
             window_pattern="SSSL",
             use_x0_resid=False,
-            remat=True,
         ),
         data=DataConfig(tokenizer="bpe", bpe_vocab_size=32_768),
         # The demo's: cross entropy through one iteration that leaves a third of the depth.

@@ -15,9 +15,7 @@ TEXT = "../shared/data/enwiki-2021/train.txt"
 
 config = Config(
     name="plain16",
-    model=ModelConfig(
-        vocab_size=257, num_layers=16, embed_dim=128, num_heads=4, num_kv_heads=4, seq_len=256, remat=True
-    ),
+    model=ModelConfig(vocab_size=257, num_layers=16, embed_dim=128, num_heads=4, num_kv_heads=4, seq_len=256),
     data=DataConfig(source=TEXT if Path(TEXT).is_file() else "builtin", tokenizer="byte"),
     train=TrainConfig(num_steps=1500, batch_size=8, eval_every=250, eval_batches=8, checkpoint_every=250),
     eval=EvalConfig(

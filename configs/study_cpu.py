@@ -54,9 +54,7 @@ def make_arms(num_layers: int, depth: int) -> dict[str, dict[str, Any]]:
 study = Study(
     base=Config(
         name="study_cpu",
-        model=ModelConfig(
-            num_layers=12, embed_dim=96, num_heads=3, num_kv_heads=3, seq_len=128, use_x0_resid=False, remat=True
-        ),
+        model=ModelConfig(num_layers=12, embed_dim=96, num_heads=3, num_kv_heads=3, seq_len=128, use_x0_resid=False),
         data=DataConfig(tokenizer="byte"),
         train=TrainConfig(num_steps=300, batch_size=16, eval_every=0, eval_batches=1, checkpoint_every=250),
         eval=EvalConfig(num_windows=256, batch_size=32, num_bootstrap=100, timing_repeats=0, greedy_tokens=0),

@@ -27,7 +27,6 @@ study = Study(
             num_kv_heads=5,
             seq_len=512,
             use_x0_resid=False,
-            remat=True,
         ),
         data=DataConfig(tokenizer="bpe", bpe_vocab_size=4096),
         optim=OptimConfig(batch_reference=2**19),

@@ -137,7 +137,7 @@ def test_traced_flops_of_a_plain_step():
     row isolates from the optimizer."""
     model = ModelConfig(
         vocab_size=64, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, seq_len=8, use_x0_resid=False,
-        use_value_embeds=False, use_smear=False, use_mid_subtract=False,
+        use_value_embeds=False, use_smear=False, use_mid_subtract=False, remat=False,
     )  # fmt: skip
     of = lambda rows: flops.step_flops(Config(model=model, train=TrainConfig(batch_size=rows)), Plan())  # noqa: E731
     D, L, T, V = 16, 2, 8, 64

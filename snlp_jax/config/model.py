@@ -97,8 +97,9 @@ class ModelConfig(Checked, section="model"):
     dropped_mlp: tuple[int, ...] = ()
     linear_rank: Count = 0
     """Linear maps are products of [D, r] and [r, D]; 0 means whole matrices [D, D]."""
-    remat: bool = False
-    """Recompute each block in the backward pass: about one third more compute, activations of one block only."""
+    remat: bool = True
+    """Recompute each block in the backward pass: about one third more arithmetic, activations of one block only. False
+    keeps those of all, for small models and large memories."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
