@@ -51,7 +51,7 @@ from snlp_jax.eval.task_data import load_tasks
 from snlp_jax.io.files import atomic_write
 from snlp_jax.linearize.nbl import check_linearize
 from snlp_jax.model import LanguageModel
-from snlp_jax.run import read_config, read_data, read_params
+from snlp_jax.run import num_training_windows, read_config, read_data, read_params
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -61,6 +61,8 @@ def main(args: Args) -> dict[str, Any]:
     _check(args, config)
     tasks = load_tasks(TaskConfig(args.tasks, args.num_examples)) if args.tasks else ()
     data = read_data(args.run_dir, config)
+    if args.calibration_tokens:
+        num_training_windows(data, config.model.seq_len, args.calibration_tokens)  # refused before anything is fitted
     model = LanguageModel(config.model)
     sizes = {"batch_size": args.batch_size, "num_batches": -(-args.num_windows // args.batch_size)}
     windows = held_out_batches(data, seq_len=config.model.seq_len, **sizes)

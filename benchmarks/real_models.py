@@ -86,9 +86,9 @@ class Args:
     """Files of text for maps, calibration and perplexity; builtin: Python sources, which every machine has."""
     tasks: tuple[str, ...] = ()
     """Files of multiple choice, see snlp_jax/eval/task_data.py."""
-    seq_len: int = 256
+    seq_len: int = 128
     """Tokens of a window."""
-    num_windows: int = 16
+    num_windows: int = 32
     quick: bool = False
     """SmolLM2 alone, a few methods, short text."""
     out: str = ""
@@ -190,8 +190,8 @@ def method_args(run_dir: Path, config: Config, args: Args) -> pretrained.Args:
         iterations=(1, 2, 4),
         int8=True,
         rankings=False,
-        fit_tokens=65_536,
-        calibration_tokens=16 * T,
+        fit_tokens=32_768,
+        calibration_tokens=32 * T,
         tune_steps=10,
         num_windows=args.num_windows,
         batch_size=4,
