@@ -1,19 +1,27 @@
 """python -m snlp_jax.infer: prompts in, text out, and one sentence for every mistake."""
 
+import dataclasses
 import io
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 import tokenizers
+from decoding import SIMPLE
+from problems import random_params
 from tiny_run import random_run, tiny
 
 from snlp_jax.cli.entry import run_entry
 from snlp_jax.cli.infer import Args, generate, main
 from snlp_jax.data.tokenizer import FileTokenizer, SpecialTokens, train_bpe
+from snlp_jax.infer import Engine
+from snlp_jax.infer.bench import step_cost
+from snlp_jax.model import LanguageModel
 from snlp_jax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +75,40 @@ def test_text_that_drafts_itself_is_the_plain_text(infer):
     assert re.search("acceptance|none drafted", drafted[2])
 
 
+def test_a_bench_ends_with_a_line_of_json(infer):
+    """In order, by the solver and by drafts, with the keys of nanochat's benchmark; costs by hand."""
+    flags = ("--bench", "--max-new-tokens", 6, "--bench-rows", 1, 2, "--bench-prompt", 20, "--bench-repeats", 1)
+    code, out, err = infer(*flags)
+    assert code == 0 and "2 rows, drafts of ngram" in err and "first token ms" in out
+    found = json.loads(out.splitlines()[-1])
+    assert [(each["batch"], each["setting"]) for each in found["bench"]] == [
+        (rows, name) for rows in (1, 2) for name in ("seq", "idn:n=2,k=1", "drafts of ngram")
+    ]
+    for each in found["bench"]:
+        assert each["ttft_sec"] > 0 and each["tok_per_sec"] == pytest.approx(each["batch"] / each["tpot_sec"])
+        assert (each["gb_per_sec"] is None) == (each["acceptance"] is not None or "ngram" in each["setting"])
+        assert each["decode_steps"] == 5 or "ngram" in each["setting"]
+    assert found["bench"][0]["ratio"] == 1.0
+    summary = found["summary"]
+    assert summary["prompt_tokens"] == 20 and summary["decode_tokens"] == 6 and summary["context"] == 23
+    assert summary["ceiling_bs1_tok_per_sec"] > 0 and summary["copy_bytes_per_s"] > 0
+
+
+def test_the_cost_of_a_step_counts_what_is_read():
+    """Two evaluations of two of four layers read half of the kernels twice; the head once; each row its own cache."""
+    config = dataclasses.replace(SIMPLE, num_layers=4)
+    model = LanguageModel(config)
+    params = random_params(model)
+    plain, solver = (Engine(model, params, setting) for setting in ("seq", "idn:n=2,k=2"))
+    blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(params["blocks"]))
+    head = params["head"]["kernel"].nbytes
+    cache = 2 * 4 * 7 * config.num_kv_heads * config.head_dim * config.num_layers
+    assert step_cost(plain, 1, 7)[0] == blocks + head + cache
+    assert step_cost(plain, 3, 7)[0] == blocks + head + 3 * cache
+    assert step_cost(solver, 1, 7)[0] == pytest.approx(1.5 * (blocks + cache) + head)
+    assert step_cost(plain, 2, 7)[1] == pytest.approx(2 * step_cost(plain, 1, 7)[1])
+
+
 def test_requests_are_as_the_tokenizer_says(monkeypatch, capsys):
     """What stands before a prompt, special tokens in it, and what ends the text."""
     backend = tokenizers.Tokenizer.from_str(train_bpe(["a layer"], 270).to_json())
@@ -102,6 +144,9 @@ MISTAKES = (
     (("--system", "Be short."), "--system is for conversations; give --chat too"),
     (("--chat-template", "x"), "--chat-template is for conversations"),
     (("--chat", "--special"), "leave --special out"),
+    (("--bench", "--chat"), "leave --chat out"),
+    (("--bench", "--max-new-tokens", "1"), "at least 2 tokens"),
+    (("--bench-rows", "0"), "--bench-rows has 0"),
     (("--chat", "--chat-template", "rag"), "'rag' is no file and not the model's own (it has none)"),
 )
 
