@@ -151,8 +151,8 @@ def calibration(num_iters=3):
 
 def logits_of(corner: Corner):
     """Logits of the four tokens at once, or of the last two behind a cache of the first two."""
-    model = LanguageModel(MODELS[corner.model], MachineConfig(compute_dtype=corner.dtype), backend=corner.backend)
-    model = model.adapted(transposed_from=1 if corner.is_transposed else None)
+    machine = MachineConfig(compute_dtype=corner.dtype, transposed_from=int(corner.is_transposed))
+    model = LanguageModel(MODELS[corner.model], machine, backend=corner.backend)
     schedule = parse_schedule(corner.setting, 3)
     mesh = make_mesh(corner.mesh) if corner.mesh else None
     fits = {"corner": calibration()} if "fit=" in corner.setting else None

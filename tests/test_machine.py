@@ -47,7 +47,7 @@ def test_the_machine_is_chosen_where_a_run_is_opened(old_run, monkeypatch):
 
 def test_older_configs_mean_the_same(old_run, tmp_path):
     saved = from_json((old_run / "config.json").read_text())
-    assert dataclasses.asdict(saved.machine) == OLD
+    assert saved.machine == MachineConfig(**OLD)
     assert from_json(to_json(saved)) == saved
     # A resumed run may take other kernels, and no other precision.
     check_run_dir(old_run, dataclasses.replace(saved, machine=MachineConfig("float32")), resume=True)

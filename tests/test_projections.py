@@ -22,6 +22,7 @@ from snlp_jax.quantize import quantize
 
 ROUNDING = 2e-5
 """Relative to the largest entry: the same float32 sums, which a wider product may add up in another order."""
+TRANSPOSED = MachineConfig(compute_dtype="float32", attention="xla", transposed_from=1)
 QWEN, GEMMA, LINEARIZED = (dataclasses.replace(config, num_layers=3) for config in (QWEN, GEMMA, LINEARIZED))
 CASES = {
     "split": (QWEN, "idn:n=2,k=1,stage=split", "stack"),
@@ -63,7 +64,7 @@ def test_logits_equal_those_of_transposed_kernels(case, precision):
     tokens, logits = random_tokens(config, length=6), []
     plain = models(config)[1]
     params, schedule = quantize(random_params(plain), precision), parse_schedule(setting, config.num_layers)
-    for model in (plain, plain.adapted(transposed_from=1)):
+    for model in (plain, LanguageModel(config, TRANSPOSED)):
         weights = prepare(model, params, schedule, num_tokens=tokens.size, layout=layout)
         names = {name for part in weights.parts for tree in stacks_of(part.blocks) for name in tree.get("mlp", ())}
         assert ("up_t" in names) == (model is not plain) and ("up" in names) == (model is plain)
@@ -72,7 +73,7 @@ def test_logits_equal_those_of_transposed_kernels(case, precision):
 
 
 def test_transposing_copies_once_and_for_few_tokens_alone():
-    model = LanguageModel(dataclasses.replace(QWEN, use_tied_head=False)).adapted(transposed_from=1)
+    model = LanguageModel(dataclasses.replace(QWEN, use_tied_head=False), TRANSPOSED)
     params = random_params(model)
     assert "query" in canonical(model, params, 65)["blocks"]["attn"]
     made = canonical(model, params)
@@ -87,8 +88,7 @@ def test_transposing_copies_once_and_for_few_tokens_alone():
 
 def test_a_drafter_and_its_verifier_hold_one_copy():
     for backend in ("cpu", "gpu"):
-        model = LanguageModel(dataclasses.replace(QWEN, window_pattern="L"), backend=backend)
-        model = model.adapted(transposed_from=1)
+        model = LanguageModel(dataclasses.replace(QWEN, window_pattern="L"), TRANSPOSED, backend=backend)
         engine = Engine(model, random_params(model), draft="idn:n=2,k=1", placement=Placement(layout="stack"))
         pointers = lambda weights: {  # noqa: E731
             leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(weights) if leaf.ndim == 3
@@ -98,7 +98,7 @@ def test_a_drafter_and_its_verifier_hold_one_copy():
 
 def test_the_kernel_stays_on_the_left():
     """Without the barrier the compiler turns ``(W x)^T`` into ``x^T W^T``, whose right operand is packed anew."""
-    model = LanguageModel(QWEN).adapted(transposed_from=1)
+    model = LanguageModel(QWEN, TRANSPOSED)
     weights = prepare(model, random_params(model), parse_schedule("seq", QWEN.num_layers), layout="list")
     tokens = jnp.zeros((3, 1), jnp.int32)
     text = jax.jit(lambda w, t: forward(model, w, t).logits_BTV).lower(weights, tokens).compile().as_text()

@@ -11,10 +11,14 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Column, Table
 
+from snlp_jax.cli import tuning
+from snlp_jax.cli.tuning import NEVER, ROWS, WIDTHS, Reading
 from snlp_jax.config.check import require
+from snlp_jax.errors import InputError
 from snlp_jax.infer.bench import Record, measure, measure_limits, step_cost
 from snlp_jax.infer.engine import Engine
 from snlp_jax.infer.requests import Request
+from snlp_jax.io.progress import Progress
 
 COLUMNS = {
     "first token ms": lambda record: f"{1e3 * record['ttft_sec']:.0f}",
@@ -74,6 +78,25 @@ def print_bench(engines: Mapping[str, Engine], prompt: Sequence[int], new_tokens
         **limits,
     }
     print(json.dumps({"summary": summary, "bench": records}))
+
+
+def print_tuning() -> None:
+    """Measure the forms of products on this CPU, show them, and keep the choice."""
+    if jax.default_backend() != "cpu":
+        raise InputError("--tune measures products of a CPU, and this is none; leave it out.")
+    names = ("kernels as trained, ms", "transposed, ms")
+    table = Table("width", "rows", *(Column(name, justify="right") for name in names))
+    readings: list[Reading] = []
+    with Progress("tuning", len(WIDTHS) * len(ROWS)) as progress:
+        for reading in tuning.measure():
+            readings.append(reading)
+            milliseconds = (f"{value:.2f}" for value in (reading.plain_ms, reading.transposed_ms))
+            table.add_row(str(reading.width), str(reading.rows), *milliseconds)
+            progress.advance()
+    chosen = tuning.keep(readings)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    text = "of no width" if chosen == NEVER else f"of models of width {chosen} and more"
+    print(f"kernels {text} are kept transposed", file=sys.stderr)
 
 
 def _or_dash(value: float | int | str | None, form: str) -> str:

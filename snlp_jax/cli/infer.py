@@ -27,9 +27,10 @@ import numpy as np
 import tyro
 
 from snlp_jax.checks import check_schedule
-from snlp_jax.cli.bench import BenchArgs, print_bench
+from snlp_jax.cli.bench import BenchArgs, print_bench, print_tuning
 from snlp_jax.cli.chat import talk
 from snlp_jax.cli.flags import parse
+from snlp_jax.cli.tuning import tuned
 from snlp_jax.config import MachineConfig, MeshConfig, ModelConfig, WeightPrecision, check_weights
 from snlp_jax.config.check import require
 from snlp_jax.data.prompts import prompt_ids, split_stops
@@ -99,11 +100,15 @@ class Args:
     --speculate gives the text of these."""
     weight_calibration: int = 0
     """Tokens of the run's training text on which kernels of eight bits are clipped; 0 clips none."""
+    tune: bool = False
+    """First measure which form of kernels products of few rows like on this CPU, and keep that for all models."""
     bench: Annotated[BenchArgs, tyro.conf.arg(name="")] = field(default_factory=BenchArgs)
 
 
 def main() -> None:
     args = parse(Args, prog="python -m snlp_jax.infer", description=__doc__)
+    if args.tune:
+        print_tuning()
     if args.bench.bench:
         run_bench(args)
         return
@@ -173,7 +178,7 @@ def open_engines(args: Args, variants: Sequence[Args]) -> list[Engine]:
     if args.mesh.ring_microbatches != 1:
         raise InputError("mesh.ring_microbatches is for training, which alone cuts its batches; leave it out.")
     mesh = make_mesh(args.mesh) if args.mesh != MeshConfig() else None
-    model = LanguageModel(config.model, args.machine.for_run(config.machine))
+    model = LanguageModel(config.model, tuned(args.machine.for_run(config.machine)))
     tokenizer = read_tokenizer(args.run_dir)
     _, params = read_params(args.run_dir, model, args.checkpoint)
     if any(each.file is not None and each.file.fingerprint != fingerprint(params) for each in settings):

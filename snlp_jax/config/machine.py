@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from snlp_jax.config.check import Checked
+from snlp_jax.config.check import Checked, Count
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class MachineConfig(Checked, section="machine"):
     decode_attention: Literal["auto", "xla", "pallas"] = "auto"
     """Of tokens that follow on a cache. pallas: steps of up to 16 in one kernel for all layers of a region, on a GPU
     or TPU and over no tensor axis; longer ones by XLA. auto: XLA's, until a GPU has shown that the kernel is faster."""
+    transposed_from: Count = 0
+    """Width from which a CPU keeps kernels transposed where rows are few. 0: what python -m snlp_jax.infer --tune has
+    measured on this machine, and reads there, or 512."""
 
     def for_run(self, trained_with: "MachineConfig") -> "MachineConfig":
         """This choice, for a run that was trained with another one. A dtype that the run was given stays where this

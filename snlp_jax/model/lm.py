@@ -44,7 +44,6 @@ class LanguageModel:
         self._wrap_path: Callable[[Any], Any] = lambda path: path
         self._on_input: OnInput | None = None
         self._one_by_one_from = LARGE_STATE
-        self.transposed_from = TRANSPOSED_FROM
 
     def __call__(self, params: Params, tokens_BT: Array, document_BT: Array | None = None) -> Array:
         """``logits_BTV``: one layer after another, with no schedule, no cache and no mesh.
@@ -99,7 +98,6 @@ class LanguageModel:
         wrap_path: Callable[[Any], Any] | None = None,
         on_input: OnInput | None = None,
         one_by_one_from: int | None = None,
-        transposed_from: int | None = None,
     ) -> "LanguageModel":
         """The same model for programs over several devices, that look into its layers, or that are compared.
 
@@ -111,15 +109,18 @@ class LanguageModel:
             on_input: called with part, name and input of every product of a layer, or of the head, with a kernel, while
                 they are traced.
             one_by_one_from: in place of ``LARGE_STATE`` (``snlp_jax/model/nodes.py``).
-            transposed_from: in place of ``TRANSPOSED_FROM`` (``snlp_jax/model/projections.py``).
         """
         model = copy.copy(self)
         model._fetch, model._wrap_path = fetch or self._fetch, wrap_path or self._wrap_path
         model._on_input = on_input or self._on_input
         model._kernels = self._kernels if kernels is None else self._kernels & {"xla", *kernels}
         model._one_by_one_from = self._one_by_one_from if one_by_one_from is None else one_by_one_from
-        model.transposed_from = self.transposed_from if transposed_from is None else transposed_from
         return model
+
+    @property
+    def transposed_from(self) -> int:
+        """Width from which a CPU that evaluates few tokens keeps kernels transposed."""
+        return self.machine.transposed_from or TRANSPOSED_FROM
 
     @property
     def backend(self) -> str:
