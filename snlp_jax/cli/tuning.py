@@ -2,7 +2,7 @@
 
 Kernels [I, O] as they are trained, or [O, I] on the left of the product (``snlp_jax/model/layers.py``). Which is faster
 depends on whether a layer's kernels stay in the cache, and so on the machine. The table of one machine is in
-docs/results.md, section 17.
+docs/log.md (products of few rows).
 """
 
 import dataclasses
