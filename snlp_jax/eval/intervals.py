@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from scipy.stats import binomtest
 
 BOOTSTRAP_SEED = 0
 Z = 1.959963984540054
@@ -14,6 +13,8 @@ Interval = tuple[float, float]
 
 def wilson_interval(num_right: int, num_examples: int) -> Interval:
     """95 % interval of a share (Wilson 1927): within [0, 1], with a width at 0 and 1, right from a few examples on."""
+    from scipy.stats import binomtest  # not before: it takes as long to import as all of this package
+
     low, high = binomtest(num_right, num_examples).proportion_ci(0.95, method="wilson")
     return float(low), float(high)
 
@@ -50,6 +51,8 @@ def paired_share_interval(num_gained: int, num_lost: int, num_examples: int) -> 
 
 def exact_p_value(num_gained: int, num_lost: int) -> float:
     """McNemar's exact test: how often coin flips would divide the b + c examples at least as unevenly. Two-sided."""
+    from scipy.stats import binomtest
+
     total = num_gained + num_lost
     return float(binomtest(num_gained, total).pvalue) if total else 1.0
 

@@ -18,6 +18,7 @@ decoding with the same seeds.
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -46,6 +47,10 @@ CHUNK = 16
 """Steps between two looks of the host where somebody waits for the text, a stop string or what drafting costs."""
 UNWATCHED = np.iinfo(np.int32).max // 2
 """Steps where nobody waits: the loop ends with its rows."""
+
+
+COMPILERS = ThreadPoolExecutor(2, thread_name_prefix="compile")
+"""A program's compilation uses about one core."""
 
 
 class Engine:
@@ -108,6 +113,8 @@ class Engine:
         self.may_switch = drafting is not None and drafting.length is None
         self._switches: dict[int, DraftSwitch] = {}
         self._programs: dict[Any, Any] = {}
+        self._compiling: dict[Any, Future[Any]] = {}
+        """Programs that other threads compile."""
         self._compile_seconds = 0.0
 
     def generate(
@@ -203,7 +210,9 @@ class Engine:
             arguments = jax.device_put(arguments, jax.tree.map(self._by_row, arguments))
         weights = self.exact if self.draft or self.rule == "per_iteration" else in_order(self.weights)
         name, arguments = ("prefill", arguments) if before is None else ("extend", (before, *arguments))
-        return self._compiled(programs, name, (weights, *arguments))(weights, *arguments), programs
+        arguments = (weights, *arguments)
+        self._compile_ahead(programs, name, arguments, has_steps=bool((targets > lengths + 1).any()))
+        return self._compiled(programs, name, arguments)(*arguments), programs
 
     def _advance(self, programs: Programs, state: State, is_watched: bool) -> State:
         """Some steps: as many as there are, or as the host waits for."""
@@ -221,15 +230,19 @@ class Engine:
         self, programs: Programs, state: State, steps: jax.Array, *, is_drafting: bool
     ) -> tuple[State, float]:
         """The state after some steps, and the seconds that took where a switch waits for it."""
-        arguments: tuple[Any, ...] = (self.exact, state, steps)
-        if is_drafting:
-            arguments = (self.weights, *arguments, jnp.int32(self.draft_len))
-        run = self._compiled(programs, "speculate" if is_drafting else "decode", arguments)
+        name, arguments = self._step(state, steps, is_drafting=is_drafting)
+        run = self._compiled(programs, name, arguments)
         began = time.perf_counter()
         state = run(*arguments)
         if self.may_switch:
             jax.block_until_ready(state)
         return state, time.perf_counter() - began
+
+    def _step(self, state: State, steps: jax.Array, *, is_drafting: bool) -> tuple[str, tuple[Any, ...]]:
+        """The program that makes steps, and its arguments."""
+        if is_drafting:
+            return "speculate", (self.weights, self.exact, state, steps, jnp.int32(self.draft_len))
+        return "decode", (self.exact, state, steps)
 
     def _programs_for(self, capacity: int, features: Features, block: int) -> Programs:
         """Programs for texts of up to ``capacity`` tokens, ``block`` of which or more are written at once."""
@@ -253,16 +266,36 @@ class Engine:
 
     def _compiled(self, programs: Programs, name: str, arguments: tuple[Any, ...]) -> Any:
         """The executable of one of the programs for arguments of these shapes. Steps take the state over."""
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(arguments))
-        key = (name, programs, shapes)
+        key = _key(programs, name, arguments)
         if key not in self._programs:
             began = time.perf_counter()
-            run = getattr(programs, name)
-            donated = tuple(index for index, argument in enumerate(arguments) if isinstance(argument, State))
-            out = None if self.mesh is None else self._shardings(jax.eval_shape(run, *arguments))
-            self._programs[key] = jax.jit(run, donate_argnums=donated, out_shardings=out).lower(*arguments).compile()
+            self._compile(programs, name, arguments)
+            self._programs[key] = self._compiling.pop(key).result()
             self._compile_seconds += time.perf_counter() - began
         return self._programs[key]
+
+    def _compile(self, programs: Programs, name: str, arguments: tuple[Any, ...]) -> jax.stages.Lowered | None:
+        """Begin to compile a program in another thread, so that the next one can be traced or another one run; None
+        where that has been done. Of the arguments shapes alone are read."""
+        key = _key(programs, name, arguments)
+        if key in self._programs or key in self._compiling:
+            return None
+        run = getattr(programs, name)
+        donated = tuple(index for index, argument in enumerate(arguments) if isinstance(argument, State))
+        out = None if self.mesh is None else self._shardings(jax.eval_shape(run, *arguments))
+        lowered = jax.jit(run, donate_argnums=donated, out_shardings=out).lower(*arguments)
+        self._compiling[key] = COMPILERS.submit(lowered.compile)
+        return lowered
+
+    def _compile_ahead(self, programs: Programs, name: str, arguments: tuple[Any, ...], *, has_steps: bool) -> None:
+        """Begin to compile the prefill, and meanwhile the first steps after it, whose state it says the shapes of."""
+        began = time.perf_counter()
+        lowered = self._compile(programs, name, arguments)
+        if lowered is None:
+            return
+        if has_steps and self.mesh is None:
+            self._compile(programs, *self._step(lowered.out_info, jnp.int32(0), is_drafting=self.draft is not None))
+        self._compile_seconds += time.perf_counter() - began
 
     # -- Devices -------------------------------------------------------------------------------------------------------
 
@@ -286,6 +319,11 @@ class Engine:
         # The exact weights have all parts; the drafter may leave layers out.
         rings, warm = zip(*map(of_part, self.exact.parts, state.rings, state.warm), strict=True)
         return by_row._replace(rings=rings, warm=warm)
+
+
+def _key(programs: Programs, name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(arguments))
+    return name, programs, shapes
 
 
 def bucket(count: int, smallest: int = 16) -> int:
