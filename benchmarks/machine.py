@@ -21,7 +21,7 @@ from snlp_jax.solver import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 Dtype = Literal["float32", "bfloat16"]
-Shape = Literal["demo", "d256", "d32s", "d32s_mhc", "d1024", "d2048"]
+Shape = Literal["demo", "d256", "d32s", "d640l4", "d32s_mhc", "d1024", "d2048"]
 
 
 def _d32(embed_dim: int) -> ModelConfig:
@@ -40,6 +40,7 @@ SHAPES: dict[str, ModelConfig] = {
     "demo": ModelConfig(),
     "d256": dataclasses.replace(_d32(256), num_heads=4, num_kv_heads=4),
     "d32s": _d32(640),
+    "d640l4": dataclasses.replace(_d32(640), num_layers=4),
     "d32s_mhc": dataclasses.replace(_d32(640), num_streams=4, use_x0_resid=False),
     "d1024": _d32(1024),
     "d2048": _d32(2048),

@@ -56,8 +56,8 @@ from benchmarks.speed_cells import (
     machine_of,
     region_jobs,
 )
-from benchmarks.speed_parts import part_jobs, train_jobs
-from benchmarks.speed_presets import PRESETS, default_settings
+from benchmarks.speed_parts import part_jobs, product_jobs, train_jobs
+from benchmarks.speed_presets import PRESETS, default_settings, first_settings
 from benchmarks.speed_report import markdown, plot, terminal_table
 from snlp_jax.config import ModelConfig
 from snlp_jax.errors import InputError
@@ -78,10 +78,11 @@ COMMAND_BUFFERS = {"off": "", "all": _GRAPHS}
 class Args(ShapeArgs):
     """Time forward passes, cached steps and their parts, sequential against layer-parallel."""
 
-    preset: Literal["auto", "cpu", "gpu", "quick"] = "auto"
+    preset: Literal["auto", "cpu", "gpu", "first", "quick"] = "auto"
     """auto: that of this backend. Left aside where kinds, lengths, batches, contexts or a shape are given."""
     kinds: tuple[Kind, ...] = ()
-    """forward, cached, region, parts, train; of a preset its cells of these kinds, with the other flags forward."""
+    """forward, cached, region, product, parts, train; of a preset its cells of these kinds, with the other flags
+    forward."""
     lengths: tuple[int, ...] = ()
     """Tokens of a sequence that pass through the layers."""
     batches: tuple[int, ...] = ()
@@ -105,7 +106,8 @@ class Args(ShapeArgs):
     time_budget: float = 480.0
     """Seconds after which nothing new is compiled; the rest is listed as skipped."""
     out: str = ""
-    """Empty: benchmarks/results/speed_DEVICE_DATE.json; table and plot lie beside it."""
+    """Empty: benchmarks/results/NAME_DEVICE_DATE.json; table and plot lie beside it."""
+    name: str = "speed"
 
     def __post_init__(self) -> None:
         numbers = (*self.lengths, *self.batches, *self.contexts, self.repeats)
@@ -126,7 +128,7 @@ def main(args: Args) -> dict[str, Any]:
             parse_schedule(setting, _config(cell, custom).num_layers)
     if mode in COMMAND_BUFFERS:
         cells = [cell for cell in cells if cell.kind in ("cached", "region") and cell.length == 1]
-    out, console = out_path(args.out, "speed", report), Console(width=None if sys.stdout.isatty() else 150)
+    out, console = out_path(args.out, args.name, report), Console(width=None if sys.stdout.isatty() else 150)
     if mode == "each":
         for other in COMMAND_BUFFERS:
             console.print(f"command buffers: {other} ...", markup=False)
@@ -191,13 +193,15 @@ def cells_of(args: Args, on_cpu: bool) -> tuple[list[Cell], ModelConfig]:
         args.kinds or ("forward",), dtypes, args.batches or (1,), lengths
     ):
         # Only what a cache makes sense for; a region and its parts have one at one token.
-        cached = kind == "cached" or (kind in ("region", "parts") and length == 1)
+        cached = kind == "cached" or (kind in ("region", "parts") and length == 1)  # a product reads no cache
         cells += [Cell(kind, "custom", dtype, batch, length, c) for c in (context if cached else (0,))]
     return cells, custom
 
 
 def settings_of(args: Args, config: ModelConfig) -> tuple[str, ...]:
     settings = args.solvers or default_settings(config.num_layers, config.num_streams > 0)
+    if args.preset == "first" and not args.solvers and not config.num_streams:
+        settings = first_settings(config.num_layers)
     return settings[:2] if args.preset == "quick" and not args.solvers else settings
 
 
@@ -222,6 +226,8 @@ def jobs_of(setup: Setup | None, config: ModelConfig, cell: Cell, args: Args, on
     if cell.kind == "cached":
         return cached_jobs(setup, cell, forms, steps)
     plain = next(name for name in (largest, *setup.settings) if "stage=" not in name)
+    if cell.kind == "product":
+        return product_jobs(setup, cell, plain, steps)
     if cell.kind == "parts":
         return part_jobs(setup, cell, plain, Form("stack", is_chosen=one_row))
     own = [Form("stack")] + [Form("stack", True)] * one_row + [Form("list")] * (on_cpu and rows >= LONG)

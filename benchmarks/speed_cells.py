@@ -37,7 +37,7 @@ from snlp_jax.notation import parse_schedule
 from snlp_jax.parts import Weights
 from snlp_jax.solver import ParallelSegment, PerLayer, Schedule, SequentialSegment, sequential, solve
 
-Kind = Literal["forward", "cached", "region", "parts", "train"]
+Kind = Literal["forward", "cached", "region", "product", "parts", "train"]
 Layout = Literal["stack", "list", "mixed"]
 FOREVER = 2**30
 """Tokens that a text may have: the loop never comes to an end by itself."""

@@ -105,6 +105,45 @@ def part_jobs(setup: Setup, cell: Cell, setting: str, form: Form) -> list[Job]:
     ]
 
 
+def product_jobs(setup: Setup, cell: Cell, setting: str, steps: int) -> list[Job]:
+    """The MLPs of the region of ``setting`` alone, one after another and all at once, ``steps`` times in a row: what a
+    wide grid makes of the same bytes. A region that fits a cache is read from it from the second time on."""
+    model, config = setup.model, setup.model.config
+    region = setup.schedules[setting].regions[-1]
+    whole = setup.weights(setting, "stack")
+    weights = dataclasses.replace(whole, parts=whole.parts[-1:])
+    n, rows, item = region.num_layers, cell.batch * cell.length, model.dtype.itemsize
+    x_BTD = jax.random.normal(jax.random.key(0), (cell.batch, cell.length, config.embed_dim))
+    num_bytes = n * 2 * config.embed_dim * config.mlp_width * item
+    flops = 2 * rows * n * 2 * config.embed_dim * config.mlp_width
+
+    def once(weights: Weights, x_BTD: Any, is_at_once: bool) -> Any:
+        mlp, one = _blocks_of(weights)["mlp"], functools.partial(_one_mlp, model)
+        if is_at_once:
+            return jax.vmap(one, in_axes=(None, 0))(x_BTD, mlp).mean(0)
+        return jax.lax.scan(lambda x, layer: (x + 0.1 * one(x, layer), None), x_BTD, mlp)[0]
+
+    def program(weights: Weights, x_BTD: Any, steps: Any, *, is_at_once: bool) -> Any:
+        again = lambda _, x: x_BTD + 1e-6 * once(weights, x, is_at_once)  # noqa: E731
+        return jax.lax.fori_loop(0, steps, again, x_BTD)
+
+    def make(is_at_once: bool) -> Callable[[Job], Callable[[], Any]]:
+        def compile(job: Job) -> Callable[[], Any]:
+            rest = (x_BTD, jnp.int32(steps))
+            run, laid_out = compiled(
+                job, functools.partial(program, is_at_once=is_at_once), weights, rest, Form("stack")
+            )
+            return lambda: run(laid_out, *rest)
+
+        return compile
+
+    names = {False: "seq", True: f"{n} MLPs at once"}
+    return [
+        Job({"setting": name} | Form("stack").name, make(is_at_once), num_bytes, flops, steps)
+        for is_at_once, name in names.items()
+    ]
+
+
 def train_jobs(config: ModelConfig, cell: Cell) -> list[Job]:
     """A training step, plain and with one solver iteration over three quarters of the layers compared."""
     config = dataclasses.replace(config, seq_len=min(config.seq_len, cell.length))
@@ -148,19 +187,27 @@ def _blocks_of(weights: Weights) -> Any:
 
 def _projections(model: LanguageModel, weights: Weights, x_LBTD: Any, attended_LBTX: Any) -> Any:
     attn = _blocks_of(weights)["attn"]
-    one = jax.vmap(lambda x, kernel: project(x, kernel, model.dtype))
-    kernels = [attn[name] for name in ("qkv", "query", "key", "value") if name in attn]  # joined on a GPU
-    return [one(x_LBTD, kernel) for kernel in kernels] + [one(attended_LBTX, attn["out"])]
+
+    def product(x_LBTX: Any, name: str) -> Any:
+        return jax.vmap(lambda x, tree: _product(model, x, tree, name))(x_LBTX, attn)
+
+    names = [name for name in ("qkv", "query", "key", "value") if {name, f"{name}_t"} & attn.keys()]  # joined on a GPU
+    return [product(x_LBTD, name) for name in names] + [product(attended_LBTX, "out")]
 
 
 def _mlp(model: LanguageModel, weights: Weights, x_LBTD: Any) -> Any:
-    mlp = _blocks_of(weights)["mlp"]
+    return jax.vmap(functools.partial(_one_mlp, model))(x_LBTD, _blocks_of(weights)["mlp"])
 
-    def one(x_BTD: Any, up_DF: Any, down_FD: Any) -> Any:
-        hidden_BTF = jnp.square(jax.nn.relu(project(x_BTD, up_DF, model.dtype)))
-        return project(hidden_BTF, down_FD, model.dtype)
 
-    return jax.vmap(one)(x_LBTD, mlp["up"], mlp["down"])
+def _one_mlp(model: LanguageModel, x_BTD: Any, mlp: Any) -> Any:
+    hidden_BTF = jnp.square(jax.nn.relu(_product(model, x_BTD, mlp, "up")))
+    return _product(model, hidden_BTF, mlp, "down")
+
+
+def _product(model: LanguageModel, x: Any, tree: Any, name: str) -> Any:
+    """With a kernel that a wide model on a CPU keeps transposed."""
+    is_transposed = f"{name}_t" in tree
+    return project(x, tree[name + "_t" * is_transposed], model.dtype, is_transposed=is_transposed)
 
 
 def _norms(config: ModelConfig, shared: Any, weights: Weights, h_LBTD: Any, q: Any, k: Any, x0_BTD: Any) -> Any:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from benchmarks.speed_cells import Cell
 
-Preset = Literal["cpu", "gpu", "quick"]
+Preset = Literal["cpu", "gpu", "first", "quick"]
 
 PRESETS: dict[Preset, tuple[Cell, ...]] = {
     "cpu": (
@@ -51,11 +51,27 @@ PRESETS: dict[Preset, tuple[Cell, ...]] = {
         Cell("cached", "d32s", "bfloat16", length=2048, context=512),
         Cell("forward", "d32s", "bfloat16", batch=32, length=128),
     ),
+    "first": (
+        Cell("cached", "d32s", "bfloat16", context=512),
+        Cell("product", "d32s", "bfloat16"),
+        Cell("region", "d32s", "bfloat16", context=512),
+        Cell("region", "d640l4", "bfloat16", context=512),  # 40 MB, which an L2 of 50 MB holds
+        Cell("product", "d640l4", "bfloat16"),
+        Cell("cached", "d32s", "bfloat16", context=512, decode_attention="pallas"),
+        Cell("cached", "d2048", "bfloat16", context=512),
+        Cell("train", "d32s", "bfloat16", batch=8, length=2048),
+        Cell("forward", "d32s", "bfloat16", length=2048),
+        Cell("cached", "d32s", "bfloat16", batch=8, context=512),
+        Cell("product", "d2048", "bfloat16"),
+        Cell("cached", "d2048", "bfloat16", batch=8, context=512),
+        Cell("forward", "d2048", "bfloat16", length=2048),
+    ),
     "quick": tuple(
         Cell(kind, "demo", "float32", 1, length, context)
         for kind, length, context in (
             ("region", 1, 64),
             ("cached", 1, 64),
+            ("product", 1, 0),
             ("forward", 64, 0),
             ("parts", 1, 64),
             ("train", 64, 0),
@@ -63,6 +79,14 @@ PRESETS: dict[Preset, tuple[Cell, ...]] = {
     ),
 }
 """In the order of importance: what the time budget does not hold is left out from the end."""
+
+
+def first_settings(num_layers: int) -> tuple[str, ...]:
+    """What a first GPU is to say: the paper's largest region at one and two iterations and fused by twos, and all
+    layers at once."""
+    n = max(3 * num_layers // 4, 2)
+    fused = (f"idn:n={n},k=1,stage={n // 2}xF2",) if n % 2 == 0 else ()
+    return (f"idn:n={n},k=1", f"idn:n={n},k=2", *fused, f"idn:n={num_layers},k=1")
 
 
 def default_settings(num_layers: int, has_streams: bool = False) -> tuple[str, ...]:

@@ -1,17 +1,19 @@
 """The speed benchmark: what it counts, and one run of it. Its times and its files are not tested."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import random_params
 
+from benchmarks import gpu
 from benchmarks.machine import SHAPES, work
 from benchmarks.speed import Args, cells_of, main, summarize
 from benchmarks.speed_cells import Cell, Form, Job, Setup, forward_jobs, region_jobs
-from benchmarks.speed_parts import part_jobs, train_jobs
-from benchmarks.speed_presets import PRESETS, default_settings
+from benchmarks.speed_parts import part_jobs, product_jobs, train_jobs
+from benchmarks.speed_presets import PRESETS, default_settings, first_settings
 from snlp_jax.config import MachineConfig, ModelConfig
 from snlp_jax.errors import InputError
 from snlp_jax.model import LanguageModel
@@ -76,6 +78,33 @@ def test_region_work_is_that_of_its_layers_and_of_its_parts(setup):
     assert seq.flops == iteration.flops == 2 * weights + 4 * 2 * D * (1 + 8)
     parts = part_jobs(setup, dataclasses.replace(cell, kind="parts"), SETTING, Form("stack"))
     assert sum(job.flops for job in parts) == pytest.approx(iteration.flops, rel=1e-6)
+
+
+def test_products_in_order_and_at_once_read_the_same_bytes(setup):
+    cell = Cell("product", "custom", "float32", 1, 1)
+    in_order, at_once = product_jobs(setup, cell, SETTING, 3)
+    assert in_order.is_sequential and not at_once.is_sequential
+    assert in_order.num_bytes == at_once.num_bytes == 4 * 2 * 8 * 32 * 32 and in_order.units == 3
+    for job in (in_order, at_once):
+        assert np.isfinite(np.asarray(job.make(job)())).all()
+
+
+def test_settings_of_a_first_gpu_fit_any_depth():
+    assert first_settings(32) == ("idn:n=24,k=1", "idn:n=24,k=2", "idn:n=24,k=1,stage=12xF2", "idn:n=32,k=1")
+    for num_layers in (3, 4, 6):
+        for setting in first_settings(num_layers):
+            parse_schedule(setting, num_layers)
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_a_cpu(tmp_path):
+    """The file is there after each cell, with what was measured so far."""
+    report = gpu.main(gpu.Args(minutes=0.5, out=str(tmp_path / "gpu.json")))
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["cells"] and not report["failed"]
+    assert {cell["kind"] for cell in report["cells"]} <= {"region", "cached", "product", "forward", "parts", "train"}
+    with pytest.raises(InputError, match="--minutes is 0"):
+        gpu.Args(minutes=0)
 
 
 def test_presets_name_cells_that_exist():
