@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -188,8 +188,20 @@ def open_engines(args: Args, variants: Sequence[Args]) -> list[Engine]:
     data = read_data(args.run_dir, config) if args.weight_calibration else None
     params = quantized_params(model, params, args.weights, args.weight_calibration, data)
     params = params if mesh is not None else canonical(model, params)
-    how: dict[str, Any] = {"placement": Placement(mesh, args.sequential), "fits": fits, "tokenizer": tokenizer}
-    return [Engine(model, params, each.schedule, rule=each.rule, draft=each.draft, **how) for each in settings]
+    placement = Placement(mesh, args.sequential)
+    return [
+        Engine(
+            model,
+            params,
+            each.schedule,
+            rule=each.rule,
+            draft=each.draft,
+            placement=placement,
+            fits=fits,
+            tokenizer=tokenizer,
+        )
+        for each in settings
+    ]
 
 
 class Settings(NamedTuple):

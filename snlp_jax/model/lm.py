@@ -23,7 +23,7 @@ from snlp_jax.model.kinds import join, kinds_in, take
 from snlp_jax.model.layers import SMEAR_INPUT, project, rms_norm, rotary_table, small_product, weigh
 from snlp_jax.model.nodes import LARGE_STATE, ChooseKernel, ChunkNode, LayerNode, NodeFn, NodeFns, node_fns, split_sweep
 from snlp_jax.model.parameters import Embedding, Head, Layer, fresh
-from snlp_jax.model.projections import FEW_TOKENS, TRANSPOSED_FROM, head_widths, separate_projections
+from snlp_jax.model.projections import FEW_TOKENS, TRANSPOSED_FROM, head_kernel, head_widths, separate_projections
 from snlp_jax.model.value_embed import gather
 from snlp_jax.types import Array, Params, PyTree
 
@@ -263,13 +263,8 @@ class LanguageModel:
         head, cap, x_BTD = params["head"], self.config.logit_softcap, self.head_input(params, y_BTD)
         if self._on_input is not None:
             self._on_input("head", "kernel", x_BTD)
-        if self.config.use_tied_head:  # the table is a transposed kernel, as few rows on a CPU want it
-            table_VD = params["embed"]["token"]
-            is_transposed = self.backend == "cpu" and prod(x_BTD.shape[:-1]) <= FEW_TOKENS
-            kernel = table_VD if is_transposed else table_VD.T
-        else:
-            is_transposed = "kernel_t" in head
-            kernel = head["kernel_t" if is_transposed else "kernel"]
+        is_few = self.backend == "cpu" and prod(x_BTD.shape[:-1]) <= FEW_TOKENS
+        kernel, is_transposed = head_kernel(params, is_tied=self.config.use_tied_head, is_few=is_few)
         z_BTV = project(x_BTD, kernel, self.dtype, scale=head.get("kernel_scale"), is_transposed=is_transposed)
         return cap * jnp.tanh(z_BTV / cap) if cap else z_BTV
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from snlp_jax.config import ModelConfig
-from snlp_jax.types import Params, PyTree
+from snlp_jax.types import Array, Params, PyTree
 
 PARTS = ("attn", "mlp", "linear_attn", "linear_mlp")
 """Sub-trees of a layer that hold kernels."""
@@ -69,6 +69,16 @@ def transpose_kernels(params: Params) -> Params:
 
 
 _swapped = jax.jit(lambda kernel: jnp.swapaxes(kernel, -1, -2))
+
+
+def head_kernel(params: Params, *, is_tied: bool, is_few: bool) -> tuple[Array, bool]:
+    """The head's kernel, and whether it is [V, D]: the table of a tied head is a transposed kernel, which a CPU
+    multiplies few rows by as it lies (``is_few``)."""
+    if is_tied:
+        table_VD = params["embed"]["token"]
+        return (table_VD, True) if is_few else (table_VD.T, False)
+    head = params["head"]
+    return (head["kernel_t"], True) if "kernel_t" in head else (head["kernel"], False)
 
 
 def separate_projections(layer: PyTree, part: str, widths: Sequence[int]) -> PyTree:
