@@ -7,7 +7,6 @@
 
 import copy
 from collections.abc import Callable, Collection, Sequence
-from math import prod
 from typing import Any, Literal, get_args
 
 import jax
@@ -44,6 +43,7 @@ class LanguageModel:
         self._wrap_path: Callable[[Any], Any] = lambda path: path
         self._on_input: OnInput | None = None
         self._one_by_one_from = LARGE_STATE
+        self.transposed_from = machine.transposed_from or TRANSPOSED_FROM
 
     def __call__(self, params: Params, tokens_BT: Array, document_BT: Array | None = None) -> Array:
         """``logits_BTV``: one layer after another, with no schedule, no cache and no mesh.
@@ -116,11 +116,6 @@ class LanguageModel:
         model._kernels = self._kernels if kernels is None else self._kernels & {"xla", *kernels}
         model._one_by_one_from = self._one_by_one_from if one_by_one_from is None else one_by_one_from
         return model
-
-    @property
-    def transposed_from(self) -> int:
-        """Width from which a CPU that evaluates few tokens keeps kernels transposed."""
-        return self.machine.transposed_from or TRANSPOSED_FROM
 
     @property
     def backend(self) -> str:
@@ -263,7 +258,7 @@ class LanguageModel:
         head, cap, x_BTD = params["head"], self.config.logit_softcap, self.head_input(params, y_BTD)
         if self._on_input is not None:
             self._on_input("head", "kernel", x_BTD)
-        is_few = self.backend == "cpu" and prod(x_BTD.shape[:-1]) <= FEW_TOKENS
+        is_few = self.backend == "cpu" and x_BTD.size // x_BTD.shape[-1] <= FEW_TOKENS
         kernel, is_transposed = head_kernel(params, is_tied=self.config.use_tied_head, is_few=is_few)
         z_BTV = project(x_BTD, kernel, self.dtype, scale=head.get("kernel_scale"), is_transposed=is_transposed)
         return cap * jnp.tanh(z_BTV / cap) if cap else z_BTV
