@@ -13,8 +13,8 @@ and Gemma 3 270M (Gemma terms). For each this script
     measures by depth how nearly linear the sub-layers are, and how far one and two iterations come in each region.
 
 Neither model was trained for layer-parallel passes: what is measured is what can be had without that. Writes
-real_NAME_DEVICE_DATE.json (real_quick_...) after each part, takes over the parts that it finds there, and draws the
-last two measurements.
+real_NAME_DEVICE_DATE.json (real_quick_...) after each part, takes over the parts that it finds there from the same
+commit and flags, and draws the last two measurements.
 """
 
 import dataclasses
@@ -108,13 +108,15 @@ def measure_model(name: Name, args: Args) -> dict[str, Any]:
     file = download(name, args.folder)
     run_dir = imported(file, args.folder / name, args)
     config = read_config(run_dir)
-    report = header(config.model, {"model": name, "text": args.text, "quick": args.quick})
+    chosen = {"model": name, "text": args.text, "quick": args.quick, "tasks": list(args.tasks)}
+    report = header(config.model, chosen | {"seq_len": args.seq_len, "num_windows": args.num_windows})
     report = {key: value for key, value in report.items() if key not in ("limits", "cells", "skipped", "failed")}
     out = out_path(
         args.out and args.out.replace(".json", f"_{name}.json"), f"real_{'quick_' * args.quick}{name}", report
     )
 
-    if out.is_file() and (earlier := json.loads(out.read_text()))["args"] == report["args"]:
+    earlier = json.loads(out.read_text()) if out.is_file() else {}
+    if all(earlier.get(key) == report[key] for key in ("args", "commit")):
         report |= {key: value for key, value in earlier.items() if key not in ("load_average", "elapsed_s")}
         began -= earlier["elapsed_s"]
     parts = {

@@ -53,7 +53,7 @@ from snlp_jax.solver import (
 
 T = TypeVar("T")
 Drafter = Schedule | Literal["mtp", "ngram"]
-"""What drafts in speculative decoding: layers, or the model's heads that look further ahead."""
+"""What drafts in speculative decoding: layers, the model's heads that look further ahead, or the text itself."""
 
 CORRECTIONS: dict[str, type[Correction]] = {
     "jac": Jacobi,

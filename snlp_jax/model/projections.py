@@ -26,7 +26,7 @@ JOINED: dict[str, tuple[str, tuple[str, ...]]] = {
 """By part: the name of the joined kernel, and those that it is made of."""
 TRANSPOSED_FROM = 512
 """Width from which a CPU that evaluates few tokens at once keeps kernels transposed: those of narrower layers stay in
-its cache, where both forms are as fast (``benchmarks/formulation.py``)."""
+its cache, where both forms are as fast. ``python -m snlp_jax.infer RUN --tune`` measures it (docs/log.md)."""
 FEW_TOKENS = 64
 """Up to how many tokens (batch x length) of a pass a CPU is faster with transposed kernels."""
 
@@ -55,14 +55,14 @@ def transpose_kernels(params: Params) -> Params:
     """Every kernel [.., I, O] of the layers and of an untied head as ``NAME_t`` [.., O, I]; copies those that are not
     so yet."""
 
-    def of_part(tree: PyTree, num_axes: int) -> PyTree:
-        names = [name for name, leaf in tree.items() if leaf.ndim == num_axes and not name.endswith("_t")]
+    def of_part(tree: PyTree) -> PyTree:
+        names = [name for name, leaf in tree.items() if leaf.ndim == 3 and not name.endswith("_t")]
         return {name: leaf for name, leaf in tree.items() if name not in names} | {
             f"{name}_t": _swapped(tree[name]) for name in names
         }
 
     blocks, head = params["blocks"], params["head"]
-    blocks = {name: of_part(tree, 3) if name in PARTS else tree for name, tree in blocks.items()}
+    blocks = {name: of_part(tree) if name in PARTS else tree for name, tree in blocks.items()}
     if "kernel" in head:
         head = {name: leaf for name, leaf in head.items() if name != "kernel"} | {"kernel_t": _swapped(head["kernel"])}
     return params | {"blocks": blocks, "head": head}
