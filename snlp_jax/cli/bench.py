@@ -59,10 +59,13 @@ def print_bench(engines: Mapping[str, Engine], prompt: Sequence[int], new_tokens
     limits = measure_limits(jnp.dtype(first.model.dtype), device.platform == "cpu")
     table = Table("rows", "setting", *(Column(name, justify="right") for name in COLUMNS))
     records: list[Record] = []
-    for record in measure(engines, prompt, args.bench_rows, new_tokens, args.bench_repeats, limits):
-        records.append(record)
-        table.add_row(str(record["batch"]), str(record["setting"]), *(show(record) for show in COLUMNS.values()))
-        print(f"{record['batch']} rows, {record['setting']}: {record['tok_per_sec']:.1f} tokens/s", file=sys.stderr)
+    num_runs = len(args.bench_rows) * (args.bench_repeats + 1) * len(engines)
+    with Progress("timing", num_runs) as progress:
+        sizes = (args.bench_rows, new_tokens, args.bench_repeats)
+        for record in measure(engines, prompt, *sizes, limits, progress.advance):
+            records.append(record)
+            table.add_row(str(record["batch"]), str(record["setting"]), *(show(record) for show in COLUMNS.values()))
+            print(f"{record['batch']} rows, {record['setting']}: {record['tok_per_sec']:.1f} tokens/s", file=sys.stderr)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     context = len(prompt) + new_tokens // 2
     num_bytes, _ = step_cost(first, 1, context)

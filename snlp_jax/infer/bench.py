@@ -37,12 +37,14 @@ def measure(
     new_tokens: int,
     repeats: int,
     limits: Mapping[str, float],
+    on_run: Callable[[], None] = lambda: None,
 ) -> Iterator[Record]:
     """Records of all engines, for one number of rows after another.
 
     Args:
         prompt: of every row.
         limits: of :func:`measure_limits`.
+        on_run: called after each of the ``len(rows) * (repeats + 1) * len(engines)`` runs.
     """
     context = len(prompt) + new_tokens // 2
     for count in rows:
@@ -51,6 +53,7 @@ def measure(
         for index in range(repeats + 1):
             for name, engine in engines.items():
                 engine.generate(requests)
+                on_run()
                 if index and engine.statistics is not None:  # the first compiles
                     readings[name].append(engine.statistics)
         # Tokens a second of all rows, without the first of each, which come out of the prefill.
